@@ -163,15 +163,20 @@ def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
     return _log(nu) - _log((1.0 - uniform) * width + NOISE_MARGIN)
 
 
+def _span(stretch, dtype):
+    """ζ − γ, subtracted in the dtype of the scores."""
+    low, high = torch.tensor(stretch, dtype=dtype)
+    return float(high - low)
+
+
 def _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training):
     """σ and the unclamped gate, [rows, F]."""
-    low, high = stretch
     x = scores.expand(len(sample_ids), -1)
     if training:
         noise = gate_noise(sample_ids, scores.shape[0], seed, step, layer, scores.dtype)
         x = (noise + x) * (1.0 / temperature)
     sigma = _sigmoid(x)
-    return sigma, sigma * (high - low) + low
+    return sigma, sigma * _span(stretch, scores.dtype) + stretch[0]
 
 
 def hard_concrete(
@@ -191,7 +196,7 @@ def hard_concrete_backward(
 ):
     """The gradient of the scores, [F], for ``grad`` [rows, F]: the sum over the rows."""
     sigma, raw = _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training)
-    scale = (stretch[1] - stretch[0]) * (1.0 / temperature if training else 1.0)
+    scale = _span(stretch, scores.dtype) * (1.0 / temperature if training else 1.0)
     slope = (sigma * (1.0 - sigma)) * scale
     return torch.where((raw > 0) & (raw < 1), grad * slope, 0.0).sum(0)
 
@@ -227,7 +232,7 @@ def select_muted(scores, widths, budget=None, threshold=None, stretch=(-0.1, 1.1
     gains = torch.ones(capacity, dtype=torch.float32, device=scores.device)
     indices[: len(flat)] = (flat - starts[layer]).to(torch.int32)
     sigma = _sigmoid(scores[flat])
-    gains[: len(flat)] = (sigma * (stretch[1] - stretch[0]) + stretch[0]).clamp(0.0, 1.0)
+    gains[: len(flat)] = (sigma * _span(stretch, scores.dtype) + stretch[0]).clamp(0.0, 1.0)
     return indptr, indices, gains
 
 

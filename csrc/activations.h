@@ -1,0 +1,8 @@
+// The order is that of neumuter_kernels.reference.ACTIVATIONS.
+#pragma once
+
+namespace neumuter {
+
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kCount };
+
+}  // namespace neumuter

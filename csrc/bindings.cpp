@@ -1,0 +1,47 @@
+// The schemas of the ops (namespace torch.ops.neumuter) and what the build was made with.
+//
+// Everything that touches torch goes through libtorch's stable ABI; see neumuter_kernels/ops.py
+// for the meaning, the fake kernels and the autograd of each op.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/kernels.h"
+
+STABLE_TORCH_LIBRARY(neumuter, m) {
+  m.def("masked_glu(Tensor gate, Tensor up, Tensor mask, Tensor? row_ids, int activation) -> Tensor");
+  m.def(
+      "masked_glu_backward(Tensor grad, Tensor gate, Tensor up, Tensor mask, Tensor? row_ids, "
+      "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_glu_packed(Tensor gate_up, Tensor mask, Tensor? row_ids, int activation, "
+      "bool interleaved) -> Tensor");
+  m.def(
+      "masked_glu_packed_backward(Tensor grad, Tensor gate_up, Tensor mask, Tensor? row_ids, "
+      "int activation, bool interleaved, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
+  m.def("masked_act(Tensor hidden, Tensor mask, Tensor? row_ids, int activation) -> Tensor");
+  m.def(
+      "masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Tensor? row_ids, "
+      "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
+  m.def(
+      "hard_concrete(Tensor scores, Tensor sample_ids, int seed, int step, int layer, "
+      "float temperature, float gamma, float zeta, bool training) -> Tensor");
+  m.def(
+      "hard_concrete_backward(Tensor grad, Tensor scores, Tensor sample_ids, int seed, int step, "
+      "int layer, float temperature, float gamma, float zeta, bool training) -> Tensor");
+  m.def(
+      "select_muted(Tensor scores, int[] widths, int? budget, float threshold, float gamma, "
+      "float zeta) -> (Tensor, Tensor, Tensor)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["torch"] = NEUMUTER_TORCH_VERSION;
+    info["cuda"] = NEUMUTER_CUDA_VERSION;  // empty: built without CUDA
+    info["cuda_architectures"] = NEUMUTER_CUDA_ARCHITECTURES;
+    info["compiler"] = NEUMUTER_COMPILER;
+    info["flags"] = NEUMUTER_FLAGS;
+    return info;
+  });
+  m.def("cpu_capability", [] { return neumuter::cpu::kernels().name; });
+}

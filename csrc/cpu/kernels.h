@@ -1,0 +1,65 @@
+// The vectorised kernels. Each is compiled once per instruction set (see CMakeLists.txt) and works
+// on one block, so that the parallel loops around it are the same code on every machine.
+#pragma once
+
+#include <cstdint>
+
+#include "../activations.h"
+
+namespace neumuter::cpu {
+
+enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
+
+// The activations of a masked FFN. `up` is null for a plain FFN. Strides count elements; columns
+// are `column_stride` apart (2 when gate and up are interleaved). `mask` is float, or double for
+// kDouble. `mask_rows[t]` is the mask row of token t, or -1 for an unmasked token.
+struct Ffn {
+  Dtype dtype;
+  Activation activation;
+  const void* gate;
+  const void* up;
+  int64_t gate_stride, up_stride, column_stride;
+  const void* mask;
+  int64_t mask_stride;
+  const int64_t* mask_rows;
+};
+
+// A block of tokens (through `order` where it is not null) and columns.
+struct Block {
+  const int64_t* order;
+  int64_t first_token, last_token;
+  int64_t first_column, last_column;
+};
+
+struct FfnGrad {
+  const void* grad;
+  int64_t grad_stride;
+  void* grad_gate;  // with the strides below; null when not wanted
+  void* grad_up;
+  int64_t grad_gate_stride, grad_up_stride, grad_column_stride;
+};
+
+struct Gates {
+  uint64_t seed;
+  uint32_t step, layer;
+  double temperature, gamma, zeta;
+  bool training;
+};
+
+struct Kernels {
+  const char* name;
+  void (*masked_ffn)(const Ffn&, const Block&, void* out, int64_t out_stride);
+  // Adds the mask's gradient over the block's tokens to grad_mask[0 .. columns), unless null.
+  void (*masked_ffn_backward)(const Ffn&, const FfnGrad&, const Block&, void* grad_mask);
+  // Neurons [first, last) of one row of gates; `first` is a multiple of 4.
+  void (*hard_concrete)(Dtype, const Gates&, const void* scores, uint32_t sample, int64_t first,
+                        int64_t last, void* out);
+  // Adds the scores' gradient from one row of gates.
+  void (*hard_concrete_backward)(Dtype, const Gates&, const void* grad, const void* scores,
+                                 uint32_t sample, int64_t first, int64_t last, void* grad_scores);
+};
+
+// The widest instruction set that this CPU has, or the one that NEUMUTER_CPU_CAPABILITY names.
+const Kernels& kernels();
+
+}  // namespace neumuter::cpu

@@ -1,0 +1,282 @@
+// masked_glu, masked_glu_packed, masked_act and their backwards on the CPU.
+//
+// Work is cut into blocks by the shapes alone, never by the number of threads, and the mask's
+// gradient is summed over blocks in a fixed order: the same bits for any number of threads.
+#include <algorithm>
+#include <tuple>
+
+#include "../tensors.h"
+#include "kernels.h"
+
+namespace neumuter::cpu {
+
+constexpr int64_t kTokens = 64;     // tokens a block
+constexpr int64_t kColumns = 1024;  // columns a block: its sums stay in the L1 cache
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+static Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "activations must be float32, float64, bfloat16 or float16");
+  }
+}
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static void* offset(const Tensor& x, int64_t elements) {
+  return static_cast<char*>(x.data_ptr()) + elements * static_cast<int64_t>(x.element_size());
+}
+
+template <typename F>
+static void for_each_block(int64_t blocks, int64_t elements, F f) {
+  const int64_t each = std::max<int64_t>(elements / std::max<int64_t>(blocks, 1), 1);
+  torch::stable::parallel_for(0, blocks, ceil_div(kGrain, each), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b);
+  });
+}
+
+// The checked inputs of a masked FFN. `packed` gate and up share the tensor `gate`.
+struct Input {
+  Rows gate;
+  std::optional<Rows> up;
+  Rows mask;
+  bool packed, interleaved;
+  int64_t tokens, columns, masks;
+  std::vector<int64_t> mask_rows;  // of each token
+  Ffn ffn;
+
+  Input(const Tensor& gate_, const std::optional<Tensor>& up_, const Tensor& mask_,
+        const std::optional<Tensor>& row_ids, int64_t activation, bool packed_, bool interleaved_)
+      : gate(gate_), mask(mask_), packed(packed_), interleaved(interleaved_) {
+    const Dtype dtype = dtype_of(gate_.scalar_type());
+    STD_TORCH_CHECK(!packed || gate.columns % 2 == 0, "gate_up must have an even number of columns");
+    tokens = gate.rows;
+    columns = packed ? gate.columns / 2 : gate.columns;
+    masks = mask.rows;
+    if (up_) {
+      up.emplace(*up_);
+      STD_TORCH_CHECK(up->rows == tokens && up->columns == columns, "up must have the shape of gate");
+      STD_TORCH_CHECK(up_->scalar_type() == gate_.scalar_type(), "up must have the dtype of gate");
+    }
+    STD_TORCH_CHECK(mask_.dim() == 2 && mask.columns == columns, "mask must have shape [G, F]");
+    STD_TORCH_CHECK(mask_.scalar_type() == (dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float),
+                    "mask must be float32 (float64 with float64 activations)");
+    STD_TORCH_CHECK(activation >= 0 && activation < static_cast<int64_t>(Activation::kCount),
+                    "there is no activation number ", activation);
+    find_mask_rows(row_ids);
+
+    ffn.dtype = dtype;
+    ffn.activation = static_cast<Activation>(activation);
+    ffn.column_stride = interleaved ? 2 : 1;
+    ffn.gate = gate.tensor.data_ptr();
+    ffn.gate_stride = gate.stride;
+    ffn.up = nullptr;
+    if (packed) {
+      ffn.up = offset(gate.tensor, interleaved ? 1 : columns);
+      ffn.up_stride = gate.stride;
+    } else if (up) {
+      ffn.up = up->tensor.data_ptr();
+      ffn.up_stride = up->stride;
+    }
+    ffn.mask = mask.tensor.data_ptr();
+    ffn.mask_stride = mask.stride;
+    ffn.mask_rows = mask_rows.data();
+  }
+
+  int64_t elements() const { return tokens * columns; }
+  int64_t panels() const { return ceil_div(columns, kColumns); }
+
+  Block block(const int64_t* order, int64_t first, int64_t last, int64_t panel) const {
+    return {order, first, last, panel * kColumns, std::min((panel + 1) * kColumns, columns)};
+  }
+
+ private:
+  void find_mask_rows(const std::optional<Tensor>& row_ids) {
+    mask_rows.resize(tokens);
+    if (!row_ids) {
+      STD_TORCH_CHECK(tokens == 0 || (masks > 0 && tokens % masks == 0), "without row_ids the ",
+                      tokens, " tokens must divide into ", masks, " equal runs, one per mask row");
+      for (int64_t t = 0; t < tokens; ++t) mask_rows[t] = t / (tokens / masks);
+      return;
+    }
+    STD_TORCH_CHECK(row_ids->numel() == tokens, "row_ids must have one id per token");
+    const Tensor ids = torch::stable::contiguous(*row_ids);
+    if (ids.scalar_type() == ScalarType::Int) {
+      std::copy_n(static_cast<const int32_t*>(ids.data_ptr()), tokens, mask_rows.begin());
+    } else {
+      STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "row_ids must be int32 or int64");
+      std::copy_n(static_cast<const int64_t*>(ids.data_ptr()), tokens, mask_rows.begin());
+    }
+    for (int64_t id : mask_rows) {
+      STD_TORCH_CHECK(id >= -1 && id < masks, "row_ids must lie in [-1, ", masks, "), got ", id);
+    }
+  }
+};
+
+static Tensor forward(const Input& in) {
+  std::vector<int64_t> sizes = sizes_of(in.gate.tensor);
+  sizes.back() = in.columns;
+  Tensor out = torch::stable::new_empty(in.gate.tensor, sizes);
+  const int64_t panels = in.panels(), blocks = ceil_div(in.tokens, kTokens) * panels;
+  const Kernels& k = kernels();
+  for_each_block(blocks, in.elements(), [&](int64_t b) {
+    const int64_t first = b / panels * kTokens;
+    k.masked_ffn(in.ffn, in.block(nullptr, first, std::min(first + kTokens, in.tokens), b % panels),
+                 out.data_ptr(), in.columns);
+  });
+  return out;
+}
+
+// The tokens in the order of their mask rows, cut into chunks of one row each.
+struct Chunks {
+  struct Chunk {
+    int64_t mask_row, first, last;
+  };
+  std::vector<int64_t> order;  // empty: as they are
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first_chunk;  // of each mask row; the unmasked tokens come after the last
+
+  explicit Chunks(const Input& in) {
+    std::vector<int64_t> starts(in.masks + 2, 0);  // by mask row, unmasked last
+    auto group = [&](int64_t t) { return in.mask_rows[t] < 0 ? in.masks : in.mask_rows[t]; };
+    bool sorted = true;
+    for (int64_t t = 0; t < in.tokens; ++t) {
+      ++starts[group(t) + 1];
+      sorted &= t == 0 || group(t - 1) <= group(t);
+    }
+    for (int64_t g = 0; g <= in.masks; ++g) starts[g + 1] += starts[g];
+    for (int64_t g = 0; g <= in.masks; ++g) {
+      first_chunk.push_back(static_cast<int64_t>(chunks.size()));
+      for (int64_t t = starts[g]; t < starts[g + 1]; t += kTokens) {
+        chunks.push_back({g < in.masks ? g : -1, t, std::min(t + kTokens, starts[g + 1])});
+      }
+    }
+    if (!sorted) {
+      order.resize(in.tokens);
+      for (int64_t t = 0; t < in.tokens; ++t) order[starts[group(t)]++] = t;
+    }
+  }
+};
+
+template <typename C>
+static void sum_chunks(const Chunks& work, const Input& in, const C* partial, C* grad_mask) {
+  for_each_block(in.masks * in.panels(), in.masks * in.columns, [&](int64_t b) {
+    const int64_t g = b / in.panels();
+    const int64_t first = b % in.panels() * kColumns;
+    const int64_t last = std::min(first + kColumns, in.columns);
+    C* to = grad_mask + g * in.columns;
+    std::fill(to + first, to + last, C(0));
+    for (int64_t c = work.first_chunk[g]; c < work.first_chunk[g + 1]; ++c) {
+      const C* from = partial + c * in.columns;
+      for (int64_t f = first; f < last; ++f) to[f] += from[f];
+    }
+  });
+}
+
+// grad_gate (or grad_gate_up), grad_up and grad_mask; those not wanted are empty.
+static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor& grad_,
+                                                   bool input_grad, bool mask_grad) {
+  const Rows grad(grad_);
+  STD_TORCH_CHECK(grad.rows == in.tokens && grad.columns == in.columns &&
+                      grad_.scalar_type() == in.gate.tensor.scalar_type(),
+                  "grad must have the shape and dtype of the output");
+  auto like_input = [&](bool wanted) {
+    return torch::stable::new_empty(
+        in.gate.tensor, wanted ? sizes_of(in.gate.tensor) : std::vector<int64_t>{0});
+  };
+  Tensor grad_gate = like_input(input_grad);
+  Tensor grad_up = like_input(input_grad && in.up);
+  FfnGrad d{grad.tensor.data_ptr(), grad.stride, nullptr, nullptr, 0, 0, in.ffn.column_stride};
+  if (input_grad) {
+    d.grad_gate = grad_gate.data_ptr();
+    d.grad_gate_stride = in.gate.columns;
+    d.grad_up = in.packed ? offset(grad_gate, in.interleaved ? 1 : in.columns) : grad_up.data_ptr();
+    d.grad_up_stride = in.gate.columns;
+  }
+  const Chunks work(in);
+  const int64_t panels = in.panels(), chunks = static_cast<int64_t>(work.chunks.size());
+  Tensor partial = torch::stable::new_empty(
+      in.mask.tensor, mask_grad ? std::vector<int64_t>{chunks, in.columns} : std::vector<int64_t>{0});
+  const Kernels& k = kernels();
+  for_each_block(chunks * panels, in.elements(), [&](int64_t b) {
+    const Chunks::Chunk& chunk = work.chunks[b / panels];
+    const Block block = in.block(work.order.empty() ? nullptr : work.order.data(), chunk.first,
+                                 chunk.last, b % panels);
+    void* sums = nullptr;
+    if (mask_grad) {
+      sums = offset(partial, b / panels * in.columns + block.first_column);
+      std::fill_n(static_cast<char*>(sums),
+                  (block.last_column - block.first_column) * partial.element_size(), 0);
+    }
+    k.masked_ffn_backward(in.ffn, d, block, sums);
+  });
+  Tensor grad_mask = torch::stable::new_empty(
+      in.mask.tensor, mask_grad ? sizes_of(in.mask.tensor) : std::vector<int64_t>{0});
+  if (mask_grad && in.ffn.dtype == Dtype::kDouble) {
+    sum_chunks(work, in, static_cast<const double*>(partial.data_ptr()),
+               static_cast<double*>(grad_mask.data_ptr()));
+  } else if (mask_grad) {
+    sum_chunks(work, in, static_cast<const float*>(partial.data_ptr()),
+               static_cast<float*>(grad_mask.data_ptr()));
+  }
+  return {grad_gate, grad_up, grad_mask};
+}
+
+using Ids = std::optional<Tensor>;
+
+static Tensor masked_glu(Tensor gate, Tensor up, Tensor mask, Ids row_ids, int64_t activation) {
+  return forward(Input(gate, up, mask, row_ids, activation, false, false));
+}
+
+static std::tuple<Tensor, Tensor, Tensor> masked_glu_backward(Tensor grad, Tensor gate, Tensor up,
+                                                              Tensor mask, Ids row_ids,
+                                                              int64_t activation, bool input_grad,
+                                                              bool mask_grad) {
+  return backward(Input(gate, up, mask, row_ids, activation, false, false), grad, input_grad, mask_grad);
+}
+
+static Tensor masked_glu_packed(Tensor gate_up, Tensor mask, Ids row_ids, int64_t activation,
+                                bool interleaved) {
+  return forward(Input(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved));
+}
+
+static std::tuple<Tensor, Tensor> masked_glu_packed_backward(Tensor grad, Tensor gate_up, Tensor mask,
+                                                             Ids row_ids, int64_t activation,
+                                                             bool interleaved, bool input_grad,
+                                                             bool mask_grad) {
+  auto [grad_gate_up, unused, grad_mask] =
+      backward(Input(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved), grad,
+               input_grad, mask_grad);
+  return {grad_gate_up, grad_mask};
+}
+
+static Tensor masked_act(Tensor hidden, Tensor mask, Ids row_ids, int64_t activation) {
+  return forward(Input(hidden, std::nullopt, mask, row_ids, activation, false, false));
+}
+
+static std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor hidden, Tensor mask,
+                                                      Ids row_ids, int64_t activation,
+                                                      bool input_grad, bool mask_grad) {
+  auto [grad_hidden, unused, grad_mask] = backward(
+      Input(hidden, std::nullopt, mask, row_ids, activation, false, false), grad, input_grad, mask_grad);
+  return {grad_hidden, grad_mask};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neumuter, CPU, m) {
+  m.impl("masked_glu", TORCH_BOX(&masked_glu));
+  m.impl("masked_glu_backward", TORCH_BOX(&masked_glu_backward));
+  m.impl("masked_glu_packed", TORCH_BOX(&masked_glu_packed));
+  m.impl("masked_glu_packed_backward", TORCH_BOX(&masked_glu_packed_backward));
+  m.impl("masked_act", TORCH_BOX(&masked_act));
+  m.impl("masked_act_backward", TORCH_BOX(&masked_act_backward));
+}
+
+}  // namespace neumuter::cpu

@@ -1,0 +1,451 @@
+"""The public functions, and the fake kernels, autograd and dispatch of the ops behind them.
+
+The schemas are in csrc/bindings.cpp. Backends: C++ for the CPU (csrc/cpu), Triton for the GPU
+(neumuter_kernels/triton), CUDA C++ for ``select_muted`` on the GPU (csrc/cuda). Everything that a
+user can get wrong is checked here; the ops themselves check what memory safety needs.
+
+Shapes: ``...`` stands for any leading dimensions with T tokens in all, F is the intermediate size,
+G the number of mask rows.
+"""
+
+import os
+from collections import namedtuple
+
+import torch
+
+from neumuter_kernels import reference
+from neumuter_kernels.reference import ACTIVATIONS, logit
+
+_ops = torch.ops.neumuter
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+MutedNeurons = namedtuple("MutedNeurons", ["indptr", "indices", "gains"])
+MutedNeurons.__doc__ = """Selected neurons in compressed-row form.
+
+indptr: int32 [L + 1]; the neurons of layer l are slots indptr[l] … indptr[l + 1] − 1.
+indices: int32 [capacity]; ascending within a layer; −1 in the slots from indptr[L] on.
+gains: float32 [capacity]; the evaluation gate of each neuron; 1 in the slots from indptr[L] on.
+"""
+
+
+# --- Public functions ------------------------------------------------------------------------
+
+
+def masked_glu(gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False):
+    """The gated FFN activation times the neuron mask: h[t, f] = φ(gate[t, f]) · up[t, f] · mask[r(t), f].
+
+    One pass forward and one backward, which gives the gradients of gate, up and mask. Only the
+    inputs are saved. Computed in float32; φ(gate) is rounded to the input dtype before the
+    product, as Hugging Face's eager MLP does, so a mask of ones reproduces eager's rounding.
+    Source: DESIGN of hard-concrete FFN masks, Hou et al., Findings of ACL 2025 (NeuMuter).
+
+    Args:
+        gate, up: [..., F], float32, bfloat16, float16 (or float64), the same dtype; any row stride.
+        mask: [G, F] or [F] (one row), float32 (float64 for float64 activations).
+        row_ids: None: the T tokens are G equal consecutive runs, run g under mask row g (so G = 1
+            is one mask for all and G = B one row per sample of a [B, S, F] batch). Otherwise
+            int32 or int64 with one id in [−1, G) per token; a token with id −1 is unmasked. On the
+            CPU other ids raise; on a GPU, where a check would wait for the device, they count as −1.
+        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2".
+        gate_up: [..., 2F] instead of gate and up: both in one tensor, read without a copy.
+        interleaved: gate_up holds gate in its even and up in its odd columns (else in its halves).
+
+    Returns:
+        h: [..., F] in the dtype of the input.
+
+    Raises:
+        TypeError: a dtype is not one of those above, or an argument is missing.
+        ValueError: shapes, devices or the activation do not fit; the message names the argument.
+    """
+    if (gate_up is None) == (gate is None or up is None):
+        raise TypeError("masked_glu needs gate and up, or gate_up alone")
+    number = _activation_number(activation)
+    if gate_up is not None:
+        if gate is not None or up is not None:
+            raise TypeError("masked_glu needs gate and up, or gate_up alone")
+        _check_activations("gate_up", gate_up)
+        if gate_up.shape[-1] % 2:
+            raise ValueError(f"gate_up must have an even last dimension, got shape {tuple(gate_up.shape)}")
+        mask = _check_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
+        return _ops.masked_glu_packed(gate_up, mask, row_ids, number, interleaved)
+    if interleaved:
+        raise TypeError("interleaved describes gate_up; gate and up were given")
+    _check_activations("gate", gate)
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
+        raise ValueError(
+            f"up must match gate, {_describe(gate)}, got {_describe(up)}"
+        )  # fmt: skip
+    mask = _check_mask(mask, gate, gate.shape[-1], row_ids)
+    return _ops.masked_glu(gate, up, mask, row_ids, number)
+
+
+def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh"):
+    """The plain FFN activation times the neuron mask: h[t, f] = φ(hidden[t, f]) · mask[r(t), f].
+
+    Args, rounding and errors as for ``masked_glu``; hidden is [..., F].
+
+    Returns:
+        h: [..., F] in the dtype of hidden.
+    """
+    number = _activation_number(activation)
+    _check_activations("hidden", hidden)
+    mask = _check_mask(mask, hidden, hidden.shape[-1], row_ids)
+    return _ops.masked_act(hidden, mask, row_ids, number)
+
+
+def hard_concrete(
+    scores,
+    rows,
+    seed,
+    step,
+    layer,
+    sample_ids=None,
+    temperature=1 / 3,
+    stretch=(-0.1, 1.1),
+    training=True,
+):
+    """Hard-concrete gates of FFN neurons: samples in training, noiseless otherwise.
+
+    Training: z = clamp(σ((logit ν + s)/β)·(ζ − γ) + γ, 0, 1), ν uniform in (1e-4, 1 − 1e-4);
+    otherwise z = clamp(σ(s)·(ζ − γ) + γ, 0, 1). Source: Louizos et al. 2018, *Learning Sparse
+    Neural Networks through L0 Regularization*, eq. 10–12. The noise is Philox 4x32-10 of (seed,
+    step, layer, sample id, neuron) and nothing else: the same bits on every device and for any
+    split of a batch. It is computed again in the backward, not stored.
+
+    Args:
+        scores: float32 [F] (or float64), the log-odds s.
+        rows: the number of gate rows, usually one per sample of the batch.
+        seed: int in [0, 2^63). step, layer: ints in [0, 2^32).
+        sample_ids: int64 [rows], the global index of each sample (taken modulo 2^32); None: 0 … rows − 1.
+        temperature: β > 0. stretch: (γ, ζ) with γ < 0 and ζ > 1.
+        training: whether to add noise; without it all rows are equal.
+
+    Returns:
+        z: [rows, F] in the dtype of scores, differentiable with respect to scores.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    if not isinstance(scores, torch.Tensor) or scores.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"scores must be a float32 (or float64) tensor, got {_describe(scores)}")
+    if scores.dim() != 1:
+        raise ValueError(f"scores must have shape [F], got {tuple(scores.shape)}")
+    if rows < 0:
+        raise ValueError(f"rows must not be negative, got {rows}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+    for name, value in (("step", step), ("layer", layer)):
+        if not 0 <= value < 2**32:
+            raise ValueError(f"{name} must lie in [0, 2^32), got {value}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not (stretch[0] < 0 and stretch[1] > 1):
+        raise ValueError(f"stretch must be (γ, ζ) with γ < 0 and ζ > 1, got {stretch}")
+    if sample_ids is None:
+        sample_ids = torch.arange(rows, device=scores.device)
+    elif sample_ids.shape != (rows,) or sample_ids.dtype != torch.int64:
+        raise ValueError(f"sample_ids must be int64 [{rows}], one per row, got {_describe(sample_ids)}")
+    sample_ids = sample_ids.to(scores.device)
+    return _ops.hard_concrete(
+        scores, sample_ids, seed, step, layer, temperature, stretch[0], stretch[1], training
+    )
+
+
+def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
+    """Select the neurons to mute and compact them: exact, stable, without waiting for the device.
+
+    Args:
+        scores: float32 [L, F], or a sequence of float32 [F_l] for layers of unequal width; on one device.
+        budget: how many neurons: an int, or a float in (0, 1] as a share of all (rounded down). The
+            lowest scores are taken; ties go to the lower layer, then the lower neuron.
+        threshold: instead of a budget, r in (0, 1): all neurons with σ(s) < r (Hou et al.: 0.15).
+        stretch: (γ, ζ) of the evaluation gate clamp(σ(s)·(ζ − γ) + γ, 0, 1), which becomes the gain.
+
+    Returns:
+        MutedNeurons(indptr, indices, gains) on the device of the scores. The capacity is the
+        budget, or L·F for a threshold. NaN scores are never selected, so fewer than the budget may
+        be; the true count is indptr[L]. −0.0 equals 0.0.
+
+    Raises:
+        TypeError: not exactly one of budget and threshold, or a wrong type.
+        ValueError: a wrong shape or value; with NEUMUTER_DEBUG=1 in the environment (which makes
+            the call wait for the device) also a NaN among the scores.
+    """
+    if isinstance(scores, torch.Tensor):
+        if scores.dim() != 2:
+            raise ValueError(f"scores must have shape [L, F] or be a sequence of [F_l], got {tuple(scores.shape)}")
+        layers = [scores]
+        widths = [scores.shape[1]] * scores.shape[0]
+    else:
+        layers = list(scores)
+        widths = [layer.numel() for layer in layers]
+        if not layers or any(layer.dim() != 1 for layer in layers):
+            raise ValueError("scores must be [L, F] or a non-empty sequence of one-dimensional tensors")
+    for layer in layers:
+        if layer.dtype != torch.float32:
+            raise TypeError(f"scores must be float32, got {layer.dtype}")
+        if layer.device != layers[0].device:
+            raise ValueError(f"scores must be on one device, got {layers[0].device} and {layer.device}")
+    flat = layers[0].detach().reshape(-1) if len(layers) == 1 else torch.cat([x.detach() for x in layers])
+    if os.environ.get("NEUMUTER_DEBUG") == "1" and flat.isnan().any():
+        raise ValueError("scores contain NaN")
+    if (budget is None) == (threshold is None):
+        raise TypeError("select_muted needs exactly one of budget and threshold")
+    if threshold is not None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
+        cut = logit(threshold)
+    else:
+        budget, cut = neuron_budget(budget, flat.numel()), 0.0
+    return MutedNeurons(*_ops.select_muted(flat, widths, budget, cut, *stretch))
+
+
+def neuron_budget(budget, neurons):
+    """The number of neurons that a budget (an int, or a float share in (0, 1]) means out of ``neurons``.
+
+    Raises TypeError for another type and ValueError for a number out of range.
+    """
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget as a share must lie in (0, 1], got {budget}")
+        return int(budget * neurons + 1e-9)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"budget must be an int (a count) or a float (a share), got {budget!r}")
+    if budget < 0:
+        raise ValueError(f"budget must not be negative, got {budget}")
+    return budget
+
+
+# --- Checks ----------------------------------------------------------------------------------
+
+
+def _describe(x):
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _activation_number(activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS.index(activation)
+
+
+def _check_activations(name, x):
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {_describe(x)}")
+    if x.dim() < 1:
+        raise ValueError(f"{name} must have shape [..., F], got a scalar")
+
+
+def _check_mask(mask, x, width, row_ids):
+    """The mask as [G, F], after checking it and row_ids against the activations x."""
+    wanted = reference.compute_dtype(x.dtype)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != wanted:
+        raise TypeError(f"mask must be {wanted} for {x.dtype} activations, got {_describe(mask)}")
+    if mask.dim() == 1:
+        mask = mask.unsqueeze(0)
+    if mask.dim() != 2 or mask.shape[1] != width:
+        raise ValueError(f"mask must have shape [G, {width}] or [{width}], got {tuple(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on {x.device}, where the activations are, got {mask.device}")
+    tokens = x.shape[:-1].numel()
+    if row_ids is None:
+        if tokens and (mask.shape[0] == 0 or tokens % mask.shape[0]):
+            raise ValueError(
+                f"mask has {mask.shape[0]} rows, into which {tokens} tokens do not divide evenly; give row_ids"
+            )
+    else:
+        if row_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"row_ids must be int32 or int64, got {row_ids.dtype}")
+        if row_ids.numel() != tokens:
+            raise ValueError(f"row_ids must have one id for each of {tokens} tokens, got {row_ids.numel()}")
+        if row_ids.device != x.device:
+            raise ValueError(f"row_ids must be on {x.device}, where the activations are, got {row_ids.device}")
+    return mask
+
+
+# --- Fake kernels ----------------------------------------------------------------------------
+
+
+def _empty(x, wanted=True):
+    return x.new_empty(x.shape if wanted else (0,))
+
+
+@torch.library.register_fake("neumuter::masked_glu")
+def _(gate, up, mask, row_ids, activation):
+    return _empty(gate)
+
+
+@torch.library.register_fake("neumuter::masked_glu_backward")
+def _(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad):
+    return _empty(gate, input_grad), _empty(gate, input_grad), _empty(mask, mask_grad)
+
+
+@torch.library.register_fake("neumuter::masked_glu_packed")
+def _(gate_up, mask, row_ids, activation, interleaved):
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@torch.library.register_fake("neumuter::masked_glu_packed_backward")
+def _(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
+    return _empty(gate_up, input_grad), _empty(mask, mask_grad)
+
+
+@torch.library.register_fake("neumuter::masked_act")
+def _(hidden, mask, row_ids, activation):
+    return _empty(hidden)
+
+
+@torch.library.register_fake("neumuter::masked_act_backward")
+def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
+    return _empty(hidden, input_grad), _empty(mask, mask_grad)
+
+
+@torch.library.register_fake("neumuter::hard_concrete")
+def _(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+    return scores.new_empty((sample_ids.shape[0], scores.shape[0]))
+
+
+@torch.library.register_fake("neumuter::hard_concrete_backward")
+def _(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+    return _empty(scores)
+
+
+@torch.library.register_fake("neumuter::select_muted")
+def _(scores, widths, budget, threshold, gamma, zeta):
+    n = scores.shape[0]
+    capacity = n if budget is None else min(budget, n)
+    return (
+        scores.new_empty((len(widths) + 1,), dtype=torch.int32),
+        scores.new_empty((capacity,), dtype=torch.int32),
+        scores.new_empty((capacity,)),
+    )
+
+
+# --- Autograd --------------------------------------------------------------------------------
+
+
+def _wanted(gradients, *flags):
+    """The gradients whose flags are set, None for the others."""
+    return tuple(g if flag else None for g, flag in zip(gradients, flags, strict=True))
+
+
+def _save_glu(ctx, inputs, output):
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _glu_backward(ctx, grad):
+    need_gate, need_up, need_mask, _, _ = ctx.needs_input_grad
+    grads = _ops.masked_glu_backward(
+        grad, *ctx.saved_tensors, ctx.activation, need_gate or need_up, need_mask
+    )
+    return (*_wanted(grads, need_gate, need_up, need_mask), None, None)
+
+
+def _save_packed(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.interleaved = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _packed_backward(ctx, grad):
+    need_gate_up, need_mask = ctx.needs_input_grad[:2]
+    grads = _ops.masked_glu_packed_backward(
+        grad, *ctx.saved_tensors, ctx.activation, ctx.interleaved, need_gate_up, need_mask
+    )
+    return (*_wanted(grads, need_gate_up, need_mask), None, None, None)
+
+
+def _act_backward(ctx, grad):
+    need_hidden, need_mask = ctx.needs_input_grad[:2]
+    grads = _ops.masked_act_backward(grad, *ctx.saved_tensors, ctx.activation, need_hidden, need_mask)
+    return (*_wanted(grads, need_hidden, need_mask), None, None)
+
+
+def _save_gates(ctx, inputs, output):
+    scores, sample_ids, *ctx.options = inputs
+    ctx.save_for_backward(scores, sample_ids)
+
+
+def _gates_backward(ctx, grad):
+    return _ops.hard_concrete_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
+
+
+torch.library.register_autograd("neumuter::masked_glu", _glu_backward, setup_context=_save_glu)
+torch.library.register_autograd("neumuter::masked_glu_packed", _packed_backward, setup_context=_save_packed)
+torch.library.register_autograd("neumuter::masked_act", _act_backward, setup_context=_save_glu)
+torch.library.register_autograd("neumuter::hard_concrete", _gates_backward, setup_context=_save_gates)
+
+
+# --- Triton on the GPU -----------------------------------------------------------------------
+# Imported at the first call: importing Triton takes longer than importing this package.
+
+
+def _masked_ffn():
+    from neumuter_kernels.triton import masked_ffn
+
+    return masked_ffn
+
+
+def _hard_concrete():
+    from neumuter_kernels.triton import hard_concrete
+
+    return hard_concrete
+
+
+_cuda = torch.library.Library("neumuter", "IMPL", "CUDA")
+
+
+def _on_cuda(name):
+    return lambda function: _cuda.impl(name, function)
+
+
+@_on_cuda("masked_glu")
+def _(gate, up, mask, row_ids, activation):
+    return _masked_ffn().forward(gate, up, mask, row_ids, activation)
+
+
+@_on_cuda("masked_glu_backward")
+def _(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad):
+    return _masked_ffn().backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad)
+
+
+@_on_cuda("masked_glu_packed")
+def _(gate_up, mask, row_ids, activation, interleaved):
+    return _masked_ffn().forward(gate_up, None, mask, row_ids, activation, True, interleaved)
+
+
+@_on_cuda("masked_glu_packed_backward")
+def _(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
+    grad_gate_up, _, grad_mask = _masked_ffn().backward(
+        grad, gate_up, None, mask, row_ids, activation, input_grad, mask_grad, True, interleaved
+    )
+    return grad_gate_up, grad_mask
+
+
+@_on_cuda("masked_act")
+def _(hidden, mask, row_ids, activation):
+    return _masked_ffn().forward(hidden, None, mask, row_ids, activation)
+
+
+@_on_cuda("masked_act_backward")
+def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
+    grad_hidden, _, grad_mask = _masked_ffn().backward(
+        grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad
+    )
+    return grad_hidden, grad_mask
+
+
+@_on_cuda("hard_concrete")
+def _(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+    return _hard_concrete().forward(
+        scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training
+    )
+
+
+@_on_cuda("hard_concrete_backward")
+def _(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+    return _hard_concrete().backward(
+        grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training
+    )

@@ -1,0 +1,64 @@
+"""Activations and their slopes inside Triton kernels.
+
+float32 is computed to a few ulp (eager uses the accurate exp, so the fast one would show);
+bfloat16 and float16 use the hardware's fast exp, whose error is far below their rounding.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exponential(x, FAST: tl.constexpr):
+    if FAST or x.dtype == tl.float64:
+        return tl.exp(x)
+    # NaN must pass: comparisons with it are false.
+    x = tl.where(x < -104.0, -104.0, x)
+    x = tl.where(x > 89.0, 89.0, x)
+    rounded = x * 1.44269504 + 12582912.0
+    n = rounded - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    q = 0.00019919360056519508
+    q = q * r + 0.0013947212137281895
+    q = q * r + 0.008333262987434864
+    q = q * r + 0.04166625440120697
+    q = q * r + 0.1666666716337204
+    q = q * r + 0.5
+    y = 1.0 + (r + (r * r) * q)
+    exponent = rounded.to(tl.int32, bitcast=True) - 0x4B400000
+    half = exponent >> 1  # 2^n may not be representable where y·2^n is
+    low = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    high = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+    return y * low * high
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    if FAST or x.dtype == tl.float64:
+        return 1.0 / (1.0 + exponential(-x, FAST))
+    return tl.div_rn(1.0, 1.0 + exponential(-x, FAST))
+
+
+@triton.jit
+def activation(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+    """φ(x) and φ'(x) of the activation of that number in reference.ACTIVATIONS."""
+    if ACTIVATION == 0:  # silu
+        s = sigmoid(x, FAST)
+        value = x * s
+        slope = s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == 1:  # gelu
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * exponential(-0.5 * x * x, FAST) * 0.3989422804014327
+    elif ACTIVATION == 2:  # gelu_tanh: ½(1 + tanh v) = σ(2v), without the cancellation
+        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), FAST)
+        value = x * s
+        slope = s + x * (s * (1.0 - s)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    elif ACTIVATION == 3:  # relu
+        value = tl.where(x < 0.0, 0.0, x)
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    else:  # relu2
+        r = tl.where(x < 0.0, 0.0, x)
+        value = r * r
+        slope = 2.0 * r
+    return value, slope

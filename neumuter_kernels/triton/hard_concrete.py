@@ -1,0 +1,151 @@
+"""hard_concrete and its backward in Triton: the bits of reference.py on any device.
+
+Every operation is one IEEE operation: division is tl.div_rn, and the launch forbids fusing
+multiplications with additions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from neumuter_kernels.reference import _span
+
+BLOCK = 256  # Philox counters a program, four neurons each
+
+
+@triton.jit
+def exact_exp(x):
+    x = tl.where(x < -87.0, -87.0, x)
+    x = tl.where(x > 87.0, 87.0, x)
+    rounded = x * 1.44269504 + 12582912.0
+    n = rounded - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    q = r * 0.00019919360056519508 + 0.0013947212137281895
+    q = q * r + 0.008333262987434864
+    q = q * r + 0.04166625440120697
+    q = q * r + 0.1666666716337204
+    q = q * r + 0.5
+    y = ((r * r) * q + r) + 1.0
+    exponent = rounded.to(tl.int32, bitcast=True) - 0x4B400000 + 127
+    return y * (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exact_log(x):
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    t = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    e = exponent.to(tl.float32)
+    z = t * t
+    p = t * 0.06915368139743805 + -0.11789807677268982
+    p = p * t + 0.11872976273298264
+    p = p * t + -0.1238434836268425
+    p = p * t + 0.14218658208847046
+    p = p * t + -0.16669251024723053
+    p = p * t + 0.20002226531505585
+    p = p * t + -0.24999986588954926
+    p = p * t + 0.3333331048488617
+    y = (t * z) * p
+    y = (y + e * -2.12194440e-4) - 0.5 * z
+    return (t + y) + e * 0.693359375
+
+
+@triton.jit
+def sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
+             TRAINING: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """σ of the neurons 4·first … 4·(first + BLOCK) − 1 in one row of gates."""
+    f = 4 * first + tl.arange(0, 4 * BLOCK)
+    x = tl.load(scores + f, mask=f < F, other=0.0)
+    exact: tl.constexpr = x.dtype == tl.float32
+    if TRAINING:
+        counter = (first + tl.arange(0, BLOCK)).to(tl.uint32)
+        zero = tl.zeros((BLOCK,), dtype=tl.uint32)
+        w0, w1, w2, w3 = tl.philox_impl(
+            counter, zero + sample.to(tl.uint32), zero + layer.to(tl.uint32), zero + step.to(tl.uint32),
+            seed_low.to(tl.uint32), seed_high.to(tl.uint32), 10,
+        )  # fmt: skip
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (4 * BLOCK,))
+        u = ((words >> 9).to(tl.int32).to(x.dtype) + 0.5) * 1.1920928955078125e-07
+        nu = u * 0.9998 + 1e-4
+        complement = (1.0 - u) * 0.9998 + 1e-4
+        if exact:
+            noise = exact_log(nu) - exact_log(complement)
+        else:
+            noise = tl.log(nu) - tl.log(complement)
+        x = (noise + x) * inverse_temperature
+    if exact:
+        return tl.div_rn(1.0, 1.0 + exact_exp(-x))
+    else:
+        return 1.0 / (1.0 + tl.exp(-x))
+
+
+SCALARS = ("seed_low", "seed_high", "step", "layer", "inverse_temperature", "gamma", "span", "scale")
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def hard_concrete_kernel(
+    scores, sample_ids, out, F, seed_low, seed_high, step, layer, inverse_temperature, gamma, span,
+    TRAINING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK
+    sample = tl.load(sample_ids + row)
+    sigma = sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
+                     TRAINING, BLOCK)  # fmt: skip
+    raw = sigma * span + gamma
+    z = tl.where(raw < 0.0, 0.0, raw)
+    z = tl.where(z > 1.0, 1.0, z)
+    f = 4 * first + tl.arange(0, 4 * BLOCK)
+    tl.store(out + row * F + f, z, mask=f < F)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def hard_concrete_backward_kernel(
+    grad, scores, sample_ids, grad_scores, rows, F, seed_low, seed_high, step, layer,
+    inverse_temperature, gamma, span, scale, TRAINING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK
+    f = 4 * first + tl.arange(0, 4 * BLOCK)
+    sums = tl.zeros((4 * BLOCK,), dtype=scores.dtype.element_ty)
+    for row in range(rows):  # in order: the same bits on every run
+        sample = tl.load(sample_ids + row)
+        sigma = sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
+                         TRAINING, BLOCK)  # fmt: skip
+        raw = sigma * span + gamma
+        b_grad = tl.load(grad + row.to(tl.int64) * F + f, mask=f < F, other=0.0)
+        slope = (sigma * (1.0 - sigma)) * scale
+        sums += tl.where((raw > 0.0) & (raw < 1.0), b_grad * slope, 0.0)
+    tl.store(grad_scores + f, sums, mask=f < F)
+
+
+def _arguments(scores, seed, step, layer, temperature, gamma, zeta, training):
+    span = _span((gamma, zeta), scores.dtype)
+    inverse = 1.0 / temperature
+    common = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, step, layer, inverse, gamma, span)
+    return common, span * (inverse if training else 1.0)
+
+
+def forward(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+    """Gates [rows, F] of scores [F] for sample_ids int64 [rows]."""
+    F, rows = scores.numel(), sample_ids.numel()
+    out = scores.new_empty(rows, F)
+    if out.numel():
+        common, _ = _arguments(scores, seed, step, layer, temperature, gamma, zeta, training)
+        hard_concrete_kernel[(triton.cdiv(F, 4 * BLOCK), rows)](
+            scores.contiguous(), sample_ids.contiguous(), out, F, *common,
+            TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def backward(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+    """The gradient of the scores [F] for grad [rows, F]."""
+    F, rows = scores.numel(), sample_ids.numel()
+    grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    if F:
+        common, scale = _arguments(scores, seed, step, layer, temperature, gamma, zeta, training)
+        hard_concrete_backward_kernel[(triton.cdiv(F, 4 * BLOCK),)](
+            grad.contiguous(), scores.contiguous(), sample_ids.contiguous(), grad_scores, rows, F, *common,
+            scale, TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return grad_scores
