@@ -155,7 +155,7 @@ def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
     block = torch.arange((neurons + 3) // 4, device=sample_ids.device)
     counter = (block[None, :], sample_ids.long()[:, None] & low, layer & low, step & low)
     words = torch.stack(philox_4x32(counter, (seed & low, (seed >> 32) & low)), dim=-1)
-    words = words.reshape(len(sample_ids), -1)[:, :neurons]
+    words = words.flatten(1)[:, :neurons]
     uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
     width = 1.0 - 2 * NOISE_MARGIN
     nu = uniform * width + NOISE_MARGIN

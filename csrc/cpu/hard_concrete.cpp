@@ -14,21 +14,23 @@ struct GateInput {
   int64_t rows, neurons;
   Gates gates;
 
-  GateInput(const Tensor& scores_, const Tensor& sample_ids, int64_t seed, int64_t step,
-            int64_t layer, double temperature, double gamma, double zeta, bool training)
+  GateInput(const Tensor& scores_, const Tensor& sample_ids, int64_t seed, int64_t step, int64_t layer,
+            double temperature, double gamma, double zeta, bool training)
       : scores(torch::stable::contiguous(scores_)), ids(torch::stable::contiguous(sample_ids)) {
     STD_TORCH_CHECK(scores.dim() == 1, "scores must have shape [F]");
     STD_TORCH_CHECK(ids.dim() == 1 && ids.scalar_type() == ScalarType::Long,
                     "sample_ids must be int64 [rows]");
-    STD_TORCH_CHECK(
-        scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double,
-        "scores must be float32 or float64");
+    STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double,
+                    "scores must be float32 or float64");
     dtype = scores.scalar_type() == ScalarType::Double ? Dtype::kDouble : Dtype::kFloat;
     rows = ids.numel();
     neurons = scores.numel();
-    gates = {static_cast<uint64_t>(seed),  static_cast<uint32_t>(step),
-             static_cast<uint32_t>(layer), temperature,
-             gamma,                        zeta,
+    gates = {static_cast<uint64_t>(seed),
+             static_cast<uint32_t>(step),
+             static_cast<uint32_t>(layer),
+             temperature,
+             gamma,
+             zeta,
              training};
   }
 
@@ -49,9 +51,8 @@ struct GateInput {
   }
 };
 
-static Tensor hard_concrete(Tensor scores, Tensor sample_ids, int64_t seed, int64_t step,
-                            int64_t layer, double temperature, double gamma, double zeta,
-                            bool training) {
+static Tensor hard_concrete(Tensor scores, Tensor sample_ids, int64_t seed, int64_t step, int64_t layer,
+                            double temperature, double gamma, double zeta, bool training) {
   const GateInput in(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training);
   Tensor out = torch::stable::new_empty(in.scores, {in.rows, in.neurons});
   char* z = static_cast<char*>(out.data_ptr());
@@ -77,9 +78,8 @@ static Tensor hard_concrete_backward(Tensor grad_, Tensor scores, Tensor sample_
   const char* g = static_cast<const char*>(grad.data_ptr());
   in.for_each_block([&](int64_t first, int64_t last) {
     for (int64_t r = 0; r < in.rows; ++r) {
-      kernels().hard_concrete_backward(in.dtype, in.gates, g + r * in.row_bytes(),
-                                       in.scores.data_ptr(), in.sample(r), first, last,
-                                       grad_scores.data_ptr());
+      kernels().hard_concrete_backward(in.dtype, in.gates, g + r * in.row_bytes(), in.scores.data_ptr(),
+                                       in.sample(r), first, last, grad_scores.data_ptr());
     }
   });
   return grad_scores;

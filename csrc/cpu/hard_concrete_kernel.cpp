@@ -42,8 +42,8 @@ static inline void noise(const Gates& gates, uint32_t sample, int64_t first, C* 
 
 // σ of neurons [first, first + n).
 template <typename C>
-static inline void sigma_run(const Gates& gates, const C* __restrict scores, uint32_t sample,
-                             int64_t first, int n, C* __restrict sigma) {
+static inline void sigma_run(const Gates& gates, const C* __restrict scores, uint32_t sample, int64_t first,
+                             int n, C* __restrict sigma) {
   if (gates.training) {
     noise(gates, sample, first, sigma);
     const C inverse = C(1.0 / gates.temperature);
@@ -54,8 +54,8 @@ static inline void sigma_run(const Gates& gates, const C* __restrict scores, uin
 }
 
 template <typename C>
-static void forward(const Gates& gates, const C* scores, uint32_t sample, int64_t first,
-                    int64_t last, C* __restrict out) {
+static void forward(const Gates& gates, const C* scores, uint32_t sample, int64_t first, int64_t last,
+                    C* __restrict out) {
   const C gamma = C(gates.gamma), span = C(gates.zeta) - C(gates.gamma);
   for (; first < last; first += kRun) {
     alignas(64) C sigma[kRun];
@@ -70,8 +70,8 @@ static void forward(const Gates& gates, const C* scores, uint32_t sample, int64_
 }
 
 template <typename C>
-static void backward(const Gates& gates, const C* grad, const C* scores, uint32_t sample,
-                     int64_t first, int64_t last, C* __restrict grad_scores) {
+static void backward(const Gates& gates, const C* grad, const C* scores, uint32_t sample, int64_t first,
+                     int64_t last, C* __restrict grad_scores) {
   const C gamma = C(gates.gamma), span = C(gates.zeta) - C(gates.gamma);
   const C scale = span * (gates.training ? C(1.0 / gates.temperature) : C(1));
   for (; first < last; first += kRun) {
@@ -87,8 +87,8 @@ static void backward(const Gates& gates, const C* grad, const C* scores, uint32_
   }
 }
 
-static void hard_concrete(Dtype dtype, const Gates& gates, const void* scores, uint32_t sample,
-                          int64_t first, int64_t last, void* out) {
+static void hard_concrete(Dtype dtype, const Gates& gates, const void* scores, uint32_t sample, int64_t first,
+                          int64_t last, void* out) {
   if (dtype == Dtype::kDouble) {
     forward(gates, static_cast<const double*>(scores), sample, first, last, static_cast<double*>(out));
   } else {
@@ -96,15 +96,14 @@ static void hard_concrete(Dtype dtype, const Gates& gates, const void* scores, u
   }
 }
 
-static void hard_concrete_backward(Dtype dtype, const Gates& gates, const void* grad,
-                                   const void* scores, uint32_t sample, int64_t first, int64_t last,
-                                   void* grad_scores) {
+static void hard_concrete_backward(Dtype dtype, const Gates& gates, const void* grad, const void* scores,
+                                   uint32_t sample, int64_t first, int64_t last, void* grad_scores) {
   if (dtype == Dtype::kDouble) {
-    backward(gates, static_cast<const double*>(grad), static_cast<const double*>(scores), sample,
-             first, last, static_cast<double*>(grad_scores));
+    backward(gates, static_cast<const double*>(grad), static_cast<const double*>(scores), sample, first, last,
+             static_cast<double*>(grad_scores));
   } else {
-    backward(gates, static_cast<const float*>(grad), static_cast<const float*>(scores), sample,
-             first, last, static_cast<float*>(grad_scores));
+    backward(gates, static_cast<const float*>(grad), static_cast<const float*>(scores), sample, first, last,
+             static_cast<float*>(grad_scores));
   }
 }
 
@@ -112,8 +111,7 @@ static void hard_concrete_backward(Dtype dtype, const Gates& gates, const void* 
 #define NEUMUTER_NAME(x) NEUMUTER_STRING(x)
 extern const Kernels kernels_of_this_capability;
 const Kernels kernels_of_this_capability = {NEUMUTER_NAME(NEUMUTER_CAPABILITY), masked_ffn,
-                                            masked_ffn_backward, hard_concrete,
-                                            hard_concrete_backward};
+                                            masked_ffn_backward, hard_concrete, hard_concrete_backward};
 
 }  // namespace NEUMUTER_CAPABILITY
 }  // namespace neumuter::cpu

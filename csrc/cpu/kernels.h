@@ -52,11 +52,11 @@ struct Kernels {
   // Adds the mask's gradient over the block's tokens to grad_mask[0 .. columns), unless null.
   void (*masked_ffn_backward)(const Ffn&, const FfnGrad&, const Block&, void* grad_mask);
   // Neurons [first, last) of one row of gates; `first` is a multiple of 4.
-  void (*hard_concrete)(Dtype, const Gates&, const void* scores, uint32_t sample, int64_t first,
-                        int64_t last, void* out);
+  void (*hard_concrete)(Dtype, const Gates&, const void* scores, uint32_t sample, int64_t first, int64_t last,
+                        void* out);
   // Adds the scores' gradient from one row of gates.
-  void (*hard_concrete_backward)(Dtype, const Gates&, const void* grad, const void* scores,
-                                 uint32_t sample, int64_t first, int64_t last, void* grad_scores);
+  void (*hard_concrete_backward)(Dtype, const Gates&, const void* grad, const void* scores, uint32_t sample,
+                                 int64_t first, int64_t last, void* grad_scores);
 };
 
 // The widest instruction set that this CPU has, or the one that NEUMUTER_CPU_CAPABILITY names.

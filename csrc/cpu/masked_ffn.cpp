@@ -10,8 +10,8 @@
 
 namespace neumuter::cpu {
 
-constexpr int64_t kTokens = 64;     // tokens a block
-constexpr int64_t kColumns = 1024;  // columns a block: its sums stay in the L1 cache
+constexpr int64_t kTokens = 64;      // tokens a block
+constexpr int64_t kColumns = 1024;   // columns a block: its sums stay in the L1 cache
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 static Dtype dtype_of(ScalarType type) {
@@ -102,8 +102,8 @@ struct Input {
   void find_mask_rows(const std::optional<Tensor>& row_ids) {
     mask_rows.resize(tokens);
     if (!row_ids) {
-      STD_TORCH_CHECK(tokens == 0 || (masks > 0 && tokens % masks == 0), "without row_ids the ",
-                      tokens, " tokens must divide into ", masks, " equal runs, one per mask row");
+      STD_TORCH_CHECK(tokens == 0 || (masks > 0 && tokens % masks == 0), "without row_ids the ", tokens,
+                      " tokens must divide into ", masks, " equal runs, one per mask row");
       for (int64_t t = 0; t < tokens; ++t) mask_rows[t] = t / (tokens / masks);
       return;
     }
@@ -182,15 +182,15 @@ static void sum_chunks(const Chunks& work, const Input& in, const C* partial, C*
 }
 
 // grad_gate (or grad_gate_up), grad_up and grad_mask; those not wanted are empty.
-static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor& grad_,
-                                                   bool input_grad, bool mask_grad) {
+static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor& grad_, bool input_grad,
+                                                   bool mask_grad) {
   const Rows grad(grad_);
   STD_TORCH_CHECK(grad.rows == in.tokens && grad.columns == in.columns &&
                       grad_.scalar_type() == in.gate.tensor.scalar_type(),
                   "grad must have the shape and dtype of the output");
   auto like_input = [&](bool wanted) {
-    return torch::stable::new_empty(
-        in.gate.tensor, wanted ? sizes_of(in.gate.tensor) : std::vector<int64_t>{0});
+    return torch::stable::new_empty(in.gate.tensor,
+                                    wanted ? sizes_of(in.gate.tensor) : std::vector<int64_t>{0});
   };
   Tensor grad_gate = like_input(input_grad);
   Tensor grad_up = like_input(input_grad && in.up);
@@ -208,18 +208,18 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
   const Kernels& k = kernels();
   for_each_block(chunks * panels, in.elements(), [&](int64_t b) {
     const Chunks::Chunk& chunk = work.chunks[b / panels];
-    const Block block = in.block(work.order.empty() ? nullptr : work.order.data(), chunk.first,
-                                 chunk.last, b % panels);
+    const Block block =
+        in.block(work.order.empty() ? nullptr : work.order.data(), chunk.first, chunk.last, b % panels);
     void* sums = nullptr;
     if (mask_grad) {
       sums = offset(partial, b / panels * in.columns + block.first_column);
-      std::fill_n(static_cast<char*>(sums),
-                  (block.last_column - block.first_column) * partial.element_size(), 0);
+      std::fill_n(static_cast<char*>(sums), (block.last_column - block.first_column) * partial.element_size(),
+                  0);
     }
     k.masked_ffn_backward(in.ffn, d, block, sums);
   });
-  Tensor grad_mask = torch::stable::new_empty(
-      in.mask.tensor, mask_grad ? sizes_of(in.mask.tensor) : std::vector<int64_t>{0});
+  Tensor grad_mask = torch::stable::new_empty(in.mask.tensor,
+                                              mask_grad ? sizes_of(in.mask.tensor) : std::vector<int64_t>{0});
   if (mask_grad && in.ffn.dtype == Dtype::kDouble) {
     sum_chunks(work, in, static_cast<const double*>(partial.data_ptr()),
                static_cast<double*>(grad_mask.data_ptr()));
@@ -237,9 +237,8 @@ static Tensor masked_glu(Tensor gate, Tensor up, Tensor mask, Ids row_ids, int64
 }
 
 static std::tuple<Tensor, Tensor, Tensor> masked_glu_backward(Tensor grad, Tensor gate, Tensor up,
-                                                              Tensor mask, Ids row_ids,
-                                                              int64_t activation, bool input_grad,
-                                                              bool mask_grad) {
+                                                              Tensor mask, Ids row_ids, int64_t activation,
+                                                              bool input_grad, bool mask_grad) {
   return backward(Input(gate, up, mask, row_ids, activation, false, false), grad, input_grad, mask_grad);
 }
 
@@ -253,8 +252,8 @@ static std::tuple<Tensor, Tensor> masked_glu_packed_backward(Tensor grad, Tensor
                                                              bool interleaved, bool input_grad,
                                                              bool mask_grad) {
   auto [grad_gate_up, unused, grad_mask] =
-      backward(Input(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved), grad,
-               input_grad, mask_grad);
+      backward(Input(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved), grad, input_grad,
+               mask_grad);
   return {grad_gate_up, grad_mask};
 }
 
@@ -262,9 +261,8 @@ static Tensor masked_act(Tensor hidden, Tensor mask, Ids row_ids, int64_t activa
   return forward(Input(hidden, std::nullopt, mask, row_ids, activation, false, false));
 }
 
-static std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor hidden, Tensor mask,
-                                                      Ids row_ids, int64_t activation,
-                                                      bool input_grad, bool mask_grad) {
+static std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Ids row_ids,
+                                                      int64_t activation, bool input_grad, bool mask_grad) {
   auto [grad_hidden, unused, grad_mask] = backward(
       Input(hidden, std::nullopt, mask, row_ids, activation, false, false), grad, input_grad, mask_grad);
   return {grad_hidden, grad_mask};

@@ -38,16 +38,16 @@ static void forward(const Ffn& a, const Block& block, void* out, int64_t out_str
     alignas(64) C gate_buffer[kTile], up_buffer[kTile], h[kTile];
     const int64_t column = f * a.column_stride;
     const C* __restrict m = mask_run<C>(a, t, f);
-    const C* __restrict g = load(static_cast<const T*>(a.gate) + t * a.gate_stride + column,
-                                 a.column_stride, gate_buffer, n);
+    const C* __restrict g =
+        load(static_cast<const T*>(a.gate) + t * a.gate_stride + column, a.column_stride, gate_buffer, n);
     for (int i = 0; i < n; ++i) {
       C slope;
       h[i] = activation<A>(g[i], &slope);
     }
     round_to<T>(h, n);
     if constexpr (kGlu) {
-      const C* __restrict u = load(static_cast<const T*>(a.up) + t * a.up_stride + column,
-                                   a.column_stride, up_buffer, n);
+      const C* __restrict u =
+          load(static_cast<const T*>(a.up) + t * a.up_stride + column, a.column_stride, up_buffer, n);
       for (int i = 0; i < n; ++i) h[i] = (h[i] * u[i]) * m[i];
     } else {
       for (int i = 0; i < n; ++i) h[i] *= m[i];
@@ -64,10 +64,9 @@ static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* g
     alignas(64) C value[kTile], slope[kTile], inner[kTile];
     const int64_t column = f * a.column_stride;
     const C* __restrict m = mask_run<C>(a, t, f);
-    const C* __restrict g = load(static_cast<const T*>(a.gate) + t * a.gate_stride + column,
-                                 a.column_stride, gate_buffer, n);
-    const C* __restrict dh =
-        load(static_cast<const T*>(d.grad) + t * d.grad_stride + f, 1, grad_buffer, n);
+    const C* __restrict g =
+        load(static_cast<const T*>(a.gate) + t * a.gate_stride + column, a.column_stride, gate_buffer, n);
+    const C* __restrict dh = load(static_cast<const T*>(d.grad) + t * d.grad_stride + f, 1, grad_buffer, n);
     const C* __restrict u = nullptr;
     for (int i = 0; i < n; ++i) value[i] = activation<A>(g[i], &slope[i]);
     round_to<T>(value, n);
@@ -90,15 +89,13 @@ static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* g
         inner[i] = masked * u[i];
         value[i] = masked * value[i];
       }
-      store(value, static_cast<T*>(d.grad_up) + t * d.grad_up_stride + out_column,
-            d.grad_column_stride, n);
+      store(value, static_cast<T*>(d.grad_up) + t * d.grad_up_stride + out_column, d.grad_column_stride, n);
     } else {
       for (int i = 0; i < n; ++i) inner[i] = dh[i] * m[i];
     }
     round_to<T>(inner, n);
     for (int i = 0; i < n; ++i) inner[i] *= slope[i];
-    store(inner, static_cast<T*>(d.grad_gate) + t * d.grad_gate_stride + out_column,
-          d.grad_column_stride, n);
+    store(inner, static_cast<T*>(d.grad_gate) + t * d.grad_gate_stride + out_column, d.grad_column_stride, n);
   });
 }
 
@@ -106,10 +103,9 @@ static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* g
 template <typename T, typename F>
 static inline void with_activation(const Ffn& a, F f) {
   switch (a.activation) {
-#define NEUMUTER_CASE(A)                            \
-  case Activation::A:                               \
-    a.up ? f.template call<T, Activation::A, true>() \
-         : f.template call<T, Activation::A, false>(); \
+#define NEUMUTER_CASE(A)                                                                           \
+  case Activation::A:                                                                              \
+    a.up ? f.template call<T, Activation::A, true>() : f.template call<T, Activation::A, false>(); \
     break;
     NEUMUTER_CASE(kSilu)
     NEUMUTER_CASE(kGelu)

@@ -55,15 +55,15 @@ static inline float normal_cdf(float x, float e) {
   // erf(y)/y in y² for y < 1 and erfc(y)·exp(y²)/t in t = 1/(1 + y/2) above: minimax fits of ours,
   // errors 1.2e-9 and 1.5e-8.
   const float z = y * y;
-  const float small = 0.5f * y *
-                      horner(z, 1.1283791065216064f, -0.3761262595653534f, 0.11283600330352783f,
-                             -0.026854444295167923f, 0.005189535208046436f, -0.0008020841050893068f,
-                             7.889119297033176e-05f);
+  const float small =
+      0.5f * y *
+      horner(z, 1.1283791065216064f, -0.3761262595653534f, 0.11283600330352783f, -0.026854444295167923f,
+             0.005189535208046436f, -0.0008020841050893068f, 7.889119297033176e-05f);
   const float t = 1.0f / (1.0f + 0.5f * y);
-  const float tail = 0.5f * e * t *
-                     horner(t, 0.2821086049079895f, 0.2818179130554199f, 0.24893543124198914f,
-                            0.16945873200893402f, 0.0863637700676918f, 0.042644474655389786f,
-                            -0.19275647401809692f, 0.08179587125778198f);
+  const float tail =
+      0.5f * e * t *
+      horner(t, 0.2821086049079895f, 0.2818179130554199f, 0.24893543124198914f, 0.16945873200893402f,
+             0.0863637700676918f, 0.042644474655389786f, -0.19275647401809692f, 0.08179587125778198f);
   const float upper = y < 1.0f ? 0.5f - small : tail;
   return x < 0.0f ? upper : 1.0f - upper;
 }
@@ -82,10 +82,12 @@ static inline C activation(C x, C* slope) {
     *slope = cdf + x * e * C(0.3989422804014327);
     return x * cdf;
   } else if constexpr (A == Activation::kGeluTanh) {
-    // ½(1 + tanh v) = σ(2v), without the cancellation.
+    // ½(1 + tanh v) = σ(2v), without the cancellation; likewise 1 − σ.
     const C k = C(1.5957691216057308), c = C(0.044715);  // 2·√(2/π)
-    const C s = sigmoid(k * (x + c * x * x * x));
-    *slope = s + x * (s * (C(1) - s)) * (k * (C(1) + C(3) * c * x * x));
+    const C e = exponential(-(k * (x + c * x * x * x)));
+    const C s = C(1) / (C(1) + e);
+    const C complement = x > C(0) ? e * s : C(1) - s;
+    *slope = s + x * (s * complement) * (k * (C(1) + C(3) * c * x * x));
     return x * s;
   } else if constexpr (A == Activation::kRelu) {
     *slope = x > C(0) ? C(1) : C(0);

@@ -69,8 +69,8 @@ static uint32_t key_of_rank(const float* scores, std::vector<Chunk>& chunks, int
 }
 
 static std::tuple<Tensor, Tensor, Tensor> select_muted(Tensor scores_, std::vector<int64_t> widths,
-                                                       std::optional<int64_t> budget,
-                                                       double threshold, double gamma, double zeta) {
+                                                       std::optional<int64_t> budget, double threshold,
+                                                       double gamma, double zeta) {
   STD_TORCH_CHECK(scores_.dim() == 1 && scores_.scalar_type() == ScalarType::Float,
                   "scores must be a flat float32 tensor");
   const Tensor tensor = torch::stable::contiguous(scores_);

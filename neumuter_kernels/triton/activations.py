@@ -33,27 +33,29 @@ def exponential(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x, FAST: tl.constexpr):
+def inverse(x, FAST: tl.constexpr):
     if FAST or x.dtype == tl.float64:
-        return 1.0 / (1.0 + exponential(-x, FAST))
-    return tl.div_rn(1.0, 1.0 + exponential(-x, FAST))
+        return 1.0 / x
+    return tl.div_rn(1.0, x)
 
 
 @triton.jit
 def activation(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     """φ(x) and φ'(x) of the activation of that number in reference.ACTIVATIONS."""
     if ACTIVATION == 0:  # silu
-        s = sigmoid(x, FAST)
+        s = inverse(1.0 + exponential(-x, FAST), FAST)
         value = x * s
         slope = s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == 1:  # gelu
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * cdf
         slope = cdf + x * exponential(-0.5 * x * x, FAST) * 0.3989422804014327
-    elif ACTIVATION == 2:  # gelu_tanh: ½(1 + tanh v) = σ(2v), without the cancellation
-        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), FAST)
+    elif ACTIVATION == 2:  # gelu_tanh: ½(1 + tanh v) = σ(2v), without the cancellation; likewise 1 − σ
+        e = exponential(-(1.5957691216057308 * (x + 0.044715 * x * x * x)), FAST)
+        s = inverse(1.0 + e, FAST)
         value = x * s
-        slope = s + x * (s * (1.0 - s)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        complement = tl.where(x > 0.0, e * s, 1.0 - s)
+        slope = s + x * (s * complement) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACTIVATION == 3:  # relu
         value = tl.where(x < 0.0, 0.0, x)
         slope = tl.where(x > 0.0, 1.0, 0.0)

@@ -107,12 +107,14 @@ def hard_concrete_backward_kernel(
     first = tl.program_id(0) * BLOCK
     f = 4 * first + tl.arange(0, 4 * BLOCK)
     sums = tl.zeros((4 * BLOCK,), dtype=scores.dtype.element_ty)
+    p_grad = grad + f
     for row in range(rows):  # in order: the same bits on every run
         sample = tl.load(sample_ids + row)
         sigma = sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
                          TRAINING, BLOCK)  # fmt: skip
         raw = sigma * span + gamma
-        b_grad = tl.load(grad + row.to(tl.int64) * F + f, mask=f < F, other=0.0)
+        b_grad = tl.load(p_grad, mask=f < F, other=0.0)
+        p_grad += F
         slope = (sigma * (1.0 - sigma)) * scale
         sums += tl.where((raw > 0.0) & (raw < 1.0), b_grad * slope, 0.0)
     tl.store(grad_scores + f, sums, mask=f < F)

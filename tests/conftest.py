@@ -1,0 +1,45 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+HAVE_GPU = torch.cuda.is_available()
+if not HAVE_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fills what torch.empty returns with NaN, so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_rounds_bfloat16_to_nearest():
+    """Triton's interpreter truncates float32 to bfloat16 where its compiler rounds to nearest."""
+    if HAVE_GPU:
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
+    import numpy as np
+    import triton.language as tl
+
+    truncating = interpreter._convert_float
+
+    def convert(x, source, target, rounding):
+        if source == tl.float32 and target == tl.bfloat16:
+            bits = x.view(np.uint32)
+            return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+                np.uint16
+            )
+        return truncating(x, source, target, rounding)
+
+    interpreter._convert_float = convert

@@ -1,0 +1,69 @@
+"""Every instruction set gives the same gates and selections, and the same activations to rounding."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from neumuter_kernels import _C
+
+NAMES = ["baseline", "avx2", "avx512"]
+SUPPORTED = NAMES[: NAMES.index(_C.cpu_capability()) + 1]
+
+SCRIPT = """
+import sys, torch
+import neumuter_kernels as nk
+torch.manual_seed(0)
+results = {}
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for activation in nk.ACTIVATIONS:
+        gate, up, grad = (torch.randn(70, 1100).to(dtype) for _ in range(3))
+        mask = torch.rand(2, 1100, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        leaves = [x.requires_grad_() for x in (gate, up, mask)]
+        h = nk.masked_glu(*leaves, activation=activation)
+        for i, x in enumerate((h, *torch.autograd.grad(h, leaves, grad))):
+            results[f"{dtype} {activation} {i}"] = x.detach()
+scores = 3 * torch.randn(5000)
+results["gates"] = nk.hard_concrete(scores, 3, 1, 2, 3)
+results["gains"] = nk.select_muted(scores[None], budget=400).gains
+torch.save(results, sys.argv[1])
+"""
+
+
+def run(capability, path):
+    environment = os.environ | {"NEUMUTER_CPU_CAPABILITY": capability}
+    return subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def widest(tmp_path_factory):
+    path = tmp_path_factory.mktemp("widest") / "results.pt"
+    assert run(SUPPORTED[-1], path).returncode == 0
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("capability", SUPPORTED[:-1])
+def test_narrower_instruction_sets_agree(capability, widest, tmp_path):
+    done = run(capability, tmp_path / "results.pt")
+    assert done.returncode == 0, done.stderr
+    for name, x in torch.load(tmp_path / "results.pt").items():
+        if name in ("gates", "gains"):
+            assert torch.equal(x, widest[name])
+        else:
+            eps = torch.finfo(x.dtype).eps
+            torch.testing.assert_close(x, widest[name], rtol=64 * eps, atol=16 * eps, msg=name)
+
+
+def test_unknown_name_says_what_there_is(tmp_path):
+    done = run("sse9", tmp_path / "results.pt")
+    assert done.returncode != 0
+    assert "NEUMUTER_CPU_CAPABILITY is 'sse9'" in done.stderr
+    assert SUPPORTED[-1] in done.stderr
+
+
+def test_report_says_what_is_installed():
+    done = subprocess.run([sys.executable, "-m", "neumuter_kernels"], capture_output=True, text=True, check=True)
+    for expected in (torch.__version__, "CPU capability", _C.cpu_capability(), "op masked_glu", "op select_muted"):
+        assert expected in done.stdout

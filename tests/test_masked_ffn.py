@@ -1,0 +1,294 @@
+"""masked_glu and masked_act on every backend against the reference, in float64-accurate terms."""
+
+import pytest
+import torch
+
+import neumuter_kernels as nk
+from neumuter_kernels import reference
+from tests.backends import BACKENDS, assert_as_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LAYOUTS = ["separate", "halves", "interleaved", "plain"]
+# (leading shape, F, G): empty, single, odd, more than a block of tokens and of columns
+SHAPES = [
+    ((0,), 16, 1), ((5,), 0, 1), ((1,), 1, 1), ((3,), 7, 1), ((2, 3), 33, 2), ((130,), 37, 2),
+    ((2, 3, 5), 65, 3), ((67,), 1100, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return BACKENDS[request.param]
+
+
+def make_case(layout, leading, F, G, dtype, device, ids=None):
+    """Leaf tensors (inputs…, mask), row ids and a gradient of the output."""
+    wide = reference.compute_dtype(dtype)
+    width = 2 * F if layout in ("halves", "interleaved") else F
+    inputs = [2 * torch.randn(*leading, width) for _ in range(2 if layout == "separate" else 1)]
+    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+    leaves.append((torch.rand(G, F) * 2 - 0.5).to(device, wide).requires_grad_())
+    grad = torch.randn(*leading, F).to(device, dtype)
+    return leaves, ids, grad
+
+
+def run(functions, layout, leaves, ids, activation):
+    *inputs, mask = leaves
+    if layout == "separate":
+        return functions.masked_glu(*inputs, mask, ids, activation)
+    if layout == "plain":
+        return functions.masked_act(*inputs, mask, ids, activation)
+    return functions.masked_glu(
+        gate_up=inputs[0], mask=mask, row_ids=ids, activation=activation, interleaved=layout == "interleaved"
+    )
+
+
+class Reference:
+    masked_act = staticmethod(reference.masked_act)
+
+    @staticmethod
+    def masked_glu(gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False):
+        if gate_up is None:
+            return reference.masked_glu(gate, up, mask, row_ids, activation)
+        return reference.masked_glu_packed(gate_up, mask, row_ids, activation, interleaved)
+
+
+def results(functions, layout, leaves, ids, activation, grad):
+    h = run(functions, layout, leaves, ids, activation)
+    return [h, *torch.autograd.grad(h, leaves, grad)]
+
+
+def check(backend, layout, leaves, ids, grad, activation):
+    ours = results(backend, layout, leaves, ids, activation, grad)
+    plain = results(Reference, layout, leaves, ids, activation, grad)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = results(Reference, layout, wide, ids, activation, grad.double())
+    for i, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert_as_accurate(a, p, e, f"result {i}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", nk.ACTIVATIONS)
+def test_dtypes_and_activations(backend, layout, dtype, activation, poisoned):
+    leaves, ids, grad = make_case(layout, (2, 5), 70, 2, dtype, backend.device)
+    check(backend, layout, leaves, ids, grad, activation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("leading", "F", "G"), SHAPES)
+def test_shapes(backend, layout, leading, F, G, poisoned):
+    leaves, ids, grad = make_case(layout, leading, F, G, torch.float32, backend.device)
+    check(backend, layout, leaves, ids, grad, "silu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ids", ["random", "sorted", "all unmasked", "one row of many"])
+def test_row_ids(backend, layout, id_dtype, ids, poisoned):
+    T, G = 150, 5
+    row_ids = {
+        "random": torch.randint(-1, G, (T,)),
+        "sorted": torch.randint(0, G, (T,)).sort().values,
+        "all unmasked": torch.full((T,), -1),
+        "one row of many": torch.full((T,), 3),
+    }[ids].to(backend.device, id_dtype)
+    leaves, row_ids, grad = make_case(layout, (T,), 24, G, torch.float32, backend.device, row_ids)
+    check(backend, layout, leaves, row_ids, grad, "gelu")
+
+
+def strided(x, how):
+    """The values of ``x`` [a, b, F] in memory that is not contiguous."""
+    a, b, F = x.shape
+    if how == "row stride":
+        return torch.empty(a, b, F + 13, dtype=x.dtype, device=x.device)[..., 5 : 5 + F].copy_(x)
+    if how == "transposed rows":
+        return torch.empty(b, a, F, dtype=x.dtype, device=x.device).transpose(0, 1).copy_(x)
+    if how == "column stride":
+        return torch.empty(a, b, 3 * F, dtype=x.dtype, device=x.device)[..., ::3].copy_(x)
+    return x[:1].contiguous().expand(a, b, F)  # "expanded": stride 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("how", ["row stride", "transposed rows", "column stride", "expanded"])
+def test_strides(backend, layout, how, poisoned):
+    leaves, ids, grad = make_case(layout, (3, 4), 20, 3, torch.float32, backend.device)
+    *inputs, mask = [x.detach() for x in leaves]
+    leaves = [strided(x, how).requires_grad_() for x in inputs]
+    leaves.append(strided(mask[None], "row stride")[0].requires_grad_())
+    check(backend, layout, leaves, ids, strided(grad, how), "silu")
+
+
+def test_packed_views_of_one_tensor(backend):
+    """gate and up as views of a packed tensor are read in place and give the packed result."""
+    packed = torch.randn(6, 40, device=backend.device)
+    mask = torch.rand(1, 20, device=backend.device)
+    gate, up = packed.chunk(2, dim=-1)
+    assert torch.equal(
+        backend.masked_glu(gate, up, mask, None, "silu"), backend.masked_glu(gate_up=packed, mask=mask)
+    )
+
+
+def ulps(x, y, floor=0.0):
+    """|x − y| in units of the last place of y, or of ``floor`` where that is larger."""
+    info = torch.finfo(x.dtype)
+    scale = torch.maximum(y.double().abs(), torch.as_tensor(floor).double()).clamp(min=info.tiny)
+    return (x.double() - y.double()).abs() / (2.0 ** scale.log2().floor() * info.eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", nk.ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["separate", "plain"])
+def test_rounds_where_eager_rounds(backend, layout, dtype, activation):
+    """With a mask of ones and standard normal inputs, beyond eager's own error: float32 at most 4 ulp
+    from eager; bf16/fp16 activations at most 1 ulp (which the products that follow can widen to 2) in
+    at most 1 of 1,000 elements.
+
+    "Beyond eager's own error", since eager subtracts nearly equal numbers (1 + erf and 1 + tanh of
+    negative numbers), where ours does not. An ulp of a float32 sum is that of its largest term.
+    """
+    T, F = (400, 1536) if backend is BACKENDS["cpp"] else (8, 1024)
+    leaves, _, grad = make_case(layout, (T,), F, 1, dtype, backend.device)
+    inputs = [(x / 2).detach().requires_grad_() for x in leaves[:-1]]
+    ones = torch.ones_like(leaves[-1]).detach()
+
+    def eager(inputs):
+        act = reference.activate(inputs[0], activation)
+        return act * inputs[1] if layout == "separate" else act
+
+    def with_gradients(h, inputs):
+        return [h, *torch.autograd.grad(h, inputs, grad.to(h.dtype))]
+
+    ours = with_gradients(run(backend, layout, [*inputs, ones], None, activation), inputs)
+    theirs = with_gradients(eager(inputs), inputs)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = with_gradients(eager(wide), wide)
+    x, other = wide[0].detach(), wide[1].detach() if layout == "separate" else 1.0
+    terms = [x * other, (1 + x.abs()) * grad * other, x * grad]
+    for a, b, e, term in zip(ours, theirs, exact, terms, strict=False):
+        if dtype == torch.float32:
+            assert (ulps(a, b, term.abs()) - ulps(b, e, term.abs())).max() <= 4
+        else:
+            worse = (a != b) & ((a - e).abs() > (b - e).abs())
+            assert worse.double().mean() <= 1e-3
+            assert (ulps(a, b) * worse).max() <= 2
+
+
+def test_silu_is_within_4_ulp_of_eager_everywhere(backend):
+    """Also in the tails, where σ underflows, overflows or is denormal."""
+    x = torch.linspace(-110, 110, 4001, device=backend.device)
+    edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38], device=backend.device)
+    x = torch.cat([x, edges])[None]
+    ours = backend.masked_act(x, torch.ones_like(x), None, "silu")
+    assert ulps(ours, torch.nn.functional.silu(x)).max() <= 4
+
+
+@pytest.mark.parametrize("activation", nk.ACTIVATIONS)
+def test_nan_and_inf_follow_eager(backend, activation):
+    """φ(−inf) is 0 or −inf · 0 = NaN, as the activation's formula has it."""
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]], device=backend.device)
+    ours = backend.masked_act(x, torch.ones_like(x), None, activation)[0]
+    assert ours[0].isnan()
+    assert ours[1] == float("inf")
+    assert ours[2].isnan() if activation in ("silu", "gelu", "gelu_tanh") else ours[2] == 0
+    assert ours[3] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", nk.ACTIVATIONS)
+def test_gradcheck(backend, layout, activation):
+    leaves, _, _ = make_case(layout, (4,), 5, 2, torch.float64, backend.device)
+    torch.autograd.gradcheck(lambda *x: run(backend, layout, x, None, activation), leaves, eps=1e-6, atol=1e-5)
+
+
+def test_gradcheck_with_row_ids(backend):
+    ids = torch.tensor([1, -1, 0, 1, 1], device=backend.device)
+    leaves, _, _ = make_case("separate", (5,), 3, 2, torch.float64, backend.device)
+    torch.autograd.gradcheck(lambda *x: run(backend, "separate", x, ids, "silu"), leaves)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, False, True), (False, True, True)])
+def test_only_the_gradients_that_are_needed(backend, needs):
+    leaves, ids, grad = make_case("separate", (6,), 10, 2, torch.float32, backend.device)
+    all_of_them = results(backend, "separate", leaves, ids, "silu", grad)[1:]
+    some = [x.detach().requires_grad_(need) for x, need in zip(leaves, needs, strict=True)]
+    run(backend, "separate", some, ids, "silu").backward(grad)
+    for x, need, expected in zip(some, needs, all_of_them, strict=True):
+        assert torch.equal(x.grad, expected) if need else x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_same_bits_for_any_number_of_threads(dtype, ragged):
+    """Also for more than one block of tokens and columns, and on every run."""
+    ids = torch.randint(-1, 4, (1000,)) if ragged else None
+    leaves, _, grad = make_case("separate", (1000,), 2100, 4, dtype, "cpu")
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            runs.append(results(BACKENDS["cpp"], "separate", leaves, ids, "silu", grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_opcheck(layout, ragged):
+    ids = torch.tensor([1, -1, 0, 1], dtype=torch.int32) if ragged else None
+    (*inputs, mask), _, grad = make_case(layout, (4,), 6, 2, torch.float32, "cpu")
+    ops = torch.ops.neumuter
+    if layout == "separate":
+        forward, backward, extra = ops.masked_glu, ops.masked_glu_backward, (0,)
+    elif layout == "plain":
+        forward, backward, extra = ops.masked_act, ops.masked_act_backward, (0,)
+    else:
+        forward, backward = ops.masked_glu_packed, ops.masked_glu_packed_backward
+        extra = (0, layout == "interleaved")
+    torch.library.opcheck(forward.default, (*inputs, mask, ids, *extra))
+    detached = [x.detach() for x in (*inputs, mask)]
+    for flags in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(backward.default, (grad, *detached, ids, *extra, *flags))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_without_graph_breaks(layout):
+    leaves, ids, grad = make_case(layout, (2, 6), 10, 2, torch.float32, "cpu")
+    compiled = torch.compile(run, fullgraph=True)
+    h = compiled(nk, layout, leaves, ids, "silu")
+    expected = results(nk, layout, leaves, ids, "silu", grad)
+    for a, b in zip([h, *torch.autograd.grad(h, leaves, grad)], expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_mask_of_one_dimension():
+    x, mask = torch.randn(3, 4), torch.rand(4)
+    assert torch.equal(nk.masked_act(x, mask), nk.masked_act(x, mask[None]))
+
+
+BAD = [
+    (TypeError, "gate", lambda x, m: nk.masked_glu(x.int(), x.int(), m)),
+    (TypeError, "gate_up", lambda x, m: nk.masked_glu(x, mask=m)),
+    (TypeError, "interleaved", lambda x, m: nk.masked_glu(x, x, m, interleaved=True)),
+    (ValueError, "up", lambda x, m: nk.masked_glu(x, x[:2], m)),
+    (ValueError, "up", lambda x, m: nk.masked_glu(x, x.bfloat16(), m)),
+    (TypeError, "mask", lambda x, m: nk.masked_glu(x, x, m.bfloat16())),
+    (TypeError, "mask", lambda x, m: nk.masked_glu(x, x, None)),
+    (ValueError, "mask", lambda x, m: nk.masked_glu(x, x, m[:, :3])),
+    (ValueError, "mask", lambda x, m: nk.masked_glu(x, x, m.expand(3, -1))),
+    (ValueError, "gate_up", lambda x, m: nk.masked_glu(gate_up=x[:, :3], mask=m)),
+    (ValueError, "activation", lambda x, m: nk.masked_act(x, m, activation="tanh")),
+    (ValueError, "row_ids", lambda x, m: nk.masked_act(x, m, torch.zeros(3, dtype=torch.int32))),
+    (TypeError, "row_ids", lambda x, m: nk.masked_act(x, m, torch.zeros(4))),
+    (RuntimeError, "row_ids", lambda x, m: nk.masked_act(x, m, torch.tensor([0, 0, 0, 1]))),
+    (RuntimeError, "row_ids", lambda x, m: nk.masked_act(x, m, torch.tensor([0, 0, -2, 0]))),
+]
+
+
+@pytest.mark.parametrize(("error", "names", "call"), BAD)
+def test_bad_input_names_the_argument(error, names, call):
+    with pytest.raises(error, match=names):
+        call(torch.randn(4, 6), torch.rand(1, 6))
