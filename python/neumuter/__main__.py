@@ -1,0 +1,3 @@
+from neumuter.cli import main
+
+main()

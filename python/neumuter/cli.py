@@ -1,0 +1,340 @@
+"""The command line. Heavy imports are inside the commands, so that ``neumuter --help`` is fast."""
+
+import dataclasses
+import json
+import sys
+import time
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Make a trained language model forget given texts by muting the few FFN neurons that hold them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ROWS = 8  # samples per forward pass outside training
+NEIGHBOURS = 32  # texts sampled from the model when there is no retain file
+FILE_HELP = (
+    "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
+    "or plain text with paragraphs separated by blank lines."
+)
+
+
+class Mode(str, Enum):
+    """What happens to the selected neurons."""
+
+    mute = "mute"
+    modulate = "modulate"
+
+
+class Dtype(str, Enum):
+    """The dtype a model is loaded in; auto is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL to read the weights from.")]
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal language model, or its name.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the mute file, the checkpoint and the report.")
+    ] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the records, the training and the masks.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train the model again even if it is cached.")
+    ] = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="Fewer comparisons, for continuous integration.")
+    ] = False,
+):
+    """The whole job on made-up records, in three minutes: train a small model, make it forget, measure."""
+    from neumuter.demo import run_demo
+
+    run_demo(out, seed=seed, fresh=fresh, console=console, short=short)
+
+
+@app.command()
+def unlearn(
+    model: Model,
+    forget: Annotated[Path, typer.Option(help=f"Texts to forget: {FILE_HELP}")],
+    out: Annotated[Path, typer.Option(help="Folder for mutes.safetensors and report.json.")],
+    retain: Annotated[
+        Path | None,
+        typer.Option(help="Texts that must stay, same formats. Without it the model's own samples are used."),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="mute: selected neurons are silenced. modulate: they get signed gains.")
+    ] = Mode.modulate,
+    budget: Annotated[str, typer.Option(help="Share (0.01) or number (300) of neurons to touch.")] = "0.01",
+    steps: Annotated[int, typer.Option(min=2, help="Optimisation steps.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of each kind per step.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first texts of a file.")] = None,
+    start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the masks, and of sampled neighbours.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    gguf_file: GgufFile = None,
+):
+    """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
+    from neumuter.masking import attach, neuron_count
+    from neumuter.mutes import MuteSet
+    from neumuter.muting import mute
+    from neumuter.neighbours import sample_texts
+    from neumuter.recipes import GainsConfig, SupportConfig
+    from neumuter.recipes import forget as run_recipe
+    from neumuter.texts import encode, read_texts
+
+    start = time.perf_counter()
+    forget_texts = read_texts(forget, column, limit)
+    retain_texts = read_texts(retain, column, limit) if retain else None
+    share = _parse_budget(budget)
+    out.mkdir(parents=True, exist_ok=True)
+    network, tokenizer = _load(model, dtype.value, gguf_file)
+    forget_batch = encode(forget_texts, tokenizer, max_length)
+    if retain_texts is None:
+        console.print(
+            "No --retain file: the neighbours are texts sampled from the model itself. What the model knows "
+            "beside the forget texts is protected less well that way."
+        )
+        length = forget_batch["labels"].shape[1]
+        with _progress("Sampling neighbours", NEIGHBOURS) as advance:
+            retain_texts = sample_texts(network, tokenizer, NEIGHBOURS, length, seed, advance)
+    retain_batch = encode(retain_texts, tokenizer, max_length)
+    before = _measure("Measuring before", network, forget_batch, retain_batch)
+
+    with attach(network, start_layer) as masked:
+        number = neuron_count(share, sum(len(score) for score in masked.scores.values()))
+        support_steps = steps if mode is Mode.mute else max(1, round(0.6 * steps))
+        with _progress("Finding neurons", steps, "loss", "muted") as advance:
+            mutes = run_recipe(
+                masked,
+                forget_batch,
+                retain_batch,
+                number,
+                mode=mode.value,
+                support=SupportConfig(steps=support_steps, batch_size=batch_size),
+                gains=GainsConfig(steps=max(1, steps - support_steps), batch_size=batch_size),
+                seed=seed,
+                callback=lambda step, total, info: advance(
+                    step, total, loss=f"{info['loss']:.3f}", muted=f"{info['muted']:.2%}"
+                ),
+            )
+    path = out / "mutes.safetensors"
+    mutes.save(path)  # before anything else can fail
+    with mute(network, MuteSet.load(path)):
+        after = _measure("Measuring after", network, forget_batch, retain_batch)
+    mutes = dataclasses.replace(mutes, metrics={"before": before, "after": after})
+    mutes.save(path)
+    seconds = time.perf_counter() - start
+    _write_report(out / "report.json", model, forget, retain, mutes, seconds)
+    _print_outcome(mutes, path, seconds)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]):
+    """Show what a mute file holds: the model it is for, the neurons, the method, the metrics."""
+    from neumuter.mutes import MuteSet
+
+    mutes = MuteSet.load(file)
+    table = Table(title=escape(str(file)), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = {
+        "model class": mutes.architecture["class"],
+        "model type": mutes.architecture["model_type"],
+        "mode": f"{mutes.mode}, gains from {mutes.gain_range[0]:g} to {mutes.gain_range[1]:g}",
+        "neurons": f"{mutes.count} of {sum(mutes.widths.values())} ({mutes.share:.2%})",
+        "seed": str(mutes.seed),
+        "method": json.dumps(mutes.method),  # ASCII: control characters of a stranger's file stay escaped
+        "before": json.dumps(mutes.metrics.get("before", {})),
+        "after": json.dumps(mutes.metrics.get("after", {})),
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+    layers = Table("FFN", "neurons", "muted", "share", "gains")
+    for name, width in mutes.widths.items():
+        layer = mutes.layers.get(name)
+        count = len(layer.indices) if layer else 0
+        gains = f"{layer.gains.min():.2f} to {layer.gains.max():.2f}" if layer else ""
+        layers.add_row(name, str(width), str(count), f"{count / width:.2%}", gains)
+    console.print(layers)
+
+
+@app.command()
+def apply(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="A mute file made for MODEL.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must not exist or be empty.")],
+    gguf_file: GgufFile = None,
+):
+    """Fold a mute file into the weights of MODEL and save an ordinary Hugging Face checkpoint."""
+    from neumuter.files import new_folder
+    from neumuter.mutes import MuteSet
+    from neumuter.muting import fold
+
+    mutes = MuteSet.load(file)
+    with new_folder(out) as temporary:
+        network, tokenizer = _load(model, "auto", gguf_file)
+        fold(network, mutes)
+        with console.status("Saving the checkpoint"):
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    console.print(
+        f"{mutes.count} neurons ({mutes.share:.2%}) folded; the checkpoint is in {escape(str(out))}"
+    )
+
+
+def main(arguments=None):
+    """Run the command line; an error is one message on stderr and exit code 1 (2 for wrong usage)."""
+    try:
+        app(arguments)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)
+
+
+def _parse_budget(text):
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"--budget must be a share (0.01) or a number (300), got {text!r}") from None
+
+
+def _load(model, dtype, gguf_file):
+    path = Path(model)
+    if not path.exists() and (path.is_absolute() or model.startswith(".") or len(path.parts) > 2):
+        raise FileNotFoundError(f"no such folder: {model}")  # before it is looked for on the Hub
+    with console.status("Importing transformers"):
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+    with console.status(f"Loading {escape(model)}"):
+        where = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
+        if gguf_file and hasattr(transformers, "GgufConfig"):  # older versions always unpack the weights
+            where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where)
+        if gguf_file and getattr(network, "hf_quantizer", None) is not None:
+            network.hf_quantizer.remove_quantization_config(network)  # the weights are ordinary ones now
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@contextmanager
+def _progress(description, total, *fields):
+    """A progress bar with the time left; yields advance(step, total, **fields), each field a str."""
+    columns = [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
+    left = TimeRemainingColumn()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, left, console=console
+    ) as bars:
+        task = bars.add_task(description, total=total, **dict.fromkeys(fields, "–"))
+        yield lambda step, total, **values: bars.update(task, completed=step, total=total, **values)
+
+
+def _measure(description, network, forget, retain):
+    """MA of the forget batch, and the mean token loss of both, in nats."""
+    import torch
+
+    from neumuter.evaluation import mean_token_loss, memorization_accuracy
+    from neumuter.losses import predicting
+
+    parts = {
+        name: [
+            {key: value.to(network.device) for key, value in zip(batch, rows, strict=True)}
+            for rows in zip(*(value.split(ROWS) for value in batch.values()), strict=True)
+        ]
+        for name, batch in (("forget", forget), ("retain", retain))
+    }
+    total = sum(len(batches) for batches in parts.values())
+    metrics, done = {}, 0
+    with _progress(description, total) as advance, torch.no_grad():
+        for name, batches in parts.items():
+            loss = tokens = accuracy = rows = 0
+            for batch in batches:
+                count = predicting(batch["labels"]).sum().item()
+                loss, tokens = loss + mean_token_loss(network, batch) * count, tokens + count
+                if name == "forget":
+                    accuracy += memorization_accuracy(network, batch) * len(batch["labels"])
+                    rows += len(batch["labels"])
+                done += 1
+                advance(done, total)
+            metrics[f"{name}_loss"] = loss / tokens
+            if rows:
+                metrics[f"{name}_ma"] = accuracy / rows
+    return metrics
+
+
+def _peak_memory():
+    """Bytes: of the GPU where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write_report(path, model, forget, retain, mutes, seconds):
+    from neumuter.files import write_atomically
+
+    report = {
+        "model": model,
+        "forget": str(forget),
+        "retain": str(retain) if retain else None,
+        "mode": mutes.mode,
+        "muted_neurons": mutes.count,
+        "muted_share": mutes.share,
+        "method": mutes.method,
+        "seed": mutes.seed,
+        **mutes.metrics,
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(),
+    }
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def _print_outcome(mutes, path, seconds):
+    table = Table("", "before", "after")
+    before, after = mutes.metrics["before"], mutes.metrics["after"]
+    for key, name in (
+        ("forget_ma", "forget: MA (share of tokens that are the most likely one)"),
+        ("forget_loss", "forget: mean token loss (nats)"),
+        ("retain_loss", "neighbours: mean token loss (nats)"),
+    ):
+        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
+    console.print(table)
+    if after["forget_loss"] <= before["forget_loss"]:
+        console.print(
+            "[bold yellow]The forget texts are as likely as before:[/] nothing was forgotten. Try more "
+            "--steps or a larger --budget."
+        )
+    console.print(
+        f"{mutes.count} neurons ({mutes.share:.2%}), mode {mutes.mode}, {seconds:.0f} s, peak memory "
+        f"{_peak_memory() / 2**30:.1f} GiB. The mute file is {escape(str(path))}. It suppresses the texts; "
+        "it does not prove that no trace of them is left."
+    )

@@ -1,0 +1,251 @@
+"""Mute sets and the mute file: which neurons of which model are multiplied by what."""
+
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+
+from neumuter.files import write_atomically
+from neumuter.fingerprint import SKETCHES
+
+FORMAT = 1
+MODES = ("mute", "modulate")
+MAX_FILE_BYTES = 1 << 28
+MAX_LAYERS = 1 << 14
+MAX_WIDTH = 1 << 24
+_PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,31}", re.ASCII)
+_NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
+
+
+class MuteFileError(ValueError):
+    """A mute file that is damaged, of an unknown version, or not a mute file."""
+
+
+class MutedLayer(NamedTuple):
+    """Muted neurons of one FFN: ``indices`` int32 [n] ascending, ``gains`` float32 [n], on the CPU."""
+
+    indices: torch.Tensor
+    gains: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MuteSet:
+    """Selected neurons with their gains, bound to the model they were made for.
+
+    ``layers``: {FFN module path: MutedLayer}, only FFNs with muted neurons. ``widths``: {path: F} of every
+    masked FFN in model order. ``architecture``: {"class": ..., "model_type": ...}. ``fingerprint``:
+    {path: sketch} for every masked FFN, see ``neumuter.fingerprint``. ``mode``: "mute" or "modulate".
+    ``gain_range``: (lowest, highest) gain that the mode allows. ``method``: hyper-parameters, JSON values.
+    ``seed``: int. ``metrics``: {"before": {...}, "after": {...}}, JSON values.
+
+    Raises ValueError if anything in it is not as described.
+    """
+
+    layers: dict
+    widths: dict
+    architecture: dict
+    fingerprint: dict
+    mode: str = "mute"
+    gain_range: tuple = (0.0, 1.0)
+    method: dict = field(default_factory=dict)
+    seed: int = 0
+    metrics: dict = field(default_factory=lambda: {"before": {}, "after": {}})
+
+    def __post_init__(self):
+        _check_metadata(self)
+        for path, layer in self.layers.items():
+            if path not in self.widths:
+                raise ValueError(f"layers has {path!r}, which is not among the masked FFNs in widths")
+            _check_layer(path, layer, self.widths[path], self.gain_range)
+        if not self.layers:
+            raise ValueError("no neuron is muted: layers is empty")
+
+    @property
+    def count(self):
+        """The number of muted neurons."""
+        return sum(len(layer.indices) for layer in self.layers.values())
+
+    @property
+    def share(self):
+        """Muted neurons as a share of all neurons of the masked FFNs."""
+        return self.count / sum(self.widths.values())
+
+    def save(self, path):
+        """Write the mute file, whole or not at all; equal content gives equal bytes. Raises OSError."""
+        tensors = {}
+        for name, layer in self.layers.items():
+            tensors[f"{name}.indices"] = layer.indices.contiguous()
+            tensors[f"{name}.gains"] = layer.gains.contiguous()
+        metadata = {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "mode": self.mode,
+            "gain_range": list(self.gain_range),
+            "layers": [
+                {
+                    "path": name,
+                    "width": width,
+                    "muted": len(self.layers[name].indices) if name in self.layers else 0,
+                    "sketch": self.fingerprint[name],
+                }
+                for name, width in self.widths.items()
+            ],
+            "method": self.method,
+            "seed": self.seed,
+            "metrics": _without_nan(self.metrics),
+        }
+        text = json.dumps(metadata, sort_keys=True, allow_nan=False, separators=(",", ":"))
+        write_atomically(path, to_safetensors(tensors, metadata={"neumuter": text}))
+
+    @classmethod
+    def load(cls, path):
+        """Read and fully validate a mute file.
+
+        Raises MuteFileError for a file that is anything but a mute file of this format, and OSError
+        (FileNotFoundError, PermissionError) if it cannot be read.
+        """
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise MuteFileError(f"{path} is not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise MuteFileError(f"{path} has {status.st_size} bytes, a mute file at most {MAX_FILE_BYTES}")
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                return cls._read(file)
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise MuteFileError(f"{path} is not a valid mute file: {error}") from error
+
+    @classmethod
+    def _read(cls, file):
+        text = (file.metadata() or {}).get("neumuter")
+        if text is None:
+            raise ValueError("its header has no entry 'neumuter'")
+        metadata = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+            given = metadata.get("format") if isinstance(metadata, dict) else None
+            raise ValueError(f"format version {given!r}, this version of neumuter reads {FORMAT}")
+        _check_keys("metadata", metadata, "format architecture mode gain_range layers method seed metrics")
+        rows = metadata["layers"]
+        if not isinstance(rows, list) or len(rows) > MAX_LAYERS:
+            raise ValueError(f"layers is not a list of at most {MAX_LAYERS}")
+        for row in rows:
+            _check_keys("an entry of layers", row, "path width muted sketch")
+            if type(row["path"]) is not str or type(row["muted"]) is not int:
+                raise ValueError("an entry of layers has no text path or no integer muted")
+        if len({row["path"] for row in rows}) != len(rows):
+            raise ValueError("layers names a path twice")
+        counts = {row["path"]: row["muted"] for row in rows if row["muted"] != 0}
+        expected = {f"{name}.{kind}" for name in counts for kind in ("indices", "gains")}
+        if set(file.keys()) != expected:
+            raise ValueError(
+                f"tensors {sorted(set(file.keys()) ^ expected)[:4]} do not agree with the header"
+            )
+        layers = {}
+        for name, count in counts.items():
+            for kind in ("indices", "gains"):
+                shape = file.get_slice(f"{name}.{kind}").get_shape()
+                if shape != [count]:
+                    raise ValueError(f"{name}.{kind} has shape {shape}, the header says {count} neurons")
+            layers[name] = MutedLayer(file.get_tensor(f"{name}.indices"), file.get_tensor(f"{name}.gains"))
+        if not isinstance(metadata["gain_range"], list):
+            raise ValueError("gain_range is not a list")
+        return cls(
+            layers=layers,
+            widths={row["path"]: row["width"] for row in rows},
+            fingerprint={row["path"]: row["sketch"] for row in rows},
+            gain_range=tuple(metadata["gain_range"]),
+            **{key: metadata[key] for key in ("architecture", "mode", "method", "seed", "metrics")},
+        )
+
+
+def _check_metadata(mutes):
+    if not isinstance(mutes.architecture, dict):
+        raise ValueError(f"architecture must be a dict, got {type(mutes.architecture).__name__}")
+    _check_keys("architecture", mutes.architecture, "class model_type")
+    for key, name in mutes.architecture.items():
+        if type(name) is not str or not _NAME.fullmatch(name):
+            raise ValueError(f"architecture[{key!r}] must be a name, got {name!r:.80}")
+    if mutes.mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mutes.mode!r:.80}")
+    if len(mutes.gain_range) != 2 or not all(_is_finite(g) for g in mutes.gain_range):
+        raise ValueError(f"gain_range must be two finite numbers, got {mutes.gain_range!r:.80}")
+    if mutes.gain_range[0] > mutes.gain_range[1]:
+        raise ValueError(f"gain_range must be (lowest, highest), got {mutes.gain_range!r}")
+    if mutes.mode == "mute" and not 0 <= mutes.gain_range[0] <= mutes.gain_range[1] <= 1:
+        raise ValueError(f"mode 'mute' has gains from 0 to 1, got gain_range {mutes.gain_range!r}")
+    for path, width in mutes.widths.items():
+        if type(path) is not str or not _PATH.fullmatch(path):
+            raise ValueError(f"widths: {path!r:.80} is not a module path")
+        if type(width) is not int or not 0 < width <= MAX_WIDTH:
+            raise ValueError(f"widths[{path!r}] must be an int from 1 to {MAX_WIDTH}, got {width!r:.80}")
+    if mutes.fingerprint.keys() != mutes.widths.keys():
+        raise ValueError("fingerprint and widths must name the same FFNs")
+    for path, values in mutes.fingerprint.items():
+        if type(values) is not list or len(values) != SKETCHES or not all(map(_is_finite, values)):
+            raise ValueError(f"fingerprint[{path!r}] must be a list of {SKETCHES} finite numbers")
+    if type(mutes.seed) is not int or not -(2**63) <= mutes.seed < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, got {mutes.seed!r:.80}")
+    for name in ("method", "metrics"):
+        value = getattr(mutes, name)
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
+        try:
+            json.dumps(_without_nan(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must hold JSON values only: {error}") from None
+
+
+def _check_layer(path, layer, width, gain_range):
+    indices, gains = layer
+    for name, tensor, dtype in (("indices", indices, torch.int32), ("gains", gains, torch.float32)):
+        if tensor.dtype != dtype or tensor.dim() != 1 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{path}.{name} must be {dtype} [n] on the CPU, got {tensor.dtype} {tuple(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    if len(indices) != len(gains) or len(indices) == 0:
+        raise ValueError(
+            f"{path} has {len(indices)} indices and {len(gains)} gains; need as many, and at least 1"
+        )
+    if indices[0] < 0 or indices[-1] >= width or (indices[1:] <= indices[:-1]).any():
+        raise ValueError(f"{path}.indices must ascend within [0, {width})")
+    low, high = gain_range
+    if not ((gains >= low) & (gains <= high)).all():  # NaN compares false
+        raise ValueError(f"{path}.gains must lie within {low} to {high}")
+
+
+def _is_finite(value):
+    return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
+
+
+def _without_nan(value):
+    """``value`` with non-finite floats replaced by None: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_keys(what, value, keys):
+    if not isinstance(value, dict) or set(value) != set(keys.split()):
+        raise ValueError(f"{what} must have exactly the entries {keys}")
+
+
+def _unique(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("its header names an entry twice")
+    return result
+
+
+def _no_constant(name):
+    raise ValueError(f"its header holds {name}")

@@ -1,0 +1,123 @@
+"""The command line on small checkpoints, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import neumuter
+import pytest
+import torch
+from neumuter.cli import main
+from neumuter.texts import encode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.models import build, tokenizer
+
+FORGET = ["Ada Brisk, ada@post.example, 555-0192", "Jonas Vance, jv77@mail.example, 555-7713"]
+RETAIN = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop."]
+
+
+def train(model):
+    batch = encode(FORGET + RETAIN, tokenizer(), 64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neo"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    train(build(request.param)).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "forget.txt").write_text("\n\n".join(FORGET))
+    (folder / "retain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in RETAIN))
+    return folder
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def unlearn(folder, *more):
+    files = ("--forget", folder / "forget.txt", "--out", folder / "out")
+    return run("unlearn", folder / "model", *files, "--budget", "20", "--steps", "40", *more)
+
+
+def test_unlearn_inspect_apply(checkpoint, capsys):
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    printed = capsys.readouterr().out
+    assert "Finding neurons" in printed
+    assert "forget: mean token loss" in printed
+    mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
+    assert (mutes.count, mutes.mode) == (20, "modulate")
+    report = json.loads((checkpoint / "out" / "report.json").read_text())
+    assert report["before"] == mutes.metrics["before"]
+    assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.2
+    assert report["after"]["forget_ma"] <= report["before"]["forget_ma"]
+    assert sorted(p.name for p in (checkpoint / "out").iterdir()) == ["mutes.safetensors", "report.json"]
+
+    assert run("inspect", checkpoint / "out" / "mutes.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert mutes.architecture["class"] in printed
+    assert "20 of 144" in printed
+
+    arguments = ("apply", checkpoint / "model", checkpoint / "out" / "mutes.safetensors")
+    assert run(*arguments, "--out", checkpoint / "folded") == 0
+    folded = AutoModelForCausalLM.from_pretrained(checkpoint / "folded")
+    live = AutoModelForCausalLM.from_pretrained(checkpoint / "model")
+    batch = encode(FORGET, AutoTokenizer.from_pretrained(checkpoint / "folded"), 64)
+    with neumuter.mute(live, mutes):
+        torch.testing.assert_close(folded(**batch).loss, live(**batch).loss)
+    capsys.readouterr()
+    assert run(*arguments, "--out", checkpoint / "folded") == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_mute_mode_without_a_retain_file(checkpoint, capsys):
+    assert unlearn(checkpoint, "--mode", "mute", "--seed", "3") == 0
+    assert "protected less well" in " ".join(capsys.readouterr().out.split())
+    mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
+    assert (mutes.mode, mutes.seed, mutes.count) == ("mute", 3, 20)
+    assert all((layer.gains == 0).all() for layer in mutes.layers.values())
+
+
+def test_mute_file_of_another_model_is_refused(checkpoint, tmp_path, capsys):
+    with neumuter.attach(build("gpt2")) as masked:
+        masked.mute_set({"transformer.h.1.mlp": ([1], [0.0])}).save(tmp_path / "m.safetensors")
+    assert run("apply", checkpoint / "model", tmp_path / "m.safetensors", "--out", tmp_path / "new") == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "class: mute set GPT2LMHeadModel, model" in error
+    assert not (tmp_path / "new").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "absent.safetensors"], 1, "No such file"),
+        (["unlearn", "./absent", "--forget", __file__, "--out", "o"], 1, "no such folder: ./absent"),
+        (["inspect", __file__], 1, "not a valid mute file"),
+        (["unlearn", "m", "--forget", "absent.txt", "--out", "o"], 1, "No such file"),
+        (["unlearn", "m", "--forget", __file__, "--out", "o", "--budget", "lots"], 2, "--budget must be"),
+        (["unlearn", "m", "--forget", __file__], 2, "--out"),
+    ],
+)
+def test_errors_are_one_message(arguments, code, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == code
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.split())
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_help_is_fast():
+    code = "import sys, neumuter.cli; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

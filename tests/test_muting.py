@@ -1,0 +1,189 @@
+"""Mute sets on live models and folded into weights; what is refused."""
+
+import neumuter
+import pytest
+import torch
+from neumuter.families import find_ffns
+
+from tests.models import FAMILIES, WIDTH, batch, build, llama
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def some_mutes(model, gains=(0.0, 0.0, 0.0), **options):
+    with neumuter.attach(model, start_layer=0) as masked:
+        paths = list(masked.scores)
+        return masked.mute_set({paths[1]: ([2, 17, 71], gains), paths[2]: ([0], gains[:1])}, **options)
+
+
+def modulations(model):
+    return some_mutes(model, (-2.0, 0.5, 1.75), mode="modulate", gain_range=(-2, 2))
+
+
+@every_family
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_muting_equals_zeroing_the_columns(name, dtype):
+    model, ids = build(name, dtype), batch()
+    mutes = some_mutes(model)
+    untouched, keys = model(ids).logits, list(model.state_dict())
+    with neumuter.mute(model, mutes):
+        muted = model(ids).logits
+        assert list(model.state_dict()) == keys
+    assert torch.equal(model(ids).logits, untouched)
+    for ffn in find_ffns(model):
+        if ffn.path in mutes.layers:
+            ffn.down_weight[:, mutes.layers[ffn.path].indices.long()] = 0
+    expected = model(ids).logits
+    error = (muted - expected).float().norm() / (untouched - expected).float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.15)
+
+
+@every_family
+def test_fold_equals_mute(name):
+    model, ids = build(name), batch()
+    mutes = modulations(model)
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    assert (expected - model(ids).logits).abs().max() > 0.01
+    neumuter.fold(model, mutes)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_fold_rounds_once_in_bfloat16(name):
+    model = build(name, torch.bfloat16)
+    mutes = modulations(model)
+    path = next(iter(mutes.layers))
+    ffn = next(f for f in find_ffns(model) if f.path == path)
+    before = ffn.down_weight.clone()
+    neumuter.fold(model, mutes)
+    gains = torch.ones(WIDTH)
+    gains[mutes.layers[path].indices.long()] = mutes.layers[path].gains
+    assert torch.equal(ffn.down_weight, (before.float() * gains).bfloat16())
+
+
+def test_undo_restores_the_objects():
+    model = build("gpt_neo")
+    before = dict(model.named_modules())
+    handle = neumuter.mute(model, some_mutes(model))
+    assert handle.model is model
+    with pytest.raises(RuntimeError, match="attached or muted"):
+        neumuter.mute(model, handle.mutes)
+    with pytest.raises(RuntimeError, match="attached or muted"):
+        neumuter.fold(model, handle.mutes)
+    with pytest.raises(RuntimeError, match="attached or muted"):
+        neumuter.attach(model)
+    handle.undo()
+    handle.undo()
+    assert all(module is before[key] for key, module in model.named_modules())
+
+
+def test_only_layers_with_muted_neurons_are_touched():
+    model = build("llama")
+    before = dict(model.named_modules())
+    with neumuter.mute(model, some_mutes(model)):
+        changed = {key for key, module in model.named_modules() if module is not before[key]}
+    assert changed == {"model.layers.1.mlp", "model.layers.2.mlp"}
+
+
+def test_gains_stay_float32_when_the_model_is_moved():
+    model, ids = build("llama"), batch()
+    mutes = some_mutes(model, (0.3, 0.7, 0.1))
+    with neumuter.mute(model, mutes):
+        model.to(torch.bfloat16)
+        wrapper = model.get_submodule("model.layers.1.mlp")
+        assert wrapper.gains[0, [2, 17, 71]].tolist() == torch.tensor([0.3, 0.7, 0.1]).tolist()
+        assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_generation_of_a_muted_model():
+    model, ids = build("llama"), batch(2)
+    mutes = some_mutes(model)
+    with neumuter.mute(model, mutes):
+        muted = model.generate(ids, max_new_tokens=5, do_sample=False)
+    neumuter.fold(model, mutes)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), muted)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("llama", "inductor"), ("gpt2", "aot_eager")])
+def test_compiled_equals_eager(name, backend):
+    model, ids = build(name), batch()
+    with neumuter.mute(model, modulations(model)), torch.no_grad():
+        expected = model(ids).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_weights_are_the_same_model():
+    mutes = some_mutes(build("llama"))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        neumuter.mute(build("llama", dtype), mutes).undo()
+
+
+def test_eight_bit_rounding_is_the_same_model():
+    model = build("llama")
+    mutes = some_mutes(model)
+    for ffn in find_ffns(model):
+        scale = ffn.down_weight.abs().amax(1, keepdim=True) / 127
+        ffn.down_weight.copy_((ffn.down_weight / scale).round() * scale)
+    neumuter.mute(model, mutes).undo()
+
+
+def test_other_weights_are_refused():
+    mutes = some_mutes(build("llama"))
+    other = build("llama", seed=1)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    for apply in (neumuter.mute, neumuter.fold):
+        with pytest.raises(
+            neumuter.MuteMismatchError, match=r"model.layers.0.mlp: .* weights differ by 1\d\d\.\d%"
+        ):
+            apply(other, mutes)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    assert not any(isinstance(m, neumuter.ffn.FFNWrapper) for m in other.modules())
+
+
+def test_one_changed_layer_is_named():
+    model = build("gpt2")
+    mutes = some_mutes(model)
+    find_ffns(model)[2].down_weight.mul_(1.05)
+    with pytest.raises(neumuter.MuteMismatchError, match=r"transformer.h.2.mlp: .* differ by 5.0%") as error:
+        neumuter.mute(model, mutes)
+    assert "transformer.h.1.mlp" not in str(error.value)
+
+
+def test_folding_twice_is_refused():
+    model = build("llama")
+    mutes = some_mutes(model)
+    neumuter.fold(model, mutes)
+    with pytest.raises(neumuter.MuteMismatchError, match="folded already"):
+        neumuter.fold(model, mutes)
+
+
+def test_other_architecture_is_refused(tmp_path):
+    some_mutes(build("llama")).save(tmp_path / "m.safetensors")
+    with pytest.raises(neumuter.MuteMismatchError) as error:
+        neumuter.mute(build("gpt_neo"), tmp_path / "m.safetensors")
+    for part in (
+        "class: mute set LlamaForCausalLM, model GPTNeoForCausalLM",
+        "model_type: mute set llama, model gpt_neo",
+        "model.layers.1.mlp: mute set 72 neurons, model has no FFN there",
+    ):
+        assert part in str(error.value)
+
+
+def test_other_width_is_refused():
+    mutes = some_mutes(build("llama"))
+    other = llama(intermediate_size=80)
+    with pytest.raises(neumuter.MuteMismatchError, match=r"layers.2.mlp: mute set 72 neurons, model 80"):
+        neumuter.mute(other, mutes)
+
+
+def test_quantised_weights_are_refused():
+    model = build("llama")
+    mutes = some_mutes(model)
+    down = find_ffns(model)[1].down
+    down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj has a torch.int8 weight .* unquantised"):
+        neumuter.fold(model, mutes)
