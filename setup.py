@@ -25,7 +25,15 @@ class CMakeBuild(build_ext):
             )
         destination = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()
         build = Path(self.build_temp).resolve() / "cmake"
-        configure = ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure = [
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for arguments in (
             configure,

@@ -8,7 +8,7 @@ in one backward pass; ``hard_concrete`` makes the gates; ``select_muted`` picks 
 import torch
 
 try:
-    from neumuter_kernels import _C
+    from neumuter_kernels import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"the compiled part of neumuter-kernels does not load with torch {torch.__version__} (2.10 or "

@@ -23,11 +23,11 @@ def report():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     has_triton = importlib.util.find_spec("triton") is not None
     fused = "Triton" if has_triton else "none: install triton"
-    selection = "CUDA C++" if built["cuda"] else "none: build with nvcc (NEUMUTER_WITH_CUDA=1)"
+    selection = "CUDA C++" if built["cuda"] else "C++ on the CPU (built without nvcc)"
     cpu = f"C++ ({_C.cpu_capability()})"
-    backends = [
-        (op, f"CPU {cpu}; GPU {fused}") for op in ("masked_glu", "masked_act", "hard_concrete")
-    ] + [("select_muted", f"CPU {cpu}; GPU {selection}")]
+    backends = [(op, f"CPU {cpu}; GPU {fused}") for op in ("masked_glu", "masked_act", "hard_concrete")] + [
+        ("select_muted", f"CPU {cpu}; GPU {selection}")
+    ]
     return [
         ("neumuter-kernels", _version("neumuter-kernels")),
         ("Python", platform.python_version()),

@@ -13,7 +13,7 @@ from collections import namedtuple
 
 import torch
 
-from neumuter_kernels import reference
+from neumuter_kernels import _C, reference
 from neumuter_kernels.reference import ACTIVATIONS, logit
 
 _ops = torch.ops.neumuter
@@ -31,7 +31,9 @@ gains: float32 [capacity]; the evaluation gate of each neuron; 1 in the slots fr
 # --- Public functions ------------------------------------------------------------------------
 
 
-def masked_glu(gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False):
+def masked_glu(
+    gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False
+):
     """The gated FFN activation times the neuron mask: h[t, f] = φ(gate[t, f]) · up[t, f] · mask[r(t), f].
 
     One pass forward and one backward, which gives the gradients of gate, up and mask. Only the
@@ -173,7 +175,9 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
     """
     if isinstance(scores, torch.Tensor):
         if scores.dim() != 2:
-            raise ValueError(f"scores must have shape [L, F] or be a sequence of [F_l], got {tuple(scores.shape)}")
+            raise ValueError(
+                f"scores must have shape [L, F] or be a sequence of [F_l], got {tuple(scores.shape)}"
+            )
         layers = [scores]
         widths = [scores.shape[1]] * scores.shape[0]
     else:
@@ -253,7 +257,7 @@ def _check_mask(mask, x, width, row_ids):
     if row_ids is None:
         if tokens and (mask.shape[0] == 0 or tokens % mask.shape[0]):
             raise ValueError(
-                f"mask has {mask.shape[0]} rows, into which {tokens} tokens do not divide evenly; give row_ids"
+                f"mask has {mask.shape[0]} rows, but {tokens} tokens do not divide evenly; give row_ids"
             )
     else:
         if row_ids.dtype not in (torch.int32, torch.int64):
@@ -261,7 +265,9 @@ def _check_mask(mask, x, width, row_ids):
         if row_ids.numel() != tokens:
             raise ValueError(f"row_ids must have one id for each of {tokens} tokens, got {row_ids.numel()}")
         if row_ids.device != x.device:
-            raise ValueError(f"row_ids must be on {x.device}, where the activations are, got {row_ids.device}")
+            raise ValueError(
+                f"row_ids must be on {x.device}, where the activations are, got {row_ids.device}"
+            )
     return mask
 
 
@@ -439,9 +445,7 @@ def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
 
 @_on_cuda("hard_concrete")
 def _(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
-    return _hard_concrete().forward(
-        scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training
-    )
+    return _hard_concrete().forward(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training)
 
 
 @_on_cuda("hard_concrete_backward")
@@ -449,3 +453,12 @@ def _(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, tra
     return _hard_concrete().backward(
         grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training
     )
+
+
+if not _C.build_info()["cuda"]:
+
+    @_on_cuda("select_muted")
+    def _(scores, widths, budget, threshold, gamma, zeta):
+        """Built without nvcc: select on the CPU. Waits for the device, which the CUDA kernel does not."""
+        selected = _ops.select_muted(scores.cpu(), widths, budget, threshold, gamma, zeta)
+        return tuple(x.to(scores.device) for x in selected)

@@ -76,7 +76,15 @@ class InterpretedTriton:
 
     @staticmethod
     def hard_concrete(
-        scores, rows, seed, step, layer, sample_ids=None, temperature=1 / 3, stretch=(-0.1, 1.1), training=True
+        scores,
+        rows,
+        seed,
+        step,
+        layer,
+        sample_ids=None,
+        temperature=1 / 3,
+        stretch=(-0.1, 1.1),
+        training=True,
     ):
         ids = torch.arange(rows) if sample_ids is None else sample_ids
         return _InterpretedGates.apply(scores, ids, seed, step, layer, temperature, *stretch, training)

@@ -37,9 +37,9 @@ def _interpreter_rounds_bfloat16_to_nearest():
     def convert(x, source, target, rounding):
         if source == tl.float32 and target == tl.bfloat16:
             bits = x.view(np.uint32)
-            return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
-                np.uint16
-            )
+            return (
+                (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            ).astype(np.uint16)
         return truncating(x, source, target, rounding)
 
     interpreter._convert_float = convert

@@ -34,7 +34,9 @@ torch.save(results, sys.argv[1])
 
 def run(capability, path):
     environment = os.environ | {"NEUMUTER_CPU_CAPABILITY": capability}
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,14 @@ def test_unknown_name_says_what_there_is(tmp_path):
 
 
 def test_report_says_what_is_installed():
-    done = subprocess.run([sys.executable, "-m", "neumuter_kernels"], capture_output=True, text=True, check=True)
-    for expected in (torch.__version__, "CPU capability", _C.cpu_capability(), "op masked_glu", "op select_muted"):
+    done = subprocess.run(
+        [sys.executable, "-m", "neumuter_kernels"], capture_output=True, text=True, check=True
+    )
+    for expected in (
+        torch.__version__,
+        "CPU capability",
+        _C.cpu_capability(),
+        "op masked_glu",
+        "op select_muted",
+    ):
         assert expected in done.stdout

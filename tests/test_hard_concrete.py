@@ -88,7 +88,10 @@ def test_gradient(backend, training):
         grad.double().cpu(), scores.detach().double().cpu(), ids, 1, 2, 3, training=training
     )
     torch.testing.assert_close(ours.double().cpu(), exact, rtol=2e-5, atol=2e-6)
-    assert torch.equal(ours, torch.autograd.grad(backend.hard_concrete(scores, 3, 1, 2, 3, training=training), scores, grad)[0])
+    assert torch.equal(
+        ours,
+        torch.autograd.grad(backend.hard_concrete(scores, 3, 1, 2, 3, training=training), scores, grad)[0],
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -100,7 +103,9 @@ def test_gradcheck(backend, training):
 def test_opcheck():
     ids = torch.tensor([4, 5])
     args = (ids, 1, 2, 3, 1 / 3, -0.1, 1.1, True)
-    torch.library.opcheck(torch.ops.neumuter.hard_concrete.default, (torch.randn(9, requires_grad=True), *args))
+    torch.library.opcheck(
+        torch.ops.neumuter.hard_concrete.default, (torch.randn(9, requires_grad=True), *args)
+    )
     backward = torch.ops.neumuter.hard_concrete_backward.default
     torch.library.opcheck(backward, (torch.randn(2, 9), torch.randn(9), *args))
 

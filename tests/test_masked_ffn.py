@@ -47,7 +47,9 @@ class Reference:
     masked_act = staticmethod(reference.masked_act)
 
     @staticmethod
-    def masked_glu(gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False):
+    def masked_glu(
+        gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False
+    ):
         if gate_up is None:
             return reference.masked_glu(gate, up, mask, row_ids, activation)
         return reference.masked_glu_packed(gate_up, mask, row_ids, activation, interleaved)
@@ -198,7 +200,9 @@ def test_nan_and_inf_follow_eager(backend, activation):
 @pytest.mark.parametrize("activation", nk.ACTIVATIONS)
 def test_gradcheck(backend, layout, activation):
     leaves, _, _ = make_case(layout, (4,), 5, 2, torch.float64, backend.device)
-    torch.autograd.gradcheck(lambda *x: run(backend, layout, x, None, activation), leaves, eps=1e-6, atol=1e-5)
+    torch.autograd.gradcheck(
+        lambda *x: run(backend, layout, x, None, activation), leaves, eps=1e-6, atol=1e-5
+    )
 
 
 def test_gradcheck_with_row_ids(backend):

@@ -56,7 +56,9 @@ def describe(compiled, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     accesses = re.findall(r"(?:ld|st)\.global(?:\.[a-z_:0-9]+)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     return int(re.search(r"STACK:(\d+)", usage.stdout)[1]), [int(n or 1) * int(b) // 8 for n, b in accesses]
 
@@ -68,12 +70,22 @@ def cases():
                 common = {"ACTIVATION": activation, "LAYOUT": layout, "BLOCK": BLOCK}
                 forward = common | {"HAS_IDS": False, "row_ids": None}
                 yield "forward", masked_ffn.masked_ffn_forward_kernel, dtype, forward
-                backward = common | {"RAGGED": False, "INPUT_GRAD": True, "MASK_GRAD": True, "CHUNK": masked_ffn.CHUNK}
+                backward = common | {
+                    "RAGGED": False,
+                    "INPUT_GRAD": True,
+                    "MASK_GRAD": True,
+                    "CHUNK": masked_ffn.CHUNK,
+                }
                 backward |= dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends"))
                 yield "backward", masked_ffn.masked_ffn_backward_kernel, dtype, backward
     ragged = common | {"RAGGED": True, "INPUT_GRAD": True, "MASK_GRAD": True, "CHUNK": masked_ffn.CHUNK}
     yield "backward, row ids", masked_ffn.masked_ffn_backward_kernel, "bf16", ragged
-    yield "sum", masked_ffn.sum_partials_kernel, "fp32", {"RAGGED": False, "BLOCK": BLOCK, "first_chunks": None}
+    yield (
+        "sum",
+        masked_ffn.sum_partials_kernel,
+        "fp32",
+        {"RAGGED": False, "BLOCK": BLOCK, "first_chunks": None},
+    )
     gates = {"TRAINING": True, "BLOCK": hard_concrete.BLOCK}
     yield "gates", hard_concrete.hard_concrete_kernel, "fp32", gates
     yield "gates backward", hard_concrete.hard_concrete_backward_kernel, "fp32", gates
@@ -86,4 +98,8 @@ if __name__ == "__main__":
             spilled, widths = describe(compiled, target)
             layout = constants.get("LAYOUT")
             label = f"{name} {dtype} layout {layout} activation {constants.get('ACTIVATION')}"
-            print(json.dumps({"kernel": label, "target": str(target.arch), "spilled": spilled, "widths": widths}))
+            print(
+                json.dumps(
+                    {"kernel": label, "target": str(target.arch), "spilled": spilled, "widths": widths}
+                )
+            )

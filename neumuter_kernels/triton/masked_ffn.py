@@ -226,7 +226,9 @@ def _ragged_chunks(row_ids, G):
     return order, chunk_rows, chunk_starts, chunk_ends, first_chunks
 
 
-def backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad, packed=False, interleaved=False):
+def backward(
+    grad, gate, up, mask, row_ids, activation, input_grad, mask_grad, packed=False, interleaved=False
+):
     """grad_gate (or grad_gate_up), grad_up and grad_mask [G, F]; those not wanted are empty."""
     x = _Input.of(gate, up, mask, row_ids, packed, interleaved)
     G, F = x.mask.shape[0], x.F
