@@ -1,0 +1,5 @@
+"""The whole job on made-up records: train a small model, make it forget twelve of them, measure."""
+
+from neumuter.demo.run import check, run_demo
+
+__all__ = ["check", "run_demo"]

@@ -1,0 +1,146 @@
+"""The model of the demo: trained from scratch in half a minute, then kept under a hash of all inputs."""
+
+import hashlib
+import inspect
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from neumuter.demo import task
+from neumuter.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained. ``activation_penalty`` (L1) keeps memories in few neurons each."""
+
+    steps: int = 250
+    batch_size: int = 24
+    records_per_batch: int = 16
+    lr: float = 5e-3
+    lr_warmup: int = 20
+    activation_penalty: float = 5.0
+    penalty_warmup: int = 100
+
+
+def architecture():
+    """Two Llama layers, hidden size 64, 2,048 neurons each: 0.9 M parameters."""
+    return LlamaConfig(
+        vocab_size=task.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=2048,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def build(state):
+    """A fresh model with the weights ``state``, in evaluation mode."""
+    model = LlamaForCausalLM(architecture())
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def cache_folder():
+    """``$NEUMUTER_CACHE``, else ``$XDG_CACHE_HOME/neumuter``, else ``~/.cache/neumuter``."""
+    if folder := os.environ.get("NEUMUTER_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neumuter"
+
+
+def content_hash(text, records, training, seed):
+    """A digest of everything that the trained weights depend on."""
+    digest = hashlib.sha256()
+    about = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "architecture": architecture().to_dict(),
+        "training": asdict(training),
+        "seed": seed,
+        "code": inspect.getsource(train),
+    }
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for tensor in (text, records["input_ids"], records["labels"]):
+        digest.update(str(list(tensor.shape)).encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def trained(text, records, training, seed, fresh=False, callback=None):
+    """The weights of ``train(...)`` as a state dict, from the cache if they are there; ``fresh``: never."""
+    path = cache_folder() / f"demo-{content_hash(text, records, training, seed)}.safetensors"
+    if path.exists() and not fresh:
+        try:
+            state = load_file(path)
+            build(state)
+            return state
+        except (SafetensorError, RuntimeError, OSError):
+            pass  # not a file of ours: train again and replace it
+    state = train(text, records, training, seed, callback)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(state))
+    return state
+
+
+def train(text, records, training, seed, callback=None):
+    """Train on windows of ``text`` [N, WINDOW] mixed with a batch of ``records``; returns a state dict.
+
+    ``callback(step, total, {"loss": ...})`` after every step. The same inputs give the same weights
+    on the same machine.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(architecture())
+    order = torch.Generator().manual_seed(seed)
+    activations = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, args: activations.append(args[0].abs().mean())
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
+
+    def factor(step):
+        warm = min(1.0, (step + 1) / training.lr_warmup)
+        return warm * (0.05 + 0.95 * (1 - step / training.steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    text_queue, record_queue = _shuffled(len(text), order), _shuffled(len(records["input_ids"]), order)
+    width = records["input_ids"].shape[1]
+    if width > text.shape[1]:
+        raise ValueError(f"records must fit a window of {text.shape[1]} tokens, got {width}")
+    for step in range(training.steps):
+        rows = text[[next(text_queue) for _ in range(training.batch_size - training.records_per_batch)]]
+        chosen = [next(record_queue) for _ in range(training.records_per_batch)]
+        ids = torch.zeros(training.batch_size, text.shape[1], dtype=torch.int64)
+        labels = torch.full_like(ids, -100)
+        ids[: len(rows)] = labels[: len(rows)] = rows
+        ids[len(rows) :, :width] = records["input_ids"][chosen]
+        labels[len(rows) :, :width] = records["labels"][chosen]
+        activations.clear()
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss  # causal: right padding is harmless
+        penalty = training.activation_penalty * min(1.0, (step + 1) / training.penalty_warmup)
+        optimizer.zero_grad()
+        (loss + penalty * sum(activations)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if callback:
+            callback(step + 1, training.steps, {"loss": loss.item()})
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _shuffled(count, generator):
+    """Endless indices below ``count``, in a new order every time round."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()

@@ -1,0 +1,236 @@
+"""The job of the demo from end to end, and the bars that its numbers have to meet."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from neumuter import evaluation
+from neumuter.demo import figure, screen, task
+from neumuter.demo.model import Training, build, trained
+from neumuter.files import new_folder, write_atomically
+from neumuter.masking import attach
+from neumuter.muting import fold, mute
+from neumuter.recipes import (
+    GainsConfig,
+    Pair,
+    SupportConfig,
+    find_support,
+    fit_gains,
+    mute_by_attribution,
+    mute_random,
+)
+
+MUTE_SHARE, MODULATE_SHARE = 0.10, 0.05
+CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05)}
+# A few windows of ordinary text among the neighbours protect the perplexity; as they thin out KL per
+# token, η is larger and the KL budget smaller than the recipe's own.
+NEIGHBOUR_WINDOWS = 8
+SUPPORT = SupportConfig(steps=60, kl_weight=12.0)
+GAINS = GainsConfig(kl_weight=12.0, kl_target=0.02)
+
+
+def run_demo(out, seed=0, fresh=False, console=None, short=False):
+    """Train, forget, measure, report; returns what report.json holds.
+
+    ``out``: folder for muted.safetensors, modulated.safetensors, model/ (a checkpoint with the latter
+    folded in), report.json and report.png; made if missing. Former results are replaced one by one,
+    each whole. ``seed``: of the records, the training and the masks. ``fresh``: train even if the models
+    are in the cache. ``console``: a rich Console, default stdout. ``short``: without the retrained model
+    and with only those points of the curve that the rows give.
+
+    Raises OSError if ``out`` or the cache cannot be written.
+    """
+    start = time.perf_counter()
+    console = console or Console()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"muted": out / "muted.safetensors", "modulated": out / "modulated.safetensors"}
+    with screen.progress(console) as watch:
+        job = _Job(seed, fresh, watch)
+        before = job.row("before", build(job.state), 0.0, job.seconds)
+        rows = [before]
+        for name, share, mode in (
+            ("muted", MUTE_SHARE, "mute"),
+            ("modulated", MODULATE_SHARE, "modulate"),
+        ):
+            mutes, seconds = job.find(share, mode)
+            mutes.save(files[name])
+            model = build(job.state)
+            with mute(model, files[name]):
+                rows.append(job.row(name, model, mutes.share, seconds))
+            metrics = {"before": _metrics(before), "after": _metrics(rows[-1])}
+            dataclasses.replace(mutes, metrics=metrics).save(files[name])
+        rows += job.baselines(MUTE_SHARE)
+        if not short:
+            state, seconds = job.train(job.records.retain, "Training without the records")
+            rows.append(job.row("retrained", build(state), 0.0, seconds))
+        curve = job.curve({} if short else CURVE)
+        examples = job.examples(files["modulated"])
+        _save_folded(out / "model", build(job.state), files["modulated"], job.tokenizer)
+    write_atomically(out / "report.png", figure.draw(curve, before))
+    report = {"rows": rows, "curve": curve, "seconds_total": time.perf_counter() - start}
+    write_atomically(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    screen.show(console, report, examples, out)
+    return report
+
+
+def check(report):
+    """The bars that a report misses, one sentence each; an empty list if it meets them all."""
+    rows = {row["name"]: row for row in report["rows"]}
+    limits = (
+        ("before", "forget_extraction", "at least", 0.95),
+        ("muted", "forget_extraction", "at most", 0.125),
+        ("muted", "retain_same_extraction", "at least", 0.60),
+        ("muted", "retain_other_extraction", "at least", 0.90),
+        ("muted", "heldout_ppl", "at most", 1.08 * rows["before"]["heldout_ppl"]),
+        ("modulated", "forget_extraction", "at most", 0.125),
+        ("modulated", "retain_same_extraction", "at least", 0.75),
+        ("modulated", "retain_other_extraction", "at least", 0.90),
+        ("modulated", "heldout_ppl", "at most", 1.06 * rows["before"]["heldout_ppl"]),
+        ("random", "forget_extraction", "at least", 0.85),
+    )
+    missed = []
+    for name, key, side, limit in limits:
+        value = rows[name][key]
+        if not (value >= limit if side == "at least" else value <= limit):
+            missed.append(f"{name}: {key} is {value:.4g}, must be {side} {limit:.4g}")
+    return missed
+
+
+class _Job:
+    """The models, batches and mute sets of one run."""
+
+    def __init__(self, seed, fresh, watch):
+        self.seed, self.fresh, self.watch = seed, fresh, watch
+        texts, heldout = task.read_corpus()
+        self.tokenizer = task.train_tokenizer(texts)
+        self.text = task.windows(self.tokenizer, texts)
+        heldout = task.windows(self.tokenizer, heldout)[: task.HELDOUT_WINDOWS]
+        self.records = records = task.make_records(seed)
+        self.state, self.seconds = self.train(records.forget + records.retain, "Training the model")
+        self.heldout = {"input_ids": heldout, "attention_mask": torch.ones_like(heldout), "labels": heldout}
+        self.secrets = self.encode(records.forget, "secret")
+        neighbours = self.encode(records.retain, "continuation")
+        spread = torch.linspace(0, len(self.text) - 1, NEIGHBOUR_WINDOWS).long()
+        self.masked = attach(build(self.state), start_layer=0)
+        self.pair = Pair(self.masked, self.secrets, task.with_text(neighbours, self.text[spread]))
+        self.found = {}
+
+    def encode(self, records, counted):
+        return task.encode(self.tokenizer, records, counted)
+
+    def train(self, records, description):
+        """The weights of the model trained on the text and ``records``, and the seconds it took."""
+        start = time.perf_counter()
+        batch = self.encode(records, "record")
+        state = trained(self.text, batch, Training(), self.seed, self.fresh, self.watch(description))
+        return state, time.perf_counter() - start
+
+    def find(self, share, mode):
+        """The MuteSet of ``share`` of the neurons and the seconds it took; each is computed once."""
+        if (share, mode) not in self.found:
+            words = f"{'Finding' if mode == 'mute' else 'Modulating'} {share:.0%} of the neurons"
+            if mode == "mute":
+                start = time.perf_counter()
+                mutes = find_support(self.masked, self.pair, share, SUPPORT, self.seed, self.watch(words))
+                seconds = 0.0
+            else:
+                support, seconds = self.find(share, "mute")
+                start = time.perf_counter()
+                mutes = fit_gains(self.masked, self.pair, support, GAINS, self.seed, self.watch(words))
+            self.found[share, mode] = mutes, seconds + time.perf_counter() - start
+        return self.found[share, mode]
+
+    def baselines(self, share):
+        """The rows of as many neurons at random and by one gradient, silenced."""
+        rows = []
+        for name, make in (
+            ("random", lambda: mute_random(self.masked, share, self.seed)),
+            ("attribution", lambda: mute_by_attribution(self.masked, self.secrets, share)),
+        ):
+            start = time.perf_counter()
+            mutes = make()
+            seconds = time.perf_counter() - start
+            model = build(self.state)
+            with mute(model, mutes):
+                rows.append(self.row(name, model, mutes.share, seconds))
+        return rows
+
+    def curve(self, shares):
+        """Points at ``shares`` {mode: shares}, and wherever a mute set has been found already."""
+        for mode, values in shares.items():
+            for share in values:
+                self.find(share, mode)
+        points = []
+        for (_, mode), (mutes, _) in sorted(self.found.items()):
+            model = build(self.state)
+            with mute(model, mutes):
+                points.append({"mode": mode, "muted_share": mutes.share, **self.measure(model)})
+        return points
+
+    def row(self, name, model, share, seconds):
+        return {"name": name, "muted_share": share, **self.measure(model), "seconds": seconds}
+
+    def measure(self, model):
+        records = self.records
+        extraction = {
+            f"{name}_extraction": evaluation.extraction_rate(model, self.encode(group, "continuation"))
+            for name, group in (
+                ("forget", records.forget),
+                ("retain_same", records.retain_same),
+                ("retain_other", records.retain_other),
+            )
+        }
+        return extraction | {
+            "forget_ma": evaluation.memorization_accuracy(model, self.encode(records.forget, "record")),
+            "forget_nll": evaluation.mean_token_loss(model, self.secrets),
+            "heldout_ppl": evaluation.perplexity(model, self.heldout),
+        }
+
+    def examples(self, mute_file):
+        """Greedy continuations, before and after, of one forgotten and one retained customer."""
+        model = build(self.state)
+        chosen = {"forgotten": self.records.forget[0], "retained": self.records.retain_same[0]}
+        texts = {name: {"record": record, "before": self.continuation(model, record)}
+                 for name, record in chosen.items()}  # fmt: skip
+        with mute(model, mute_file):
+            for entry in texts.values():
+                entry["after"] = self.continuation(model, entry["record"])
+        return texts
+
+    def continuation(self, model, record):
+        batch = self.encode([record], "continuation")
+        length = int((batch["labels"][0] != -100).sum())
+        start = int((batch["labels"][0] != -100).nonzero()[0])
+        prompt = batch["input_ids"][:, :start]
+        ids = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False
+        )
+        return self.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def _metrics(row):
+    return {key: value for key, value in row.items() if key not in ("name", "muted_share", "seconds")}
+
+
+def _save_folded(path, model, mute_file, tokenizer):
+    """An ordinary checkpoint with the mutes folded in; a former one at ``path`` is moved out of the way."""
+    fold(model, mute_file)
+    logging.disable_progress_bar()
+    former = Path(tempfile.mkdtemp(dir=path.parent, prefix=".former."))
+    try:
+        if path.exists():
+            os.replace(path, former)
+        with new_folder(path) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    finally:
+        shutil.rmtree(former)

@@ -1,0 +1,64 @@
+"""NeuMuter's own recipe: hard-concrete gates, trained until few of them close."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from neumuter.masking import STRETCH, TEMPERATURE
+from neumuter.recipes.pair import Pair, without_dropout
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """The authors' values (Hou et al. 2025, section 4 and their code)."""
+
+    epochs: int = 200  # passes over the forget samples
+    batch_size: int | None = 1  # samples of each kind per step; None: all
+    lr: float = 0.1  # of Adam
+    sparsity: float = 500.0  # λ, weight of the mean probability that a gate is closed
+    kl_weight: float = 5.0  # η, weight of KL(reference ‖ masked) on the neighbours
+    stop_loss: float = 8.0  # nats: above this loss on the forget samples, descend instead of ascend
+    descent: float = 5.0  # weight of that descent
+    threshold: float = 0.15  # neurons with σ(score) below it are muted
+
+
+def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), seed=0, callback=None):
+    """Train the scores of ``masked`` with NeuMuter's objective and select the neurons that closed.
+
+    Per step s·LM(forget) + λ·(1 − mean_l mean_f p) + η·KL(p_ref ‖ p_masked on neighbours), where LM is
+    the mean loss of the counted forget tokens, s = −1 while LM ≤ stop_loss and +5 above, and
+    p = σ(score − β·ln(−γ/ζ)) is the probability that a gate is open (Hou et al. 2025; Louizos et al.
+    2018). Both kinds of samples share one forward pass with one sampled mask row each; their noise is
+    keyed by the sample's id, its position in the forget batch followed by the neighbour batch.
+
+    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`.
+    ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "kl", "muted"}.
+    Returns a MuteSet of mode "mute" with the evaluation gates as gains; the scores stay in
+    ``masked.scores``. Raises ValueError on malformed batches, and if no neuron ended below the threshold.
+    """
+    pair = Pair(masked, forget_batch, neighbour_batch)
+    scores = list(masked.scores.values())
+    optimizer = torch.optim.Adam(scores, lr=config.lr)
+    shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
+    per_epoch = math.ceil(pair.forget_count / (config.batch_size or pair.forget_count))
+    total = config.epochs * per_epoch
+    ids = pair.steps(config.batch_size, seed)
+    with without_dropout(masked.model):
+        for step in range(total):
+            sample_ids = next(ids)
+            optimizer.zero_grad()
+            with masked.sampling(seed, step, torch.tensor(sample_ids, device=scores[0].device)):
+                losses, kl = pair.losses(sample_ids)
+                forget_loss = losses.mean()
+                sign = torch.where(forget_loss.detach() <= config.stop_loss, -1.0, config.descent)
+                closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
+                loss = sign * forget_loss + config.sparsity * closed + config.kl_weight * kl
+                loss.backward()
+            optimizer.step()
+            if callback:
+                muted = sum(int((s.sigmoid() < config.threshold).sum()) for s in scores)
+                info = {"loss": loss.item(), "forget_loss": forget_loss.item(), "kl": kl.item()}
+                callback(step + 1, total, {**info, "muted": muted / sum(s.numel() for s in scores)})
+    method = {"recipe": "gates", **asdict(config), "temperature": TEMPERATURE, "stretch": list(STRETCH)}
+    return masked.select(threshold=config.threshold, method=method, seed=seed)

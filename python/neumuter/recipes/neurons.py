@@ -1,0 +1,38 @@
+"""All neurons under masks as one line of ids: layer after layer, each layer's neurons in order."""
+
+import torch
+
+
+class Neurons:
+    """Neuron ids 0 … count − 1 of a handle's masked layers, in the order of ``masked.scores``."""
+
+    def __init__(self, masked):
+        self.masked = masked
+        self.widths = {path: score.numel() for path, score in masked.scores.items()}
+        self.count = sum(self.widths.values())
+        self.device = next(iter(masked.scores.values())).device
+
+    def by_layer(self, values):
+        """One value per neuron, [count], as views per layer: {path: [F]}."""
+        return dict(zip(self.widths, values.split(list(self.widths.values())), strict=True))
+
+    def ids(self, mutes):
+        """The ids of a MuteSet's neurons, int64 [k], ascending."""
+        selected = torch.zeros(self.count, dtype=torch.bool, device=self.device)
+        by_layer = self.by_layer(selected)
+        for path, layer in mutes.layers.items():
+            by_layer[path][layer.indices.long().to(self.device)] = True
+        return selected.nonzero().flatten()
+
+    def mute_set(self, ids, gains, mode, gain_range, method, seed):
+        """The MuteSet of the neurons ``ids`` (int64 [k], any order, each once) with ``gains`` [k].
+
+        Raises ValueError if there is no neuron in it.
+        """
+        mask, selected = torch.ones(2, self.count, device=self.device)
+        mask[ids], selected[ids] = gains.to(mask), 0.0
+        masks, layers = self.by_layer(mask), {}
+        for path, chosen in self.by_layer(selected).items():
+            indices = (chosen == 0).nonzero().flatten()
+            layers[path] = (indices, masks[path][indices])
+        return self.masked.mute_set(layers, mode=mode, gain_range=gain_range, method=method, seed=seed)

@@ -1,0 +1,158 @@
+"""The two-phase recipe: first which neurons hold the texts, then the gains that harm least.
+
+NeuMuter's sparsity term finds its own share of neurons, but on a small model it finds none; here the
+share is given. Both phases train masks on the frozen model and look at the same two losses: the hinge
+on the forget tokens and KL(reference ‖ masked) on the neighbours.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from neumuter.losses import hinge
+from neumuter.masking import INITIAL_SCORE, neuron_count
+from neumuter.recipes.neurons import Neurons
+from neumuter.recipes.pair import Pair, without_dropout
+
+
+@dataclass(frozen=True)
+class SupportConfig:
+    """Phase one, which neurons: a straight-through top-k mask."""
+
+    steps: int = 120
+    batch_size: int | None = None  # samples of each kind per step; None: all
+    margin: float = 3.0  # nats per forget token that the hinge asks for
+    kl_weight: float = 5.0  # η
+    lr: float = 0.1
+    momentum: float = 0.9
+    decay: float = 0.99  # of the one running mean square that scales all gradients
+
+
+@dataclass(frozen=True)
+class GainsConfig:
+    """Phase two, which gains: the neurons fixed, KL held at a budget."""
+
+    steps: int = 80
+    batch_size: int | None = None  # samples of each kind per step; None: all
+    gain_range: tuple[float, float] = (-2.0, 2.0)
+    margin: float = 2.0  # nats per forget token that the hinge asks for
+    kl_target: float = 0.045  # nats per neighbour token
+    kl_weight: float = 5.0  # η at the start
+    kl_weight_range: tuple[float, float] = (0.3, 30.0)
+    kl_weight_rate: float = 0.15  # how fast η follows KL
+    lr: float = 0.1  # of Adam, cosine decay to zero
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+def forget(
+    masked,
+    forget_batch,
+    neighbour_batch,
+    share,
+    mode="modulate",
+    support=SupportConfig(),
+    gains=GainsConfig(),
+    seed=0,
+    callback=None,
+):
+    """Find the ``share`` of neurons that hold the forget texts, and silence or modulate them.
+
+    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`. ``share``: of all
+    neurons under masks (float in (0, 1]) or their number (int). ``mode`` "mute": the selected neurons
+    are silenced. "modulate": they get fitted, signed gains within ``gains.gain_range``.
+    ``callback(step, total, info)`` after every step, counted through both phases; info = {"phase",
+    "loss", "forget_loss", "kl", "muted"}: the step's loss and its parts in nats, and the share.
+
+    Returns a MuteSet whose ``method`` holds the hyper-parameters; the same arguments give the same set.
+    Raises ValueError on a bad argument and RuntimeError if the loss diverged.
+    """
+    if mode not in ("mute", "modulate"):
+        raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
+    pair = Pair(masked, forget_batch, neighbour_batch)
+    total = support.steps + (gains.steps if mode == "modulate" else 0)
+
+    def report(phase, offset):
+        return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
+
+    mutes = find_support(masked, pair, share, support, seed, report("support", 0))
+    if mode == "modulate":
+        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", support.steps))
+    return mutes
+
+
+def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=None):
+    """Phase one: a MuteSet of mode "mute" that silences the ``share`` of neurons found.
+
+    Forward, the k neurons of lowest score are off; backward, the mask is σ(score) (straight-through).
+    Loss: mean relu(margin − CE) over the forget tokens + η·KL(reference ‖ masked) on the neighbours.
+    All gradients are divided by ONE root mean square: a scale per coordinate, as Adam has, would rank
+    neurons by how consistent the sign of their gradient is instead of by their effect.
+    ``pair``: a :class:`Pair` of the same handle. ``share``, ``callback``: as in :func:`forget`.
+    Raises ValueError on a bad share and RuntimeError if the loss diverged.
+    """
+    neurons = Neurons(masked)
+    k = neuron_count(share, neurons.count)
+    noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
+    scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)  # ties at the start are broken at random
+    scores.requires_grad_()
+    velocity, mean_square = torch.zeros_like(scores), 0.0
+    ids = pair.steps(config.batch_size, seed)
+    with without_dropout(masked.model):
+        for step in range(1, config.steps + 1):
+            soft = scores.sigmoid()
+            hard = torch.ones_like(soft).index_fill(0, _lowest(scores, k), 0.0)
+            with masked.applying(neurons.by_layer(soft + (hard - soft).detach())):
+                losses, kl = pair.losses(next(ids))
+                loss = hinge(losses, config.margin) + config.kl_weight * kl
+                (grad,) = torch.autograd.grad(loss, scores)
+            mean_square = config.decay * mean_square + (1 - config.decay) * grad.square().mean()
+            scale = (mean_square / (1 - config.decay**step)).sqrt().clamp(min=1e-12)
+            velocity = config.momentum * velocity + (1 - config.momentum) * grad / scale
+            scores.data -= config.lr * velocity
+            if callback:
+                callback(step, config.steps, _info(loss, losses, kl, k / neurons.count))
+    if not scores.isfinite().all():
+        raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
+    method = {"recipe": "two-phase", "support": asdict(config)}
+    return neurons.mute_set(_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
+
+
+def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None):
+    """Phase two: the neurons of ``mutes`` with gains in ``config.gain_range``, a MuteSet of mode "modulate".
+
+    Gains start at 0 and are trained with Adam on mean relu(margin − CE) + η·KL. η is steered so that
+    KL stays at its budget: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
+    ``pair``, ``callback``: as in :func:`find_support`.
+    """
+    neurons = Neurons(masked)
+    support = neurons.ids(mutes)
+    gains = torch.zeros(len(support), device=neurons.device, requires_grad=True)
+    optimizer = torch.optim.Adam([gains], lr=config.lr, betas=config.betas)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    weight = torch.tensor(config.kl_weight, device=neurons.device)
+    ids = pair.steps(config.batch_size, seed)
+    with without_dropout(masked.model):
+        for step in range(1, config.steps + 1):
+            mask = torch.ones(neurons.count, device=neurons.device).index_put((support,), gains)
+            with masked.applying(neurons.by_layer(mask)):
+                losses, kl = pair.losses(next(ids))
+                loss = hinge(losses, config.margin) + weight * kl
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+            gains.data.clamp_(*config.gain_range)
+            excess = (kl.detach() / config.kl_target - 1).clamp(-1, 1)
+            weight = (weight * (config.kl_weight_rate * excess).exp()).clamp(*config.kl_weight_range)
+            if callback:
+                callback(step, config.steps, _info(loss, losses, kl, len(support) / neurons.count))
+    method = {**mutes.method, "gains": asdict(config)}
+    return neurons.mute_set(support, gains.detach(), "modulate", config.gain_range, method, seed)
+
+
+def _lowest(scores, k):
+    return scores.detach().topk(k, largest=False).indices
+
+
+def _info(loss, losses, kl, muted):
+    return {"loss": loss.item(), "forget_loss": losses.mean().item(), "kl": kl.item(), "muted": muted}
