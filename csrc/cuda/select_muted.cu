@@ -20,7 +20,8 @@ static std::tuple<Tensor, Tensor, Tensor> select_muted_op(Tensor scores_, std::v
   STD_TORCH_CHECK(!budget || *budget >= 0, "budget must not be negative");
   const torch::stable::accelerator::DeviceGuard guard(scores_.get_device());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(scores_.get_device(), &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(scores_.get_device(), &stream) == AOTI_TORCH_SUCCESS,
+                  "the current CUDA stream is not to be had");
 
   const Tensor scores = torch::stable::contiguous(scores_);
   const int64_t n = scores.numel(), layers = static_cast<int64_t>(widths.size());

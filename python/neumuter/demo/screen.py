@@ -44,8 +44,11 @@ def progress(console):
         yield watch
 
 
-def show(console, report, examples, out):
-    """Print the table, the examples, what the numbers mean and what they do not, and where the files are."""
+def show(console, report, examples, closed, out):
+    """Print the table, the examples, what the numbers do not show, and where the files are.
+
+    ``closed``: the number of neurons muted with the paper's constants, None if that was not tried.
+    """
     rows = {row["name"]: row for row in report["rows"]}
     console.print(_table(rows))
     console.print(LEGEND, style="dim", highlight=False)
@@ -55,7 +58,7 @@ def show(console, report, examples, out):
             verdict = "extracted" if text == example["record"].continuation else "not extracted"
             console.print(f"  {when:9} ...{escape(text)}  [dim]({verdict})[/]", highlight=False)
     console.print()
-    for sentence in _limits(rows, report["curve"]):
+    for sentence in _limits(rows, report["curve"], closed):
         console.print(f"• {sentence}", highlight=False)
     console.print(
         f"\n{escape(str(out))} holds muted.safetensors, modulated.safetensors, model/ (a checkpoint with the "
@@ -86,7 +89,7 @@ def _table(rows):
     return table
 
 
-def _limits(rows, curve):
+def _limits(rows, curve, closed):
     """What the numbers of this very run do not show, one sentence each."""
     losses = f"{rows['muted']['forget_nll']:.2f} muted and {rows['modulated']['forget_nll']:.2f} modulated"
     if "retrained" in rows:
@@ -104,10 +107,11 @@ def _limits(rows, curve):
             f"With {smallest:.0%} of the neurons, {extracted['mute']:.0%} of the records are still extracted "
             f"when muted and {extracted['modulate']:.0%} when modulated{so}."
         )
-    yield (
-        "The share is given here. With the constants of the paper (λ = 500, r = 0.15) no gate of this model "
-        "closes: the sparsity term outweighs what a neuron does."
-    )
+    if closed is not None:
+        yield (
+            "The share of neurons is given here. NeuMuter's own constants, which find it by themselves in large "
+            f"models, mute {closed or 'no'} neuron{'s' if closed > 1 else ''} of this one."
+        )
     yield (
         "The retained records were among the neighbours that the masks were trained to leave alone; the "
         "held-out perplexity is measured on text that neither the model nor the masks have seen."
