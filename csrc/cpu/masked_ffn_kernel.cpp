@@ -1,125 +1,123 @@
 // The masked activation of an FFN and its backward, for one block of tokens and columns.
 #include "kernels.h"
-#include "tiles.h"
+#include "math.h"
 
 namespace neumuter::cpu {
 namespace NEUMUTER_CAPABILITY {
 
-template <typename C>
-struct Ones {
-  C x[kTile];
-  constexpr Ones() : x{} {
-    for (int i = 0; i < kTile; ++i) x[i] = C(1);
-  }
-};
-
-// The mask of token t from column f on, or ones for an unmasked token.
-template <typename C>
-static inline const C* mask_run(const Ffn& a, int64_t t, int64_t f) {
-  static constexpr Ones<C> ones;
-  const int64_t row = a.mask_rows[t];
-  return row < 0 ? ones.x : static_cast<const C*>(a.mask) + row * a.mask_stride + f;
-}
-
-template <typename Body>
-static inline void for_each_tile(const Block& b, Body body) {
+// Calls body(t, f, n) for runs of n columns: full registers, and one shorter run at the end of a row.
+template <int kRun, typename Body>
+NEUMUTER_INLINE void for_each_run(const Block& b, Body body) {
   for (int64_t i = b.first_token; i < b.last_token; ++i) {
     const int64_t t = b.order ? b.order[i] : i;
-    for (int64_t f = b.first_column; f < b.last_column; f += kTile) {
-      body(t, f, static_cast<int>(b.last_column - f < kTile ? b.last_column - f : kTile));
-    }
+    int64_t f = b.first_column;
+    for (; f + kRun <= b.last_column; f += kRun) body(t, f, kRun);
+    if (f < b.last_column) body(t, f, static_cast<int>(b.last_column - f));
   }
 }
 
-template <typename T, Activation A, bool kGlu>
+// n adjacent elements (or every other one) as a register; the lanes from n on are zero.
+template <typename T>
+NEUMUTER_INLINE Compute<T> load_run(const T* from, int64_t stride, int n) {
+  if (stride == 1 && n == kWidth<T>) return load(from);
+  T run[kWidth<T>] = {};
+  for (int i = 0; i < n; ++i) run[i] = from[i * stride];
+  return load(run);
+}
+
+template <typename T>
+NEUMUTER_INLINE void store_run(Compute<T> x, T* to, int64_t stride, int n) {
+  if (stride == 1 && n == kWidth<T>) return store(x, to);
+  T run[kWidth<T>];
+  store(x, run);
+  for (int i = 0; i < n; ++i) to[i * stride] = run[i];
+}
+
+template <typename T>
+NEUMUTER_INLINE Compute<T> load_mask(const Ffn& a, int64_t row, int64_t f, int n) {
+  using S = Scalar<Compute<T>>;
+  if (row < 0) return splat<Compute<T>>(S(1));
+  return load_run(static_cast<const S*>(a.mask) + row * a.mask_stride + f, 1, n);
+}
+
+template <typename T>
+NEUMUTER_INLINE const T* at(const void* base, int64_t t, int64_t row_stride, int64_t column) {
+  return static_cast<const T*>(base) + t * row_stride + column;
+}
+
+template <typename T, Activation A, bool kGlu, int kStride>
 static void forward(const Ffn& a, const Block& block, void* out, int64_t out_stride) {
-  using C = typename ComputeType<T>::type;
-  for_each_tile(block, [&](int64_t t, int64_t f, int n) {
-    alignas(64) C gate_buffer[kTile], up_buffer[kTile], h[kTile];
-    const int64_t column = f * a.column_stride;
-    const C* __restrict m = mask_run<C>(a, t, f);
-    const C* __restrict g =
-        load(static_cast<const T*>(a.gate) + t * a.gate_stride + column, a.column_stride, gate_buffer, n);
-    for (int i = 0; i < n; ++i) {
-      C slope;
-      h[i] = activation<A>(g[i], &slope);
-    }
-    round_to<T>(h, n);
-    if constexpr (kGlu) {
-      const C* __restrict u =
-          load(static_cast<const T*>(a.up) + t * a.up_stride + column, a.column_stride, up_buffer, n);
-      for (int i = 0; i < n; ++i) h[i] = (h[i] * u[i]) * m[i];
-    } else {
-      for (int i = 0; i < n; ++i) h[i] *= m[i];
-    }
-    store(h, static_cast<T*>(out) + t * out_stride + f, 1, n);
+  using C = Compute<T>;
+  for_each_run<kWidth<T>>(block, [&](int64_t t, int64_t f, int n) __attribute__((always_inline)) {
+    C slope;
+    C h = round_to<T>(
+        activation<A>(load_run(at<T>(a.gate, t, a.gate_stride, f * kStride), kStride, n), &slope));
+    if constexpr (kGlu) h *= load_run(at<T>(a.up, t, a.up_stride, f * kStride), kStride, n);
+    h *= load_mask<T>(a, a.mask_rows[t], f, n);
+    store_run<T>(h, static_cast<T*>(out) + t * out_stride + f, 1, n);
   });
 }
 
-template <typename T, Activation A, bool kGlu>
+template <typename T, Activation A, bool kGlu, int kStride>
 static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* grad_mask) {
-  using C = typename ComputeType<T>::type;
-  for_each_tile(block, [&](int64_t t, int64_t f, int n) {
-    alignas(64) C gate_buffer[kTile], up_buffer[kTile], grad_buffer[kTile];
-    alignas(64) C value[kTile], slope[kTile], inner[kTile];
-    const int64_t column = f * a.column_stride;
-    const C* __restrict m = mask_run<C>(a, t, f);
-    const C* __restrict g =
-        load(static_cast<const T*>(a.gate) + t * a.gate_stride + column, a.column_stride, gate_buffer, n);
-    const C* __restrict dh = load(static_cast<const T*>(d.grad) + t * d.grad_stride + f, 1, grad_buffer, n);
-    const C* __restrict u = nullptr;
-    for (int i = 0; i < n; ++i) value[i] = activation<A>(g[i], &slope[i]);
-    round_to<T>(value, n);
-    if constexpr (kGlu) {
-      u = load(static_cast<const T*>(a.up) + t * a.up_stride + column, a.column_stride, up_buffer, n);
-    }
-    if (grad_mask != nullptr && a.mask_rows[t] >= 0) {
-      C* __restrict dm = static_cast<C*>(grad_mask) + (f - block.first_column);
+  using C = Compute<T>;
+  using S = Scalar<C>;
+  for_each_run<kWidth<T>>(block, [&](int64_t t, int64_t f, int n) __attribute__((always_inline)) {
+    const int64_t row = a.mask_rows[t];
+    const C grad = load_run(at<T>(d.grad, t, d.grad_stride, f), 1, n);
+    C slope;
+    const C value = round_to<T>(
+        activation<A>(load_run(at<T>(a.gate, t, a.gate_stride, f * kStride), kStride, n), &slope));
+    C up;
+    if constexpr (kGlu) up = load_run(at<T>(a.up, t, a.up_stride, f * kStride), kStride, n);
+    if (grad_mask != nullptr && row >= 0) {
+      S* sums = static_cast<S*>(grad_mask) + (f - block.first_column);
       if constexpr (kGlu) {
-        for (int i = 0; i < n; ++i) dm[i] += dh[i] * (value[i] * u[i]);
+        store_run<S>(load_run(sums, 1, n) + grad * (value * up), sums, 1, n);
       } else {
-        for (int i = 0; i < n; ++i) dm[i] += dh[i] * value[i];
+        store_run<S>(load_run(sums, 1, n) + grad * value, sums, 1, n);
       }
     }
     if (d.grad_gate == nullptr) return;
-    const int64_t out_column = f * d.grad_column_stride;
+    C inner = grad * load_mask<T>(a, row, f, n);
     if constexpr (kGlu) {
-      for (int i = 0; i < n; ++i) {
-        const C masked = dh[i] * m[i];
-        inner[i] = masked * u[i];
-        value[i] = masked * value[i];
-      }
-      store(value, static_cast<T*>(d.grad_up) + t * d.grad_up_stride + out_column, d.grad_column_stride, n);
-    } else {
-      for (int i = 0; i < n; ++i) inner[i] = dh[i] * m[i];
+      T* grad_up = static_cast<T*>(d.grad_up) + t * d.grad_up_stride + f * kStride;
+      store_run<T>(inner * value, grad_up, kStride, n);
+      inner *= up;
     }
-    round_to<T>(inner, n);
-    for (int i = 0; i < n; ++i) inner[i] *= slope[i];
-    store(inner, static_cast<T*>(d.grad_gate) + t * d.grad_gate_stride + out_column, d.grad_column_stride, n);
+    T* grad_gate = static_cast<T*>(d.grad_gate) + t * d.grad_gate_stride + f * kStride;
+    store_run<T>(round_to<T>(inner) * slope, grad_gate, kStride, n);
   });
 }
 
-// Calls f<T, A, kGlu>() for the run-time dtype, activation and kind.
+// Calls f<T, A, kGlu, kStride>() for the run-time dtype, activation and layout.
+template <typename T, Activation A, typename F>
+static void with_layout(const Ffn& a, F f) {
+  if (a.up == nullptr) return f.template call<T, A, false, 1>();
+  if (a.column_stride == 1) return f.template call<T, A, true, 1>();
+  f.template call<T, A, true, 2>();
+}
+
 template <typename T, typename F>
-static inline void with_activation(const Ffn& a, F f) {
+static void with_activation(const Ffn& a, F f) {
   switch (a.activation) {
-#define NEUMUTER_CASE(A)                                                                           \
-  case Activation::A:                                                                              \
-    a.up ? f.template call<T, Activation::A, true>() : f.template call<T, Activation::A, false>(); \
-    break;
-    NEUMUTER_CASE(kSilu)
-    NEUMUTER_CASE(kGelu)
-    NEUMUTER_CASE(kGeluTanh)
-    NEUMUTER_CASE(kRelu)
-    NEUMUTER_CASE(kRelu2)
-#undef NEUMUTER_CASE
+    case Activation::kSilu:
+      return with_layout<T, Activation::kSilu>(a, f);
+    case Activation::kGelu:
+      return with_layout<T, Activation::kGelu>(a, f);
+    case Activation::kGeluTanh:
+      return with_layout<T, Activation::kGeluTanh>(a, f);
+    case Activation::kRelu:
+      return with_layout<T, Activation::kRelu>(a, f);
+    case Activation::kRelu2:
+      return with_layout<T, Activation::kRelu2>(a, f);
     case Activation::kCount:
       break;
   }
 }
 
 template <typename F>
-static inline void with_types(const Ffn& a, F f) {
+static void with_types(const Ffn& a, F f) {
   switch (a.dtype) {
     case Dtype::kFloat:
       return with_activation<float>(a, f);
@@ -137,9 +135,9 @@ struct Forward {
   const Block& block;
   void* out;
   int64_t out_stride;
-  template <typename T, Activation A, bool kGlu>
+  template <typename T, Activation A, bool kGlu, int kStride>
   void call() const {
-    forward<T, A, kGlu>(a, block, out, out_stride);
+    forward<T, A, kGlu, kStride>(a, block, out, out_stride);
   }
 };
 
@@ -148,9 +146,9 @@ struct Backward {
   const FfnGrad& d;
   const Block& block;
   void* grad_mask;
-  template <typename T, Activation A, bool kGlu>
+  template <typename T, Activation A, bool kGlu, int kStride>
   void call() const {
-    backward<T, A, kGlu>(a, d, block, grad_mask);
+    backward<T, A, kGlu, kStride>(a, d, block, grad_mask);
   }
 };
 

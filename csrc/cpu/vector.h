@@ -1,0 +1,135 @@
+// One register of float32 lanes in the compiler's vector extensions, and how each dtype gets in and out.
+// Included by files that are compiled once per instruction set, inside their own namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace neumuter::cpu {
+namespace NEUMUTER_CAPABILITY {
+
+#define NEUMUTER_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t x;
+};
+struct Half {
+  uint16_t x;
+};
+
+// What T is computed in: a register of floats, or one double (which only gradient checks use).
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, Floats>;
+template <typename C>
+using Scalar = std::conditional_t<std::is_same_v<C, double>, double, float>;
+template <typename T>
+constexpr int kWidth = std::is_same_v<T, double> ? 1 : kLanes;
+
+template <typename To, typename From>
+NEUMUTER_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename C>
+NEUMUTER_INLINE C splat(Scalar<C> x) {
+  return x - C{};  // x − 0 keeps the sign of a zero, 0 + x would not
+}
+
+template <typename V>
+NEUMUTER_INLINE V load_raw(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+NEUMUTER_INLINE Floats load(const float* from) { return load_raw<Floats>(from); }
+NEUMUTER_INLINE double load(const double* from) { return *from; }
+NEUMUTER_INLINE Floats load(const BFloat16* from) {
+  return bits<Floats>(__builtin_convertvector(load_raw<HalfWords>(from), Words) << 16);
+}
+
+NEUMUTER_INLINE void store(Floats x, float* to) { std::memcpy(to, &x, sizeof(x)); }
+NEUMUTER_INLINE void store(double x, double* to) { *to = x; }
+
+// The nearest bfloat16 (ties to even) in the upper half of each word.
+NEUMUTER_INLINE Words nearest_bfloat16(Floats x) {
+  const Words u = bits<Words>(x);
+  const Words rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
+  return x == x ? rounded : Words{} + 0x7FC00000u;
+}
+NEUMUTER_INLINE void store(Floats x, BFloat16* to) {
+  const HalfWords h = __builtin_convertvector(nearest_bfloat16(x) >> 16, HalfWords);
+  std::memcpy(to, &h, sizeof(h));
+}
+
+#if defined(__AVX512F__)
+NEUMUTER_INLINE Floats from_half(HalfWords h) { return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(h))); }
+NEUMUTER_INLINE HalfWords to_half(Floats x) {
+  return bits<HalfWords>(_mm512_cvtps_ph(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+NEUMUTER_INLINE Floats from_half(HalfWords h) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(h))); }
+NEUMUTER_INLINE HalfWords to_half(Floats x) {
+  return bits<HalfWords>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+NEUMUTER_INLINE Floats from_half(HalfWords h) {
+  const Words u = __builtin_convertvector(h, Words);
+  const Words magnitude = (u & 0x7FFFu) << 13;
+  const Words finite = bits<Words>(bits<Floats>(magnitude) * 0x1p112f);
+  const Words special = (u & 0x7C00u) == 0x7C00u ? magnitude | 0x7F800000u : finite;
+  return bits<Floats>((u & 0x8000u) << 16 | special);
+}
+NEUMUTER_INLINE HalfWords to_half(Floats x) {
+  const Words u = bits<Words>(x);
+  const Words magnitude = u & 0x7FFFFFFFu;
+  // Adding 0.5 aligns a subnormal result with the last bits of a float, rounding it on the way.
+  const Words tiny = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3F000000u;
+  Words h = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  h = magnitude < 0x38800000u ? tiny : h;
+  h = magnitude >= 0x477FF000u ? Words{} + 0x7C00u : h;  // 65520 and above round to inf
+  h = magnitude > 0x7F800000u ? Words{} + 0x7E00u : h;
+  return __builtin_convertvector(h | ((u >> 16) & 0x8000u), HalfWords);
+}
+#endif
+NEUMUTER_INLINE Floats load(const Half* from) { return from_half(load_raw<HalfWords>(from)); }
+NEUMUTER_INLINE void store(Floats x, Half* to) {
+  const HalfWords h = to_half(x);
+  std::memcpy(to, &h, sizeof(h));
+}
+
+// x as it is after a trip through T.
+template <typename T, typename C>
+NEUMUTER_INLINE C round_to(C x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return bits<C>(nearest_bfloat16(x));
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return from_half(to_half(x));
+  } else {
+    return x;
+  }
+}
+
+}  // namespace NEUMUTER_CAPABILITY
+}  // namespace neumuter::cpu
