@@ -32,7 +32,7 @@ clean:
 	rm -rf build dist demo-out neumuter_kernels/_C*.so *.egg-info python/*.egg-info $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
 $(VENV)/.torch:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,12 +36,15 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        # cmake and ninja may be there for this Python only, whose environment nobody has activated.
+        path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
+        environment = os.environ | {"PATH": path}
         for arguments in (
             configure,
             ["--build", str(build), "--parallel", jobs],
             ["--install", str(build), "--prefix", str(destination)],
         ):
-            subprocess.run(["cmake", *arguments], check=True)
+            subprocess.run(["cmake", *arguments], check=True, env=environment)
 
 
 setup(ext_modules=[Extension("neumuter_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

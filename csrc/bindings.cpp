@@ -23,10 +23,10 @@ STABLE_TORCH_LIBRARY(neumuter, m) {
       "masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Tensor? row_ids, "
       "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
   m.def(
-      "hard_concrete(Tensor scores, Tensor sample_ids, int seed, int step, int layer, "
+      "hard_concrete(Tensor scores, Tensor sample_ids, Tensor step, int seed, int layer, "
       "float temperature, float gamma, float zeta, bool training) -> Tensor");
   m.def(
-      "hard_concrete_backward(Tensor grad, Tensor scores, Tensor sample_ids, int seed, int step, "
+      "hard_concrete_backward(Tensor grad, Tensor scores, Tensor sample_ids, Tensor step, int seed, "
       "int layer, float temperature, float gamma, float zeta, bool training) -> Tensor");
   m.def(
       "select_muted(Tensor scores, int[] widths, int? budget, float threshold, float gamma, "

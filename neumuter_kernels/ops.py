@@ -39,7 +39,7 @@ def masked_glu(
     One pass forward and one backward, which gives the gradients of gate, up and mask. Only the
     inputs are saved. Computed in float32; φ(gate) is rounded to the input dtype before the
     product, as Hugging Face's eager MLP does, so a mask of ones reproduces eager's rounding.
-    Source: DESIGN of hard-concrete FFN masks, Hou et al., Findings of ACL 2025 (NeuMuter).
+    Source of masked neurons: Hou et al., Findings of ACL 2025 (NeuMuter).
 
     Args:
         gate, up: [..., F], float32, bfloat16, float16 (or float64), the same dtype; any row stride.
@@ -73,6 +73,8 @@ def masked_glu(
     if interleaved:
         raise TypeError("interleaved describes gate_up; gate and up were given")
     _check_activations("gate", gate)
+    if not isinstance(up, torch.Tensor):
+        raise TypeError(f"up must be a tensor like gate, got {_describe(up)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(
             f"up must match gate, {_describe(gate)}, got {_describe(up)}"
@@ -117,7 +119,9 @@ def hard_concrete(
     Args:
         scores: float32 [F] (or float64), the log-odds s.
         rows: the number of gate rows, usually one per sample of the batch.
-        seed: int in [0, 2^63). step, layer: ints in [0, 2^32).
+        seed: int in [0, 2^63). layer: int in [0, 2^32).
+        step: int in [0, 2^32), or an int64 tensor of one element on the device of scores, which neither
+            torch.compile nor a CUDA graph takes for a constant.
         sample_ids: int64 [rows], the global index of each sample (taken modulo 2^32); None: 0 … rows − 1.
         temperature: β > 0. stretch: (γ, ζ) with γ < 0 and ζ > 1.
         training: whether to add noise; without it all rows are equal.
@@ -132,25 +136,27 @@ def hard_concrete(
         raise TypeError(f"scores must be a float32 (or float64) tensor, got {_describe(scores)}")
     if scores.dim() != 1:
         raise ValueError(f"scores must have shape [F], got {tuple(scores.shape)}")
-    if rows < 0:
-        raise ValueError(f"rows must not be negative, got {rows}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
-    for name, value in (("step", step), ("layer", layer)):
-        if not 0 <= value < 2**32:
-            raise ValueError(f"{name} must lie in [0, 2^32), got {value}")
-    if temperature <= 0:
+    _check_int("rows", rows, 2**31)
+    _check_int("seed", seed, 2**63)
+    _check_int("layer", layer, 2**32)
+    if isinstance(step, torch.Tensor):
+        if step.numel() != 1 or step.dtype != torch.int64 or step.device != scores.device:
+            raise ValueError(f"step must be an int or one int64 on {scores.device}, got {_describe(step)}")
+    else:
+        _check_int("step", step, 2**32)
+        step = torch.full((), step, dtype=torch.int64, device=scores.device)
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not (stretch[0] < 0 and stretch[1] > 1):
         raise ValueError(f"stretch must be (γ, ζ) with γ < 0 and ζ > 1, got {stretch}")
     if sample_ids is None:
         sample_ids = torch.arange(rows, device=scores.device)
-    elif sample_ids.shape != (rows,) or sample_ids.dtype != torch.int64:
-        raise ValueError(f"sample_ids must be int64 [{rows}], one per row, got {_describe(sample_ids)}")
+    elif not isinstance(sample_ids, torch.Tensor) or sample_ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids must be an int64 tensor, got {_describe(sample_ids)}")
+    elif sample_ids.shape != (rows,):
+        raise ValueError(f"sample_ids must have shape [{rows}], one per row, got {tuple(sample_ids.shape)}")
     sample_ids = sample_ids.to(scores.device)
-    return _ops.hard_concrete(
-        scores, sample_ids, seed, step, layer, temperature, stretch[0], stretch[1], training
-    )
+    return _ops.hard_concrete(scores, sample_ids, step, seed, layer, temperature, *stretch, training)
 
 
 def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
@@ -165,7 +171,7 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
 
     Returns:
         MutedNeurons(indptr, indices, gains) on the device of the scores. The capacity is the
-        budget, or L·F for a threshold. NaN scores are never selected, so fewer than the budget may
+        budget (at most L·F), or L·F for a threshold. NaN scores are never selected, so fewer than the budget may
         be; the true count is indptr[L]. −0.0 equals 0.0.
 
     Raises:
@@ -175,16 +181,14 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
     """
     if isinstance(scores, torch.Tensor):
         if scores.dim() != 2:
-            raise ValueError(
-                f"scores must have shape [L, F] or be a sequence of [F_l], got {tuple(scores.shape)}"
-            )
+            raise ValueError(f"scores must be [L, F] or a sequence of [F_l], got {tuple(scores.shape)}")
         layers = [scores]
         widths = [scores.shape[1]] * scores.shape[0]
     else:
         layers = list(scores)
+        if not layers or any(not isinstance(x, torch.Tensor) or x.dim() != 1 for x in layers):
+            raise ValueError("scores must be [L, F] or a non-empty sequence of tensors [F_l]")
         widths = [layer.numel() for layer in layers]
-        if not layers or any(layer.dim() != 1 for layer in layers):
-            raise ValueError("scores must be [L, F] or a non-empty sequence of one-dimensional tensors")
     for layer in layers:
         if layer.dtype != torch.float32:
             raise TypeError(f"scores must be float32, got {layer.dtype}")
@@ -196,8 +200,8 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
     if (budget is None) == (threshold is None):
         raise TypeError("select_muted needs exactly one of budget and threshold")
     if threshold is not None:
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
+        if not isinstance(threshold, float) or not 0 < threshold < 1:
+            raise ValueError(f"threshold must be a float in (0, 1), got {threshold!r}")
         cut = logit(threshold)
     else:
         budget, cut = neuron_budget(budget, flat.numel()), 0.0
@@ -224,9 +228,17 @@ def neuron_budget(budget, neurons):
 
 
 def _describe(x):
+    """A value for an error message."""
     if not isinstance(x, torch.Tensor):
         return type(x).__name__
     return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _check_int(name, value, limit):
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {_describe(value)}")
+    if not 0 <= value < limit:
+        raise ValueError(f"{name} must lie in [0, {limit}), got {value}")
 
 
 def _activation_number(activation):
@@ -260,8 +272,8 @@ def _check_mask(mask, x, width, row_ids):
                 f"mask has {mask.shape[0]} rows, but {tokens} tokens do not divide evenly; give row_ids"
             )
     else:
-        if row_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"row_ids must be int32 or int64, got {row_ids.dtype}")
+        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"row_ids must be an int32 or int64 tensor, got {_describe(row_ids)}")
         if row_ids.numel() != tokens:
             raise ValueError(f"row_ids must have one id for each of {tokens} tokens, got {row_ids.numel()}")
         if row_ids.device != x.device:
@@ -309,12 +321,12 @@ def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
 
 
 @torch.library.register_fake("neumuter::hard_concrete")
-def _(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+def _(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     return scores.new_empty((sample_ids.shape[0], scores.shape[0]))
 
 
 @torch.library.register_fake("neumuter::hard_concrete_backward")
-def _(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+def _(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     return _empty(scores)
 
 
@@ -370,8 +382,9 @@ def _act_backward(ctx, grad):
 
 
 def _save_gates(ctx, inputs, output):
-    scores, sample_ids, *ctx.options = inputs
-    ctx.save_for_backward(scores, sample_ids)
+    *tensors, seed, layer, temperature, gamma, zeta, training = inputs
+    ctx.options = seed, layer, temperature, gamma, zeta, training
+    ctx.save_for_backward(*tensors)
 
 
 def _gates_backward(ctx, grad):
@@ -382,6 +395,14 @@ torch.library.register_autograd("neumuter::masked_glu", _glu_backward, setup_con
 torch.library.register_autograd("neumuter::masked_glu_packed", _packed_backward, setup_context=_save_packed)
 torch.library.register_autograd("neumuter::masked_act", _act_backward, setup_context=_save_glu)
 torch.library.register_autograd("neumuter::hard_concrete", _gates_backward, setup_context=_save_gates)
+
+
+def _not_differentiable(ctx, *grads):
+    raise RuntimeError("the ops of neumuter_kernels are differentiable once, not twice")
+
+
+for _name in ("masked_glu", "masked_glu_packed", "masked_act", "hard_concrete"):
+    torch.library.register_autograd(f"neumuter::{_name}_backward", _not_differentiable)
 
 
 # --- Triton on the GPU -----------------------------------------------------------------------
@@ -404,7 +425,17 @@ _cuda = torch.library.Library("neumuter", "IMPL", "CUDA")
 
 
 def _on_cuda(name):
-    return lambda function: _cuda.impl(name, function)
+    """Registers a function for CUDA tensors; Triton launches on the current device, so make it theirs."""
+
+    def register(function):
+        def on_device(x, *rest):
+            with torch.cuda.device(x.device):
+                return function(x, *rest)
+
+        _cuda.impl(name, on_device)
+        return function
+
+    return register
 
 
 @_on_cuda("masked_glu")
@@ -444,14 +475,14 @@ def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
 
 
 @_on_cuda("hard_concrete")
-def _(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+def _(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     return _hard_concrete().forward(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training)
 
 
 @_on_cuda("hard_concrete_backward")
-def _(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+def _(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     return _hard_concrete().backward(
-        grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training
+        grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training
     )
 
 

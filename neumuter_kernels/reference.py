@@ -153,7 +153,12 @@ def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
     """
     low = 0xFFFFFFFF
     block = torch.arange((neurons + 3) // 4, device=sample_ids.device)
-    counter = (block[None, :], sample_ids.long()[:, None] & low, layer & low, step & low)
+    counter = (
+        block[None, :],
+        sample_ids.long()[:, None] & low,
+        layer & low,
+        step & low,
+    )  # step: int or tensor
     words = torch.stack(philox_4x32(counter, (seed & low, (seed >> 32) & low)), dim=-1)
     words = words.flatten(1)[:, :neurons]
     uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23

@@ -4,6 +4,8 @@
 one, the same kernels run in Triton's interpreter on CPU tensors.
 """
 
+import importlib.util
+
 import torch
 
 import neumuter_kernels as nk
@@ -43,12 +45,12 @@ class _InterpretedFfn(torch.autograd.Function):
 
 class _InterpretedGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, ids, *options):
+    def forward(ctx, scores, ids, step, *options):
         from neumuter_kernels.triton import hard_concrete
 
-        ctx.save_for_backward(scores, ids)
+        ctx.save_for_backward(scores, ids, step)
         ctx.options = options
-        return hard_concrete.forward(scores, ids, *options)
+        return hard_concrete.forward(scores, ids, step, *options)
 
     @staticmethod
     def backward(ctx, grad):
@@ -87,14 +89,18 @@ class InterpretedTriton:
         training=True,
     ):
         ids = torch.arange(rows) if sample_ids is None else sample_ids
-        return _InterpretedGates.apply(scores, ids, seed, step, layer, temperature, *stretch, training)
+        return _InterpretedGates.apply(
+            scores, ids, torch.tensor(step), seed, layer, temperature, *stretch, training
+        )
 
 
 class Gpu(Cpp):
     device = "cuda"
 
 
-BACKENDS = {"cpp": Cpp, "triton": Gpu if HAVE_GPU else InterpretedTriton}
+BACKENDS = {"cpp": Cpp}
+if importlib.util.find_spec("triton"):
+    BACKENDS["triton"] = Gpu if HAVE_GPU else InterpretedTriton
 
 
 def relative_error(actual, exact):

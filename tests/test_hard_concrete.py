@@ -102,7 +102,7 @@ def test_gradcheck(backend, training):
 
 def test_opcheck():
     ids = torch.tensor([4, 5])
-    args = (ids, 1, 2, 3, 1 / 3, -0.1, 1.1, True)
+    args = (ids, torch.tensor(2), 1, 3, 1 / 3, -0.1, 1.1, True)
     torch.library.opcheck(
         torch.ops.neumuter.hard_concrete.default, (torch.randn(9, requires_grad=True), *args)
     )
@@ -129,7 +129,12 @@ BAD = [
     (ValueError, "temperature", {"temperature": 0}),
     (ValueError, "stretch", {"stretch": (0.1, 1.1)}),
     (ValueError, "sample_ids", {"sample_ids": torch.arange(3)}),
-    (ValueError, "sample_ids", {"sample_ids": torch.zeros(2)}),
+    (TypeError, "sample_ids", {"sample_ids": torch.zeros(2)}),
+    (TypeError, "sample_ids", {"sample_ids": [0, 1]}),
+    (TypeError, "rows", {"rows": 2.0}),
+    (TypeError, "step", {"step": None}),
+    (ValueError, "step", {"step": torch.zeros(2, dtype=torch.int64)}),
+    (ValueError, "temperature", {"temperature": float("nan")}),
 ]
 
 
@@ -137,3 +142,21 @@ BAD = [
 def test_bad_input_names_the_argument(error, names, change):
     with pytest.raises(error, match=names):
         nk.hard_concrete(**{"scores": torch.randn(4), "rows": 2, "seed": 0, "step": 0, "layer": 0} | change)
+
+
+def test_compiled_training_steps_do_not_recompile():
+    """Neither with a step that is an int nor with one that is a tensor."""
+    scores = torch.randn(40)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s, step: nk.hard_concrete(s, 2, 1, step, 3) + 0, fullgraph=True)
+    for step in range(20):
+        expected = nk.hard_concrete(scores, 2, 1, step, 3)
+        assert torch.equal(compiled(scores, torch.tensor(step)), expected)
+        assert torch.equal(compiled(scores, step), expected)
+
+
+def test_differentiable_once_only():
+    scores = torch.randn(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(nk.hard_concrete(scores, 1, 0, 0, 0).sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="not twice"):
+        grad.sum().backward()

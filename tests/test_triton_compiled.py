@@ -32,6 +32,6 @@ def test_nothing_spills(kernels):
 def test_accesses_to_activations_are_16_bytes_wide(kernels):
     """8 bytes (the indices of the ragged backward, an AMD lane's share of a bf16 tile) at least."""
     for k in kernels:
-        if k["kernel"].startswith(("forward", "backward")):
+        if k["kernel"].startswith(("forward", "backward")) and k["dtype"] != "fp64":
             assert max(k["widths"]) == 16, k
             assert min(k["widths"]) >= (8 if "row ids" in k["kernel"] or k["target"] == "gfx942" else 16), k

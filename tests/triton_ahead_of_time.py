@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from neumuter_kernels.reference import ACTIVATIONS
 from neumuter_kernels.triton import hard_concrete, masked_ffn
 
 TARGETS = [
@@ -21,8 +22,9 @@ TARGETS = [
     GPUTarget("hip", "gfx942", 64),
 ]  # fmt: skip
 BLOCK = masked_ffn.BLOCK_F
+PLAIN_OR_INTERLEAVED = (masked_ffn.PLAIN, masked_ffn.INTERLEAVED)
 POINTERS = {"order": "*i64", "chunk_rows": "*i64", "chunk_starts": "*i64", "chunk_ends": "*i64",
-            "first_chunks": "*i64", "row_ids": "*i32", "sample_ids": "*i64", "mask": "*fp32",
+            "first_chunks": "*i64", "row_ids": "*i32", "sample_ids": "*i64", "step": "*i64", "mask": "*fp32",
             "partial": "*fp32", "grad_mask": "*fp32", "scores": "*fp32", "grad_scores": "*fp32"}  # fmt: skip
 TENSORS = {"grad", "gate", "up", "out", "grad_gate", "grad_up"}
 FLOATS = {"inverse_temperature", "gamma", "span", "scale"}
@@ -40,6 +42,8 @@ def compile_kernel(kernel, dtype, constants, target):
             signature[name] = f"*{dtype}"
         else:
             signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
+            if dtype == "fp64" and signature[name] == "*fp32":
+                signature[name] = "*fp64"
         if signature[name].startswith("*") or name.startswith("stride") or name == "F":
             attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -64,42 +68,35 @@ def describe(compiled, target):
 
 
 def cases():
-    for dtype in ("fp32", "bf16"):
-        for layout in (masked_ffn.PLAIN, masked_ffn.SPLIT, masked_ffn.INTERLEAVED):
-            for activation in (0, 2):
-                common = {"ACTIVATION": activation, "LAYOUT": layout, "BLOCK": BLOCK}
-                forward = common | {"HAS_IDS": False, "row_ids": None}
-                yield "forward", masked_ffn.masked_ffn_forward_kernel, dtype, forward
-                backward = common | {
-                    "RAGGED": False,
-                    "INPUT_GRAD": True,
-                    "MASK_GRAD": True,
-                    "CHUNK": masked_ffn.CHUNK,
-                }
-                backward |= dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends"))
-                yield "backward", masked_ffn.masked_ffn_backward_kernel, dtype, backward
-    ragged = common | {"RAGGED": True, "INPUT_GRAD": True, "MASK_GRAD": True, "CHUNK": masked_ffn.CHUNK}
-    yield "backward, row ids", masked_ffn.masked_ffn_backward_kernel, "bf16", ragged
-    yield (
-        "sum",
-        masked_ffn.sum_partials_kernel,
-        "fp32",
-        {"RAGGED": False, "BLOCK": BLOCK, "first_chunks": None},
-    )
+    """(name, kernel, dtype, constants, targets)"""
+    forward, backward = masked_ffn.masked_ffn_forward_kernel, masked_ffn.masked_ffn_backward_kernel
+    rows = dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends"))
+    gradients = {"INPUT_GRAD": True, "MASK_GRAD": True, "CHUNK": masked_ffn.CHUNK}
+    every = range(len(ACTIVATIONS))
+    kinds = [(dtype, masked_ffn.SPLIT, every, TARGETS) for dtype in ("fp32", "bf16")]
+    kinds += [(dtype, layout, (0,), TARGETS) for dtype in ("fp32", "bf16") for layout in PLAIN_OR_INTERLEAVED]
+    kinds += [("fp16", masked_ffn.SPLIT, (0,), TARGETS), ("fp64", masked_ffn.SPLIT, every, TARGETS[1:2])]
+    for dtype, layout, activations, targets in kinds:
+        for activation in activations:
+            common = {"ACTIVATION": activation, "LAYOUT": layout, "BLOCK": BLOCK}
+            yield "forward", forward, dtype, common | {"HAS_IDS": False, "row_ids": None}, targets
+            yield "backward", backward, dtype, common | gradients | rows | {"RAGGED": False}, targets
+    ragged = common | gradients | {"RAGGED": True}
+    yield "backward, row ids", backward, "bf16", ragged, TARGETS
+    total = {"RAGGED": False, "BLOCK": BLOCK, "first_chunks": None}
+    yield "sum", masked_ffn.sum_partials_kernel, "fp32", total, TARGETS
     gates = {"TRAINING": True, "BLOCK": hard_concrete.BLOCK}
-    yield "gates", hard_concrete.hard_concrete_kernel, "fp32", gates
-    yield "gates backward", hard_concrete.hard_concrete_backward_kernel, "fp32", gates
+    for dtype, targets in (("fp32", TARGETS), ("fp64", TARGETS[1:2])):
+        yield "gates", hard_concrete.hard_concrete_kernel, dtype, gates, targets
+        yield "gates backward", hard_concrete.hard_concrete_backward_kernel, dtype, gates, targets
 
 
 if __name__ == "__main__":
-    for name, kernel, dtype, constants in cases():
-        for target in TARGETS:
+    for name, kernel, dtype, constants, targets in cases():
+        for target in targets:
             compiled = compile_kernel(kernel, dtype, constants, target)
             spilled, widths = describe(compiled, target)
             layout = constants.get("LAYOUT")
             label = f"{name} {dtype} layout {layout} activation {constants.get('ACTIVATION')}"
-            print(
-                json.dumps(
-                    {"kernel": label, "target": str(target.arch), "spilled": spilled, "widths": widths}
-                )
-            )
+            row = {"kernel": label, "target": str(target.arch), "spilled": spilled, "widths": widths}
+            print(json.dumps(row | {"dtype": dtype}))

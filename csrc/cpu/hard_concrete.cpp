@@ -14,7 +14,7 @@ struct GateInput {
   int64_t rows, neurons;
   Gates gates;
 
-  GateInput(const Tensor& scores_, const Tensor& sample_ids, int64_t seed, int64_t step, int64_t layer,
+  GateInput(const Tensor& scores_, const Tensor& sample_ids, const Tensor& step, int64_t seed, int64_t layer,
             double temperature, double gamma, double zeta, bool training)
       : scores(torch::stable::contiguous(scores_)), ids(torch::stable::contiguous(sample_ids)) {
     STD_TORCH_CHECK(scores.dim() == 1, "scores must have shape [F]");
@@ -22,11 +22,12 @@ struct GateInput {
                     "sample_ids must be int64 [rows]");
     STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double,
                     "scores must be float32 or float64");
+    STD_TORCH_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Long, "step must be one int64");
     dtype = scores.scalar_type() == ScalarType::Double ? Dtype::kDouble : Dtype::kFloat;
     rows = ids.numel();
     neurons = scores.numel();
     gates = {static_cast<uint64_t>(seed),
-             static_cast<uint32_t>(step),
+             static_cast<uint32_t>(*static_cast<const int64_t*>(step.data_ptr())),
              static_cast<uint32_t>(layer),
              temperature,
              gamma,
@@ -51,9 +52,9 @@ struct GateInput {
   }
 };
 
-static Tensor hard_concrete(Tensor scores, Tensor sample_ids, int64_t seed, int64_t step, int64_t layer,
+static Tensor hard_concrete(Tensor scores, Tensor sample_ids, Tensor step, int64_t seed, int64_t layer,
                             double temperature, double gamma, double zeta, bool training) {
-  const GateInput in(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training);
+  const GateInput in(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training);
   Tensor out = torch::stable::new_empty(in.scores, {in.rows, in.neurons});
   char* z = static_cast<char*>(out.data_ptr());
   in.for_each_block([&](int64_t first, int64_t last) {
@@ -66,10 +67,10 @@ static Tensor hard_concrete(Tensor scores, Tensor sample_ids, int64_t seed, int6
 }
 
 // The rows are summed in order, whatever the number of threads.
-static Tensor hard_concrete_backward(Tensor grad_, Tensor scores, Tensor sample_ids, int64_t seed,
-                                     int64_t step, int64_t layer, double temperature, double gamma,
+static Tensor hard_concrete_backward(Tensor grad_, Tensor scores, Tensor sample_ids, Tensor step,
+                                     int64_t seed, int64_t layer, double temperature, double gamma,
                                      double zeta, bool training) {
-  const GateInput in(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training);
+  const GateInput in(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training);
   const Tensor grad = torch::stable::contiguous(grad_);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == in.rows && grad.size(1) == in.neurons &&
                       grad.scalar_type() == in.scores.scalar_type(),

@@ -83,14 +83,15 @@ static std::tuple<Tensor, Tensor, Tensor> select_muted(Tensor scores_, std::vect
   int64_t start = 0;
   std::vector<int64_t> starts;
   for (int64_t layer = 0; layer < layers; ++layer) {
-    STD_TORCH_CHECK(widths[layer] >= 0, "widths must not be negative");
+    STD_TORCH_CHECK(widths[layer] >= 0 && widths[layer] <= n - start,
+                    "widths must not be negative and must sum to the number of scores");
     starts.push_back(start);
     for (int64_t first = start; first < start + widths[layer]; first += kChunk) {
       chunks.push_back({layer, first, std::min(first + kChunk, start + widths[layer])});
     }
     start += widths[layer];
   }
-  STD_TORCH_CHECK(start == n, "widths must sum to the number of scores");
+  STD_TORCH_CHECK(start == n, "widths must sum to the number of scores, ", n);
 
   const int64_t capacity = budget ? std::min(*budget, n) : n;
   const std::vector<int64_t> shape{capacity};

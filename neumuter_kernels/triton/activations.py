@@ -1,7 +1,7 @@
 """Activations and their slopes inside Triton kernels.
 
-float32 is computed to a few ulp (eager uses the accurate exp, so the fast one would show);
-bfloat16 and float16 use the hardware's fast exp, whose error is far below their rounding.
+ACCURATE is for float32, computed to a few ulp: eager uses the accurate exp, so the hardware's fast one
+would show. It serves bfloat16 and float16, whose rounding is far coarser; float64 is accurate anyway.
 """
 
 import triton
@@ -9,9 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def exponential(x, FAST: tl.constexpr):
-    if FAST or x.dtype == tl.float64:
-        return tl.exp(x)
+def accurate_exponential(x):
     # NaN must pass: comparisons with it are false.
     x = tl.where(x < -104.0, -104.0, x)
     x = tl.where(x > 89.0, 89.0, x)
@@ -33,26 +31,37 @@ def exponential(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def inverse(x, FAST: tl.constexpr):
-    if FAST or x.dtype == tl.float64:
-        return 1.0 / x
-    return tl.div_rn(1.0, x)
+def exponential(x, ACCURATE: tl.constexpr):
+    if ACCURATE:
+        result = accurate_exponential(x)
+    else:
+        result = tl.exp(x)
+    return result
 
 
 @triton.jit
-def activation(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+def inverse(x, ACCURATE: tl.constexpr):
+    if ACCURATE:
+        result = tl.div_rn(1.0, x)
+    else:
+        result = 1.0 / x
+    return result
+
+
+@triton.jit
+def activation(x, ACTIVATION: tl.constexpr, ACCURATE: tl.constexpr):
     """φ(x) and φ'(x) of the activation of that number in reference.ACTIVATIONS."""
     if ACTIVATION == 0:  # silu
-        s = inverse(1.0 + exponential(-x, FAST), FAST)
+        s = inverse(1.0 + exponential(-x, ACCURATE), ACCURATE)
         value = x * s
         slope = s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == 1:  # gelu
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * cdf
-        slope = cdf + x * exponential(-0.5 * x * x, FAST) * 0.3989422804014327
+        slope = cdf + x * exponential(-0.5 * x * x, ACCURATE) * 0.3989422804014327
     elif ACTIVATION == 2:  # gelu_tanh: ½(1 + tanh v) = σ(2v), without the cancellation; likewise 1 − σ
-        e = exponential(-(1.5957691216057308 * (x + 0.044715 * x * x * x)), FAST)
-        s = inverse(1.0 + e, FAST)
+        e = exponential(-(1.5957691216057308 * (x + 0.044715 * x * x * x)), ACCURATE)
+        s = inverse(1.0 + e, ACCURATE)
         value = x * s
         complement = tl.where(x > 0.0, e * s, 1.0 - s)
         slope = s + x * (s * complement) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))

@@ -51,7 +51,7 @@ def exact_log(x):
 
 
 @triton.jit
-def sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
+def sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
              TRAINING: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """σ of the neurons 4·first … 4·(first + BLOCK) − 1 in one row of gates."""
     f = 4 * first + tl.arange(0, 4 * BLOCK)
@@ -61,35 +61,38 @@ def sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperatu
         counter = (first + tl.arange(0, BLOCK)).to(tl.uint32)
         zero = tl.zeros((BLOCK,), dtype=tl.uint32)
         w0, w1, w2, w3 = tl.philox_impl(
-            counter, zero + sample.to(tl.uint32), zero + layer.to(tl.uint32), zero + step.to(tl.uint32),
-            seed_low.to(tl.uint32), seed_high.to(tl.uint32), 10,
+            counter, zero + sample.to(tl.uint32), zero + layer.to(tl.uint32),
+            zero + tl.load(step).to(tl.uint32), seed_low.to(tl.uint32), seed_high.to(tl.uint32), 10,
         )  # fmt: skip
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (4 * BLOCK,))
         u = ((words >> 9).to(tl.int32).to(x.dtype) + 0.5) * 1.1920928955078125e-07
         nu = u * 0.9998 + 1e-4
         complement = (1.0 - u) * 0.9998 + 1e-4
-        if exact:  # noqa: SIM108 (Triton folds an if over a constant, not a ternary)
+        if exact:
             noise = exact_log(nu) - exact_log(complement)
         else:
             noise = tl.log(nu) - tl.log(complement)
         x = (noise + x) * inverse_temperature
     if exact:
-        return tl.div_rn(1.0, 1.0 + exact_exp(-x))
-    return 1.0 / (1.0 + tl.exp(-x))
+        sigma = tl.div_rn(1.0, 1.0 + exact_exp(-x))
+    else:
+        sigma = 1.0 / (1.0 + tl.exp(-x))
+    return sigma
 
 
-SCALARS = ("seed_low", "seed_high", "step", "layer", "inverse_temperature", "gamma", "span", "scale")
+SCALARS = ("seed_low", "seed_high", "layer", "inverse_temperature", "gamma", "span", "scale")
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def hard_concrete_kernel(
-    scores, sample_ids, out, F, seed_low, seed_high, step, layer, inverse_temperature, gamma, span,
+    scores, sample_ids, step, out, F, seed_low, seed_high, layer, inverse_temperature, gamma, span,
     TRAINING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK
+    blocks = tl.cdiv(F, 4 * BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * BLOCK
     sample = tl.load(sample_ids + row)
-    sigma = sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
+    sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
                      TRAINING, BLOCK)  # fmt: skip
     raw = sigma * span + gamma
     z = tl.where(raw < 0.0, 0.0, raw)
@@ -100,7 +103,7 @@ def hard_concrete_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def hard_concrete_backward_kernel(
-    grad, scores, sample_ids, grad_scores, rows, F, seed_low, seed_high, step, layer,
+    grad, scores, sample_ids, step, grad_scores, rows, F, seed_low, seed_high, layer,
     inverse_temperature, gamma, span, scale, TRAINING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK
@@ -109,7 +112,7 @@ def hard_concrete_backward_kernel(
     p_grad = grad + f
     for row in range(rows):  # in order: the same bits on every run
         sample = tl.load(sample_ids + row)
-        sigma = sigma_of(scores, sample, seed_low, seed_high, step, layer, inverse_temperature, first, F,
+        sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
                          TRAINING, BLOCK)  # fmt: skip
         raw = sigma * span + gamma
         b_grad = tl.load(p_grad, mask=f < F, other=0.0)
@@ -119,34 +122,40 @@ def hard_concrete_backward_kernel(
     tl.store(grad_scores + f, sums, mask=f < F)
 
 
-def _arguments(scores, seed, step, layer, temperature, gamma, zeta, training):
-    span = _span((gamma, zeta), scores.dtype)
-    inverse = 1.0 / temperature
-    common = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, step, layer, inverse, gamma, span)
-    return common, span * (inverse if training else 1.0)
+def _scalars(scores, seed, layer, temperature, gamma, zeta):
+    """The scalar arguments of both kernels, by name."""
+    return {
+        "seed_low": seed & 0xFFFFFFFF,
+        "seed_high": seed >> 32 & 0xFFFFFFFF,
+        "layer": layer,
+        "inverse_temperature": 1.0 / temperature,
+        "gamma": gamma,
+        "span": _span((gamma, zeta), scores.dtype),
+    }
 
 
-def forward(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
-    """Gates [rows, F] of scores [F] for sample_ids int64 [rows]."""
+def forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+    """Gates [rows, F] of scores [F] for sample_ids int64 [rows] and step, one int64."""
     F, rows = scores.numel(), sample_ids.numel()
     out = scores.new_empty(rows, F)
     if out.numel():
-        common, _ = _arguments(scores, seed, step, layer, temperature, gamma, zeta, training)
-        hard_concrete_kernel[(triton.cdiv(F, 4 * BLOCK), rows)](
-            scores.contiguous(), sample_ids.contiguous(), out, F, *common,
+        hard_concrete_kernel[(rows * triton.cdiv(F, 4 * BLOCK),)](
+            scores.contiguous(), sample_ids.contiguous(), step, out, F,
+            **_scalars(scores, seed, layer, temperature, gamma, zeta),
             TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-def backward(grad, scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training):
+def backward(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     """The gradient of the scores [F] for grad [rows, F]."""
     F, rows = scores.numel(), sample_ids.numel()
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if F:
-        common, scale = _arguments(scores, seed, step, layer, temperature, gamma, zeta, training)
+        scalars = _scalars(scores, seed, layer, temperature, gamma, zeta)
+        scale = scalars["span"] * (scalars["inverse_temperature"] if training else 1.0)
         hard_concrete_backward_kernel[(triton.cdiv(F, 4 * BLOCK),)](
-            grad.contiguous(), scores.contiguous(), sample_ids.contiguous(), grad_scores, rows, F, *common,
-            scale, TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
+            grad.contiguous(), scores.contiguous(), sample_ids.contiguous(), step, grad_scores, rows, F,
+            **scalars, scale=scale, TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     return grad_scores

@@ -52,7 +52,7 @@ def masked_ffn_forward_kernel(
     valid = f < F
     dtype: tl.constexpr = gate.dtype.element_ty
     wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    fast: tl.constexpr = dtype.primitive_bitwidth == 16
+    accurate: tl.constexpr = dtype == tl.float32
 
     masked = valid
     row = t // tokens_per_mask
@@ -61,7 +61,7 @@ def masked_ffn_forward_kernel(
         masked = valid & (row >= 0) & (row < G)
     b_mask = tl.load(mask + row * stride_mask + f, mask=masked, other=1.0)
     b_gate, b_up = load_gate_up(gate + t * stride_gate, up + t * stride_up, first_f, F, LAYOUT, BLOCK)
-    value, _ = activation(b_gate.to(wide), ACTIVATION, fast)
+    value, _ = activation(b_gate.to(wide), ACTIVATION, accurate)
     h = value.to(dtype).to(wide)  # rounded where eager rounds
     if LAYOUT != 0:
         h = h * b_up.to(wide)
@@ -83,7 +83,7 @@ def masked_ffn_backward_kernel(
     valid = f < F
     dtype: tl.constexpr = gate.dtype.element_ty
     wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    fast: tl.constexpr = dtype.primitive_bitwidth == 16
+    accurate: tl.constexpr = dtype == tl.float32
 
     masked = valid
     if RAGGED:
@@ -103,7 +103,7 @@ def masked_ffn_backward_kernel(
             t = tl.load(order + i).to(tl.int64)
         b_grad = tl.load(grad + t * stride_grad + f, mask=valid, other=0.0).to(wide)
         b_gate, b_up = load_gate_up(gate + t * stride_gate, up + t * stride_up, first_f, F, LAYOUT, BLOCK)
-        value, slope = activation(b_gate.to(wide), ACTIVATION, fast)
+        value, slope = activation(b_gate.to(wide), ACTIVATION, accurate)
         value = value.to(dtype).to(wide)
         b_up = b_up.to(wide)
         if MASK_GRAD:
