@@ -296,7 +296,7 @@ def test_mute_set_of_explicit_neurons():
             ({"model.layers.2.mlp": ([9, 3], [0, 0])}, "must ascend"),
             ({"model.layers.2.mlp": ([WIDTH], [0])}, "must ascend within"),
             ({"model.layers.2.mlp": ([1], [2.5])}, "gains must lie within -2.0 to 2.0"),
-            ({"model.layers.0.mlp": ([1], [0])}, "not among the masked FFNs"),
+            ({"model.layers.0.mlp": ([1], [0])}, "not an attached FFN"),
             ({}, "no neuron is muted"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -249,4 +249,6 @@ def test_pickle_is_not_a_mute_file(tmp_path):
 
 def test_method_must_be_json(mutes):
     with pytest.raises(ValueError, match="method must hold JSON values"):
-        MuteSet({}, mutes.widths, mutes.architecture, mutes.fingerprint, method={"lr": torch.ones(1)})
+        MuteSet(
+            mutes.layers, mutes.widths, mutes.architecture, mutes.fingerprint, method={"lr": torch.ones(1)}
+        )

@@ -187,3 +187,24 @@ def test_quantised_weights_are_refused():
     down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj has a torch.int8 weight .* unquantised"):
         neumuter.fold(model, mutes)
+
+
+def test_a_small_set_cannot_be_folded_twice():
+    """One neuron of thousands moves the down projection by less than the tolerance."""
+    model = llama(intermediate_size=4096)
+    with neumuter.attach(model, start_layer=0) as masked:
+        path = next(iter(masked.scores))
+        neurons = {path: (torch.tensor([7]), torch.tensor([-0.5]))}
+        mutes = masked.mute_set(neurons, mode="modulate", gain_range=(-2, 2))
+    neumuter.fold(model, mutes)
+    with pytest.raises(neumuter.MuteMismatchError, match="muted columns"):
+        neumuter.fold(model, mutes)
+
+
+def test_a_look_alike_is_refused():
+    """A module with the children of an FFN that scales its output is not masked silently."""
+    model = llama()
+    plain = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: 2 * plain(x)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp"):
+        neumuter.attach(model)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from neumuter.texts import encode, read_texts
+from tokenizers import processors
 
 from tests.models import tokenizer
 
@@ -84,3 +85,14 @@ def test_encode():
 def test_encode_names_a_text_without_a_token_to_predict(text):
     with pytest.raises(ValueError, match="text 2 has no token to predict within max_length=4"):
         encode(["fine", text], tokenizer(), max_length=4)
+
+
+def test_prompts_do_not_end_with_the_tokenizers_end_token():
+    """Some tokenizers append an end token; the completion follows the prompt itself."""
+    ends = tokenizer()
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    batch = encode([("ab", "cd")], ends, 16)
+    assert ends.decode(batch["input_ids"][0]) == "<s>abcd"
+    assert (batch["labels"][0] != -100).sum() == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -108,6 +109,12 @@ def unlearn(
     share = _parse_budget(budget)
     out.mkdir(parents=True, exist_ok=True)
     network, tokenizer = _load(model, dtype.value, gguf_file)
+    positions = getattr(network.config, "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        console.print(f"This model has {positions} positions: texts are cut to {positions} tokens.")
+        max_length = positions
+    with attach(network, start_layer) as masked:  # before the long part: a bad budget is known here
+        number = neuron_count(share, sum(len(score) for score in masked.scores.values()))
     forget_batch = encode(forget_texts, tokenizer, max_length)
     if retain_texts is None:
         console.print(
@@ -121,7 +128,6 @@ def unlearn(
     before = _measure("Measuring before", network, forget_batch, retain_batch)
 
     with attach(network, start_layer) as masked:
-        number = neuron_count(share, sum(len(score) for score in masked.scores.values()))
         support_steps = steps if mode is Mode.mute else max(1, round(0.6 * steps))
         with _progress("Finding neurons", steps, "loss", "muted") as advance:
             mutes = run_recipe(
@@ -206,6 +212,9 @@ def apply(
 
 def main(arguments=None):
     """Run the command line; an error is one message on stderr and exit code 1 (2 for wrong usage)."""
+    # A polite kill unwinds the stack, which removes temporary files; kill -9 can leave them, under
+    # hidden names of their own.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(arguments)
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -20,7 +20,7 @@ class Layout:
 
     @property
     def required(self):
-        return [name for name in (self.gate, self.up, self.down, self.activation) if name]
+        return [name for name in (self.gate, self.up, self.down, self.activation, self.dropout) if name]
 
 
 GATED = Layout(gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn")

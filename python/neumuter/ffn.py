@@ -30,6 +30,32 @@ def masked_ffn(module, layout, activation, hidden_states, mask, row_ids=None):
     return getattr(module, layout.dropout)(output) if layout.dropout else output
 
 
+@torch.no_grad()
+def verify(ffn):
+    """Raise ValueError, naming the FFN, unless ``masked_ffn`` with a mask of ones computes what it computes.
+
+    A module may have the children of an FFN and do something else with them.
+    """
+    weight = ffn.down_weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
+    training = {module: module.training for module in ffn.module.modules()}
+    ffn.module.eval()
+    try:
+        expected = ffn.module(x)
+        ones = torch.ones(weight.shape[1], device=weight.device)
+        actual = masked_ffn(ffn.module, ffn.layout, ffn.activation, x, ones)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
+    if (actual - expected).abs().max() > tolerance * expected.abs().max():
+        raise ValueError(
+            f"{ffn.path}, a {type(ffn.module).__name__}, has the children of an FFN but computes something "
+            "else than down(activation(gate) · up) or down(activation(up)); it cannot be masked"
+        )
+
+
 class FFNWrapper(nn.Module):
     """Stands in for an FFN module and shares its children under their own names.
 
@@ -41,6 +67,7 @@ class FFNWrapper(nn.Module):
 
     def __init__(self, ffn):
         super().__init__()
+        verify(ffn)
         for name, child in ffn.module.named_children():
             self.add_module(name, child)
         self.path, self.layer, self.width = ffn.path, ffn.layer, ffn.width
@@ -73,6 +100,8 @@ class FFNWrapper(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:  # model.half() and the like: move, but do not round
                 moved.data = tensor.to(moved.device)
+                if moved.grad is not None:
+                    moved.grad = moved.grad.to(tensor.dtype)
         return self
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from neumuter.families import find_ffns
 from neumuter.ffn import FFNSwap, FFNWrapper, refuse_wrapped
 from neumuter.fingerprint import fingerprint
-from neumuter.mutes import MutedLayer, MuteSet
+from neumuter.mutes import MutedLayer, MuteSet, check_layer
 from neumuter.muting import architecture
 from neumuter_kernels import hard_concrete, neuron_budget, select_muted
 
@@ -25,16 +25,17 @@ INITIAL_SCORE = math.log(OPEN / (1 - OPEN))
 @dataclass(frozen=True)
 class _Sampling:
     seed: int
-    step: int
+    step: torch.Tensor  # not an int, for which torch.compile would compile again in every step
     sample_ids: torch.Tensor
 
     def mask(self, ffn, hidden_states):
         rows = self.sample_ids.shape[0]
         _check_rows(rows, hidden_states, "sample_ids")
-        ids = self.sample_ids.to(ffn.scores.device)
+        device = ffn.scores.device
+        step, ids = self.step.to(device), self.sample_ids.to(device)
         # Made here, not once per step, so that activation checkpointing recomputes them.
         return hard_concrete(
-            ffn.scores, rows, self.seed, self.step, ffn.layer, ids, TEMPERATURE, STRETCH, training=True
+            ffn.scores, rows, self.seed, step, ffn.layer, ids, TEMPERATURE, STRETCH, training=True
         )
 
 
@@ -50,18 +51,18 @@ class _Applying:
 
     def mask(self, ffn, hidden_states):
         mask = self.masks.get(ffn.path)
-        if mask is not None and mask.shape[0] > 1:
+        if mask is None:
+            return None
+        if mask.shape[0] > 1:
             _check_rows(mask.shape[0], hidden_states, f"the mask of {ffn.path}")
-        return mask
+        return mask.to(hidden_states.device)
 
 
 def _check_rows(rows, hidden_states, name):
-    """[B, S, d] needs one row per sample; [T, d] equal runs of tokens."""
-    size = hidden_states.shape[0]
-    if size != rows if hidden_states.dim() == 3 else size % rows:
+    if hidden_states.dim() != 3 or hidden_states.shape[0] != rows:
         raise ValueError(
-            f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: "
-            "there must be one row per sample of the batch"
+            f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: there must be "
+            "one row per sample of a batch [B, S, d]"
         )
 
 
@@ -119,7 +120,8 @@ class Masked:
             raise ValueError(
                 f"sample_ids must be int64 [B] with B ≥ 1, got {ids.dtype} of shape {tuple(ids.shape)}"
             )
-        return self._using(_Sampling(int(seed), int(step), ids))
+        device = next(iter(self.scores.values())).device
+        return self._using(_Sampling(int(seed), torch.tensor(int(step), device=device), ids.to(device)))
 
     def evaluating(self):
         """Context: the gates without noise, one row for all samples."""
@@ -205,20 +207,25 @@ class Masked:
         ``gain_range``: what the mode allows. ``method``: hyper-parameters, JSON values. Raises ValueError
         if something does not fit the model, or if no neuron is given.
         """
+        widths = {ffn.path: ffn.width for ffn in self._ffns}
+        gain_range = tuple(float(g) for g in gain_range)
         layers = {}
         for path, (indices, gains) in neurons.items():
+            if path not in widths:
+                raise ValueError(f"neurons names {path!r}, which is not an attached FFN: {', '.join(widths)}")
             if len(indices):
                 layers[path] = MutedLayer(
                     torch.as_tensor(indices).to("cpu", torch.int32, copy=True),
                     torch.as_tensor(gains).detach().to("cpu", torch.float32, copy=True),
                 )
+                check_layer(path, layers[path], widths[path], gain_range)
         return MuteSet(
             layers=layers,
-            widths={ffn.path: ffn.width for ffn in self._ffns},
+            widths=widths,
             architecture=architecture(self.model),
-            fingerprint=fingerprint(self._ffns),
+            fingerprint=fingerprint(self._ffns, layers),
             mode=mode,
-            gain_range=tuple(float(g) for g in gain_range),
+            gain_range=gain_range,
             method=method or {},
             seed=seed,
         )
@@ -253,7 +260,8 @@ def attach(model, start_layer=1):
     """Put gates on the neurons of ``model``'s FFNs and freeze everything else; returns a ``Masked`` handle.
 
     ``model``: a transformers model with Llama-type (gate, up, down) or GPT-2/GPT-Neo-type FFNs; it is
-    changed in place, this instance only. ``start_layer``: the first FFN that gets gates, counted from 0
+    changed in place, this instance only. Forward hooks on an FFN module itself (not on its projections)
+    run only while gates are off. ``start_layer``: the first FFN that gets gates, counted from 0
     (the paper leaves the first layer alone). Every score starts where its evaluation gate is exactly 1.
 
     Raises ValueError for a model without such FFNs or with an unknown activation, and RuntimeError for one

@@ -42,7 +42,7 @@ class MuteSet:
 
     ``layers``: {FFN module path: MutedLayer}, only FFNs with muted neurons. ``widths``: {path: F} of every
     masked FFN in model order. ``architecture``: {"class": ..., "model_type": ...}. ``fingerprint``:
-    {path: sketch} for every masked FFN, see ``neumuter.fingerprint``. ``mode``: "mute" or "modulate".
+    {path: sketches} for every masked FFN, see ``neumuter.fingerprint``. ``mode``: "mute" or "modulate".
     ``gain_range``: (lowest, highest) gain that the mode allows. ``method``: hyper-parameters, JSON values.
     ``seed``: int. ``metrics``: {"before": {...}, "after": {...}}, JSON values.
 
@@ -64,7 +64,7 @@ class MuteSet:
         for path, layer in self.layers.items():
             if path not in self.widths:
                 raise ValueError(f"layers has {path!r}, which is not among the masked FFNs in widths")
-            _check_layer(path, layer, self.widths[path], self.gain_range)
+            check_layer(path, layer, self.widths[path], self.gain_range)
         if not self.layers:
             raise ValueError("no neuron is muted: layers is empty")
 
@@ -102,8 +102,7 @@ class MuteSet:
             "seed": self.seed,
             "metrics": _without_nan(self.metrics),
         }
-        text = json.dumps(metadata, sort_keys=True, allow_nan=False, separators=(",", ":"))
-        write_atomically(path, to_safetensors(tensors, metadata={"neumuter": text}))
+        write_atomically(path, to_safetensors(tensors, metadata={"neumuter": _dumps(metadata)}))
 
     @classmethod
     def load(cls, path):
@@ -189,8 +188,9 @@ def _check_metadata(mutes):
     if mutes.fingerprint.keys() != mutes.widths.keys():
         raise ValueError("fingerprint and widths must name the same FFNs")
     for path, values in mutes.fingerprint.items():
-        if type(values) is not list or len(values) != SKETCHES or not all(map(_is_finite, values)):
-            raise ValueError(f"fingerprint[{path!r}] must be a list of {SKETCHES} finite numbers")
+        count = SKETCHES * (2 if path in mutes.layers else 1)
+        if type(values) is not list or len(values) != count or not all(map(_is_finite, values)):
+            raise ValueError(f"fingerprint[{path!r}] must be a list of {count} finite numbers")
     if type(mutes.seed) is not int or not -(2**63) <= mutes.seed < 2**64:
         raise ValueError(f"seed must be an integer of 64 bits, got {mutes.seed!r:.80}")
     for name in ("method", "metrics"):
@@ -198,12 +198,13 @@ def _check_metadata(mutes):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
         try:
-            json.dumps(_without_nan(value))
+            _dumps(_without_nan(value) if name == "metrics" else value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must hold JSON values only: {error}") from None
 
 
-def _check_layer(path, layer, width, gain_range):
+def check_layer(path, layer, width, gain_range):
+    """Raise ValueError, naming ``path``, unless ``layer`` fits an FFN of ``width`` neurons."""
     indices, gains = layer
     for name, tensor, dtype in (("indices", indices, torch.int32), ("gains", gains, torch.float32)):
         if tensor.dtype != dtype or tensor.dim() != 1 or tensor.device.type != "cpu":
@@ -220,6 +221,10 @@ def _check_layer(path, layer, width, gain_range):
     low, high = gain_range
     if not ((gains >= low) & (gains <= high)).all():  # NaN compares false
         raise ValueError(f"{path}.gains must lie within {low} to {high}")
+
+
+def _dumps(value):
+    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
 def _is_finite(value):

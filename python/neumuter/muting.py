@@ -5,7 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neumuter.families import find_ffns
 from neumuter.ffn import FFNSwap, FFNWrapper, refuse_wrapped
-from neumuter.fingerprint import TOLERANCE, distance, sketch
+from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, sketches
 from neumuter.mutes import MuteSet
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,12 +40,14 @@ def matching_ffns(model, mutes):
             differences.append(f"{path}: mute set {width} neurons, model {ffns[path].width}")
     if not differences:
         for path, expected in mutes.fingerprint.items():
-            apart = distance(expected, sketch(ffns[path].down_weight))
-            if not apart <= TOLERANCE:
-                differences.append(
-                    f"{path}: the down projection's weights differ by {apart:.1%} (up to {TOLERANCE:.0%} is "
-                    "rounding); another checkpoint, or mutes folded already?"
-                )
+            parts = sketches(ffns[path].down_weight, mutes.layers.get(path))
+            for number, (what, actual) in enumerate(parts.items()):
+                apart = distance(expected[number * SKETCHES : (number + 1) * SKETCHES], actual)
+                if not apart <= TOLERANCE:
+                    differences.append(
+                        f"{path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding); another "
+                        "checkpoint, or mutes folded already?"
+                    )
     if differences:
         listed = "\n  ".join(differences[:8] + ["..."] * (len(differences) > 8))
         raise MuteMismatchError(f"this mute set was made for another model:\n  {listed}")

@@ -100,6 +100,15 @@ def _text_of(numbered_row, column):
     return row[names[0]] if len(names) == 1 else (row["prompt"], row["completion"])
 
 
+def _open_ended(prompt, tokenizer):
+    """The token ids of ``prompt`` without the end token that some tokenizers append."""
+    ids = tokenizer(prompt)["input_ids"]
+    added = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    while added and ids[-1] in tokenizer.all_special_ids:
+        ids, added = ids[:-1], added - 1
+    return ids
+
+
 def encode(texts, tokenizer, max_length):
     """A batch of token ids: {"input_ids", "attention_mask", "labels"}, int64 [B, T] each.
 
@@ -115,7 +124,7 @@ def encode(texts, tokenizer, max_length):
         if isinstance(text, str):
             start, ids = 0, tokenizer(text)["input_ids"]
         else:
-            ids = tokenizer(text[0])["input_ids"]
+            ids = _open_ended(text[0], tokenizer)
             start = len(ids)
             ids = ids + tokenizer(text[1], add_special_tokens=False)["input_ids"]
         ids = ids[:max_length]
