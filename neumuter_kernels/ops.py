@@ -171,8 +171,8 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
 
     Returns:
         MutedNeurons(indptr, indices, gains) on the device of the scores. The capacity is the
-        budget (at most L·F), or L·F for a threshold. NaN scores are never selected, so fewer than the budget may
-        be; the true count is indptr[L]. −0.0 equals 0.0.
+        budget (at most L·F), or L·F for a threshold. NaN scores are never selected, so fewer than the
+        budget may be; the true count is indptr[L]. −0.0 equals 0.0.
 
     Raises:
         TypeError: not exactly one of budget and threshold, or a wrong type.

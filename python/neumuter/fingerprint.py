@@ -61,7 +61,10 @@ def sketches(weight, layer=None):
 
 def fingerprint(ffns, layers):
     """{path: the sketches, one after the other} for each ``FFN``; ``layers``: {path: MutedLayer}."""
-    return {ffn.path: sum(sketches(ffn.down_weight, layers.get(ffn.path)).values(), start=[]) for ffn in ffns}
+    return {
+        ffn.path: [x for part in sketches(ffn.down_weight, layers.get(ffn.path)).values() for x in part]
+        for ffn in ffns
+    }
 
 
 def distance(expected, actual):
