@@ -20,37 +20,61 @@ NEUMUTER_INLINE C horner(C x, Scalar<C> c, Rest... rest) {
   return c + x * horner<C>(x, rest...);
 }
 
-// exp(x) within 2 ulp for all x: overflow gives inf, underflow goes through the denormals to 0.
+// 1/x for normal x, within 1 ulp.
+NEUMUTER_INLINE Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+  // A Newton step on the 14-bit estimate: the divider would be the slowest part of every activation.
+  const Floats estimate = bits<Floats>(_mm512_rcp14_ps(bits<__m512>(x)));
+  return estimate + estimate * (1.0f - x * estimate);
+#else
+  return 1.0f / x;
+#endif
+}
+NEUMUTER_INLINE double reciprocal(double x) { return 1.0 / x; }
+
+// exp(x) for x <= 0, within 2 ulp; underflow goes through the denormals to 0.
 NEUMUTER_INLINE Floats exponential(Floats x) {
-  x = x < -104.0f ? splat<Floats>(-104.0f) : x;
-  x = x > 89.0f ? splat<Floats>(89.0f) : x;
+  x = x < -104.0f ? splat<Floats>(-104.0f) : x;  // NaN stays NaN
   const Floats rounded = x * 1.44269504f + 12582912.0f;
   const Floats n = rounded - 12582912.0f;
   const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   const Floats q = horner<Floats>(r, 0.5f, 0.1666666716337204f, 0.04166625440120697f, 0.008333262987434864f,
                                   0.0013947212137281895f, 0.00019919360056519508f);
   const Floats y = 1.0f + (r + (r * r) * q);
+#if defined(__AVX512F__)
+  return bits<Floats>(_mm512_scalef_ps(bits<__m512>(y), bits<__m512>(n)));
+#else
   const Ints exponent = bits<Ints>(rounded) - 0x4B400000;
   const Ints half = exponent >> 1;  // 2^n may not be representable where y·2^n is
   return y * bits<Floats>((half + 127) << 23) * bits<Floats>((exponent - half + 127) << 23);
+#endif
 }
 NEUMUTER_INLINE double exponential(double x) { return std::exp(x); }
 
+NEUMUTER_INLINE Floats absolute(Floats x) { return bits<Floats>(bits<Ints>(x) & 0x7FFFFFFF); }
+NEUMUTER_INLINE double absolute(double x) { return std::fabs(x); }
+
+// σ(x); *complement is 1 − σ(x), without the cancellation.
 template <typename C>
-NEUMUTER_INLINE C sigmoid(C x) {
-  return Scalar<C>(1) / (Scalar<C>(1) + exponential(-x));
+NEUMUTER_INLINE C sigmoid(C x, C* complement) {
+  const C e = exponential(-absolute(x));
+  const C larger = reciprocal(Scalar<C>(1) + e), smaller = e * larger;
+  const auto negative = x < Scalar<C>(0);
+  *complement = negative ? larger : smaller;
+  return negative ? smaller : larger;
 }
 
 // Φ(x) of the standard normal distribution, given e = exp(−x²/2).
 NEUMUTER_INLINE Floats normal_cdf(Floats x, Floats e) {
-  const Floats y = bits<Floats>(bits<Ints>(x) & 0x7FFFFFFF) * 0.70710678f;
+  Floats y = absolute(x) * 0.70710678f;
+  y = y > 30.0f ? splat<Floats>(30.0f) : y;  // far in the tail, and finite for the reciprocal
   // erf(y)/y in y² for y < 1 and erfc(y)·exp(y²)/t in t = 1/(1 + y/2) above: minimax fits of ours,
   // errors 1.2e-9 and 1.5e-8.
   const Floats small = 0.5f * y *
                        horner<Floats>(y * y, 1.1283791065216064f, -0.3761262595653534f, 0.11283600330352783f,
                                       -0.026854444295167923f, 0.005189535208046436f, -0.0008020841050893068f,
                                       7.889119297033176e-05f);
-  const Floats t = 1.0f / (1.0f + 0.5f * y);
+  const Floats t = reciprocal(1.0f + 0.5f * y);
   const Floats tail =
       0.5f * e * t *
       horner<Floats>(t, 0.2821086049079895f, 0.2818179130554199f, 0.24893543124198914f, 0.16945873200893402f,
@@ -66,8 +90,9 @@ NEUMUTER_INLINE C activation(C x, C* slope) {
   using S = Scalar<C>;
   const S one = 1, zero = 0;
   if constexpr (A == Activation::kSilu) {
-    const C s = sigmoid(x);
-    *slope = s * (one + x * (one - s));
+    C complement;
+    const C s = sigmoid(x, &complement);
+    *slope = s * (one + x * complement);
     return x * s;
   } else if constexpr (A == Activation::kGelu) {
     const C e = exponential(S(-0.5) * x * x);
@@ -75,11 +100,10 @@ NEUMUTER_INLINE C activation(C x, C* slope) {
     *slope = cdf + x * e * S(0.3989422804014327);
     return x * cdf;
   } else if constexpr (A == Activation::kGeluTanh) {
-    // ½(1 + tanh v) = σ(2v), without the cancellation; likewise 1 − σ.
+    // ½(1 + tanh v) = σ(2v), without the cancellation.
     const S k = S(1.5957691216057308), c = S(0.044715);  // 2·√(2/π)
-    const C e = exponential(-(k * (x + c * x * x * x)));
-    const C s = one / (one + e);
-    const C complement = x > zero ? e * s : one - s;
+    C complement;
+    const C s = sigmoid(k * (x + c * x * x * x), &complement);
     *slope = s + x * (s * complement) * (k * (one + S(3) * c * x * x));
     return x * s;
   } else if constexpr (A == Activation::kRelu) {
