@@ -9,6 +9,14 @@ from neumuter_kernels import reference
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 INF, NAN = float("inf"), float("nan")
 
+
+def misleading(n=100_000, sample=8192):
+    """Low where the CPU kernel samples to guess the cut, so that its guess is far too low."""
+    scores = torch.rand(n)
+    scores[torch.arange(sample) * n // sample] = -1.0
+    return scores
+
+
 SCORES = {
     "random": lambda: [torch.randn(1000) for _ in range(5)],
     "many blocks": lambda: [torch.randn(40_000), torch.randn(70_001)],
@@ -19,6 +27,7 @@ SCORES = {
     "infinities": lambda: [torch.tensor([INF, -INF, 3e38, -3e38, 0.0, INF, -INF])],
     "NaN": lambda: [torch.tensor([NAN, 1.0, -NAN, -1.0]), torch.tensor([NAN, NAN]), torch.tensor([0.5])],
     "denormals": lambda: [torch.tensor([1e-40, -1e-40, 2e-40, -2e-40, 1e-45, 0.0])],
+    "a sample misleads": lambda: [misleading()],
     "one neuron": lambda: [torch.zeros(1)],
     "no neuron": lambda: [torch.zeros(0)],
 }

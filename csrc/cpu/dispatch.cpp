@@ -7,26 +7,31 @@
 
 namespace neumuter::cpu {
 
-#define NEUMUTER_DECLARE(capability)               \
-  namespace capability {                           \
-  extern const Kernels kernels_of_this_capability; \
-  }
-NEUMUTER_DECLARE(baseline)
+#define NEUMUTER_KERNELS(capability)   \
+  {#capability,                        \
+   capability::masked_ffn,             \
+   capability::masked_ffn_backward,    \
+   capability::hard_concrete,          \
+   capability::hard_concrete_backward, \
+   capability::collect_below,          \
+   capability::evaluation_gates}
+
+static const Kernels baseline_kernels = NEUMUTER_KERNELS(baseline);
 #if defined(__x86_64__)
-NEUMUTER_DECLARE(avx2)
-NEUMUTER_DECLARE(avx512)
+static const Kernels avx2_kernels = NEUMUTER_KERNELS(avx2);
+static const Kernels avx512_kernels = NEUMUTER_KERNELS(avx512);
 #endif
 
 static const Kernels& choose() {
-  const Kernels* supported[3] = {&baseline::kernels_of_this_capability};
+  const Kernels* supported[3] = {&baseline_kernels};
   int count = 1;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    supported[count++] = &avx2::kernels_of_this_capability;
+    supported[count++] = &avx2_kernels;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      supported[count++] = &avx512::kernels_of_this_capability;
+      supported[count++] = &avx512_kernels;
     }
   }
 #endif

@@ -9,9 +9,6 @@
 namespace neumuter::cpu {
 namespace NEUMUTER_CAPABILITY {
 
-void masked_ffn(const Ffn&, const Block&, void*, int64_t);
-void masked_ffn_backward(const Ffn&, const FfnGrad&, const Block&, void*);
-
 static inline float log_of(float x) { return exact_log(x); }
 static inline double log_of(double x) { return std::log(x); }
 static inline float sigmoid_of(float x) { return exact_sigmoid(x); }
@@ -87,8 +84,8 @@ static void backward(const Gates& gates, const C* grad, const C* scores, uint32_
   }
 }
 
-static void hard_concrete(Dtype dtype, const Gates& gates, const void* scores, uint32_t sample, int64_t first,
-                          int64_t last, void* out) {
+void hard_concrete(Dtype dtype, const Gates& gates, const void* scores, uint32_t sample, int64_t first,
+                   int64_t last, void* out) {
   if (dtype == Dtype::kDouble) {
     forward(gates, static_cast<const double*>(scores), sample, first, last, static_cast<double*>(out));
   } else {
@@ -96,8 +93,8 @@ static void hard_concrete(Dtype dtype, const Gates& gates, const void* scores, u
   }
 }
 
-static void hard_concrete_backward(Dtype dtype, const Gates& gates, const void* grad, const void* scores,
-                                   uint32_t sample, int64_t first, int64_t last, void* grad_scores) {
+void hard_concrete_backward(Dtype dtype, const Gates& gates, const void* grad, const void* scores,
+                            uint32_t sample, int64_t first, int64_t last, void* grad_scores) {
   if (dtype == Dtype::kDouble) {
     backward(gates, static_cast<const double*>(grad), static_cast<const double*>(scores), sample, first, last,
              static_cast<double*>(grad_scores));
@@ -106,12 +103,6 @@ static void hard_concrete_backward(Dtype dtype, const Gates& gates, const void* 
              static_cast<float*>(grad_scores));
   }
 }
-
-#define NEUMUTER_STRING(x) #x
-#define NEUMUTER_NAME(x) NEUMUTER_STRING(x)
-extern const Kernels kernels_of_this_capability;
-const Kernels kernels_of_this_capability = {NEUMUTER_NAME(NEUMUTER_CAPABILITY), masked_ffn,
-                                            masked_ffn_backward, hard_concrete, hard_concrete_backward};
 
 }  // namespace NEUMUTER_CAPABILITY
 }  // namespace neumuter::cpu

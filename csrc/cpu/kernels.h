@@ -46,17 +46,38 @@ struct Gates {
   bool training;
 };
 
+// One set of functions per instruction set, in a namespace of its own.
+#define NEUMUTER_DECLARE_KERNELS(capability)                                                                \
+  namespace capability {                                                                                    \
+  void masked_ffn(const Ffn&, const Block&, void* out, int64_t out_stride);                                 \
+  void masked_ffn_backward(const Ffn&, const FfnGrad&, const Block&, void* grad_mask);                      \
+  void hard_concrete(Dtype, const Gates&, const void* scores, uint32_t sample, int64_t first, int64_t last, \
+                     void* out);                                                                            \
+  void hard_concrete_backward(Dtype, const Gates&, const void* grad, const void* scores, uint32_t sample,   \
+                              int64_t first, int64_t last, void* grad_scores);                              \
+  int32_t collect_below(const float* scores, int32_t n, float cut, bool inclusive, int32_t* positions);     \
+  void evaluation_gates(const float* scores, int64_t n, float gamma, float zeta, float* gates);             \
+  }
+
+NEUMUTER_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+NEUMUTER_DECLARE_KERNELS(avx2)
+NEUMUTER_DECLARE_KERNELS(avx512)
+#endif
+
 struct Kernels {
   const char* name;
-  void (*masked_ffn)(const Ffn&, const Block&, void* out, int64_t out_stride);
+  decltype(&baseline::masked_ffn) masked_ffn;
   // Adds the mask's gradient over the block's tokens to grad_mask[0 .. columns), unless null.
-  void (*masked_ffn_backward)(const Ffn&, const FfnGrad&, const Block&, void* grad_mask);
+  decltype(&baseline::masked_ffn_backward) masked_ffn_backward;
   // Neurons [first, last) of one row of gates; `first` is a multiple of 4.
-  void (*hard_concrete)(Dtype, const Gates&, const void* scores, uint32_t sample, int64_t first, int64_t last,
-                        void* out);
+  decltype(&baseline::hard_concrete) hard_concrete;
   // Adds the scores' gradient from one row of gates.
-  void (*hard_concrete_backward)(Dtype, const Gates&, const void* grad, const void* scores, uint32_t sample,
-                                 int64_t first, int64_t last, void* grad_scores);
+  decltype(&baseline::hard_concrete_backward) hard_concrete_backward;
+  // The positions of scores below the cut (or at it, if inclusive; never NaN), ascending; how many.
+  // `positions` has room for n.
+  decltype(&baseline::collect_below) collect_below;
+  decltype(&baseline::evaluation_gates) evaluation_gates;
 };
 
 // The widest instruction set that this CPU has, or the one that NEUMUTER_CPU_CAPABILITY names.

@@ -1,158 +1,196 @@
-// select_muted on the CPU: radix select of the threshold, then one pass that emits in order.
+// select_muted on the CPU.
+//
+// A sample of the scores gives a guess that is most likely a little above the cut, the score of the last
+// neuron within the budget. One pass collects the few scores up to the guess; among them the cut is found
+// exactly and the neurons are emitted in order. If the guess was too low, the pass is made again without one.
 #include <algorithm>
-#include <array>
+#include <cmath>
 #include <limits>
+#include <memory>
 #include <tuple>
 
-#include "../exact_math.h"
 #include "../tensors.h"
+#include "kernels.h"
 
 namespace neumuter::cpu {
 
 constexpr int64_t kChunk = 1 << 14;
-constexpr uint32_t kNotANumber = 0xFFFFFFFFu;
+constexpr int64_t kSample = 1 << 13;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Unsigned keys in the order of the scores: −0 equals +0, NaN comes after everything.
-static inline uint32_t key_of(float score) {
-  const uint32_t bits = bit_copy<uint32_t>(score == 0.0f ? 0.0f : score);
-  const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return score != score ? kNotANumber : key;
-}
-
-// A run of at most kChunk scores of one layer.
+// A run of at most kChunk scores of one layer, and what was collected there.
 struct Chunk {
-  int64_t layer, first, last;
-  int64_t below = 0, equal = 0;  // scores below and at the cut
+  int64_t layer, first, n;
+  int32_t neuron;         // of its first score
+  int64_t collected = 0;  // scores, whose positions are at `first` in the common buffer
+  int64_t below = 0, equal = 0;
+  int64_t output = 0, ties = 0;  // where its neurons go, and how many at the cut are among them
 };
 
 template <typename F>
 static void for_each_chunk(std::vector<Chunk>& chunks, F f) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 2, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) f(chunks[c]);
   });
 }
 
-// The key of rank `rank` (from 0) among all scores; NaNs rank last.
-static uint32_t key_of_rank(const float* scores, std::vector<Chunk>& chunks, int64_t rank) {
-  constexpr int kBits[3] = {11, 11, 10};
-  uint32_t prefix = 0;
-  int shift = 32;
-  for (int bits : kBits) {
-    const uint32_t prefix_mask = shift == 32 ? 0u : ~0u << shift;
-    shift -= bits;
-    using Histogram = std::array<int32_t, 2048>;
-    const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), chunks.size());
-    std::vector<Histogram> histograms(tasks);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        Histogram& histogram = histograms[task];
-        histogram.fill(0);
-        const int64_t n = static_cast<int64_t>(chunks.size());
-        for (int64_t c = task * n / tasks; c < (task + 1) * n / tasks; ++c) {
-          for (int64_t i = chunks[c].first; i < chunks[c].last; ++i) {
-            const uint32_t key = key_of(scores[i]);
-            histogram[(key >> shift) & ((1u << bits) - 1)] += (key & prefix_mask) == prefix;
-          }
-        }
+// The score below or at which about `rank` of n scores lie, most likely a few more.
+static float guess_cut(const float* scores, int64_t n, int64_t rank) {
+  if (n <= 2 * kSample) return kInfinity;
+  std::vector<float> sample(kSample);
+  for (int64_t i = 0; i < kSample; ++i) {
+    const float score = scores[i * n / kSample];
+    sample[i] = score == score ? score : kInfinity;
+  }
+  const double share = static_cast<double>(rank) / n;
+  const double above = share * kSample + 4 * std::sqrt(kSample * share * (1 - share)) + 8;
+  if (above >= kSample) return kInfinity;
+  std::nth_element(sample.begin(), sample.begin() + static_cast<int64_t>(above), sample.end());
+  return sample[static_cast<int64_t>(above)];
+}
+
+class Selection {
+ public:
+  Selection(const float* scores, int64_t n, const std::vector<int64_t>& widths)
+      : scores_(scores), n_(n), positions_(new int32_t[n]) {
+    int64_t start = 0;
+    for (int64_t layer = 0; layer < static_cast<int64_t>(widths.size()); ++layer) {
+      STD_TORCH_CHECK(widths[layer] >= 0 && widths[layer] <= n - start,
+                      "widths must not be negative and must sum to the number of scores");
+      for (int64_t neuron = 0; neuron < widths[layer]; neuron += kChunk) {
+        const int64_t size = std::min(kChunk, widths[layer] - neuron);
+        chunks_.push_back({layer, start + neuron, size, static_cast<int32_t>(neuron)});
+      }
+      start += widths[layer];
+    }
+    STD_TORCH_CHECK(start == n, "widths must sum to the number of scores, ", n);
+  }
+
+  // Selects the `budget` lowest scores, the first ones among equals.
+  void select_lowest(int64_t budget) {
+    if (budget == 0) return;
+    if (collect(guess_cut(scores_, n_, budget), true) < budget) collect(kInfinity, true);
+    const float cut = score_of_rank(std::min(budget, collected()) - 1);
+    for_each_chunk(chunks_, [&](Chunk& chunk) {
+      for (int64_t i = 0; i < chunk.collected; ++i) {
+        const float score = collected_score(chunk, i);
+        chunk.below += score < cut;
+        chunk.equal += score == cut;
       }
     });
-    uint32_t digit = 0;
-    for (;; ++digit) {
-      int64_t count = 0;
-      for (const Histogram& histogram : histograms) count += histogram[digit];
-      if (rank < count) break;
-      rank -= count;
+    int64_t ties = std::min(budget, collected());
+    for (const Chunk& chunk : chunks_) ties -= chunk.below;
+    for (Chunk& chunk : chunks_) {
+      chunk.ties = std::min(chunk.equal, ties);
+      ties -= chunk.ties;
     }
-    prefix |= digit << shift;
+    for_each_chunk(chunks_, [&](Chunk& chunk) { keep_up_to(chunk, cut); });
   }
-  return prefix;
-}
+
+  // Selects all scores below `threshold`.
+  void select_below(float threshold) { collect(threshold, false); }
+
+  // Writes what is selected and returns its number.
+  int64_t emit(float gamma, float zeta, int32_t* indptr, int64_t layers, int32_t* indices, float* gains) {
+    int64_t position = 0;
+    std::fill(indptr, indptr + layers + 1, 0);
+    for (Chunk& chunk : chunks_) {
+      chunk.output = position;
+      position += chunk.collected;
+      indptr[chunk.layer + 1] = static_cast<int32_t>(position);
+    }
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      indptr[layer + 1] = std::max(indptr[layer + 1], indptr[layer]);  // a layer without neurons
+    }
+    for_each_chunk(chunks_, [&](Chunk& chunk) {
+      float* scores = gains + chunk.output;
+      for (int64_t i = 0; i < chunk.collected; ++i) {
+        indices[chunk.output + i] = chunk.neuron + positions_[chunk.first + i];
+        scores[i] = collected_score(chunk, i);
+      }
+      std::vector<float> gates(chunk.collected);
+      kernels().evaluation_gates(scores, chunk.collected, gamma, zeta, gates.data());
+      std::copy(gates.begin(), gates.end(), scores);
+    });
+    return position;
+  }
+
+ private:
+  const float* scores_;
+  int64_t n_;
+  std::unique_ptr<int32_t[]> positions_;  // not touched where nothing is collected
+  std::vector<Chunk> chunks_;
+
+  float collected_score(const Chunk& chunk, int64_t i) const {
+    return scores_[chunk.first + positions_[chunk.first + i]];
+  }
+
+  int64_t collected() const {
+    int64_t total = 0;
+    for (const Chunk& chunk : chunks_) total += chunk.collected;
+    return total;
+  }
+
+  int64_t collect(float cut, bool inclusive) {
+    for_each_chunk(chunks_, [&](Chunk& chunk) {
+      chunk.collected = kernels().collect_below(scores_ + chunk.first, static_cast<int32_t>(chunk.n), cut,
+                                                inclusive, positions_.get() + chunk.first);
+    });
+    return collected();
+  }
+
+  float score_of_rank(int64_t rank) const {
+    if (rank < 0) return -kInfinity;  // nothing but NaN
+    std::vector<float> scores;
+    scores.reserve(collected());
+    for (const Chunk& chunk : chunks_) {
+      for (int64_t i = 0; i < chunk.collected; ++i) scores.push_back(collected_score(chunk, i));
+    }
+    std::nth_element(scores.begin(), scores.begin() + rank, scores.end());
+    return scores[rank];
+  }
+
+  // Drops what is above the cut, and what is at it once the chunk's ties are used up.
+  void keep_up_to(Chunk& chunk, float cut) {
+    int32_t* positions = positions_.get() + chunk.first;
+    int64_t kept = 0, ties = chunk.ties;
+    for (int64_t i = 0; i < chunk.collected; ++i) {
+      const float score = collected_score(chunk, i);
+      const bool tie = score == cut && ties > 0;
+      ties -= tie;
+      positions[kept] = positions[i];
+      kept += score < cut || tie;
+    }
+    chunk.collected = kept;
+  }
+};
 
 static std::tuple<Tensor, Tensor, Tensor> select_muted(Tensor scores_, std::vector<int64_t> widths,
                                                        std::optional<int64_t> budget, double threshold,
                                                        double gamma, double zeta) {
   STD_TORCH_CHECK(scores_.dim() == 1 && scores_.scalar_type() == ScalarType::Float,
                   "scores must be a flat float32 tensor");
-  const Tensor tensor = torch::stable::contiguous(scores_);
-  const float* scores = static_cast<const float*>(tensor.data_ptr());
-  const int64_t n = tensor.numel(), layers = static_cast<int64_t>(widths.size());
+  const Tensor scores = torch::stable::contiguous(scores_);
+  const int64_t n = scores.numel(), layers = static_cast<int64_t>(widths.size());
   STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "scores must have fewer than 2^31 elements");
   STD_TORCH_CHECK(!budget || *budget >= 0, "budget must not be negative");
-
-  std::vector<Chunk> chunks;
-  int64_t start = 0;
-  std::vector<int64_t> starts;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    STD_TORCH_CHECK(widths[layer] >= 0 && widths[layer] <= n - start,
-                    "widths must not be negative and must sum to the number of scores");
-    starts.push_back(start);
-    for (int64_t first = start; first < start + widths[layer]; first += kChunk) {
-      chunks.push_back({layer, first, std::min(first + kChunk, start + widths[layer])});
-    }
-    start += widths[layer];
-  }
-  STD_TORCH_CHECK(start == n, "widths must sum to the number of scores, ", n);
-
   const int64_t capacity = budget ? std::min(*budget, n) : n;
-  const std::vector<int64_t> shape{capacity};
-  Tensor indptr = torch::stable::new_zeros(tensor, {layers + 1}, ScalarType::Int);
-  Tensor indices = torch::stable::new_empty(tensor, shape, ScalarType::Int);
-  Tensor gains = torch::stable::new_empty(tensor, shape);
-  int32_t* indptr_out = static_cast<int32_t*>(indptr.data_ptr());
-  int32_t* index_out = static_cast<int32_t*>(indices.data_ptr());
-  float* gain_out = static_cast<float*>(gains.data_ptr());
-
-  // Selected are the scores below the cut, and the first `ties` of those equal to it.
-  uint32_t cut = 0;
-  int64_t ties = 0;
-  if (!budget) {
-    const float t = static_cast<float>(threshold);
-    cut = t != t ? 0 : key_of(t);
-  } else if (capacity > 0) {
-    cut = key_of_rank(scores, chunks, capacity - 1);
-  }
-  for_each_chunk(chunks, [&](Chunk& chunk) {
-    int32_t below = 0, equal = 0;
-    for (int64_t i = chunk.first; i < chunk.last; ++i) {
-      const uint32_t key = key_of(scores[i]);
-      below += key < cut;
-      equal += key == cut;
-    }
-    chunk.below = below;
-    chunk.equal = equal;
-  });
-  if (budget && cut != kNotANumber) {
-    ties = capacity;
-    for (const Chunk& chunk : chunks) ties -= chunk.below;
+  Selection selection(static_cast<const float*>(scores.data_ptr()), n, widths);
+  if (budget) {
+    selection.select_lowest(capacity);
+  } else {
+    selection.select_below(static_cast<float>(threshold));
   }
 
-  // From here on `below` is where a chunk's output starts and `equal` how many ties it may take.
-  int64_t position = 0;
-  for (Chunk& chunk : chunks) {
-    const int64_t taken = std::min(chunk.equal, ties);
-    ties -= taken;
-    const int64_t count = chunk.below + taken;
-    chunk.below = position;
-    chunk.equal = taken;
-    position += count;
-    indptr_out[chunk.layer + 1] = static_cast<int32_t>(position);
-  }
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    if (widths[layer] == 0) indptr_out[layer + 1] = indptr_out[layer];
-  }
-  const float low = static_cast<float>(gamma), high = static_cast<float>(zeta);
-  for_each_chunk(chunks, [&](Chunk& chunk) {
-    int64_t at = chunk.below, left = chunk.equal;
-    for (int64_t i = chunk.first; i < chunk.last; ++i) {
-      const uint32_t key = key_of(scores[i]);
-      if (key > cut || (key == cut && left == 0)) continue;
-      left -= key == cut;
-      index_out[at] = static_cast<int32_t>(i - starts[chunk.layer]);
-      gain_out[at++] = evaluation_gate(scores[i], low, high);
-    }
-  });
-  std::fill(index_out + position, index_out + capacity, -1);
-  std::fill(gain_out + position, gain_out + capacity, 1.0f);
+  Tensor indptr = torch::stable::new_empty(scores, {layers + 1}, ScalarType::Int);
+  Tensor indices = torch::stable::new_empty(scores, {capacity}, ScalarType::Int);
+  Tensor gains = torch::stable::new_empty(scores, {capacity});
+  int32_t* index = static_cast<int32_t*>(indices.data_ptr());
+  float* gain = static_cast<float*>(gains.data_ptr());
+  const int64_t count = selection.emit(static_cast<float>(gamma), static_cast<float>(zeta),
+                                       static_cast<int32_t*>(indptr.data_ptr()), layers, index, gain);
+  std::fill(index + count, index + capacity, -1);
+  std::fill(gain + count, gain + capacity, 1.0f);
   return {indptr, indices, gains};
 }
 
