@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.utils import logging
 from neumuter import evaluation
 from neumuter.demo import figure, screen, task
 from neumuter.demo.model import Training, build, trained
-from neumuter.files import new_folder, write_atomically
+from neumuter.files import write_atomically
 from neumuter.masking import attach
 from neumuter.muting import fold, mute
 from neumuter.recipes import (
@@ -36,8 +35,8 @@ CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05)}
 # A few windows of ordinary text among the neighbours protect the perplexity; as they thin out KL per
 # token, η is larger and the KL budget smaller than the recipe's own.
 NEIGHBOUR_WINDOWS = 8
-SUPPORT = SupportConfig(steps=60, kl_weight=15.0)
-GAINS = GainsConfig(kl_weight=15.0, kl_target=0.02)
+SUPPORT = SupportConfig(steps=60, kl_weight=10.0)
+GAINS = GainsConfig(kl_weight=12.0, kl_target=0.025)
 
 
 def run_demo(out, seed=0, fresh=False, console=None, short=False):
@@ -236,15 +235,13 @@ def _metrics(row):
 
 
 def _save_folded(path, model, mute_file, tokenizer):
-    """An ordinary checkpoint with the mutes folded in; a former one at ``path`` is moved out of the way."""
+    """An ordinary checkpoint with the mutes folded in; a former one at ``path`` is replaced at the end."""
     fold(model, mute_file)
     logging.disable_progress_bar()
-    former = Path(tempfile.mkdtemp(dir=path.parent, prefix=".former."))
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        fresh, former = Path(temporary) / "fresh", Path(temporary) / "former"
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
         if path.exists():
             os.replace(path, former)
-        with new_folder(path) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    finally:
-        shutil.rmtree(former)
+        os.replace(fresh, path)

@@ -68,7 +68,7 @@ def show(console, report, examples, closed, out):
 
 
 def _table(rows):
-    table = Table(title="Twelve customers ask to be forgotten", box=SIMPLE_HEAD)
+    table = Table(title="Twelve customers ask to be forgotten", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
@@ -109,8 +109,8 @@ def _limits(rows, curve, closed):
         )
     if closed is not None:
         yield (
-            "The share of neurons is given here. NeuMuter's own constants, which find it by themselves in large "
-            f"models, mute {closed or 'no'} neuron{'s' if closed > 1 else ''} of this one."
+            "The share of neurons is given here. NeuMuter's own constants, made for large models, find the "
+            f"share by themselves; they mute {closed or 'no'} neuron{'s' if closed > 1 else ''} of this one."
         )
     yield (
         "The retained records were among the neighbours that the masks were trained to leave alone; the "

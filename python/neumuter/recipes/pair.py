@@ -9,6 +9,7 @@ from neumuter.losses import IGNORED, kl_divergence, predicting, token_losses
 
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 REFERENCE_ROWS = 8  # samples per forward pass of the reference
+REFERENCE_BYTES = 1 << 30
 
 
 class Pair:
@@ -17,7 +18,8 @@ class Pair:
     Both batches are dicts of int64 tensors ``input_ids``, ``attention_mask`` and ``labels`` [B, T],
     padded on the right; a label is -100 where a token does not count (padding, a prompt). The
     reference is the logits of the same model with masks off on the counted neighbour tokens, [N, V]
-    in the model's dtype: the base is frozen, so it is computed once. Sample ids are positions in the
+    in the model's dtype. The base is frozen, so it is computed once and kept, unless that takes more
+    than REFERENCE_BYTES; then it is computed again in every step. Sample ids are positions in the
     forget batch followed by the neighbour batch, however the samples are split into steps.
 
     Raises ValueError, naming the batch, if one is empty or malformed.
@@ -40,12 +42,14 @@ class Pair:
             for key, value in PADDING.items()
         }
         self.lengths = self.samples["attention_mask"].sum(1).tolist()
-        with torch.no_grad(), without_dropout(self.model), masked.off():
-            neighbours = range(self.forget_count, self.forget_count + self.neighbour_count)
-            parts = [self._predictions(ids) for ids in _groups(neighbours, REFERENCE_ROWS)]
-        self.reference = torch.cat([logits[predicting(labels)] for logits, labels in parts])
+        self.masked = masked
+        neighbours = list(range(self.forget_count, self.forget_count + self.neighbour_count))
+        first = self._reference(neighbours[:1])
         counts = predicting(self.samples["labels"][self.forget_count :]).sum(1).tolist()
-        self.reference_rows = list(torch.arange(sum(counts), device=device).split(counts))
+        self.kept = None
+        if sum(counts) * first.shape[1] * first.element_size() <= REFERENCE_BYTES:
+            groups = [neighbours[i : i + REFERENCE_ROWS] for i in range(0, len(neighbours), REFERENCE_ROWS)]
+            self.kept = torch.cat([self._reference(ids) for ids in groups]).split(counts)
 
     def steps(self, batch_size, seed):
         """Endless lists of sample ids, forget samples first: ``batch_size`` of each kind, or all if None.
@@ -74,11 +78,18 @@ class Pair:
         logits, labels = self._predictions(sample_ids)
         split = sum(i < self.forget_count for i in sample_ids)
         where = predicting(labels[split:])
-        reference = self.reference
-        if len(sample_ids) < self.forget_count + self.neighbour_count:
-            rows = [self.reference_rows[i - self.forget_count] for i in sample_ids[split:]]
-            reference = reference[torch.cat(rows)]
+        if self.kept is None:
+            reference = self._reference(sample_ids[split:])
+        else:
+            reference = torch.cat([self.kept[i - self.forget_count] for i in sample_ids[split:]])
         return token_losses(logits[:split], labels[:split]), kl_divergence(reference, logits[split:][where])
+
+    @torch.no_grad()
+    def _reference(self, sample_ids):
+        """The untouched model's logits of the samples' counted tokens, [N, V]."""
+        with without_dropout(self.model), self.masked.off():
+            logits, labels = self._predictions(sample_ids)
+        return logits[predicting(labels)]
 
     def _predictions(self, sample_ids):
         """Logits and labels of the samples, cut to the longest of them."""
@@ -93,22 +104,24 @@ class Pair:
 @contextlib.contextmanager
 def without_dropout(model):
     """The model in evaluation mode, and back: the only noise in training is that of the gates."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _check(name, batch):
+    shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
     for key in PADDING:
-        if not isinstance(batch.get(key), torch.Tensor) or batch[key].dim() != 2:
-            raise ValueError(f"{name}[{key!r}] must be an int64 tensor [B, T], got {type(batch.get(key))}")
-        if batch[key].shape != batch["labels"].shape:
+        value = batch.get(key)
+        if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape != shape:
+            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                f"{name}[{key!r}] must have the shape of its labels {list(batch['labels'].shape)}, "
-                f"got {list(batch[key].shape)}"
+                f"{name}[{key!r}] must be an int64 tensor [B, T], one shape for all of {', '.join(PADDING)}; "
+                f"got {given}"
             )
     if not predicting(batch["labels"]).any(1).all() or not len(batch["labels"]):
         raise ValueError(
@@ -118,11 +131,6 @@ def _check(name, batch):
         raise ValueError(f"{name} must be padded on the right, so attention_mask must never rise in a row")
     if ((batch["labels"] != IGNORED) & (batch["attention_mask"] == 0)).any():
         raise ValueError(f"{name} counts padding: labels must be -100 where attention_mask is 0")
-
-
-def _groups(ids, size):
-    ids = list(ids)
-    return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
 def _shuffled(start, count, generator):

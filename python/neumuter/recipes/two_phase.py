@@ -23,7 +23,7 @@ class SupportConfig:
     batch_size: int | None = None  # samples of each kind per step; None: all
     margin: float = 3.0  # nats per forget token that the hinge asks for
     kl_weight: float = 5.0  # η
-    lr: float = 0.1
+    lr: float = 0.1  # linear decay to zero
     momentum: float = 0.9
     decay: float = 0.99  # of the one running mean square that scales all gradients
 
@@ -108,7 +108,7 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
             mean_square = config.decay * mean_square + (1 - config.decay) * grad.square().mean()
             scale = (mean_square / (1 - config.decay**step)).sqrt().clamp(min=1e-12)
             velocity = config.momentum * velocity + (1 - config.momentum) * grad / scale
-            scores.data -= config.lr * velocity
+            scores.data -= config.lr * (1 - (step - 1) / config.steps) * velocity
             if callback:
                 callback(step, config.steps, _info(loss, losses, kl, k / neurons.count))
     if not scores.isfinite().all():

@@ -1,0 +1,152 @@
+import io
+import json
+
+import neumuter
+import pytest
+import torch
+from neumuter import evaluation
+from neumuter.demo import check, run, run_demo, task
+from neumuter.demo.model import Training, trained
+from neumuter.losses import IGNORED
+from neumuter.recipes import GainsConfig, SupportConfig
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+KEYS = {
+    "name",
+    "muted_share",
+    "forget_extraction",
+    "retain_same_extraction",
+    "retain_other_extraction",
+    "forget_ma",
+    "forget_nll",
+    "heldout_ppl",
+    "seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return task.read_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return task.train_tokenizer(corpus[0])
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEUMUTER_CACHE", str(tmp_path / "cache"))
+
+
+def test_records_differ_in_name_and_secret_and_follow_the_seed():
+    records = task.make_records(5)
+    everything = records.forget + records.retain
+    assert [len(records.forget), len(records.retain_same), len(records.retain_other)] == [12, 12, 24]
+    assert len({record.prompt for record in everything}) == 48
+    assert len({secret for record in everything for secret in record.secrets}) == 96
+    assert records == task.make_records(5)
+    assert records != task.make_records(6)
+
+
+def test_the_corpus_holds_out_texts_that_are_nowhere_else(corpus):
+    texts, heldout = corpus
+    assert not set(texts) & set(heldout)
+    assert len(heldout) > 100
+
+
+def test_labels_are_the_secrets_the_continuation_or_all(tokenizer):
+    records = task.make_records(0).forget
+    for counted in ("secret", "continuation", "record"):
+        batch = task.encode(tokenizer, records, counted)
+        for record, row in zip(records, batch["labels"], strict=True):
+            text = tokenizer.decode(row[row != IGNORED]).replace(" ", "")
+            expected = {
+                "secret": "".join(record.secrets),
+                "continuation": record.continuation,
+                "record": record.text,
+            }[counted]
+            assert text == expected.replace(" ", "")
+        assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+def test_a_model_is_trained_once_per_content_and_a_damaged_cache_is_replaced(tokenizer, corpus, tmp_path):
+    text = task.windows(tokenizer, corpus[1])
+    records = task.encode(tokenizer, task.make_records(0).forget)
+    steps = []
+
+    def run_training(seed=0, fresh=False):
+        steps.clear()
+        state = trained(text, records, Training(steps=2), seed, fresh, lambda *step: steps.append(step))
+        return state, len(steps)
+
+    first, count = run_training()
+    again, cached = run_training()
+    assert (count, cached) == (2, 0)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert run_training(fresh=True)[1] == 2
+    assert run_training(seed=1)[1] == 2
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
+    repaired, count = run_training()
+    assert count == 2
+    assert all(torch.equal(first[name], repaired[name]) for name in first)
+
+
+def test_the_whole_job_leaves_whole_files_that_agree(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "Training", lambda: Training(steps=3))
+    monkeypatch.setattr(run, "SUPPORT", SupportConfig(steps=2))
+    monkeypatch.setattr(run, "GAINS", GainsConfig(steps=2))
+    out = tmp_path / "out"
+    for _ in range(2):  # the second run replaces the results of the first
+        screen = io.StringIO()
+        report = run_demo(out, console=Console(file=screen, width=80), short=True)
+    names = {"muted.safetensors", "modulated.safetensors", "model", "report.json", "report.png"}
+    assert {path.name for path in out.iterdir()} == names
+    assert json.loads((out / "report.json").read_text()) == report
+    assert report.keys() == {"rows", "curve", "seconds_total"}
+    assert [row["name"] for row in report["rows"]] == [
+        "before",
+        "muted",
+        "modulated",
+        "random",
+        "attribution",
+    ]
+    assert all(row.keys() == KEYS for row in report["rows"])
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "suppresses, it does not erase" in " ".join(screen.getvalue().split())
+
+    mutes = neumuter.MuteSet.load(out / "modulated.safetensors")
+    row = report["rows"][2]
+    assert mutes.mode == "modulate"
+    assert mutes.share == row["muted_share"]
+    assert mutes.metrics["after"]["forget_nll"] == row["forget_nll"]
+    folded = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    secrets = task.encode(tokenizer, task.make_records(0).forget, "secret")
+    assert evaluation.mean_token_loss(folded, secrets) == pytest.approx(row["forget_nll"], abs=1e-4)
+
+
+def test_check_names_each_missed_bar():
+    perfect = {
+        "forget_extraction": 0.0,
+        "retain_same_extraction": 1.0,
+        "retain_other_extraction": 1.0,
+        "heldout_ppl": 50.0,
+    }
+    rows = {name: perfect | {"name": name} for name in ("before", "muted", "modulated", "random")}
+    rows["before"]["forget_extraction"] = rows["random"]["forget_extraction"] = 1.0
+    assert check({"rows": list(rows.values())}) == []
+    rows["modulated"]["heldout_ppl"] = 53.5  # +7 %
+    rows["muted"]["heldout_ppl"] = 53.5
+    rows["random"]["forget_extraction"] = 0.5
+    rows["muted"]["retain_same_extraction"] = float("nan")
+    missed = check({"rows": list(rows.values())})
+    assert [sentence.split(" is ")[0] for sentence in missed] == [
+        "muted: retain_same_extraction",
+        "modulated: heldout_ppl",
+        "random: forget_extraction",
+    ]

@@ -1,0 +1,237 @@
+import dataclasses
+
+import neumuter
+import pytest
+import torch
+import torch.nn.functional as F
+from neumuter import evaluation, recipes
+from neumuter.losses import IGNORED
+from neumuter.recipes.neurons import Neurons
+
+from tests import models
+
+QUICK_SUPPORT = recipes.SupportConfig(steps=30, kl_weight=1.0)
+QUICK_GAINS = recipes.GainsConfig(steps=20, kl_target=0.1)
+QUICK_GATES = recipes.GatesConfig(epochs=150, batch_size=None, lr=0.3, sparsity=0.0, kl_weight=1.0)
+
+
+def samples(seed, count, tokens=8):
+    ids = models.batch(count, tokens, seed)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+FORGET, KEEP = samples(1, 3), samples(2, 5)
+
+
+def memorised(name):
+    """A small model that has learnt both batches by heart."""
+    model = models.build(name)
+    ids = torch.cat([FORGET["input_ids"], KEEP["input_ids"]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neo", "gpt2"])
+def model(request):
+    return memorised(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return memorised("llama")
+
+
+def losses_under(model, mutes):
+    with neumuter.mute(model, mutes):
+        return tuple(evaluation.mean_token_loss(model, batch) for batch in (FORGET, KEEP))
+
+
+def same(first, second):
+    return first.layers.keys() == second.layers.keys() and all(
+        torch.equal(first.layers[path].indices, second.layers[path].indices)
+        and torch.equal(first.layers[path].gains, second.layers[path].gains)
+        for path in first.layers
+    )
+
+
+@pytest.mark.parametrize("mode", ["mute", "modulate"])
+def test_forgetting_raises_the_forget_loss_more_than_the_other(model, mode):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = [evaluation.mean_token_loss(model, batch) for batch in (FORGET, KEEP)]
+    with neumuter.attach(model, start_layer=0) as masked:
+        mutes = recipes.forget(masked, FORGET, KEEP, 0.3, mode, QUICK_SUPPORT, QUICK_GAINS)
+    assert mutes.mode == mode
+    assert mutes.count == int(0.3 * sum(mutes.widths.values()))
+    gains = torch.cat([layer.gains for layer in mutes.layers.values()])
+    assert (gains == 0).all() if mode == "mute" else gains.unique().numel() > 1
+    assert mutes.method["support"]["kl_weight"] == QUICK_SUPPORT.kl_weight
+    assert ("gains" in mutes.method) == (mode == "modulate")
+    forget, keep = losses_under(model, mutes)
+    assert forget - plain[0] > 0.5
+    assert forget - plain[0] > 5 * (keep - plain[1])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_recipe_repeats_itself_and_depends_on_its_seed_alone(llama):
+    def run(seed, config=QUICK_SUPPORT):
+        torch.rand(3)  # the global generator does not matter
+        with neumuter.attach(llama) as masked:
+            return recipes.forget(masked, FORGET, KEEP, 0.1, "mute", config, seed=seed)
+
+    batched = dataclasses.replace(QUICK_SUPPORT, batch_size=2, steps=4)
+    assert same(run(0), run(0))
+    assert same(run(0, batched), run(0, batched))
+    assert not same(run(0, batched), run(1, batched))
+
+
+def test_padding_and_a_dropout_mode_change_nothing(llama):
+    def padded(batch):
+        return {
+            key: F.pad(value, (0, 5), value=IGNORED if key == "labels" else 0) for key, value in batch.items()
+        }
+
+    config = dataclasses.replace(QUICK_SUPPORT, steps=5)
+    with neumuter.attach(llama) as masked:
+        plain = recipes.forget(masked, FORGET, KEEP, 0.1, "mute", config)
+        llama.train()
+        other = recipes.forget(masked, padded(FORGET), padded(KEEP), 0.1, "mute", config)
+        assert llama.training
+        llama.eval()
+    assert same(plain, other)
+
+
+def test_progress_counts_through_both_phases(llama):
+    seen = []
+    with neumuter.attach(llama) as masked:
+        recipes.forget(
+            masked,
+            FORGET,
+            KEEP,
+            20,
+            support=dataclasses.replace(QUICK_SUPPORT, steps=3),
+            gains=dataclasses.replace(QUICK_GAINS, steps=2),
+            callback=lambda step, total, info: seen.append((step, total, info["phase"], info["muted"])),
+        )
+    share = 20 / (2 * models.WIDTH)
+    assert seen == [(i, 5, "support" if i < 4 else "gains", share) for i in range(1, 6)]
+
+
+def test_gains_stay_in_their_range(llama):
+    narrow = dataclasses.replace(QUICK_GAINS, gain_range=(-0.05, 0.05))
+    with neumuter.attach(llama) as masked:
+        mutes = recipes.forget(masked, FORGET, KEEP, 30, "modulate", QUICK_SUPPORT, narrow)
+    gains = torch.cat([layer.gains for layer in mutes.layers.values()])
+    assert gains.abs().max() == pytest.approx(0.05)
+    assert mutes.gain_range == (-0.05, 0.05)
+
+
+def test_minibatches_see_their_own_references(llama):
+    with neumuter.attach(llama) as masked:
+        pair = recipes.Pair(masked, FORGET, KEEP)
+        mask = {path: torch.rand(models.WIDTH) for path in masked.scores}
+        with torch.no_grad(), masked.applying(mask):
+            losses, kl = pair.losses(list(range(8)))
+            parts = [pair.losses([row, 3 + row]) for row in range(3)] + [
+                pair.losses([0, 3 + row]) for row in (3, 4)
+            ]
+        with torch.no_grad(), masked.off():
+            assert pair.losses(list(range(8)))[1].abs() < 1e-6
+    torch.testing.assert_close(torch.cat([part[0] for part in parts[:3]]), losses)
+    torch.testing.assert_close(torch.stack([part[1] for part in parts]).mean(), kl)
+
+
+def test_a_reference_too_large_to_keep_is_computed_again(llama, monkeypatch):
+    with neumuter.attach(llama) as masked:
+        mask = {path: torch.rand(models.WIDTH) for path in masked.scores}
+        results = []
+        for limit in (1 << 30, 0):
+            monkeypatch.setattr("neumuter.recipes.pair.REFERENCE_BYTES", limit)
+            pair = recipes.Pair(masked, FORGET, KEEP)
+            assert (pair.kept is None) == (limit == 0)
+            with torch.no_grad(), masked.applying(mask):
+                results.append(pair.losses([0, 2, 4, 6]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_every_sample_comes_round_once_before_any_comes_again(llama):
+    with neumuter.attach(llama) as masked:
+        steps = recipes.Pair(masked, FORGET, KEEP).steps(batch_size=1, seed=0)
+        drawn = [next(steps) for _ in range(15)]
+    assert all(sorted(row[0] for row in drawn[i : i + 3]) == [0, 1, 2] for i in range(0, 15, 3))
+    assert all(sorted(row[1] for row in drawn[i : i + 5]) == [3, 4, 5, 6, 7] for i in range(0, 15, 5))
+
+
+def test_gates_close_where_the_forget_texts_are(llama):
+    plain = [evaluation.mean_token_loss(llama, batch) for batch in (FORGET, KEEP)]
+    with neumuter.attach(llama, start_layer=0) as masked:
+        mutes = recipes.train_gates(masked, FORGET, KEEP, QUICK_GATES, seed=3)
+        closed = sum(int((score.sigmoid() < QUICK_GATES.threshold).sum()) for score in masked.scores.values())
+    with neumuter.attach(llama, start_layer=0) as masked:
+        again = recipes.train_gates(masked, FORGET, KEEP, QUICK_GATES, seed=3)
+    assert same(mutes, again)
+    assert mutes.count == closed
+    assert mutes.mode == "mute"
+    assert mutes.method["kl_weight"] == 1.0
+    forget, keep = losses_under(llama, mutes)
+    assert forget - plain[0] > 0.5
+    assert forget - plain[0] > 5 * (keep - plain[1])
+
+
+def test_gates_that_all_stay_open_are_an_error(llama):
+    config = dataclasses.replace(QUICK_GATES, epochs=3, sparsity=500.0)
+    with neumuter.attach(llama) as masked, pytest.raises(ValueError, match="no neuron"):
+        recipes.train_gates(masked, FORGET, KEEP, config)
+
+
+def test_random_neurons_are_as_many_as_asked_for(llama):
+    with neumuter.attach(llama, start_layer=0) as masked:
+        first, second = (recipes.mute_random(masked, 50, seed) for seed in (0, 1))
+        assert same(first, recipes.mute_random(masked, 50, 0))
+    assert first.count == second.count == 50
+    assert not same(first, second)
+
+
+def test_attribution_takes_the_lowest_gradients_of_the_gates(llama):
+    with neumuter.attach(llama) as masked:
+        mutes = recipes.mute_by_attribution(masked, FORGET, 5)
+        gates = {path: torch.ones_like(score).requires_grad_() for path, score in masked.scores.items()}
+        with masked.applying(gates):
+            loss = llama(input_ids=FORGET["input_ids"], labels=FORGET["labels"]).loss
+        gradient = torch.cat(torch.autograd.grad(loss, list(gates.values())))
+        chosen = Neurons(masked).ids(mutes)
+    assert chosen.tolist() == sorted(gradient.argsort()[:5].tolist())
+
+
+BAD = {
+    "mode": (dict(mode="erase"), "mode must be"),
+    "share": (dict(share=1.5), "1.5"),
+    "no label": (
+        dict(forget_batch=FORGET | {"labels": torch.full((3, 8), IGNORED)}),
+        "forget_batch must count",
+    ),
+    "missing": (
+        dict(neighbour_batch={"input_ids": KEEP["input_ids"]}),
+        "neighbour_batch",
+    ),
+    "counted padding": (
+        dict(forget_batch=FORGET | {"attention_mask": torch.tensor([[1] * 5 + [0] * 3] * 3)}),
+        "counts padding",
+    ),
+    "left padding": (
+        dict(forget_batch=FORGET | {"attention_mask": torch.tensor([[0] * 2 + [1] * 6] * 3)}),
+        "padded on the right",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(llama, name):
+    changes, message = BAD[name]
+    arguments = dict(forget_batch=FORGET, neighbour_batch=KEEP, share=0.1) | changes
+    with neumuter.attach(llama) as masked, pytest.raises(ValueError, match=message):
+        recipes.forget(masked, **arguments)
