@@ -8,7 +8,7 @@ in one backward pass; ``hard_concrete`` makes the gates; ``select_muted`` picks 
 import torch
 
 try:
-    from neumuter_kernels import _C  # noqa: F401
+    from neumuter_kernels import _C  # noqa: F401 (defines the ops)
 except ImportError as error:
     raise ImportError(
         f"the compiled part of neumuter-kernels does not load with torch {torch.__version__} (2.10 or "
@@ -16,6 +16,7 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps neumuter-kernels (or '.' in a checkout)"
     ) from error
 
+from neumuter_kernels import autograd, fake, gpu  # noqa: F401 (register what the ops need)
 from neumuter_kernels.ops import (
     MutedNeurons,
     hard_concrete,
