@@ -1,0 +1,89 @@
+"""The masked activation at decode sizes: what the mask costs over the unmasked activation."""
+
+import torch
+import torch.nn.functional as F
+
+import neumuter_kernels as nk
+from bench.timing import Contender, compare
+from neumuter_kernels import reference
+
+TOKENS = (1, 8, 64)
+WIDTH = 14336  # Llama 3 8B
+CALLS = 32  # in one run, each on inputs of its own, as the layers of a model have
+
+
+def unmasked(gate, up):
+    return F.silu(gate) * up
+
+
+def problem(tokens, width, dtype, device, layers=CALLS):
+    """The contenders, ours first: one run is one call for each of ``layers`` layers."""
+    generator = torch.Generator(device).manual_seed(0)
+    gates, ups = (
+        torch.randn(layers, tokens, width, generator=generator, device=device).to(dtype) for _ in range(2)
+    )
+    masks = torch.rand(layers, 1, width, generator=generator, device=device)
+    ones = torch.ones(1, width, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(unmasked, fullgraph=True, dynamic=False)
+
+    def run(function, *tensors):
+        with torch.no_grad():
+            return [function(*layer) for layer in zip(*tensors, strict=True)]
+
+    def check(function, *tensors):
+        for h, gate, up, mask in zip(
+            run(function, *tensors), gates, ups, masks if len(tensors) == 3 else [ones] * layers, strict=True
+        ):
+            exact = reference.masked_glu(gate.double(), up.double(), mask.double())
+            error = ((h.double() - exact).norm() / exact.norm()).item()
+            if not error <= (1e-5 if dtype == torch.float32 else 1e-2):
+                return f"output: relative error {error:.1e}"
+        return None
+
+    def contender(name, function, *tensors):
+        work = lambda: run(function, *tensors)  # noqa: E731
+        if device == "cuda":
+            work = _captured(work)
+        return Contender(name, lambda _: work(), check=lambda: check(function, *tensors))
+
+    return [
+        contender("ours, masked", nk.masked_glu, gates, ups, masks),
+        contender("eager, unmasked", unmasked, gates, ups),
+        contender("torch.compile, unmasked", compiled, gates, ups),
+    ]
+
+
+def _captured(work):
+    """``work`` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # compile first
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def rows(device, effort, small=False):
+    """Yields one row of results after another."""
+    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
+    width, layers = (64, 2) if small else (WIDTH, CALLS)
+    for dtype in dtypes:
+        for tokens in TOKENS[:1] if small else TOKENS:
+            contenders = problem(tokens, width, dtype, device, layers)
+            moved = 3 * tokens * width * dtype.itemsize + 4 * width
+            measured = compare(contenders, None, device, effort, moved, calls=layers)
+            overhead = {}
+            if "ratio" in measured:
+                overhead["overhead_percent"] = 100 * (1 / measured["ratio"] - 1)
+            yield {
+                "op": "masked_glu",
+                "pass": "forward, CUDA graph" if device == "cuda" else "forward",
+                "shape": [tokens, width],
+                "dtype": str(dtype).removeprefix("torch."),
+                **measured,
+                **overhead,
+            }

@@ -1,0 +1,50 @@
+"""What the figures were measured on and with."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from neumuter_kernels import _C
+
+LOAD = os.getloadavg()[0]  # before this process adds to it: other processes make CPU times too long
+PACKAGES = ("neumuter-kernels", "torch", "triton", "liger-kernel", "peft")
+
+
+def _cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.machine()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device):
+    """The header of a result file."""
+    return {
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": _cpu_name(),
+        "capability": _C.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load": round(LOAD, 1),
+        "python": platform.python_version(),
+        "versions": {p: v for p in PACKAGES if (v := _version(p))},
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def slug(header):
+    """The machine as part of a file name."""
+    name = header["gpu"] or f"{header['cpu']} {header['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

@@ -1,0 +1,225 @@
+"""Results as text: lines on the terminal, the README's performance section, and its picture."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from bench import picture
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs/performance.png"
+BEGIN = "<!-- performance: made by `python -m bench readme` from bench/results; do not edit -->"
+END = "<!-- end of performance -->"
+
+
+def replace(path, text):
+    """Writes a file in one step."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# --- On the terminal -------------------------------------------------------------------------
+
+
+def machine_line(header):
+    """The machine and the versions of a result file in one line."""
+    threads = f"{header['threads']} thread" + "s" * (header["threads"] != 1)
+    where = header["gpu"] or f"{header['cpu']}, {threads}, {header['capability']}"
+    versions = ", ".join(f"{p} {v}" for p, v in header["versions"].items())
+    cuda = f", CUDA {header['cuda']}" if header["cuda"] else ""
+    return f"{where}; Python {header['python']}, {versions}{cuda}; {header['date']}"
+
+
+def is_busy(header):
+    """Whether other processes kept the CPU busy before the measurement, so that its times are too long."""
+    return header["device"] == "cpu" and header["load"] > 0.3 * header["threads"]
+
+
+def _time(entry):
+    return f"{_us(entry['median_us'])} ({_us(entry['q1_us'])}–{_us(entry['q3_us'])})"
+
+
+def _us(x):
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def _shape(row):
+    return "×".join(map(str, row["shape"]))
+
+
+def row_text(row):
+    """One row of results in lines: what it is, then each contender."""
+    what = [row["op"], row["pass"], _shape(row), row.get("dtype"), row.get("scores")]
+    if "mask_rows" in row:
+        what.append(f"{row['mask_rows']} mask row" + "s" * (row["mask_rows"] > 1))
+    lines = [", ".join(str(w) for w in what if w)]
+    for entry in row["contenders"]:
+        if "failed" in entry:
+            lines.append(f"    {entry['name']:26} WRONG: {entry['failed']}")
+            continue
+        parts = [f"{entry['name']:26} {_time(entry)} µs"]
+        if "gb_per_s" in entry:
+            parts.append(f"{entry['gb_per_s']:.1f} GB/s")
+        if "share_of_limit" in entry:
+            parts.append(f"{entry['share_of_limit']:.0%} of {row['limit']['name']}")
+        if "peak_mib" in entry:
+            parts.append(f"peak {entry['peak_mib']:.1f} MiB")
+        lines.append("    " + ", ".join(parts))
+    if row["limit"]:
+        lines.append(f"    {row['limit']['name']:26} {_time(row['limit'])} µs")
+    if "ratio" in row:
+        lines.append(f"    ours is {row['ratio']:.2f} times as fast as {row['best_baseline']}")
+    if "overhead_percent" in row:
+        lines.append(f"    the mask costs {row['overhead_percent']:+.1f} %")
+    return "\n".join(lines)
+
+
+# --- In the README ---------------------------------------------------------------------------
+
+
+def load():
+    """All results: [(benchmark, machine, rows)], sorted by file name."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [(f["benchmark"], f["machine"], f["rows"]) for f in files]
+
+
+def digest():
+    """Of all result files; the picture carries that of the results it shows."""
+    paths = sorted(RESULTS.glob("*.json"))
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in paths)).hexdigest()
+
+
+def _table(head, rows):
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _cells(row, first):
+    """Cells common to all tables: ours, its baselines, the best one's ratio."""
+    ours, *others = row["contenders"]
+    if "failed" in ours:
+        return [*first, "wrong", "", "", ""]
+    share = f"{ours['share_of_limit']:.0%}" if "share_of_limit" in ours else ""
+    named = [f"{c['name']} {_us(c['median_us']) if 'median_us' in c else 'wrong'}" for c in others]
+    ratio = f"{row['ratio']:.2f}×" if "ratio" in row else ""
+    return [*first, _time(ours), share, "; ".join(named), ratio]
+
+
+def _kernels(rows):
+    head = ["op", "T×F", "dtype", "mask rows", "ours, µs", "GB/s", "of copy", "others, µs", "to the best"]
+    table = []
+    for row in rows:
+        if row["pass"] == "forward+backward" and row["limit"]:
+            first = [f"`{row['op']}`", _shape(row), row["dtype"], str(row["mask_rows"])]
+            *cells, share, others, ratio = _cells(row, first)
+            speed = row["contenders"][0].get("gb_per_s")
+            table.append([*cells, f"{speed:.1f}" if speed else "", share, others, ratio])
+    projections = [
+        _cells(row, [_shape(row), row["dtype"]]) for row in rows if row["op"].endswith("down projection")
+    ]
+    projections = [[*cells[:3], *cells[4:]] for cells in projections]
+    return [
+        "Forward and backward of the masked activation: median (quartiles). GB/s counts what must move.",
+        _table(head, table),
+        "The same with the down projection in every contender, which weight masking and IA3 work on:",
+        _table(["T×F×H", "dtype", "ours, µs", "others, µs", "to the best"], projections),
+    ]
+
+
+def _select(rows):
+    cells = [_cells(row, [row["scores"], row["pass"]]) for row in rows]
+    reading = [_us(row["limit"]["median_us"]) for row in rows]
+    table = [[*c[:3], r, *c[4:]] for c, r in zip(cells, reading, strict=True)]
+    head = ["scores", "by", "ours, µs", "reading once, µs", "others, µs", "to the best"]
+    return ["`select_muted`:", _table(head, table)]
+
+
+def _decode(rows):
+    table = []
+    for row in rows:
+        *cells, _, others, _ = _cells(row, [_shape(row), row["dtype"]])
+        overhead = f"{row['overhead_percent']:+.1f} %" if "overhead_percent" in row else ""
+        table.append([*cells, others, overhead])
+    head = ["T×F", "dtype", "ours, µs", "others, µs", "cost of the mask"]
+    return ["Decoding: the masked activation against the same without a mask.", _table(head, table)]
+
+
+def _static(header, rows):
+    """What compiling ahead of time says, in one paragraph and a table of predictions."""
+    ours = [r for r in rows if r["kernel"] in ("forward silu split", "backward silu split")]
+    table = [
+        [r["kernel"].split()[0], r["dtype"], r["card"], str(r["registers"]), f"{r['occupancy']:.0%}",
+         f"{r['predicted_us']:.0f}"]
+        for r in ours if r["dtype"] == "bf16"
+    ]  # fmt: skip
+    spills = sum(bool(r["spilled"]) for r in rows)
+    nvcc = f" and nvcc {header['nvcc']}" if header["nvcc"] else ""
+    return [
+        f"Compiled ahead of time with Triton {header['triton']}{nvcc}: {len(rows)} pairs of kernel and "
+        f"target (sm_80, sm_90, sm_100, gfx942), of which {spills or 'none'} spill registers. "
+        "`python -m bench static` prints them all. The times below are **predictions** of `masked_glu` "
+        "(silu, 4096×14336) at the roofline of the data sheets' bandwidths, not measurements:",
+        _table(["pass", "dtype", "card", "registers", "occupancy", "predicted, µs"], table),
+    ]
+
+
+PARTS = {"kernels": _kernels, "select": _select, "decode": _decode}
+
+
+def section(results):
+    """The README's performance section, in Markdown."""
+    parts = ["## Performance"]
+    measured = [r for r in results if r[0] != "static"]
+    if any(m["gpu"] for _, m, _ in measured):
+        cards = ", ".join(sorted({m["gpu"] for _, m, _ in measured if m["gpu"]}))
+        parts.append(f"GPU figures are measured on {cards}; no other GPU has confirmed them yet.")
+    else:
+        parts.append(
+            "No GPU has confirmed the speed of the GPU kernels yet: all figures for GPUs are predictions, "
+            "and `make gpu` on a GPU machine replaces them by measurements."
+        )
+    parts.append(
+        "`make bench` measures all of this anew. All contenders of a row are checked against the reference "
+        "in float64, then timed in turn in one process; the copy is torch's, of as many bytes."
+    )
+    if any(sub == "kernels" for sub, _, _ in measured):
+        parts.append("![Speed-up and share of copy bandwidth](docs/performance.png)")
+    machines = sorted({machine_line(m) for _, m, _ in measured})
+    for line in machines:
+        parts.append(f"### {line.split(';')[0]}")
+        parts.append(line.split("; ", 1)[1] + ".")
+        if any(is_busy(m) for _, m, _ in measured if machine_line(m) == line):
+            parts.append("Other processes were running: these times are too long.")
+        for sub, m, rows in measured:
+            if machine_line(m) == line and sub in PARTS:
+                parts += PARTS[sub](rows)
+    for sub, m, rows in results:
+        if sub == "static":
+            parts += ["### GPUs that were not there", *_static(m, rows)]
+    return "\n\n".join(parts)
+
+
+def readme(check=False):
+    """Renews the section and the picture, or tells whether they are up to date; returns the exit status."""
+    text = README.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        print(f"README.md must have the lines {BEGIN} and {END} once each")
+        return 1
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    results = load()
+    renewed = f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}"
+    has_picture = any(sub == "kernels" for sub, _, _ in results)
+    if check:
+        fresh = renewed == text and (not has_picture or picture.digest_of(PICTURE) == digest())
+        if not fresh:
+            print("The README's performance section is out of date: run python -m bench readme")
+        return int(not fresh)
+    if has_picture:
+        picture.draw(results, PICTURE, digest())
+    replace(README, renewed)
+    return 0
