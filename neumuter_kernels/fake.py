@@ -37,6 +37,21 @@ def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
     return _empty(hidden, input_grad), _empty(mask, mask_grad)
 
 
+@torch.library.register_fake("neumuter::masked_glu_backward_")
+def _(grad, gate, up, mask, row_ids, activation, mask_grad):
+    return _empty(mask, mask_grad)
+
+
+@torch.library.register_fake("neumuter::masked_glu_packed_backward_")
+def _(grad, gate_up, mask, row_ids, activation, interleaved, mask_grad):
+    return _empty(mask, mask_grad)
+
+
+@torch.library.register_fake("neumuter::masked_act_backward_")
+def _(grad, hidden, mask, row_ids, activation, mask_grad):
+    return _empty(mask, mask_grad)
+
+
 @torch.library.register_fake("neumuter::hard_concrete")
 def _(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     return scores.new_empty((sample_ids.shape[0], scores.shape[0]))

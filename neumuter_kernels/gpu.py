@@ -22,75 +22,87 @@ def _hard_concrete():
     return hard_concrete
 
 
-_cuda = torch.library.Library("neumuter", "IMPL", "CUDA")
-
-
-def _on_cuda(name):
-    """Registers a function for CUDA tensors; Triton launches on the current device, so make it theirs."""
-
-    def register(function):
-        def on_device(x, *rest):
-            with torch.cuda.device(x.device):
-                return function(x, *rest)
-
-        _cuda.impl(name, on_device)
-        return function
-
-    return register
-
-
-@_on_cuda("masked_glu")
-def _(gate, up, mask, row_ids, activation):
+def masked_glu(gate, up, mask, row_ids, activation):
     return _masked_ffn().forward(gate, up, mask, row_ids, activation)
 
 
-@_on_cuda("masked_glu_backward")
-def _(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad):
+def masked_glu_backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad):
     return _masked_ffn().backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad)
 
 
-@_on_cuda("masked_glu_packed")
-def _(gate_up, mask, row_ids, activation, interleaved):
+def masked_glu_backward_(grad, gate, up, mask, row_ids, activation, mask_grad):
+    return _masked_ffn().backward(
+        grad, gate, up, mask, row_ids, activation, True, mask_grad, in_place=True
+    )[2]  # fmt: skip
+
+
+def masked_glu_packed(gate_up, mask, row_ids, activation, interleaved):
     return _masked_ffn().forward(gate_up, None, mask, row_ids, activation, True, interleaved)
 
 
-@_on_cuda("masked_glu_packed_backward")
-def _(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
-    grad_gate_up, _, grad_mask = _masked_ffn().backward(
+def masked_glu_packed_backward(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
+    return _masked_ffn().backward(
         grad, gate_up, None, mask, row_ids, activation, input_grad, mask_grad, True, interleaved
-    )
-    return grad_gate_up, grad_mask
+    )[::2]  # fmt: skip
 
 
-@_on_cuda("masked_act")
-def _(hidden, mask, row_ids, activation):
+def masked_glu_packed_backward_(grad, gate_up, mask, row_ids, activation, interleaved, mask_grad):
+    return _masked_ffn().backward(
+        grad, gate_up, None, mask, row_ids, activation, True, mask_grad, True, interleaved, in_place=True
+    )[2]  # fmt: skip
+
+
+def masked_act(hidden, mask, row_ids, activation):
     return _masked_ffn().forward(hidden, None, mask, row_ids, activation)
 
 
-@_on_cuda("masked_act_backward")
-def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
-    grad_hidden, _, grad_mask = _masked_ffn().backward(
+def masked_act_backward(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
+    return _masked_ffn().backward(
         grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad
-    )
-    return grad_hidden, grad_mask
+    )[::2]  # fmt: skip
 
 
-@_on_cuda("hard_concrete")
-def _(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
-    return _hard_concrete().forward(scores, sample_ids, seed, step, layer, temperature, gamma, zeta, training)
+def masked_act_backward_(grad, hidden, mask, row_ids, activation, mask_grad):
+    return _masked_ffn().backward(
+        grad, hidden, None, mask, row_ids, activation, True, mask_grad, in_place=True
+    )[2]  # fmt: skip
 
 
-@_on_cuda("hard_concrete_backward")
-def _(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+def hard_concrete(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+    return _hard_concrete().forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training)
+
+
+def hard_concrete_backward(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
     return _hard_concrete().backward(
         grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training
     )
 
 
-if not _C.build_info()["cuda"]:
+def select_muted(scores, widths, budget, threshold, gamma, zeta):
+    """Without nvcc at build time: select on the CPU. Waits for the device; the CUDA kernel does not."""
+    selected = _ops.select_muted(scores.cpu(), widths, budget, threshold, gamma, zeta)
+    return tuple(x.to(scores.device) for x in selected)
 
-    @_on_cuda("select_muted")
-    def _(scores, widths, budget, threshold, gamma, zeta):
-        """Built without nvcc: select on the CPU. Waits for the device, which the CUDA kernel does not."""
-        selected = _ops.select_muted(scores.cpu(), widths, budget, threshold, gamma, zeta)
-        return tuple(x.to(scores.device) for x in selected)
+
+TRITON_OPS = (
+    masked_glu, masked_glu_backward, masked_glu_backward_,
+    masked_glu_packed, masked_glu_packed_backward, masked_glu_packed_backward_,
+    masked_act, masked_act_backward, masked_act_backward_,
+    hard_concrete, hard_concrete_backward,
+)  # fmt: skip
+
+_library = torch.library.Library("neumuter", "IMPL", "CUDA")
+
+
+def _register(op):
+    def on_device(x, *rest):
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            return op(x, *rest)
+
+    _library.impl(op.__name__, on_device)
+
+
+for _op in TRITON_OPS:
+    _register(_op)
+if not _C.build_info()["cuda"]:
+    _register(select_muted)

@@ -17,6 +17,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["cpp"] + ["triton"] * HAVE_TRITON)
+def device(request):
+    """Runs the test on each backend; the value is the device to put tensors on."""
+    from tests.backends import use
+
+    with use(request.param) as place:
+        yield place
+
+
 @pytest.fixture
 def poisoned():
     """Fills what torch.empty returns with NaN, so that an element that nobody wrote shows."""

@@ -7,14 +7,8 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
-from tests.backends import BACKENDS
 
 SIZES = [(0, 5), (3, 0), (1, 1), (2, 3), (5, 1001), (3, 4100)]  # rows, F
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return BACKENDS[request.param]
 
 
 def test_philox_known_answers():
@@ -35,35 +29,33 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("rows", "F"), SIZES)
-def test_same_bits_as_the_reference(backend, rows, F, training, poisoned):
+def test_same_bits_as_the_reference(device, rows, F, training, poisoned):
     scores = 4 * torch.randn(F)
     ids = torch.randint(0, 2**32, (rows,))
     options = (2**62 + 12345, 2**32 - 1, 7)
     expected = reference.hard_concrete(scores, ids, *options, training=training)
-    ours = backend.hard_concrete(
-        scores.to(backend.device), rows, *options, sample_ids=ids.to(backend.device), training=training
-    )
+    ours = nk.hard_concrete(scores.to(device), rows, *options, sample_ids=ids.to(device), training=training)
     assert torch.equal(ours.cpu(), expected)
 
 
-def test_extreme_scores_have_the_same_bits(backend):
+def test_extreme_scores_have_the_same_bits(device):
     scores = torch.tensor([0.0, -0.0, 1e-40, 50.0, -50.0, 1e30, -1e30, float("inf"), -float("inf")])
     for training in (True, False):
-        ours = backend.hard_concrete(scores.to(backend.device), 2, 1, 2, 3, training=training)
+        ours = nk.hard_concrete(scores.to(device), 2, 1, 2, 3, training=training)
         expected = reference.hard_concrete(scores, torch.arange(2), 1, 2, 3, training=training)
         assert torch.equal(ours.cpu(), expected)
 
 
-def test_noise_depends_on_nothing_but_its_key(backend):
+def test_noise_depends_on_nothing_but_its_key(device):
     """Not on the other samples of a batch nor their order; but on every part of the key."""
-    scores = torch.randn(50, device=backend.device)
-    ids = torch.tensor([9, 2, 4, 7], device=backend.device)
-    together = backend.hard_concrete(scores, 4, 1, 2, 3, sample_ids=ids)
+    scores = torch.randn(50, device=device)
+    ids = torch.tensor([9, 2, 4, 7], device=device)
+    together = nk.hard_concrete(scores, 4, 1, 2, 3, sample_ids=ids)
     for i in range(4):
-        alone = backend.hard_concrete(scores, 1, 1, 2, 3, sample_ids=ids[i : i + 1])
+        alone = nk.hard_concrete(scores, 1, 1, 2, 3, sample_ids=ids[i : i + 1])
         assert torch.equal(alone[0], together[i])
     for other in ((5, 2, 3), (1, 5, 3), (1, 2, 5), (1 + 2**33, 2, 3)):
-        assert not torch.equal(backend.hard_concrete(scores, 4, *other, sample_ids=ids), together)
+        assert not torch.equal(nk.hard_concrete(scores, 4, *other, sample_ids=ids), together)
 
 
 def test_distribution():
@@ -78,10 +70,10 @@ def test_distribution():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient(backend, training):
-    scores = (2 * torch.randn(1030)).to(backend.device).requires_grad_()
-    grad = torch.randn(3, 1030, device=backend.device)
-    z = backend.hard_concrete(scores, 3, 1, 2, 3, training=training)
+def test_gradient(device, training):
+    scores = (2 * torch.randn(1030)).to(device).requires_grad_()
+    grad = torch.randn(3, 1030, device=device)
+    z = nk.hard_concrete(scores, 3, 1, 2, 3, training=training)
     (ours,) = torch.autograd.grad(z, scores, grad)
     ids = torch.arange(3)
     exact = reference.hard_concrete_backward(
@@ -90,14 +82,14 @@ def test_gradient(backend, training):
     torch.testing.assert_close(ours.double().cpu(), exact, rtol=2e-5, atol=2e-6)
     assert torch.equal(
         ours,
-        torch.autograd.grad(backend.hard_concrete(scores, 3, 1, 2, 3, training=training), scores, grad)[0],
+        torch.autograd.grad(nk.hard_concrete(scores, 3, 1, 2, 3, training=training), scores, grad)[0],
     )
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradcheck(backend, training):
-    scores = torch.randn(9, dtype=torch.float64, device=backend.device, requires_grad=True)
-    torch.autograd.gradcheck(lambda s: backend.hard_concrete(s, 2, 1, 2, 3, training=training), scores)
+def test_gradcheck(device, training):
+    scores = torch.randn(9, dtype=torch.float64, device=device, requires_grad=True)
+    torch.autograd.gradcheck(lambda s: nk.hard_concrete(s, 2, 1, 2, 3, training=training), scores)
 
 
 def test_opcheck():

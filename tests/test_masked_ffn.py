@@ -5,7 +5,7 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
-from tests.backends import BACKENDS, assert_as_accurate
+from tests.backends import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["separate", "halves", "interleaved", "plain"]
@@ -14,11 +14,6 @@ SHAPES = [
     ((0,), 16, 1), ((5,), 0, 1), ((1,), 1, 1), ((3,), 7, 1), ((2, 3), 33, 2), ((130,), 37, 2),
     ((2, 3, 5), 65, 3), ((67,), 1100, 1),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return BACKENDS[request.param]
 
 
 def make_case(layout, leading, F, G, dtype, device, ids=None):
@@ -60,8 +55,8 @@ def results(functions, layout, leaves, ids, activation, grad):
     return [h, *torch.autograd.grad(h, leaves, grad)]
 
 
-def check(backend, layout, leaves, ids, grad, activation):
-    ours = results(backend, layout, leaves, ids, activation, grad)
+def check(layout, leaves, ids, grad, activation):
+    ours = results(nk, layout, leaves, ids, activation, grad)
     plain = results(Reference, layout, leaves, ids, activation, grad)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     exact = results(Reference, layout, wide, ids, activation, grad.double())
@@ -72,31 +67,31 @@ def check(backend, layout, leaves, ids, grad, activation):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", nk.ACTIVATIONS)
-def test_dtypes_and_activations(backend, layout, dtype, activation, poisoned):
-    leaves, ids, grad = make_case(layout, (2, 5), 70, 2, dtype, backend.device)
-    check(backend, layout, leaves, ids, grad, activation)
+def test_dtypes_and_activations(device, layout, dtype, activation, poisoned):
+    leaves, ids, grad = make_case(layout, (2, 5), 70, 2, dtype, device)
+    check(layout, leaves, ids, grad, activation)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("leading", "F", "G"), SHAPES)
-def test_shapes(backend, layout, leading, F, G, poisoned):
-    leaves, ids, grad = make_case(layout, leading, F, G, torch.float32, backend.device)
-    check(backend, layout, leaves, ids, grad, "silu")
+def test_shapes(device, layout, leading, F, G, poisoned):
+    leaves, ids, grad = make_case(layout, leading, F, G, torch.float32, device)
+    check(layout, leaves, ids, grad, "silu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("ids", ["random", "sorted", "all unmasked", "one row of many"])
-def test_row_ids(backend, layout, id_dtype, ids, poisoned):
+def test_row_ids(device, layout, id_dtype, ids, poisoned):
     T, G = 150, 5
     row_ids = {
         "random": torch.randint(-1, G, (T,)),
         "sorted": torch.randint(0, G, (T,)).sort().values,
         "all unmasked": torch.full((T,), -1),
         "one row of many": torch.full((T,), 3),
-    }[ids].to(backend.device, id_dtype)
-    leaves, row_ids, grad = make_case(layout, (T,), 24, G, torch.float32, backend.device, row_ids)
-    check(backend, layout, leaves, row_ids, grad, "gelu")
+    }[ids].to(device, id_dtype)
+    leaves, row_ids, grad = make_case(layout, (T,), 24, G, torch.float32, device, row_ids)
+    check(layout, leaves, row_ids, grad, "gelu")
 
 
 def strided(x, how):
@@ -113,22 +108,20 @@ def strided(x, how):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", ["row stride", "transposed rows", "column stride", "expanded"])
-def test_strides(backend, layout, how, poisoned):
-    leaves, ids, grad = make_case(layout, (3, 4), 20, 3, torch.float32, backend.device)
+def test_strides(device, layout, how, poisoned):
+    leaves, ids, grad = make_case(layout, (3, 4), 20, 3, torch.float32, device)
     *inputs, mask = [x.detach() for x in leaves]
     leaves = [strided(x, how).requires_grad_() for x in inputs]
     leaves.append(strided(mask[None], "row stride")[0].requires_grad_())
-    check(backend, layout, leaves, ids, strided(grad, how), "silu")
+    check(layout, leaves, ids, strided(grad, how), "silu")
 
 
-def test_packed_views_of_one_tensor(backend):
+def test_packed_views_of_one_tensor(device):
     """gate and up as views of a packed tensor are read in place and give the packed result."""
-    packed = torch.randn(6, 40, device=backend.device)
-    mask = torch.rand(1, 20, device=backend.device)
+    packed = torch.randn(6, 40, device=device)
+    mask = torch.rand(1, 20, device=device)
     gate, up = packed.chunk(2, dim=-1)
-    assert torch.equal(
-        backend.masked_glu(gate, up, mask, None, "silu"), backend.masked_glu(gate_up=packed, mask=mask)
-    )
+    assert torch.equal(nk.masked_glu(gate, up, mask, None, "silu"), nk.masked_glu(gate_up=packed, mask=mask))
 
 
 def ulps(x, y, floor=0.0):
@@ -141,7 +134,7 @@ def ulps(x, y, floor=0.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", nk.ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["separate", "plain"])
-def test_rounds_where_eager_rounds(backend, layout, dtype, activation):
+def test_rounds_where_eager_rounds(device, layout, dtype, activation):
     """With a mask of ones and standard normal inputs, beyond eager's own error: float32 at most 4 ulp
     from eager; bf16/fp16 activations at most 1 ulp (which the products that follow can widen to 2) in
     at most 1 of 1,000 elements.
@@ -149,8 +142,8 @@ def test_rounds_where_eager_rounds(backend, layout, dtype, activation):
     "Beyond eager's own error", since eager subtracts nearly equal numbers (1 + erf and 1 + tanh of
     negative numbers), where ours does not. An ulp of a float32 sum is that of its largest term.
     """
-    T, F = (400, 1536) if backend is BACKENDS["cpp"] else (8, 1024)
-    leaves, _, grad = make_case(layout, (T,), F, 1, dtype, backend.device)
+    T, F = 40, 1536
+    leaves, _, grad = make_case(layout, (T,), F, 1, dtype, device)
     inputs = [(x / 2).detach().requires_grad_() for x in leaves[:-1]]
     ones = torch.ones_like(leaves[-1]).detach()
 
@@ -161,7 +154,7 @@ def test_rounds_where_eager_rounds(backend, layout, dtype, activation):
     def with_gradients(h, inputs):
         return [h, *torch.autograd.grad(h, inputs, grad.to(h.dtype))]
 
-    ours = with_gradients(run(backend, layout, [*inputs, ones], None, activation), inputs)
+    ours = with_gradients(run(nk, layout, [*inputs, ones], None, activation), inputs)
     theirs = with_gradients(eager(inputs), inputs)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     exact = with_gradients(eager(wide), wide)
@@ -178,22 +171,22 @@ def test_rounds_where_eager_rounds(backend, layout, dtype, activation):
             assert (ulps(a, b) * worse).max() <= 2
 
 
-def test_silu_is_within_4_ulp_of_eager_everywhere(backend):
+def test_silu_is_within_4_ulp_of_eager_everywhere(device):
     """Also in the tails; but below -88 eager's exp overflows and its result is 0, ours denormal."""
-    x = torch.linspace(-110, 110, 4001, device=backend.device)
-    edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38], device=backend.device)
+    x = torch.linspace(-110, 110, 4001, device=device)
+    edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38], device=device)
     x = torch.cat([x, edges])[None]
-    ours = backend.masked_act(x, torch.ones_like(x), None, "silu")
+    ours = nk.masked_act(x, torch.ones_like(x), None, "silu")
     eager, exact = torch.nn.functional.silu(x), torch.nn.functional.silu(x.double())
     assert ulps(ours, eager)[x > -88].max() <= 4
     assert ((ours - exact).abs() <= (eager - exact).abs() + 2e-43)[x <= -88].all()
 
 
 @pytest.mark.parametrize("activation", nk.ACTIVATIONS)
-def test_nan_and_inf_follow_eager(backend, activation):
+def test_nan_and_inf_follow_eager(device, activation):
     """φ(−inf) is 0 or −inf · 0 = NaN, as the activation's formula has it."""
-    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]], device=backend.device)
-    ours = backend.masked_act(x, torch.ones_like(x), None, activation)[0]
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]], device=device)
+    ours = nk.masked_act(x, torch.ones_like(x), None, activation)[0]
     assert ours[0].isnan()
     assert ours[1] == float("inf")
     assert ours[2].isnan() if activation in ("silu", "gelu", "gelu_tanh") else ours[2] == 0
@@ -202,25 +195,23 @@ def test_nan_and_inf_follow_eager(backend, activation):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", nk.ACTIVATIONS)
-def test_gradcheck(backend, layout, activation):
-    leaves, _, _ = make_case(layout, (4,), 5, 2, torch.float64, backend.device)
-    torch.autograd.gradcheck(
-        lambda *x: run(backend, layout, x, None, activation), leaves, eps=1e-6, atol=1e-5
-    )
+def test_gradcheck(device, layout, activation):
+    leaves, _, _ = make_case(layout, (4,), 5, 2, torch.float64, device)
+    torch.autograd.gradcheck(lambda *x: run(nk, layout, x, None, activation), leaves, eps=1e-6, atol=1e-5)
 
 
-def test_gradcheck_with_row_ids(backend):
-    ids = torch.tensor([1, -1, 0, 1, 1], device=backend.device)
-    leaves, _, _ = make_case("separate", (5,), 3, 2, torch.float64, backend.device)
-    torch.autograd.gradcheck(lambda *x: run(backend, "separate", x, ids, "silu"), leaves)
+def test_gradcheck_with_row_ids(device):
+    ids = torch.tensor([1, -1, 0, 1, 1], device=device)
+    leaves, _, _ = make_case("separate", (5,), 3, 2, torch.float64, device)
+    torch.autograd.gradcheck(lambda *x: run(nk, "separate", x, ids, "silu"), leaves)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, False, True), (False, True, True)])
-def test_only_the_gradients_that_are_needed(backend, needs):
-    leaves, ids, grad = make_case("separate", (6,), 10, 2, torch.float32, backend.device)
-    all_of_them = results(backend, "separate", leaves, ids, "silu", grad)[1:]
+def test_only_the_gradients_that_are_needed(device, needs):
+    leaves, ids, grad = make_case("separate", (6,), 10, 2, torch.float32, device)
+    all_of_them = results(nk, "separate", leaves, ids, "silu", grad)[1:]
     some = [x.detach().requires_grad_(need) for x, need in zip(leaves, needs, strict=True)]
-    run(backend, "separate", some, ids, "silu").backward(grad)
+    run(nk, "separate", some, ids, "silu").backward(grad)
     for x, need, expected in zip(some, needs, all_of_them, strict=True):
         assert torch.equal(x.grad, expected) if need else x.grad is None
 
@@ -236,7 +227,7 @@ def test_same_bits_for_any_number_of_threads(dtype, ragged):
     try:
         for n in (1, 2, 3, 2):
             torch.set_num_threads(n)
-            runs.append(results(BACKENDS["cpp"], "separate", leaves, ids, "silu", grad))
+            runs.append(results(nk, "separate", leaves, ids, "silu", grad))
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:
