@@ -4,6 +4,9 @@ Registered for the Autograd key directly. torch.library.register_autograd does t
 Python around it, and at a few hundred tokens the call itself weighs as much as the work.
 """
 
+import functools
+import sys
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -11,24 +14,31 @@ _ops = torch.ops.neumuter
 _library = torch.library.Library("neumuter", "IMPL", "Autograd")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
+# {op name: function of the op's arguments}: the op, whose backward pass may write the gradients of
+# the activations into their memory where nobody else holds it.
+reusing = {}
+
 
 def _register(name, tensors, gradients):
     """Make the op ``name`` differentiable.
 
     ``tensors``: how many of its arguments, the first ones, are tensors (or None). ``gradients``:
-    called with the gradient of the output, the saved tensors, the other arguments and a bool per
-    tensor (is its gradient needed?); returns a gradient or None per tensor.
+    called with the gradient of the output, the saved tensors, the other arguments, a bool per tensor
+    (is its gradient needed?) and whether it may reuse the memory of the activations; returns a
+    gradient or None per tensor.
     """
     op = getattr(_ops, name).default
 
     @once_differentiable
     def once(ctx, grad):
-        wanted = gradients(grad, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:tensors])
-        return *wanted, *[None] * len(ctx.options)
+        needed = ctx.needs_input_grad[1 : 1 + tensors]
+        wanted = gradients(grad, ctx.saved_tensors, ctx.options, needed, ctx.reuse)
+        return None, *wanted, *[None] * len(ctx.options)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *arguments):
+        def forward(ctx, reuse, *arguments):
+            ctx.reuse = reuse
             ctx.save_for_backward(*arguments[:tensors])
             ctx.options = arguments[tensors:]
             with _below_autograd():
@@ -42,42 +52,78 @@ def _register(name, tensors, gradients):
                 grad = grad.detach().requires_grad_()
             return once(ctx, grad)
 
-    def kernel(*arguments):
+    def kernel(*arguments, reuse=False):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
-            return Differentiable.apply(*arguments)
+            return Differentiable.apply(reuse, *arguments)
         with _below_autograd():
             return op(*arguments)
 
     _library.impl(name, kernel)
+    reusing[name] = functools.partial(kernel, reuse=True)
 
 
-def _if_needed(gradients, needed):
-    return [g if need else None for g, need in zip(gradients, needed, strict=True)]
+def _holders(tensors, i):
+    """Numbers that grow with whatever holds tensor i: the graph and C++, other tensors, Python."""
+    storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
+    return tensors[i]._use_count(), storage, sys.getrefcount(tensors[i])
 
 
-def _masked_glu(grad, tensors, options, needed):
-    gate, up, mask, _ = needed
-    gradients = _ops.masked_glu_backward(grad, *tensors, *options, gate or up, mask)
-    return *_if_needed(gradients, needed[:3]), None
+@functools.cache
+def _holders_of_an_unshared_tensor():
+    """What ``_holders`` gives in a backward pass for a tensor that only the pass itself holds.
+
+    Measured, since the ways of counting are Python's and PyTorch's own affair.
+    """
+    count = None
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            nonlocal count
+            count = _holders(ctx.saved_tensors, 0)
+            return grad
+
+    with torch.enable_grad():
+        Probe.apply(torch.zeros(1, requires_grad=True) * 1).backward()
+    return count
 
 
-def _masked_glu_packed(grad, tensors, options, needed):
-    gate_up, mask, _ = needed
-    gradients = _ops.masked_glu_packed_backward(grad, *tensors, *options, gate_up, mask)
-    return *_if_needed(gradients, needed[:2]), None
+def _unshared(tensors, indices):
+    """Whether nothing but the backward pass that is under way can see the memory of these tensors."""
+    if not hasattr(torch.Tensor, "_use_count"):  # an old torch, in which there is no telling
+        return False
+    alone = _holders_of_an_unshared_tensor()
+    return all(tensors[i].is_contiguous() and _holders(tensors, i) == alone for i in indices)
 
 
-def _masked_act(grad, tensors, options, needed):
-    hidden, mask, _ = needed
-    gradients = _ops.masked_act_backward(grad, *tensors, *options, hidden, mask)
-    return *_if_needed(gradients, needed[:2]), None
+def _ffn(name, inputs):
+    """The gradients of a masked FFN whose first ``inputs`` tensors are its activations."""
+    backward, backward_in_place = getattr(_ops, f"{name}_backward"), getattr(_ops, f"{name}_backward_")
+
+    def gradients(grad, tensors, options, needed, reuse):
+        *inputs_needed, mask, _ = needed
+        if reuse and all(inputs_needed) and _unshared(tensors, range(inputs)):
+            grad_mask = backward_in_place(grad, *tensors, *options, mask)
+            # A second backward pass through here must not take gradients for activations.
+            torch.autograd.graph.increment_version(tensors[:inputs])
+            found = (*tensors[:inputs], grad_mask)
+        else:
+            found = backward(grad, *tensors, *options, any(inputs_needed), mask)
+        return *(g if need else None for g, need in zip(found, needed[:-1], strict=True)), None
+
+    return gradients
 
 
-def _hard_concrete(grad, tensors, options, needed):
+def _hard_concrete(grad, tensors, options, needed, reuse):
     return _ops.hard_concrete_backward(grad, *tensors, *options), None, None
 
 
-_register("masked_glu", 4, _masked_glu)
-_register("masked_glu_packed", 3, _masked_glu_packed)
-_register("masked_act", 3, _masked_act)
+_register("masked_glu", 4, _ffn("masked_glu", 2))
+_register("masked_glu_packed", 3, _ffn("masked_glu_packed", 1))
+_register("masked_act", 3, _ffn("masked_act", 1))
 _register("hard_concrete", 3, _hard_concrete)

@@ -12,7 +12,7 @@ from collections import namedtuple
 
 import torch
 
-from neumuter_kernels import reference
+from neumuter_kernels import autograd, reference
 from neumuter_kernels.reference import ACTIVATIONS, logit
 
 _ops = torch.ops.neumuter
@@ -31,7 +31,15 @@ gains: float32 [capacity]; the evaluation gate of each neuron; 1 in the slots fr
 
 
 def masked_glu(
-    gate=None, up=None, mask=None, row_ids=None, activation="silu", *, gate_up=None, interleaved=False
+    gate=None,
+    up=None,
+    mask=None,
+    row_ids=None,
+    activation="silu",
+    *,
+    gate_up=None,
+    interleaved=False,
+    reuse_inputs=False,
 ):
     """The gated FFN activation times the neuron mask: h[t, f] = φ(gate[t, f]) · up[t, f] · mask[r(t), f].
 
@@ -50,6 +58,10 @@ def masked_glu(
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2".
         gate_up: [..., 2F] instead of gate and up: both in one tensor, read without a copy.
         interleaved: gate_up holds gate in its even and up in its odd columns (else in its halves).
+        reuse_inputs: let the backward pass write the gradients of gate and up over gate and up, which
+            saves 2·T·F elements of memory. It does so only where both need a gradient, are
+            contiguous, and no variable, view or other node of the graph holds them; a second
+            backward pass then raises. Ignored under torch.compile.
 
     Returns:
         h: [..., F] in the dtype of the input.
@@ -68,7 +80,7 @@ def masked_glu(
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up must have an even last dimension, got shape {tuple(gate_up.shape)}")
         mask = _check_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
-        return _ops.masked_glu_packed(gate_up, mask, row_ids, number, interleaved)
+        return _op("masked_glu_packed", reuse_inputs)(gate_up, mask, row_ids, number, interleaved)
     if interleaved:
         raise TypeError("interleaved describes gate_up; gate and up were given")
     _check_activations("gate", gate)
@@ -79,10 +91,10 @@ def masked_glu(
             f"up must match gate, {_describe(gate)}, got {_describe(up)}"
         )  # fmt: skip
     mask = _check_mask(mask, gate, gate.shape[-1], row_ids)
-    return _ops.masked_glu(gate, up, mask, row_ids, number)
+    return _op("masked_glu", reuse_inputs)(gate, up, mask, row_ids, number)
 
 
-def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh"):
+def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh", *, reuse_inputs=False):
     """The plain FFN activation times the neuron mask: h[t, f] = φ(hidden[t, f]) · mask[r(t), f].
 
     Args, rounding and errors as for ``masked_glu``; hidden is [..., F].
@@ -93,7 +105,7 @@ def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh"):
     number = _activation_number(activation)
     _check_activations("hidden", hidden)
     mask = _check_mask(mask, hidden, hidden.shape[-1], row_ids)
-    return _ops.masked_act(hidden, mask, row_ids, number)
+    return _op("masked_act", reuse_inputs)(hidden, mask, row_ids, number)
 
 
 def hard_concrete(
@@ -221,6 +233,12 @@ def neuron_budget(budget, neurons):
     if budget < 0:
         raise ValueError(f"budget must not be negative, got {budget}")
     return budget
+
+
+def _op(name, reuse_inputs):
+    if reuse_inputs and not torch.compiler.is_compiling():
+        return autograd.reusing[name]
+    return getattr(_ops, name)
 
 
 # --- Checks ----------------------------------------------------------------------------------

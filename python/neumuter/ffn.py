@@ -23,9 +23,9 @@ def masked_ffn(module, layout, activation, hidden_states, mask, row_ids=None):
     hidden = getattr(module, layout.up)(hidden_states)
     if layout.gate:
         gate = getattr(module, layout.gate)(hidden_states)
-        hidden = masked_glu(gate, hidden, mask, row_ids, activation)
+        hidden = masked_glu(gate, hidden, mask, row_ids, activation, reuse_inputs=True)
     else:
-        hidden = masked_act(hidden, mask, row_ids, activation)
+        hidden = masked_act(hidden, mask, row_ids, activation, reuse_inputs=True)
     output = getattr(module, layout.down)(hidden)
     return getattr(module, layout.dropout)(output) if layout.dropout else output
 
