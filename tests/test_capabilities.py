@@ -9,7 +9,7 @@ import torch
 
 from neumuter_kernels import _C
 
-NAMES = ["baseline", "avx2", "avx512"]
+NAMES = ["baseline", "avx2", "avx512", "avx512_bf16"]
 SUPPORTED = NAMES[: NAMES.index(_C.cpu_capability()) + 1]
 
 SCRIPT = """

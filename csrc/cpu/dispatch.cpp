@@ -20,10 +20,11 @@ static const Kernels baseline_kernels = NEUMUTER_KERNELS(baseline);
 #if defined(__x86_64__)
 static const Kernels avx2_kernels = NEUMUTER_KERNELS(avx2);
 static const Kernels avx512_kernels = NEUMUTER_KERNELS(avx512);
+static const Kernels avx512_bf16_kernels = NEUMUTER_KERNELS(avx512_bf16);
 #endif
 
 static const Kernels& choose() {
-  const Kernels* supported[3] = {&baseline_kernels};
+  const Kernels* supported[4] = {&baseline_kernels};
   int count = 1;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -32,6 +33,7 @@ static const Kernels& choose() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       supported[count++] = &avx512_kernels;
+      if (__builtin_cpu_supports("avx512bf16")) supported[count++] = &avx512_bf16_kernels;
     }
   }
 #endif

@@ -65,21 +65,32 @@ NEUMUTER_INLINE V load_raw(const void* from) {
 
 NEUMUTER_INLINE Floats load(const float* from) { return load_raw<Floats>(from); }
 NEUMUTER_INLINE double load(const double* from) { return *from; }
-NEUMUTER_INLINE Floats load(const BFloat16* from) {
-  return bits<Floats>(__builtin_convertvector(load_raw<HalfWords>(from), Words) << 16);
-}
 
 NEUMUTER_INLINE void store(Floats x, float* to) { std::memcpy(to, &x, sizeof(x)); }
 NEUMUTER_INLINE void store(double x, double* to) { *to = x; }
 
-// The nearest bfloat16 (ties to even) in the upper half of each word.
-NEUMUTER_INLINE Words nearest_bfloat16(Floats x) {
-  const Words u = bits<Words>(x);
-  const Words rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
-  return x == x ? rounded : Words{} + 0x7FC00000u;
+NEUMUTER_INLINE Floats from_bfloat16(HalfWords h) {
+  return bits<Floats>(__builtin_convertvector(h, Words) << 16);
 }
+// The nearest bfloat16, ties to even: as it is stored, and widened again.
+#if defined(__AVX512BF16__)
+NEUMUTER_INLINE HalfWords to_bfloat16(Floats x) {  // takes float32 denormals for zeros
+  return bits<HalfWords>(_mm512_cvtneps_pbh(bits<__m512>(x)));
+}
+NEUMUTER_INLINE Floats round_to_bfloat16(Floats x) { return from_bfloat16(to_bfloat16(x)); }
+#else
+NEUMUTER_INLINE Words upper_half(Floats x) {
+  const Words u = bits<Words>(x);
+  return x == x ? u + 0x7FFFu + ((u >> 16) & 1u) : Words{} + 0x7FC00000u;
+}
+NEUMUTER_INLINE HalfWords to_bfloat16(Floats x) {
+  return __builtin_convertvector(upper_half(x) >> 16, HalfWords);
+}
+NEUMUTER_INLINE Floats round_to_bfloat16(Floats x) { return bits<Floats>(upper_half(x) & 0xFFFF0000u); }
+#endif
+NEUMUTER_INLINE Floats load(const BFloat16* from) { return from_bfloat16(load_raw<HalfWords>(from)); }
 NEUMUTER_INLINE void store(Floats x, BFloat16* to) {
-  const HalfWords h = __builtin_convertvector(nearest_bfloat16(x) >> 16, HalfWords);
+  const HalfWords h = to_bfloat16(x);
   std::memcpy(to, &h, sizeof(h));
 }
 
@@ -123,7 +134,7 @@ NEUMUTER_INLINE void store(Floats x, Half* to) {
 template <typename T, typename C>
 NEUMUTER_INLINE C round_to(C x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    return bits<C>(nearest_bfloat16(x));
+    return round_to_bfloat16(x);
   } else if constexpr (std::is_same_v<T, Half>) {
     return from_half(to_half(x));
   } else {
