@@ -251,7 +251,7 @@ def test_results_and_readme(run, tmp_path, capsys):
     assert [f.stem.split("-")[-1] for f in files] == sorted(command.MEASURED)
     for file in files:
         result = json.loads(file.read_text())
-        assert result["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert torch.__version__.startswith(result["machine"]["versions"]["torch"].split("+")[0])
         for row in result["rows"]:
             assert all(c["median_us"] > 0 for c in row["contenders"])
     text = report.README.read_text()
