@@ -80,6 +80,14 @@ def test_shapes(device, layout, leading, F, G, poisoned):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "T"), [(torch.float32, 1025), (torch.bfloat16, 2049)], ids=str)
+def test_gradients_too_large_for_the_caches(layout, dtype, T):
+    """On the CPU these are written past the caches; a row stride that is no multiple of a line too."""
+    leaves, ids, grad = make_case(layout, (T,), 4099, 1, dtype, "cpu")
+    check(layout, leaves, ids, grad, "relu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("ids", ["random", "sorted", "all unmasked", "one row of many"])
 def test_row_ids(device, layout, id_dtype, ids, poisoned):

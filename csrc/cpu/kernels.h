@@ -22,6 +22,7 @@ struct Ffn {
   const void* mask;
   int64_t mask_stride;
   const int64_t* mask_rows;
+  bool stream;  // write outputs past the caches
 };
 
 // A block of tokens (through `order` where it is not null) and columns.

@@ -10,8 +10,11 @@
 
 namespace neumuter::cpu {
 
-constexpr int64_t kTokens = 64;      // tokens a block
-constexpr int64_t kColumns = 1024;   // columns a block: its sums stay in the L1 cache
+constexpr int64_t kTokens = 64;     // tokens a block
+constexpr int64_t kColumns = 1024;  // columns a block: its sums stay in the L1 cache
+// Gradients of this size go past the caches. Measured with two cores of a Xeon: 25 % less time for the
+// backward pass at 16 MiB a tensor, no gain for the forward pass, a loss at 6 MiB.
+constexpr int64_t kStreamBytes = 1 << 24;
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 static Dtype dtype_of(ScalarType type) {
@@ -89,6 +92,7 @@ struct Input {
     ffn.mask = mask.tensor.data_ptr();
     ffn.mask_stride = mask.stride;
     ffn.mask_rows = mask_rows.data();
+    ffn.stream = false;
   }
 
   int64_t elements() const { return tokens * columns; }
@@ -208,6 +212,9 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
     d.grad_up = in.packed ? offset(grad_gate, in.interleaved ? 1 : in.columns) : grad_up.data_ptr();
     d.grad_up_stride = in.gate.columns;
   }
+  Ffn ffn = in.ffn;
+  ffn.stream = input_grad == InputGrad::kNew &&
+               in.elements() * static_cast<int64_t>(in.gate.tensor.element_size()) >= kStreamBytes;
   const Chunks work(in);
   const int64_t panels = in.panels(), chunks = static_cast<int64_t>(work.chunks.size());
   Tensor partial = torch::stable::new_empty(
@@ -223,7 +230,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
       std::fill_n(static_cast<char*>(sums), (block.last_column - block.first_column) * partial.element_size(),
                   0);
     }
-    k.masked_ffn_backward(in.ffn, d, block, sums);
+    k.masked_ffn_backward(ffn, d, block, sums);
   });
   Tensor grad_mask = torch::stable::new_empty(in.mask.tensor,
                                               mask_grad ? sizes_of(in.mask.tensor) : std::vector<int64_t>{0});

@@ -26,8 +26,12 @@ NEUMUTER_INLINE Compute<T> load_run(const T* from, int64_t stride, int n) {
 }
 
 template <typename T>
-NEUMUTER_INLINE void store_run(Compute<T> x, T* to, int64_t stride, int n) {
-  if (stride == 1 && n == kWidth<T>) return store(x, to);
+NEUMUTER_INLINE void store_run(Compute<T> x, T* to, int64_t stride, int n, bool past_caches = false) {
+  if (stride == 1 && n == kWidth<T>) {
+    constexpr uintptr_t kBytes = sizeof(T) * kWidth<T>;
+    if (past_caches && reinterpret_cast<uintptr_t>(to) % kBytes == 0) return stream(x, to);
+    return store(x, to);
+  }
   T run[kWidth<T>];
   store(x, run);
   for (int i = 0; i < n; ++i) to[i * stride] = run[i];
@@ -54,8 +58,9 @@ static void forward(const Ffn& a, const Block& block, void* out, int64_t out_str
         activation<A>(load_run(at<T>(a.gate, t, a.gate_stride, f * kStride), kStride, n), &slope));
     if constexpr (kGlu) h *= load_run(at<T>(a.up, t, a.up_stride, f * kStride), kStride, n);
     h *= load_mask<T>(a, a.mask_rows[t], f, n);
-    store_run<T>(h, static_cast<T*>(out) + t * out_stride + f, 1, n);
+    store_run<T>(h, static_cast<T*>(out) + t * out_stride + f, 1, n, a.stream);
   });
+  if (a.stream) stream_fence();
 }
 
 template <typename T, Activation A, bool kGlu, int kStride>
@@ -82,12 +87,13 @@ static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* g
     C inner = grad * load_mask<T>(a, row, f, n);
     if constexpr (kGlu) {
       T* grad_up = static_cast<T*>(d.grad_up) + t * d.grad_up_stride + f * kStride;
-      store_run<T>(inner * value, grad_up, kStride, n);
+      store_run<T>(inner * value, grad_up, kStride, n, a.stream);
       inner *= up;
     }
     T* grad_gate = static_cast<T*>(d.grad_gate) + t * d.grad_gate_stride + f * kStride;
-    store_run<T>(round_to<T>(inner) * slope, grad_gate, kStride, n);
+    store_run<T>(round_to<T>(inner) * slope, grad_gate, kStride, n, a.stream);
   });
+  if (a.stream) stream_fence();
 }
 
 // Calls f<T, A, kGlu, kStride>() for the run-time dtype, activation and layout.

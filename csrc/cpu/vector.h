@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -128,6 +128,39 @@ NEUMUTER_INLINE Floats load(const Half* from) { return from_half(load_raw<HalfWo
 NEUMUTER_INLINE void store(Floats x, Half* to) {
   const HalfWords h = to_half(x);
   std::memcpy(to, &h, sizeof(h));
+}
+
+// Stores past the caches: for outputs that no cache will hold until somebody reads them, which saves
+// reading their lines first. `to` must be aligned to the size that is written; end with stream_fence.
+template <typename C, typename T>
+NEUMUTER_INLINE void stream(C x, T* to) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<C, Floats>) {
+    alignas(sizeof(C)) T narrow[kLanes];
+    store(x, narrow);
+    constexpr int kBytes = sizeof(narrow);
+    if constexpr (kBytes == 8) {
+      _mm_stream_si64(reinterpret_cast<long long*>(to), load_raw<long long>(narrow));
+    } else if constexpr (kBytes == 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to), load_raw<__m128i>(narrow));
+#if defined(__AVX2__)
+    } else if constexpr (kBytes == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load_raw<__m256i>(narrow));
+#endif
+#if defined(__AVX512F__)
+    } else if constexpr (kBytes == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(narrow));
+#endif
+    }
+    return;
+  }
+#endif
+  store(x, to);
+}
+NEUMUTER_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // x as it is after a trip through T.
