@@ -145,19 +145,6 @@ def test_minibatches_see_their_own_references(llama):
     torch.testing.assert_close(torch.stack([part[1] for part in parts]).mean(), kl)
 
 
-def test_a_reference_too_large_to_keep_is_computed_again(llama, monkeypatch):
-    with neumuter.attach(llama) as masked:
-        mask = {path: torch.rand(models.WIDTH) for path in masked.scores}
-        results = []
-        for limit in (1 << 30, 0):
-            monkeypatch.setattr("neumuter.recipes.pair.REFERENCE_BYTES", limit)
-            pair = recipes.Pair(masked, FORGET, KEEP)
-            assert (pair.kept is None) == (limit == 0)
-            with torch.no_grad(), masked.applying(mask):
-                results.append(pair.losses([0, 2, 4, 6]))
-    torch.testing.assert_close(results[0], results[1])
-
-
 def test_every_sample_comes_round_once_before_any_comes_again(llama):
     with neumuter.attach(llama) as masked:
         steps = recipes.Pair(masked, FORGET, KEEP).steps(batch_size=1, seed=0)

@@ -5,11 +5,12 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from neumuter.losses import IGNORED, kl_divergence, predicting, token_losses
+from neumuter.head import Head
+from neumuter.losses import IGNORED, predicting
 
-PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+KEYS = ("input_ids", "attention_mask", "labels")
 REFERENCE_ROWS = 8  # samples per forward pass of the reference
-REFERENCE_BYTES = 1 << 30
+PROBE_TOKENS = 8  # on which the head is checked
 
 
 class Pair:
@@ -17,39 +18,31 @@ class Pair:
 
     Both batches are dicts of int64 tensors ``input_ids``, ``attention_mask`` and ``labels`` [B, T],
     padded on the right; a label is -100 where a token does not count (padding, a prompt). The
-    reference is the logits of the same model with masks off on the counted neighbour tokens, [N, V]
-    in the model's dtype. The base is frozen, so it is computed once and kept, unless that takes more
-    than REFERENCE_BYTES; then it is computed again in every step. Sample ids are positions in the
-    forget batch followed by the neighbour batch, however the samples are split into steps.
+    reference is the same model with masks off. The base is frozen, so its last hidden states at the
+    counted neighbour tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are
+    positions in the forget batch followed by the neighbour batch, however the samples are split into
+    steps.
 
-    Raises ValueError, naming the batch, if one is empty or malformed.
+    Raises ValueError, naming the batch, if one is empty or malformed, and for a model whose logits are
+    not a function of its last hidden states.
     """
 
     def __init__(self, masked, forget_batch, neighbour_batch):
         _check("forget_batch", forget_batch)
         _check("neighbour_batch", neighbour_batch)
-        self.model = masked.model
-        device = next(self.model.parameters()).device
+        device = next(masked.model.parameters()).device
         self.forget_count, self.neighbour_count = len(forget_batch["labels"]), len(neighbour_batch["labels"])
-        width = max(forget_batch["labels"].shape[1], neighbour_batch["labels"].shape[1])
-        self.samples = {
-            key: torch.cat(
-                [
-                    F.pad(batch[key], (0, width - batch[key].shape[1]), value=value)
-                    for batch in (forget_batch, neighbour_batch)
-                ]
-            ).to(device)
-            for key, value in PADDING.items()
-        }
-        self.lengths = self.samples["attention_mask"].sum(1).tolist()
-        self.masked = masked
-        neighbours = list(range(self.forget_count, self.forget_count + self.neighbour_count))
-        first = self._reference(neighbours[:1])
-        counts = predicting(self.samples["labels"][self.forget_count :]).sum(1).tolist()
-        self.kept = None
-        if sum(counts) * first.shape[1] * first.element_size() <= REFERENCE_BYTES:
-            groups = [neighbours[i : i + REFERENCE_ROWS] for i in range(0, len(neighbours), REFERENCE_ROWS)]
-            self.kept = torch.cat([self._reference(ids) for ids in groups]).split(counts)
+        self.samples = [
+            _Sample(*(row.to(device) for row in rows))
+            for batch in (forget_batch, neighbour_batch)
+            for rows in zip(*(batch[key] for key in KEYS), strict=True)
+        ]
+        neighbours = range(self.forget_count, self.forget_count + self.neighbour_count)
+        groups = [neighbours[i : i + REFERENCE_ROWS] for i in range(0, len(neighbours), REFERENCE_ROWS)]
+        with torch.no_grad(), without_dropout(masked.model), masked.off():
+            self.head = Head(masked.model, self.samples[0].ids[None, :PROBE_TOKENS])
+            hidden = torch.cat([self._hidden(ids) for ids in groups])
+        self.reference = hidden.split([len(self.samples[i].targets) for i in neighbours])
 
     def steps(self, batch_size, seed):
         """Endless lists of sample ids, forget samples first: ``batch_size`` of each kind, or all if None.
@@ -72,33 +65,35 @@ class Pair:
     def losses(self, sample_ids):
         """One forward pass of the samples under the masks that are in force.
 
-        Returns the token losses of the forget samples, float32 [N] in nats, and KL(reference ‖ masked)
-        per counted neighbour token, a float32 scalar in nats.
+        ``sample_ids``: forget samples first, at least one of each kind. Returns the token losses of the
+        forget samples, float32 [N] in nats, and KL(reference ‖ masked) per counted neighbour token, a
+        float32 scalar in nats. Nothing here waits for the GPU.
         """
-        logits, labels = self._predictions(sample_ids)
         split = sum(i < self.forget_count for i in sample_ids)
-        where = predicting(labels[split:])
-        if self.kept is None:
-            reference = self._reference(sample_ids[split:])
-        else:
-            reference = torch.cat([self.kept[i - self.forget_count] for i in sample_ids[split:]])
-        return token_losses(logits[:split], labels[:split]), kl_divergence(reference, logits[split:][where])
-
-    @torch.no_grad()
-    def _reference(self, sample_ids):
-        """The untouched model's logits of the samples' counted tokens, [N, V]."""
-        with without_dropout(self.model), self.masked.off():
-            logits, labels = self._predictions(sample_ids)
-        return logits[predicting(labels)]
-
-    def _predictions(self, sample_ids):
-        """Logits and labels of the samples, cut to the longest of them."""
-        width = max(self.lengths[i] for i in sample_ids)
-        batch = {key: value[sample_ids, :width] for key, value in self.samples.items()}
-        output = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
+        reference = torch.cat([self.reference[i - self.forget_count] for i in sample_ids[split:]])
+        forget, neighbour = self._hidden(sample_ids).split([len(targets), len(reference)])
+        return (
+            self.head.token_losses(forget, targets),
+            self.head.kl_divergences(neighbour, reference).mean(),
         )
-        return output.logits, batch["labels"]
+
+    def _hidden(self, sample_ids):
+        """The last hidden states where the samples' counted tokens are predicted, [N, d]."""
+        samples = [self.samples[i] for i in sample_ids]
+        width = max(len(sample.ids) for sample in samples)
+        ids = torch.stack([F.pad(sample.ids, (0, width - len(sample.ids))) for sample in samples])
+        where = torch.cat([sample.positions + row * width for row, sample in enumerate(samples)])
+        return self.head.hidden(ids).flatten(0, 1).index_select(0, where)
+
+
+class _Sample:
+    """One row of a batch: ids [T] without padding, counted tokens [N], and where these are predicted [N]."""
+
+    def __init__(self, ids, attention_mask, labels):
+        self.ids = ids[: int(attention_mask.sum())]
+        self.positions = predicting(labels[None])[0].nonzero().flatten()
+        self.targets = labels[self.positions + 1]
 
 
 @contextlib.contextmanager
@@ -115,12 +110,12 @@ def without_dropout(model):
 
 def _check(name, batch):
     shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
-    for key in PADDING:
+    for key in KEYS:
         value = batch.get(key)
         if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape != shape:
             given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                f"{name}[{key!r}] must be an int64 tensor [B, T], one shape for all of {', '.join(PADDING)}; "
+                f"{name}[{key!r}] must be an int64 tensor [B, T], one shape for all of {', '.join(KEYS)}; "
                 f"got {given}"
             )
     if not predicting(batch["labels"]).any(1).all() or not len(batch["labels"]):

@@ -1,0 +1,122 @@
+"""Losses from a frozen model's last hidden states: logits exist for one chunk of counted tokens at a time.
+
+A step that makes all logits pays for those of prompts and padding, and holds several float32 tensors
+[B·T, V]. Here each chunk's logits become losses and, in the same pass, the gradients of these losses
+with respect to the hidden states, [N, d]; the backward pass only scales them, token by token. So the
+head costs one product with its weight forward and one backward, whatever function of the token losses
+is trained, and a reference distribution is kept as hidden states, V/d times smaller than its logits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 1 << 25  # of one chunk's logits in float32
+
+
+class Head:
+    """What the frozen causal language model ``model`` does before and after its last hidden states.
+
+    Most models multiply them by the output embedding. For those that do more (soft-capping, scaling),
+    which is seen by comparing logits on ``input_ids`` (int64 [B, T], a few real tokens), the model's own
+    forward runs on given hidden states. Raises ValueError if that does not reproduce its logits either.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, input_ids):
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        self.base, self.projection = self.model.base_model, self.model.get_output_embeddings()
+        output = self.base(input_ids=input_ids, use_cache=False)
+        hidden = getattr(output, "last_hidden_state", None)
+        expected = self.model(input_ids=input_ids, use_cache=False).logits
+        self.output_type, self.vocabulary = type(output), expected.shape[-1]
+        if hidden is not None:
+            self.is_projection = self.projection is not None and torch.equal(
+                self.projection(hidden), expected
+            )
+            tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
+            error = (self.logits(hidden.flatten(0, 1)) - expected.flatten(0, 1)).abs().max()
+        if hidden is None or not error <= tolerance * expected.abs().max():
+            raise ValueError(
+                f"the logits of {type(self.model).__name__} are not a function of the last hidden states of "
+                f"its {type(self.base).__name__}; only such causal language models can be trained"
+            )
+
+    def hidden(self, input_ids):
+        """The last hidden states [B, T, d] of ``input_ids``, int64 [B, T], padded on the right.
+
+        Causal attention never looks right, so no attention mask is needed; without it the attention
+        takes its fastest path, and nothing waits for the GPU to tell whether the mask masks anything.
+        """
+        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logits(self, hidden):
+        """The model's logits [N, V] for last hidden states [N, d]."""
+        if self.is_projection:
+            return self.projection(hidden)
+        former = vars(self.base).get("forward")
+        self.base.forward = lambda *_, **__: self.output_type(last_hidden_state=hidden[None])
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del self.base.forward
+            if former is not None:
+                self.base.forward = former
+
+    def token_losses(self, hidden, targets):
+        """Cross-entropy in nats of ``targets``, int64 [N], as predicted at ``hidden`` [N, d]: float32 [N]."""
+        return _TokenLosses.apply(hidden, targets, self, _cross_entropy)
+
+    def kl_divergences(self, hidden, reference):
+        """KL(reference ‖ hidden) = Σ_v p·(ln p − ln q) in nats of each token, float32 [N].
+
+        p and q are the distributions at ``reference`` and ``hidden``, [N, d]; only the latter gets a
+        gradient.
+        """
+        return _TokenLosses.apply(hidden, reference.detach(), self, _kl_divergence)
+
+
+def _cross_entropy(head, logits, targets):
+    """Losses [C] and their gradients with respect to the logits [C, V]: softmax − one-hot."""
+    slopes = F.log_softmax(logits, -1, dtype=torch.float32)
+    targets = targets[:, None]
+    losses = -slopes.gather(1, targets)[:, 0]
+    slopes.exp_()
+    return losses, slopes.scatter_(1, targets, slopes.gather(1, targets) - 1)
+
+
+def _kl_divergence(head, logits, reference):
+    """Losses [C] and their gradients with respect to the logits [C, V]: q − p."""
+    q = F.log_softmax(logits, -1, dtype=torch.float32)
+    difference = F.log_softmax(head.logits(reference), -1, dtype=torch.float32)
+    p = difference.exp()
+    losses = (p[:, None] @ difference.sub_(q)[:, :, None]).flatten()  # no [C, V] of products
+    return losses, q.exp_().sub_(p)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Saves each token's gradient with respect to its hidden state; what arrives scales it."""
+
+    @staticmethod
+    def forward(ctx, hidden, others, head, loss):
+        wanted = ctx.needs_input_grad[0]
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradients = torch.empty_like(hidden) if wanted else None
+        rows = max(1, CHUNK_BYTES // (4 * head.vocabulary))
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            part = hidden[chunk].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits = head.logits(part)
+            losses[chunk], slopes = loss(head, logits.detach(), others[chunk])
+            if wanted:
+                (gradients[chunk],) = torch.autograd.grad(logits, part, slopes.to(logits.dtype))
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weights):
+        (gradients,) = ctx.saved_tensors
+        return (gradients * weights[:, None]).to(gradients.dtype), None, None, None
