@@ -13,7 +13,7 @@ from bench import machine, report
 from bench.timing import FULL, QUICK
 
 # Each module has rows(device, effort, small), which yields one row of results after another.
-MEASURED = ("kernels", "select", "decode")
+MEASURED = ("kernels", "step", "select", "decode")
 
 
 def main():

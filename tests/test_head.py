@@ -79,6 +79,15 @@ def test_bfloat16_losses_are_float32_and_near():
     )
 
 
+def test_no_tokens_have_no_losses():
+    model = models.build("llama").requires_grad_(False)
+    hidden = torch.empty(0, models.HIDDEN, requires_grad=True)
+    losses = Head(model, models.batch()[:1]).token_losses(hidden, torch.empty(0, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert losses.shape == (0,)
+    assert gradient.shape == hidden.shape
+
+
 def test_nothing_is_left_behind_on_the_model():
     model = gemma2()
     ids = models.batch()

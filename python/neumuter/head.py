@@ -7,6 +7,8 @@ head costs one product with its weight forward and one backward, whatever functi
 is trained, and a reference distribution is kept as hidden states, V/d times smaller than its logits.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -103,7 +105,9 @@ class _TokenLosses(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden) if wanted else None
-        rows = max(1, CHUNK_BYTES // (4 * head.vocabulary))
+        most = max(1, CHUNK_BYTES // (4 * head.vocabulary))
+        chunks = max(1, math.ceil(len(hidden) / most))
+        rows = max(1, math.ceil(len(hidden) / chunks))  # equal chunks, no short last one
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             part = hidden[chunk].detach().requires_grad_(wanted)

@@ -1,0 +1,56 @@
+"""The step benchmark: its contenders train the same thing."""
+
+import pytest
+import torch
+
+from bench import step
+from bench.timing import QUICK
+
+
+def test_ours_and_the_official_algorithm_have_one_loss_and_one_gradient():
+    model, *samples = step.build("tiny", torch.float32, "cpu")
+    ours = step.Ours(step.sharing_weights(model), *samples)
+    official = step.Official(step.sharing_weights(model), *samples)
+    noise = [torch.rand_like(score).clamp(0.05, 0.95) for score in ours.parameters]
+    (loss, gradient), (other_loss, other_gradient) = (s.gradients(noise) for s in (ours, official))
+    assert gradient.norm() > 0
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(gradient, other_gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+def test_a_wrong_gradient_is_noticed():
+    model, *samples = step.build("tiny", torch.float32, "cpu")
+    ours = step.Ours(step.sharing_weights(model), *samples)
+    other = step.Official(step.sharing_weights(model), samples[1], samples[0])
+    assert step.disagreement(ours, other, "cpu", torch.float32) is not None
+
+
+def test_the_floor_stops_at_the_first_masked_layer():
+    model, *samples = step.build("tiny", torch.float32, "cpu")
+    floor = step.Floor(model, *samples)
+    floor.train()
+    assert floor.input.shape == (2, step.TOKENS, 64)
+    assert not floor.input.grad_fn
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", step.CONTENDERS)
+def test_a_step_moves_all_parameters_and_no_weight(name):
+    model, *samples = step.build("tiny", torch.float32, "cpu")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    contender = step.CONTENDERS[name](step.sharing_weights(model), *samples)
+    start = [p.detach().clone() for p in contender.parameters]
+    contender.train()
+    assert len(start) == 2
+    assert all((p != s).any() for p, s in zip(contender.parameters, start, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_row_has_times_and_peaks_of_all():
+    (row,) = step.rows("cpu", QUICK, small=True)
+    entries = [*row["contenders"], row["limit"]]
+    assert [entry["name"] for entry in entries] == list(step.ALL)
+    for entry in entries:
+        assert entry["median_us"] > 0
+        assert 50 < entry["peak_mib"] < 5000
+        assert entry["tokens_per_s"] == pytest.approx(400e6 / entry["median_us"])
