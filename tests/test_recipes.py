@@ -145,6 +145,22 @@ def test_minibatches_see_their_own_references(llama):
     torch.testing.assert_close(torch.stack([part[1] for part in parts]).mean(), kl)
 
 
+def test_nothing_below_the_first_masked_ffn_is_differentiated(llama):
+    needed = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: needed.append(output.requires_grad))
+        for layer in llama.model.layers
+    ]
+    with neumuter.attach(llama, start_layer=1) as masked:
+        pair = recipes.Pair(masked, FORGET, KEEP)
+        needed.clear()
+        with masked.evaluating():
+            pair.losses([0, 3])
+    for hook in hooks:
+        hook.remove()
+    assert needed == [False, True, True]
+
+
 def test_every_sample_comes_round_once_before_any_comes_again(llama):
     with neumuter.attach(llama) as masked:
         steps = recipes.Pair(masked, FORGET, KEEP).steps(batch_size=1, seed=0)
