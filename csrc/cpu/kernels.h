@@ -57,7 +57,7 @@ struct Gates {
   void hard_concrete_backward(Dtype, const Gates&, const void* grad, const void* scores, uint32_t sample,   \
                               int64_t first, int64_t last, void* grad_scores);                              \
   int32_t collect_below(const float* scores, int32_t n, float cut, bool inclusive, int32_t* positions);     \
-  void evaluation_gates(const float* scores, int64_t n, float gamma, float zeta, float* gates);             \
+  void evaluation_gates(float* scores, int64_t n, float gamma, float zeta);                                 \
   }
 
 NEUMUTER_DECLARE_KERNELS(baseline)
@@ -79,6 +79,7 @@ struct Kernels {
   // The positions of scores below the cut (or at it, if inclusive; never NaN), ascending; how many.
   // `positions` has room for n.
   decltype(&baseline::collect_below) collect_below;
+  // Replaces scores by their evaluation gates.
   decltype(&baseline::evaluation_gates) evaluation_gates;
 };
 

@@ -108,9 +108,7 @@ class Selection {
         indices[chunk.output + i] = chunk.neuron + positions_[chunk.first + i];
         scores[i] = collected_score(chunk, i);
       }
-      std::vector<float> gates(chunk.collected);
-      kernels().evaluation_gates(scores, chunk.collected, gamma, zeta, gates.data());
-      std::copy(gates.begin(), gates.end(), scores);
+      kernels().evaluation_gates(scores, chunk.collected, gamma, zeta);
     });
     return position;
   }

@@ -31,9 +31,8 @@ int32_t collect_below(const float* scores, int32_t n, float cut, bool inclusive,
   return count;
 }
 
-void evaluation_gates(const float* __restrict scores, int64_t n, float gamma, float zeta,
-                      float* __restrict gates) {
-  for (int64_t i = 0; i < n; ++i) gates[i] = evaluation_gate(scores[i], gamma, zeta);
+void evaluation_gates(float* scores, int64_t n, float gamma, float zeta) {
+  for (int64_t i = 0; i < n; ++i) scores[i] = evaluation_gate(scores[i], gamma, zeta);
 }
 
 }  // namespace NEUMUTER_CAPABILITY
