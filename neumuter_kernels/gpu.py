@@ -31,9 +31,9 @@ def masked_glu_backward(grad, gate, up, mask, row_ids, activation, input_grad, m
 
 
 def masked_glu_backward_(grad, gate, up, mask, row_ids, activation, mask_grad):
-    return _masked_ffn().backward(
-        grad, gate, up, mask, row_ids, activation, True, mask_grad, in_place=True
-    )[2]  # fmt: skip
+    return _masked_ffn().backward(grad, gate, up, mask, row_ids, activation, True, mask_grad, in_place=True)[
+        2
+    ]
 
 
 def masked_glu_packed(gate_up, mask, row_ids, activation, interleaved):
@@ -43,13 +43,13 @@ def masked_glu_packed(gate_up, mask, row_ids, activation, interleaved):
 def masked_glu_packed_backward(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
     return _masked_ffn().backward(
         grad, gate_up, None, mask, row_ids, activation, input_grad, mask_grad, True, interleaved
-    )[::2]  # fmt: skip
+    )[::2]
 
 
 def masked_glu_packed_backward_(grad, gate_up, mask, row_ids, activation, interleaved, mask_grad):
     return _masked_ffn().backward(
         grad, gate_up, None, mask, row_ids, activation, True, mask_grad, True, interleaved, in_place=True
-    )[2]  # fmt: skip
+    )[2]
 
 
 def masked_act(hidden, mask, row_ids, activation):
@@ -57,15 +57,13 @@ def masked_act(hidden, mask, row_ids, activation):
 
 
 def masked_act_backward(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
-    return _masked_ffn().backward(
-        grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad
-    )[::2]  # fmt: skip
+    return _masked_ffn().backward(grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad)[::2]
 
 
 def masked_act_backward_(grad, hidden, mask, row_ids, activation, mask_grad):
     return _masked_ffn().backward(
         grad, hidden, None, mask, row_ids, activation, True, mask_grad, in_place=True
-    )[2]  # fmt: skip
+    )[2]
 
 
 def hard_concrete(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):

@@ -87,9 +87,7 @@ def masked_glu(
     if not isinstance(up, torch.Tensor):
         raise TypeError(f"up must be a tensor like gate, got {_describe(up)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
-        raise ValueError(
-            f"up must match gate, {_describe(gate)}, got {_describe(up)}"
-        )  # fmt: skip
+        raise ValueError(f"up must match gate, {_describe(gate)}, got {_describe(up)}")
     mask = _check_mask(mask, gate, gate.shape[-1], row_ids)
     return _op("masked_glu", reuse_inputs)(gate, up, mask, row_ids, number)
 

@@ -148,17 +148,12 @@ def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
     """logit(ν) for ν uniform in (1e-4, 1 − 1e-4), [samples, neurons].
 
     Word f mod 4 of Philox at the counter (f div 4, sample id, layer, step) under the key ``seed``
-    gives 23 bits for neuron f: the noise depends on nothing else, so neither on the device nor on
-    how a batch is split.
+    gives 23 bits for neuron f; ``step`` may be an int64 tensor. The noise depends on nothing else,
+    so neither on the device nor on how a batch is split.
     """
     low = 0xFFFFFFFF
     block = torch.arange((neurons + 3) // 4, device=sample_ids.device)
-    counter = (
-        block[None, :],
-        sample_ids.long()[:, None] & low,
-        layer & low,
-        step & low,
-    )  # step: int or tensor
+    counter = (block[None, :], sample_ids.long()[:, None] & low, layer & low, step & low)
     words = torch.stack(philox_4x32(counter, (seed & low, (seed >> 32) & low)), dim=-1)
     words = words.flatten(1)[:, :neurons]
     uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
@@ -168,7 +163,7 @@ def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
     return _log(nu) - _log((1.0 - uniform) * width + NOISE_MARGIN)
 
 
-def _span(stretch, dtype):
+def stretch_span(stretch, dtype):
     """ζ − γ, subtracted in the dtype of the scores."""
     low, high = torch.tensor(stretch, dtype=dtype)
     return float(high - low)
@@ -181,7 +176,7 @@ def _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, trai
         noise = gate_noise(sample_ids, scores.shape[0], seed, step, layer, scores.dtype)
         x = (noise + x) * (1.0 / temperature)
     sigma = _sigmoid(x)
-    return sigma, sigma * _span(stretch, scores.dtype) + stretch[0]
+    return sigma, sigma * stretch_span(stretch, scores.dtype) + stretch[0]
 
 
 def hard_concrete(
@@ -201,7 +196,7 @@ def hard_concrete_backward(
 ):
     """The gradient of the scores, [F], for ``grad`` [rows, F]: the sum over the rows."""
     sigma, raw = _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training)
-    scale = _span(stretch, scores.dtype) * (1.0 / temperature if training else 1.0)
+    scale = stretch_span(stretch, scores.dtype) * (1.0 / temperature if training else 1.0)
     slope = (sigma * (1.0 - sigma)) * scale
     return torch.where((raw > 0) & (raw < 1), grad * slope, 0.0).sum(0)
 
@@ -237,7 +232,7 @@ def select_muted(scores, widths, budget=None, threshold=None, stretch=(-0.1, 1.1
     gains = torch.ones(capacity, dtype=torch.float32, device=scores.device)
     indices[: len(flat)] = (flat - starts[layer]).to(torch.int32)
     sigma = _sigmoid(scores[flat])
-    gains[: len(flat)] = (sigma * _span(stretch, scores.dtype) + stretch[0]).clamp(0.0, 1.0)
+    gains[: len(flat)] = (sigma * stretch_span(stretch, scores.dtype) + stretch[0]).clamp(0.0, 1.0)
     return indptr, indices, gains
 
 

@@ -9,21 +9,26 @@ import triton.language as tl
 
 
 @triton.jit
-def accurate_exponential(x):
+def reduced_exponential(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """y and the integer n of exp(x) = y·2^n for float32 x, clamped to LOW … HIGH; as reference.exact_exp."""
     # NaN must pass: comparisons with it are false.
-    x = tl.where(x < -104.0, -104.0, x)
-    x = tl.where(x > 89.0, 89.0, x)
+    x = tl.where(x < LOW, LOW, x)
+    x = tl.where(x > HIGH, HIGH, x)
     rounded = x * 1.44269504 + 12582912.0
     n = rounded - 12582912.0
     r = (x - n * 0.693359375) - n * -2.12194440e-4
-    q = 0.00019919360056519508
-    q = q * r + 0.0013947212137281895
+    q = r * 0.00019919360056519508 + 0.0013947212137281895
     q = q * r + 0.008333262987434864
     q = q * r + 0.04166625440120697
     q = q * r + 0.1666666716337204
     q = q * r + 0.5
-    y = 1.0 + (r + (r * r) * q)
-    exponent = rounded.to(tl.int32, bitcast=True) - 0x4B400000
+    y = ((r * r) * q + r) + 1.0
+    return y, rounded.to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def accurate_exponential(x):
+    y, exponent = reduced_exponential(x, -104.0, 89.0)
     half = exponent >> 1  # 2^n may not be representable where y·2^n is
     low = ((half + 127) << 23).to(tl.float32, bitcast=True)
     high = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)

@@ -8,26 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from neumuter_kernels.reference import _span
+from neumuter_kernels.reference import stretch_span
+from neumuter_kernels.triton.activations import reduced_exponential
 
 BLOCK = 256  # Philox counters a program, four neurons each
 
 
 @triton.jit
 def exact_exp(x):
-    x = tl.where(x < -87.0, -87.0, x)
-    x = tl.where(x > 87.0, 87.0, x)
-    rounded = x * 1.44269504 + 12582912.0
-    n = rounded - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    q = r * 0.00019919360056519508 + 0.0013947212137281895
-    q = q * r + 0.008333262987434864
-    q = q * r + 0.04166625440120697
-    q = q * r + 0.1666666716337204
-    q = q * r + 0.5
-    y = ((r * r) * q + r) + 1.0
-    exponent = rounded.to(tl.int32, bitcast=True) - 0x4B400000 + 127
-    return y * (exponent << 23).to(tl.float32, bitcast=True)
+    y, exponent = reduced_exponential(x, -87.0, 87.0)
+    return y * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -130,7 +120,7 @@ def _scalars(scores, seed, layer, temperature, gamma, zeta):
         "layer": layer,
         "inverse_temperature": 1.0 / temperature,
         "gamma": gamma,
-        "span": _span((gamma, zeta), scores.dtype),
+        "span": stretch_span((gamma, zeta), scores.dtype),
     }
 
 
