@@ -258,7 +258,7 @@ def test_select_takes_the_lowest_scores():
 
 def test_select_says_what_is_wrong():
     with neumuter.attach(build("llama")) as masked:
-        with pytest.raises(ValueError, match=r"no neuron has σ\(score\) below 0.15; the lowest are 0.917"):
+        with pytest.raises(ValueError, match=r"no neuron has σ\(score\) below 0.15; the lowest is 0.917"):
             masked.select(threshold=0.15)
         with pytest.raises(ValueError, match="train the scores first"):
             masked.select(budget=3)

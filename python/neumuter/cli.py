@@ -113,21 +113,19 @@ def unlearn(
     if max_length > positions:
         console.print(f"This model has {positions} positions: texts are cut to {positions} tokens.")
         max_length = positions
-    with attach(network, start_layer) as masked:  # before the long part: a bad budget is known here
+    with attach(network, start_layer) as masked:  # outside its contexts this is the untouched model
         number = neuron_count(share, sum(len(score) for score in masked.scores.values()))
-    forget_batch = encode(forget_texts, tokenizer, max_length)
-    if retain_texts is None:
-        console.print(
-            "No --retain file: the neighbours are texts sampled from the model itself. What the model knows "
-            "beside the forget texts is protected less well that way."
-        )
-        length = forget_batch["labels"].shape[1]
-        with _progress("Sampling neighbours", NEIGHBOURS) as advance:
-            retain_texts = sample_texts(network, tokenizer, NEIGHBOURS, length, seed, advance)
-    retain_batch = encode(retain_texts, tokenizer, max_length)
-    before = _measure("Measuring before", network, forget_batch, retain_batch)
-
-    with attach(network, start_layer) as masked:
+        forget_batch = encode(forget_texts, tokenizer, max_length)
+        if retain_texts is None:
+            console.print(
+                "No --retain file: the neighbours are texts sampled from the model itself. What the model "
+                "knows beside the forget texts is protected less well that way."
+            )
+            length = forget_batch["labels"].shape[1]
+            with _progress("Sampling neighbours", NEIGHBOURS) as advance:
+                retain_texts = sample_texts(network, tokenizer, NEIGHBOURS, length, seed, advance)
+        retain_batch = encode(retain_texts, tokenizer, max_length)
+        before = _measure("Measuring before", network, forget_batch, retain_batch)
         support_steps = steps if mode is Mode.mute else max(1, round(0.6 * steps))
         with _progress("Finding neurons", steps, "loss", "muted") as advance:
             mutes = run_recipe(

@@ -188,13 +188,12 @@ class Masked:
         flat = [s.detach().to(device) for s in scores.values()]
         indptr, indices, gains = (t.cpu() for t in select_muted(flat, budget=budget, threshold=threshold))
         ends = indptr.tolist()
-        lowest = torch.cat(flat).sort().values[:3].sigmoid().tolist()
+        lowest = min(score.min().sigmoid().item() for score in flat)
         if ends[-1] == 0:
-            listed = ", ".join(f"{s:.3f}" for s in lowest)
-            raise ValueError(f"no neuron has σ(score) below {threshold}; the lowest are {listed}")
+            raise ValueError(f"no neuron has σ(score) below {threshold}; the lowest is {lowest:.3f}")
         if (gains[: ends[-1]] > 1 - 1e-6).all():
             raise ValueError(
-                f"every selected gate is fully open (lowest σ(score) {lowest[0]:.3f}), so muting would "
+                f"every selected gate is fully open (lowest σ(score) {lowest:.3f}), so muting would "
                 "change nothing: train the scores first"
             )
         runs = [slice(start, end) for start, end in pairwise(ends)]
