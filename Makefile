@@ -47,5 +47,5 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet setuptools cmake ninja pybind11
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' cmake ninja pybind11
 	touch $@

@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-NEEDED = ("torch", "cmake", "ninja", "pybind11", "setuptools")
+NEEDED = ("torch", "cmake", "ninja", "pybind11")
 
 
 class CMakeBuild(build_ext):
@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
         if missing:
             sys.exit(
                 f"neumuter-kernels builds against the torch that is installed, but {', '.join(missing)} "
-                f"cannot be imported here; run: pip install {' '.join(NEEDED)} && "
+                f"cannot be imported here; run: pip install {' '.join(NEEDED)} 'setuptools>=77' && "
                 "pip install --no-build-isolation ."
             )
         destination = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()
