@@ -81,18 +81,19 @@ def amd_accesses(assembly):
     return found
 
 
-def bytes_in_loops(accesses):
-    """Bytes a thread moves in one turn of the kernel's loop, and outside loops; uniform accesses left out.
+def bytes_in_loops(accesses, loops=1):
+    """Bytes a thread moves in one turn of each of the source's loops, and outside; uniform ones left out.
 
-    LLVM may unroll the loop, and keeps one for the remaining turns: then this one is counted.
+    LLVM may unroll a loop, and keeps one for the remaining turns: then this one is counted.
     """
     moved = {None: 0}
     for a in accesses:
         if not a.uniform:
             moved[a.loop] = moved.get(a.loop, 0) + a.width
-    outside, loops = moved.pop(None), sorted(moved.values())
-    unrolled = loops and all(turns % loops[0] == 0 for turns in loops)
-    return (loops[0] if unrolled else sum(loops)), outside
+    outside, turns = moved.pop(None), sorted(moved.values())
+    if len(turns) > loops:
+        turns = turns[:1] if all(t % turns[0] == 0 for t in turns) else turns
+    return sum(turns), outside
 
 
 def _is_zero(assembly, register):

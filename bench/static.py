@@ -22,7 +22,7 @@ from bench.assembly import amd_accesses, bytes_in_loops, ptx_accesses
 from bench.cuda_static import cuda_rows, nvcc_version
 from bench.devices import DEVICES
 from neumuter_kernels.reference import ACTIVATIONS
-from neumuter_kernels.triton import hard_concrete, masked_ffn
+from neumuter_kernels.triton import hard_concrete, masked_ffn, token_losses
 
 TARGETS = [
     GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32),
@@ -31,8 +31,9 @@ TARGETS = [
 BLOCK = masked_ffn.BLOCK_F
 POINTERS = {"order": "*i64", "chunk_rows": "*i64", "chunk_starts": "*i64", "chunk_ends": "*i64",
             "first_chunks": "*i64", "row_ids": "*i32", "sample_ids": "*i64", "step": "*i64", "mask": "*fp32",
+            "targets": "*i64", "losses": "*fp32",
             "partial": "*fp32", "grad_mask": "*fp32", "scores": "*fp32", "grad_scores": "*fp32"}  # fmt: skip
-TENSORS = {"grad", "gate", "up", "out", "grad_gate", "grad_up"}
+TENSORS = {"grad", "gate", "up", "out", "grad_gate", "grad_up", "logits", "reference"}
 FLOATS = {"inverse_temperature", "gamma", "span", "scale"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 MASK_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}
@@ -44,8 +45,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def cases():
     """Of each kernel: name, the kernel, dtype, constants, targets, and its budget.
 
-    The budget is (bytes per element in every turn of the kernel's loop, bytes per element outside it); a
-    turn is one token. The mask, its gradient and scores are float32 (float64 in float64 kernels).
+    The budget is (bytes per element in a turn of each of the kernel's loops, bytes per element outside
+    them, or None where those do not grow with the elements); a turn of a masked FFN's loop is one token. The
+    mask, its gradient and scores are float32 (float64 in float64 kernels).
     """
     rows = dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends"))
     every = range(len(ACTIVATIONS))
@@ -73,6 +75,12 @@ def cases():
             yield name, hard_concrete.hard_concrete_kernel, dtype, gates, targets, (0, 2 * e)
             backward = hard_concrete.hard_concrete_backward_kernel
             yield f"{name}, backward", backward, dtype, gates, targets, (e, 2 * e)
+    for dtype in ("fp32", "bf16", "fp16"):
+        # Each logit is read to find the sums, then read again and overwritten.
+        e = BYTES[dtype]
+        block = {"BLOCK": token_losses.block(e)}
+        yield "cross-entropy", token_losses.cross_entropy_kernel, dtype, block, TARGETS, (3 * e, None)
+        yield "KL divergence", token_losses.kl_divergence_kernel, dtype, block, TARGETS, (5 * e, None)
 
 
 def forward_case(name, dtype, constants, layout, targets, ids):
@@ -104,11 +112,12 @@ def compile_kernel(kernel, dtype, constants, target):
             signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
             if dtype == "fp64" and signature[name] == "*fp32":
                 signature[name] = "*fp64"
-        if signature[name].startswith("*") or name.startswith("stride") or name == "F":
+        if signature[name].startswith("*") or name.startswith("stride") or name in ("F", "V"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    return triton.compile(source, target=target)
+    options = {"num_warps": token_losses.WARPS} if "losses" in kernel.arg_names else {}
+    return triton.compile(source, target=target, options=options)
 
 
 def usage(compiled, target):
@@ -135,12 +144,13 @@ def triton_row(name, kernel, dtype, constants, target, budget):
     tile = constants["BLOCK"] * (4 if kernel.__name__.startswith("hard_concrete") else 1)
     occupancy, limit = device.occupancy(threads, registers, compiled.metadata.shared)
     widths = [a.width for a in accesses if not a.uniform]
+    loops = kernel.src.count("for ")
     row = {
         "kernel": name, "dtype": dtype, "target": device.target, "card": device.card,
         "registers": registers, "spilled": spilled,
         "shared": compiled.metadata.shared, "widths": [min(widths), max(widths)],
         "loads": sum(a.kind == "load" for a in accesses), "stores": sum(a.kind == "store" for a in accesses),
-        "bytes": [b * threads / tile for b in bytes_in_loops(accesses)], "budget": list(budget),
+        "bytes": [b * threads / tile for b in bytes_in_loops(accesses, loops)], "budget": list(budget),
         "occupancy": occupancy, "limit": limit,
     }  # fmt: skip
     if name.startswith(("forward", "backward")):
@@ -174,7 +184,7 @@ def violations(row):
             found.append(f"accesses of {row['widths'][0]} bytes, narrower than {least}")
     places = ("in the loop", "outside the loop") if row["bytes"] else ()
     for where, moved, budget in zip(places, row["bytes"] or (), row["budget"] or (), strict=True):
-        if moved > budget:
+        if budget is not None and moved > budget:
             found.append(f"moves {moved:g} bytes per element {where}, over the budget of {budget:g}")
     return [f"{row['kernel']} {row['dtype']} on {row['target']}: {what}" for what in found]
 
@@ -202,7 +212,9 @@ def cells(row):
     """A row as texts in the order of HEAD; bytes are 'in the loop + outside it'."""
     least, widest = row["widths"]
     predicted = f"{row['predicted_us']:.0f} µs" if "predicted_us" in row else ""
-    moved, budget = (" + ".join(f"{b:g}" for b in row[what] or ()) for what in ("bytes", "budget"))
+    moved, budget = (
+        " + ".join("any" if b is None else f"{b:g}" for b in row[what] or ()) for what in ("bytes", "budget")
+    )
     return (
         row["kernel"], row["dtype"], row["target"], str(row["registers"]), str(row["spilled"]),
         str(row["shared"]), f"{least}–{widest} B" if least != widest else f"{least} B",

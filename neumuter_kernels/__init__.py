@@ -1,7 +1,8 @@
 """Fused FFN-mask kernels: tensors in, tensors out. Knows no model and no file.
 
 ``masked_glu`` and ``masked_act`` multiply FFN activations by a neuron mask and give all gradients
-in one backward pass; ``hard_concrete`` makes the gates; ``select_muted`` picks the neurons to mute.
+in one backward pass; ``hard_concrete`` makes the gates; ``select_muted`` picks the neurons to mute;
+``cross_entropy_`` and ``kl_divergence_`` turn a chunk of logits into losses and their gradients.
 ``python -m neumuter_kernels`` prints what is installed and which backend each op uses.
 """
 
@@ -19,7 +20,9 @@ except ImportError as error:
 from neumuter_kernels import fake, gpu  # noqa: F401 (register what the ops need)
 from neumuter_kernels.ops import (
     MutedNeurons,
+    cross_entropy_,
     hard_concrete,
+    kl_divergence_,
     masked_act,
     masked_glu,
     neuron_budget,
@@ -30,7 +33,9 @@ from neumuter_kernels.reference import ACTIVATIONS
 __all__ = [
     "ACTIVATIONS",
     "MutedNeurons",
+    "cross_entropy_",
     "hard_concrete",
+    "kl_divergence_",
     "masked_act",
     "masked_glu",
     "neuron_budget",

@@ -25,9 +25,9 @@ def report():
     fused = "Triton" if has_triton else "none: install triton"
     selection = "CUDA C++" if built["cuda"] else "C++ on the CPU (built without nvcc)"
     cpu = f"C++ ({_C.cpu_capability()})"
-    backends = [(op, f"CPU {cpu}; GPU {fused}") for op in ("masked_glu", "masked_act", "hard_concrete")] + [
-        ("select_muted", f"CPU {cpu}; GPU {selection}")
-    ]
+    fused_ops = ("masked_glu", "masked_act", "hard_concrete", "cross_entropy_", "kl_divergence_")
+    backends = [(op, f"CPU {cpu}; GPU {fused}") for op in fused_ops]
+    backends.append(("select_muted", f"CPU {cpu}; GPU {selection}"))
     return [
         ("neumuter-kernels", _version("neumuter-kernels")),
         ("Python", platform.python_version()),

@@ -22,6 +22,12 @@ def _hard_concrete():
     return hard_concrete
 
 
+def _token_losses():
+    from neumuter_kernels.triton import token_losses
+
+    return token_losses
+
+
 def masked_glu(gate, up, mask, row_ids, activation):
     return _masked_ffn().forward(gate, up, mask, row_ids, activation)
 
@@ -76,6 +82,14 @@ def hard_concrete_backward(grad, scores, sample_ids, step, seed, layer, temperat
     )
 
 
+def cross_entropy_(logits, targets):
+    return _token_losses().cross_entropy_(logits, targets)
+
+
+def kl_divergence_(logits, reference):
+    return _token_losses().kl_divergence_(logits, reference)
+
+
 def select_muted(scores, widths, budget, threshold, gamma, zeta):
     """Without nvcc at build time: select on the CPU. Waits for the device; the CUDA kernel does not."""
     selected = _ops.select_muted(scores.cpu(), widths, budget, threshold, gamma, zeta)
@@ -87,6 +101,7 @@ TRITON_OPS = (
     masked_glu_packed, masked_glu_packed_backward, masked_glu_packed_backward_,
     masked_act, masked_act_backward, masked_act_backward_,
     hard_concrete, hard_concrete_backward,
+    cross_entropy_, kl_divergence_,
 )  # fmt: skip
 
 _library = torch.library.Library("neumuter", "IMPL", "CUDA")

@@ -217,6 +217,52 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
     return MutedNeurons(*_ops.select_muted(flat, widths, budget, cut, *stretch))
 
 
+def cross_entropy_(logits, targets):
+    """The cross-entropy in nats of each token; its gradients with respect to the logits replace the logits.
+
+    One read and one write of the logits, where log_softmax, gather and their backward make several
+    tensors of their size. The chain to the loss is the caller's: multiply row n by the gradient of loss n.
+
+    Args:
+        logits: [N, V], contiguous; float32, bfloat16, float16 (or float64). Overwritten by
+            softmax(logits) − one-hot(targets), computed in float32 and rounded once.
+        targets: int64 [N] in [0, V). On the CPU others raise; on a GPU their loss is NaN.
+
+    Returns:
+        losses: [N], float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or logits are part of an autograd graph that
+            would not see the change.
+    """
+    _check_logits(logits)
+    if not isinstance(targets, torch.Tensor) or targets.dtype != torch.int64:
+        raise TypeError(f"targets must be an int64 tensor, got {_describe(targets)}")
+    if targets.shape != logits.shape[:1] or targets.device != logits.device:
+        raise ValueError(
+            f"targets must be [{logits.shape[0]}] on {logits.device}, one per row of logits, "
+            f"got {_describe(targets)}"
+        )
+    return _ops.cross_entropy_(logits, targets)
+
+
+def kl_divergence_(logits, reference):
+    """KL(p ‖ q) = Σ_v p·(ln p − ln q) in nats of each token; the gradients q − p replace the logits of q.
+
+    Args:
+        logits: of q; as for ``cross_entropy_``.
+        reference: the logits of p, like logits; not changed.
+
+    Returns, raises: as ``cross_entropy_``.
+    """
+    _check_logits(logits)
+    if not isinstance(reference, torch.Tensor) or reference.dtype != logits.dtype:
+        raise TypeError(f"reference must be a {logits.dtype} tensor like logits, got {_describe(reference)}")
+    if reference.shape != logits.shape or reference.device != logits.device:
+        raise ValueError(f"reference must match logits, {_describe(logits)}, got {_describe(reference)}")
+    return _ops.kl_divergence_(logits, reference)
+
+
 def neuron_budget(budget, neurons):
     """The number of neurons that a budget (an int, or a float share in (0, 1]) means out of ``neurons``.
 
@@ -267,6 +313,19 @@ def _check_activations(name, x):
         raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {_describe(x)}")
     if x.dim() < 1:
         raise ValueError(f"{name} must have shape [..., F], got a scalar")
+
+
+def _check_logits(logits):
+    if not isinstance(logits, torch.Tensor) or logits.dtype not in _FLOATS:
+        raise TypeError(
+            f"logits must be a float32, bfloat16, float16 or float64 tensor, got {_describe(logits)}"
+        )
+    if logits.dim() != 2 or not logits.is_contiguous() or (len(logits) and not logits.shape[1]):
+        raise ValueError(
+            f"logits must be contiguous [N, V] with V > 0, got {_describe(logits)}, strides {logits.stride()}"
+        )
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise ValueError("logits require grad, and their gradients would replace them: detach them")
 
 
 def _check_mask(mask, x, width, row_ids):

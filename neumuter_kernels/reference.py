@@ -201,6 +201,27 @@ def hard_concrete_backward(
     return torch.where((raw > 0) & (raw < 1), grad * slope, 0.0).sum(0)
 
 
+# --- Losses of tokens ------------------------------------------------------------------------
+
+
+def cross_entropy(logits, targets):
+    """−ln softmax(logits)[target] in nats of each token, [N], and its gradient softmax − one-hot, [N, V]."""
+    log_q = logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
+    losses = -log_q.gather(1, targets[:, None])[:, 0]
+    return losses, (log_q.exp() - F.one_hot(targets, logits.shape[1])).to(logits.dtype)
+
+
+def kl_divergence(logits, reference):
+    """Σ_v p·(ln p − ln q) in nats of each token, [N], and its gradient q − p over the logits of q, [N, V].
+
+    q and p are the softmax of ``logits`` and ``reference``, [N, V]; where p is 0 nothing is added.
+    """
+    log_q, log_p = (x.to(compute_dtype(x.dtype)).log_softmax(-1) for x in (logits, reference))
+    p = log_p.exp()
+    losses = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return losses, (log_q.exp() - p).to(logits.dtype)
+
+
 # --- Selection -------------------------------------------------------------------------------
 
 

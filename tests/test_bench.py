@@ -198,7 +198,8 @@ def test_of_an_unrolled_loop_one_turn_counts():
     two_loops = [
         assembly.Access("load", width, loop, False) for width, loop in ((16, "a"), (8, "b"), (16, "b"))
     ]
-    assert assembly.bytes_in_loops(two_loops) == (40, 0)
+    assert assembly.bytes_in_loops(two_loops, 2) == (40, 0)
+    assert assembly.bytes_in_loops([*turns, turns[-1]], 2) == (96, 0)
 
 
 def test_occupancy():
@@ -217,6 +218,7 @@ def test_rules_are_enforced():
     assert "narrower than 16" in static.violations(good | {"widths": [8, 16]})[0]
     assert static.violations(good | {"widths": [8, 16], "target": "gfx942"}) == []
     assert "over the budget" in static.violations(good | {"bytes": [12, 8]})[0]
+    assert static.violations(good | {"bytes": [10, 80], "budget": [10, None]}) == []
 
 
 # --- The command and the README --------------------------------------------------------------

@@ -43,7 +43,8 @@ def test_nothing_spills(table):
 def test_accesses_to_activations_are_16_bytes_wide(triton_rows):
     """8 bytes (an AMD lane's share of a 16-bit tile) at least."""
     for row in triton_rows:
-        if row["kernel"].startswith(("forward", "backward")):
+        logits = row["kernel"] in ("cross-entropy", "KL divergence") and row["target"] != "gfx942"
+        if logits or row["kernel"].startswith(("forward", "backward")):
             narrow = row["target"] == "gfx942" and row["dtype"] in ("bf16", "fp16")
             assert row["widths"][0] >= (8 if narrow else 16), row
 
@@ -51,7 +52,8 @@ def test_accesses_to_activations_are_16_bytes_wide(triton_rows):
 def test_traffic_is_exactly_the_budget(triton_rows):
     """Less would mean that accesses were not found, more that something moves twice."""
     for row in triton_rows:
-        assert row["bytes"] == row["budget"], row
+        for moved, budget in zip(row["bytes"], row["budget"], strict=True):
+            assert budget is None or moved == budget, row
 
 
 def test_the_table_breaks_no_rule(table):

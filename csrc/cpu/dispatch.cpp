@@ -14,7 +14,9 @@ namespace neumuter::cpu {
    capability::hard_concrete,          \
    capability::hard_concrete_backward, \
    capability::collect_below,          \
-   capability::evaluation_gates}
+   capability::evaluation_gates,       \
+   capability::cross_entropy,          \
+   capability::kl_divergence}
 
 static const Kernels baseline_kernels = NEUMUTER_KERNELS(baseline);
 #if defined(__x86_64__)

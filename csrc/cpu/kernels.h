@@ -58,6 +58,8 @@ struct Gates {
                               int64_t first, int64_t last, void* grad_scores);                              \
   int32_t collect_below(const float* scores, int32_t n, float cut, bool inclusive, int32_t* positions);     \
   void evaluation_gates(float* scores, int64_t n, float gamma, float zeta);                                 \
+  void cross_entropy(Dtype, void* logits, int64_t n, int64_t target, void* loss);                           \
+  void kl_divergence(Dtype, void* logits, const void* reference, int64_t n, void* loss);                    \
   }
 
 NEUMUTER_DECLARE_KERNELS(baseline)
@@ -81,6 +83,9 @@ struct Kernels {
   decltype(&baseline::collect_below) collect_below;
   // Replaces scores by their evaluation gates.
   decltype(&baseline::evaluation_gates) evaluation_gates;
+  // One token: its loss (double for kDouble, else float), whose gradient replaces its n logits.
+  decltype(&baseline::cross_entropy) cross_entropy;
+  decltype(&baseline::kl_divergence) kl_divergence;
 };
 
 // The widest instruction set that this CPU has, or the one that NEUMUTER_CPU_CAPABILITY names.

@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../tensors.h"
-#include "kernels.h"
+#include "dtypes.h"
 
 namespace neumuter::cpu {
 
@@ -16,21 +15,6 @@ constexpr int64_t kColumns = 1024;  // columns a block: its sums stay in the L1 
 // backward pass at 16 MiB a tensor, no gain for the forward pass, a loss at 6 MiB.
 constexpr int64_t kStreamBytes = 1 << 24;
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
-
-static Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::Double:
-      return Dtype::kDouble;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "activations must be float32, float64, bfloat16 or float16");
-  }
-}
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

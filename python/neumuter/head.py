@@ -10,8 +10,9 @@ is trained, and a reference distribution is kept as hidden states, V/d times sma
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+import neumuter_kernels as nk
 
 CHUNK_BYTES = 1 << 25  # of one chunk's logits in float32
 
@@ -68,7 +69,7 @@ class Head:
 
     def token_losses(self, hidden, targets):
         """Cross-entropy in nats of ``targets``, int64 [N], as predicted at ``hidden`` [N, d]: float32 [N]."""
-        return _TokenLosses.apply(hidden, targets, self, _cross_entropy)
+        return _TokenLosses.apply(hidden, targets, self, nk.cross_entropy_)
 
     def kl_divergences(self, hidden, reference):
         """KL(reference ‖ hidden) = Σ_v p·(ln p − ln q) in nats of each token, float32 [N].
@@ -76,25 +77,11 @@ class Head:
         p and q are the distributions at ``reference`` and ``hidden``, [N, d]; only the latter gets a
         gradient.
         """
-        return _TokenLosses.apply(hidden, reference.detach(), self, _kl_divergence)
 
+        def loss(logits, reference):
+            return nk.kl_divergence_(logits, self.logits(reference))
 
-def _cross_entropy(head, logits, targets):
-    """Losses [C] and their gradients with respect to the logits [C, V]: softmax − one-hot."""
-    slopes = F.log_softmax(logits, -1, dtype=torch.float32)
-    targets = targets[:, None]
-    losses = -slopes.gather(1, targets)[:, 0]
-    slopes.exp_()
-    return losses, slopes.scatter_(1, targets, slopes.gather(1, targets) - 1)
-
-
-def _kl_divergence(head, logits, reference):
-    """Losses [C] and their gradients with respect to the logits [C, V]: q − p."""
-    q = F.log_softmax(logits, -1, dtype=torch.float32)
-    difference = F.log_softmax(head.logits(reference), -1, dtype=torch.float32)
-    p = difference.exp()
-    losses = (p[:, None] @ difference.sub_(q)[:, :, None]).flatten()  # no [C, V] of products
-    return losses, q.exp_().sub_(p)
+        return _TokenLosses.apply(hidden, reference.detach(), self, loss)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -113,9 +100,11 @@ class _TokenLosses(torch.autograd.Function):
             part = hidden[chunk].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head.logits(part)
-            losses[chunk], slopes = loss(head, logits.detach(), others[chunk])
+            # A product needs nothing of its output; what a model does after it (soft-capping) may.
+            slopes = logits.detach() if head.is_projection else logits.detach().clone()
+            losses[chunk] = loss(slopes, others[chunk])
             if wanted:
-                (gradients[chunk],) = torch.autograd.grad(logits, part, slopes.to(logits.dtype))
+                (gradients[chunk],) = torch.autograd.grad(logits, part, slopes)
         ctx.save_for_backward(gradients)
         return losses
 
