@@ -1,7 +1,11 @@
-"""masked_glu and masked_act against what else computes a masked FFN activation and its gradients."""
+"""masked_glu and masked_act against what else computes a masked FFN activation and its gradients.
+
+The rows of the losses (bench/token_losses.py) come last.
+"""
 
 import functools
 import importlib.util
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import neumuter_kernels as nk
-from bench.timing import Contender, compare, copying
+from bench import token_losses
+from bench.timing import Contender, compare, copying, measure
 from neumuter_kernels import reference
 
 PASSES = ("forward", "backward", "forward+backward")
 ACTIVATION = {"masked_glu": "silu", "masked_act": "gelu_tanh"}
 # ‖result − exact‖ / ‖exact‖ that a contender may have. In 16 bits, rounding in between is allowed.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+IN_CACHE_BYTES = 2**21
 CHECKED_AT_ONCE = 2**24  # elements whose exact results are held at a time
 
 
@@ -238,11 +244,27 @@ def rows(device, effort, small=False):
         for which in PASSES:
             moved = case.bytes(which)
             contenders = case.contenders(which)
-            yield _row(case, which, compare(contenders, copying(moved, device), device, effort, moved))
+            row = compare(contenders, copying(moved, device), device, effort, moved)
+            if device == "cpu" and which == "forward+backward":
+                row["in_cache_us"] = in_cache_us(case, effort)
+            yield _row(case, which, row)
     for tokens, width, hidden, dtype in [(16, 64, 32, torch.float32)] if small else PROJECTIONS[device]:
         case = Case("masked_glu", tokens, width, 1, dtype, device, hidden)
         which = "forward+backward"
         yield _row(case, which, compare(case.contenders(which), None, device, effort))
+    yield from token_losses.rows(device, effort, small)
+
+
+def in_cache_us(case, effort):
+    """The time of ours, forward and backward, at the speed it has on tokens that fit the L2 caches.
+
+    Nothing of it is memory's: what remains is arithmetic, and the call where there is little of that.
+    """
+    fitting = IN_CACHE_BYTES // (case.bytes("forward+backward") // case.tokens)
+    tokens = min(case.tokens, max(fitting // case.rows, 1) * case.rows)
+    part = Case(case.op, tokens, case.width, case.rows, case.dtype, case.device, compiled=False)
+    (samples,) = measure(part.contenders("forward+backward")[:1], case.device, effort).values()
+    return 1e6 * statistics.median(samples) * case.tokens / tokens
 
 
 def _row(case, which, measured):

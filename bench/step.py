@@ -251,7 +251,10 @@ def problem(shape, dtype, device):
 
 
 def peak_mib(shape, dtype, name):
-    """Peak memory of two steps of one contender, models included, in a process of its own; MiB."""
+    """Peak memory of two steps of one contender, models included, in a process of its own; MiB.
+
+    On the CPU without the libraries: what the process holds after two steps of a tiny model is left out.
+    """
     arguments = [sys.executable, "-m", "bench.step", shape, str(dtype).removeprefix("torch."), name]
     result = subprocess.run(arguments, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, check=True)
     return float(result.stdout.split()[-1])
@@ -260,13 +263,24 @@ def peak_mib(shape, dtype, name):
 def alone(shape, dtype, name):
     """What the process of ``peak_mib`` does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    step = ALL[name](*build(shape, dtype, device))
-    step.train()
-    step.train()
+
+    def train(shape):
+        step = ALL[name](*build(shape, dtype, device))
+        step.train()
+        step.train()
+
     if device == "cuda":
+        train(shape)
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    train("tiny")
+    libraries = _status_mib("VmRSS")
+    train(shape)
+    return _status_mib("VmHWM") - libraries
+
+
+def _status_mib(what):
+    """A figure of this process; not ru_maxrss, which a process inherits from the one that started it."""
+    return int(re.search(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
 def rows(device, effort, small=False):

@@ -52,5 +52,5 @@ def test_a_row_has_times_and_peaks_of_all():
     assert [entry["name"] for entry in entries] == list(step.ALL)
     for entry in entries:
         assert entry["median_us"] > 0
-        assert 50 < entry["peak_mib"] < 5000
+        assert -20 < entry["peak_mib"] < 200
         assert entry["tokens_per_s"] == pytest.approx(400e6 / entry["median_us"])

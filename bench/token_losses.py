@@ -1,0 +1,89 @@
+"""cross_entropy_ and kl_divergence_ against what else turns logits into losses and their gradients."""
+
+import torch
+import torch.nn.functional as F
+
+import neumuter_kernels as nk
+from bench.timing import Contender, compare, copying
+from neumuter_kernels import reference
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+# ‖result − exact‖ / ‖exact‖ of losses and gradients; in 16 bits the logits are rounded, and once more
+# where a contender makes log-probabilities of their dtype.
+TOLERANCE = {FLOAT32: 1e-5, BFLOAT16: 2e-2}
+# Tokens and vocabulary: a chunk of SmolLM2's and of Llama 3's logits.
+CASES = {
+    "cpu": [(170, 49152, FLOAT32), (170, 49152, BFLOAT16)],
+    "cuda": [(1024, 128256, FLOAT32), (1024, 128256, BFLOAT16)],
+}
+
+
+def cross_entropy(logits, targets):
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def kl_divergence(logits, other):
+    q, p = (x.float().log_softmax(-1) for x in (logits, other))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+# Of each op: ours, plain PyTorch, the reference, tensors of the logits' size that must move.
+OPS = {
+    "cross_entropy_": (nk.cross_entropy_, cross_entropy, reference.cross_entropy, 2),
+    "kl_divergence_": (nk.kl_divergence_, kl_divergence, reference.kl_divergence, 3),
+}
+
+
+def rows(device, effort, small=False):
+    """Yields one row of results after another."""
+    for tokens, vocabulary, dtype in [(8, 500, FLOAT32)] if small else CASES[device]:
+        logits, other = (4 * torch.randn(2, tokens, vocabulary, device=device)).to(dtype)
+        targets = torch.randint(vocabulary, (tokens,), device=device)
+        for op, (ours, plain, exact, moved) in OPS.items():
+            argument = targets if op == "cross_entropy_" else other
+            expected = exact(logits.double(), argument if argument is targets else argument.double())
+            contenders = [in_place(ours, logits, argument, expected)]
+            torch._dynamo.reset()
+            compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+            for name, function in (("eager", plain), ("torch.compile", compiled)):
+                contenders.append(by_autograd(name, function, logits, argument, expected))
+            moved_bytes = moved * logits.numel() * logits.element_size()
+            yield {
+                "op": op,
+                "pass": "losses+gradients",
+                "shape": [tokens, vocabulary],
+                "dtype": str(dtype).removeprefix("torch."),
+                **compare(contenders, copying(moved_bytes, device), device, effort, moved_bytes),
+            }
+
+
+def in_place(op, logits, argument, expected):
+    """Ours. It overwrites its logits, so each run begins with what the one before left: as much work."""
+    own = logits.clone()
+
+    def check():
+        given = logits.clone()
+        return disagreement(op(given, argument), given, expected)
+
+    return Contender("ours", lambda _: op(own, argument), check=check)
+
+
+def by_autograd(name, function, logits, argument, expected):
+    leaf = logits.clone().requires_grad_()
+
+    def run(_=None):
+        losses = function(leaf, argument)
+        (gradient,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+        return losses.detach(), gradient
+
+    return Contender(name, run, check=lambda: disagreement(*run(), expected))
+
+
+def disagreement(losses, gradients, expected):
+    """None, or which of the results is too far from the reference in float64."""
+    allowed = TOLERANCE[gradients.dtype]
+    for name, a, b in zip(("losses", "gradients"), (losses, gradients), expected, strict=True):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        if not error <= allowed:
+            return f"{name}: relative error {error:.1e}, allowed {allowed:.0e}"
+    return None
