@@ -5,15 +5,18 @@
 namespace neumuter::cpu {
 namespace NEUMUTER_CAPABILITY {
 
-// Calls body(t, f, n) for runs of n columns: full registers, and one shorter run at the end of a row.
+// Calls body(f, n) for runs of n of the block's columns: full registers, and one shorter run at the end.
 template <int kRun, typename Body>
 NEUMUTER_INLINE void for_each_run(const Block& b, Body body) {
-  for (int64_t i = b.first_token; i < b.last_token; ++i) {
-    const int64_t t = b.order ? b.order[i] : i;
-    int64_t f = b.first_column;
-    for (; f + kRun <= b.last_column; f += kRun) body(t, f, kRun);
-    if (f < b.last_column) body(t, f, static_cast<int>(b.last_column - f));
-  }
+  int64_t f = b.first_column;
+  for (const int64_t last = b.last_column; f + kRun <= last; f += kRun) body(f, kRun);
+  if (f < b.last_column) body(f, static_cast<int>(b.last_column - f));
+}
+
+// Calls body(t) for the block's tokens.
+template <typename Body>
+NEUMUTER_INLINE void for_each_token(const Block& b, Body body) {
+  for (int64_t i = b.first_token; i < b.last_token; ++i) body(b.order ? b.order[i] : i);
 }
 
 // n adjacent elements (or every other one) as a register; the lanes from n on are zero.
@@ -37,63 +40,79 @@ NEUMUTER_INLINE void store_run(Compute<T> x, T* to, int64_t stride, int n, bool 
   for (int i = 0; i < n; ++i) to[i * stride] = run[i];
 }
 
+// The mask of token t; null if it is unmasked.
 template <typename T>
-NEUMUTER_INLINE Compute<T> load_mask(const Ffn& a, int64_t row, int64_t f, int n) {
-  using S = Scalar<Compute<T>>;
-  if (row < 0) return splat<Compute<T>>(S(1));
-  return load_run(static_cast<const S*>(a.mask) + row * a.mask_stride + f, 1, n);
+NEUMUTER_INLINE const Scalar<Compute<T>>* mask_of(const Ffn& a, int64_t t) {
+  const int64_t row = a.mask_rows[t];
+  return row < 0 ? nullptr : static_cast<const Scalar<Compute<T>>*>(a.mask) + row * a.mask_stride;
 }
 
 template <typename T>
-NEUMUTER_INLINE const T* at(const void* base, int64_t t, int64_t row_stride, int64_t column) {
-  return static_cast<const T*>(base) + t * row_stride + column;
+NEUMUTER_INLINE const T* row_of(const void* base, int64_t t, int64_t stride) {
+  return static_cast<const T*>(base) + t * stride;
 }
+template <typename T>
+NEUMUTER_INLINE T* row_of(void* base, int64_t t, int64_t stride) {
+  return static_cast<T*>(base) + t * stride;
+}
+
+// In the loops over columns nothing is read through `a`: the stores there might change it, for all that
+// the compiler knows, and it would read it again for every register.
 
 template <typename T, Activation A, bool kGlu, int kStride>
 static void forward(const Ffn& a, const Block& block, void* out, int64_t out_stride) {
   using C = Compute<T>;
-  for_each_run<kWidth<T>>(block, [&](int64_t t, int64_t f, int n) __attribute__((always_inline)) {
-    C slope;
-    C h = round_to<T>(
-        activation<A>(load_run(at<T>(a.gate, t, a.gate_stride, f * kStride), kStride, n), &slope));
-    if constexpr (kGlu) h *= load_run(at<T>(a.up, t, a.up_stride, f * kStride), kStride, n);
-    h *= load_mask<T>(a, a.mask_rows[t], f, n);
-    store_run<T>(h, static_cast<T*>(out) + t * out_stride + f, 1, n, a.stream);
+  const bool past_caches = a.stream;
+  for_each_token(block, [&](int64_t t) __attribute__((always_inline)) {
+    const auto* mask = mask_of<T>(a, t);
+    const T* gate = row_of<T>(a.gate, t, a.gate_stride);
+    const T* up = row_of<T>(a.up, t, a.up_stride);
+    T* to = row_of<T>(out, t, out_stride);
+    for_each_run<kWidth<T>>(block, [=](int64_t f, int n) __attribute__((always_inline)) {
+      C slope;
+      C h = round_to<T>(activation<A>(load_run(gate + f * kStride, kStride, n), &slope));
+      if constexpr (kGlu) h *= load_run(up + f * kStride, kStride, n);
+      if (mask != nullptr) h *= load_run(mask + f, 1, n);
+      store_run<T>(h, to + f, 1, n, past_caches);
+    });
   });
-  if (a.stream) stream_fence();
+  if (past_caches) stream_fence();
 }
 
 template <typename T, Activation A, bool kGlu, int kStride>
 static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* grad_mask) {
   using C = Compute<T>;
   using S = Scalar<C>;
-  for_each_run<kWidth<T>>(block, [&](int64_t t, int64_t f, int n) __attribute__((always_inline)) {
-    const int64_t row = a.mask_rows[t];
-    const C grad = load_run(at<T>(d.grad, t, d.grad_stride, f), 1, n);
-    C slope;
-    const C value = round_to<T>(
-        activation<A>(load_run(at<T>(a.gate, t, a.gate_stride, f * kStride), kStride, n), &slope));
-    C up;
-    if constexpr (kGlu) up = load_run(at<T>(a.up, t, a.up_stride, f * kStride), kStride, n);
-    if (grad_mask != nullptr && row >= 0) {
-      S* sums = static_cast<S*>(grad_mask) + (f - block.first_column);
-      if constexpr (kGlu) {
-        store_run<S>(load_run(sums, 1, n) + grad * (value * up), sums, 1, n);
-      } else {
-        store_run<S>(load_run(sums, 1, n) + grad * value, sums, 1, n);
+  const bool past_caches = a.stream, input_grad = d.grad_gate != nullptr;
+  for_each_token(block, [&](int64_t t) __attribute__((always_inline)) {
+    const S* mask = mask_of<T>(a, t);
+    const T* grad = row_of<T>(d.grad, t, d.grad_stride);
+    const T* gate = row_of<T>(a.gate, t, a.gate_stride);
+    const T* up = row_of<T>(a.up, t, a.up_stride);
+    T* grad_gate = row_of<T>(d.grad_gate, t, d.grad_gate_stride);
+    T* grad_up = row_of<T>(d.grad_up, t, d.grad_up_stride);
+    S* sums =
+        mask == nullptr || grad_mask == nullptr ? nullptr : static_cast<S*>(grad_mask) - block.first_column;
+    for_each_run<kWidth<T>>(block, [=](int64_t f, int n) __attribute__((always_inline)) {
+      C inner = load_run(grad + f, 1, n);
+      C slope, u;
+      const C value = round_to<T>(activation<A>(load_run(gate + f * kStride, kStride, n), &slope));
+      if constexpr (kGlu) u = load_run(up + f * kStride, kStride, n);
+      if (sums != nullptr) {
+        C product = value;
+        if constexpr (kGlu) product *= u;
+        store_run<S>(load_run(sums + f, 1, n) + inner * product, sums + f, 1, n);
       }
-    }
-    if (d.grad_gate == nullptr) return;
-    C inner = grad * load_mask<T>(a, row, f, n);
-    if constexpr (kGlu) {
-      T* grad_up = static_cast<T*>(d.grad_up) + t * d.grad_up_stride + f * kStride;
-      store_run<T>(inner * value, grad_up, kStride, n, a.stream);
-      inner *= up;
-    }
-    T* grad_gate = static_cast<T*>(d.grad_gate) + t * d.grad_gate_stride + f * kStride;
-    store_run<T>(round_to<T>(inner) * slope, grad_gate, kStride, n, a.stream);
+      if (!input_grad) return;
+      if (mask != nullptr) inner *= load_run(mask + f, 1, n);
+      if constexpr (kGlu) {
+        store_run<T>(inner * value, grad_up + f * kStride, kStride, n, past_caches);
+        inner *= u;
+      }
+      store_run<T>(round_to<T>(inner) * slope, grad_gate + f * kStride, kStride, n, past_caches);
+    });
   });
-  if (a.stream) stream_fence();
+  if (past_caches) stream_fence();
 }
 
 // Calls f<T, A, kGlu, kStride>() for the run-time dtype, activation and layout.

@@ -34,7 +34,11 @@ NEUMUTER_INLINE double reciprocal(double x) { return 1.0 / x; }
 
 // exp(x) for x <= 0, within 2 ulp; underflow goes through the denormals to 0.
 NEUMUTER_INLINE Floats exponential(Floats x) {
+#if defined(__AVX512F__)
+  x = bits<Floats>(_mm512_max_ps(_mm512_set1_ps(-104.0f), bits<__m512>(x)));  // of NaN: the second, NaN
+#else
   x = x < -104.0f ? splat<Floats>(-104.0f) : x;  // NaN stays NaN
+#endif
   const Floats rounded = x * 1.44269504f + 12582912.0f;
   const Floats n = rounded - 12582912.0f;
   const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
