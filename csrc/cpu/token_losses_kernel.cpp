@@ -7,12 +7,21 @@
 namespace neumuter::cpu {
 namespace NEUMUTER_CAPABILITY {
 
-// Calls body(i, n) for each register of logits; only the last one may hold fewer than kWidth.
+// Calls body(i, n) for each register of logits [i, end); only the last one may hold fewer than kWidth.
 template <typename T, typename Body>
-NEUMUTER_INLINE void for_each_register(int64_t size, Body body) {
-  int64_t i = 0;
-  for (; i + kWidth<T> <= size; i += kWidth<T>) body(i, kWidth<T>);
-  if (i < size) body(i, static_cast<int>(size - i));
+NEUMUTER_INLINE void for_each_register(int64_t i, int64_t end, Body body) {
+  for (; i + kWidth<T> <= end; i += kWidth<T>) body(i, kWidth<T>);
+  if (i < end) body(i, static_cast<int>(end - i));
+}
+
+// Sums of float32 lanes run over this many registers, then go to a double: a vocabulary is too long for one.
+constexpr int64_t kSummed = 64;
+
+// Calls body(first, last) for runs of logits whose sums stay accurate.
+template <typename T, typename Body>
+NEUMUTER_INLINE void for_each_sum(int64_t size, Body body) {
+  constexpr int64_t kRun = kSummed * kWidth<T>;
+  for (int64_t i = 0; i < size; i += kRun) body(i, i + kRun < size ? i + kRun : size);
 }
 
 // n logits; the other lanes are −inf, which adds nothing to any sum.
@@ -52,7 +61,7 @@ template <typename T>
 NEUMUTER_INLINE Scalar<Compute<T>> maximum(const T* logits, int64_t size) {
   using C = Compute<T>;
   C most = splat<C>(-std::numeric_limits<Scalar<C>>::infinity());
-  for_each_register<T>(size, [&](int64_t i, int n) __attribute__((always_inline)) {
+  for_each_register<T>(0, size, [&](int64_t i, int n) __attribute__((always_inline)) {
     const C x = load_logits(logits + i, n);
     most = x > most ? x : most;
   });
@@ -64,14 +73,18 @@ static void cross_entropy_of(T* logits, int64_t size, int64_t target, Scalar<Com
   using C = Compute<T>;
   using S = Scalar<C>;
   const S most = maximum(logits, size);
-  C sums = splat<C>(S(0));
-  for_each_register<T>(size, [&](int64_t i, int n) __attribute__((always_inline)) {
-    sums += exponential(load_logits(logits + i, n) - most);
+  double total = 0;
+  for_each_sum<T>(size, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    C sums = splat<C>(S(0));
+    for_each_register<T>(first, last, [&](int64_t i, int n) __attribute__((always_inline)) {
+      sums += exponential(load_logits(logits + i, n) - most);
+    });
+    total += sum(sums);
   });
-  const S total = sum(sums), scale = S(1) / total;
+  const S scale = static_cast<S>(1 / total);
   const C wanted = splat<C>(largest(load_logits(logits + target, 1))) - most;
-  *loss = std::log(total) - largest(wanted);
-  for_each_register<T>(size, [&](int64_t i, int n) __attribute__((always_inline)) {
+  *loss = static_cast<S>(std::log(total) - largest(wanted));
+  for_each_register<T>(0, size, [&](int64_t i, int n) __attribute__((always_inline)) {
     store_logits<T>(exponential(load_logits(logits + i, n) - most) * scale, logits + i, n);
   });
   store_logits<T>(exponential(wanted) * scale - S(1), logits + target, 1);
@@ -82,18 +95,23 @@ static void kl_divergence_of(T* logits, const T* reference, int64_t size, Scalar
   using C = Compute<T>;
   using S = Scalar<C>;
   const S q_most = maximum(logits, size), p_most = maximum(reference, size);
-  C q_sums = splat<C>(S(0)), p_sums = q_sums, differences = q_sums;
-  for_each_register<T>(size, [&](int64_t i, int n) __attribute__((always_inline)) {
-    const C q = load_logits(logits + i, n) - q_most, p = load_logits(reference + i, n) - p_most;
-    const C e = exponential(p);
-    q_sums += exponential(q);
-    p_sums += e;
-    differences += e > S(0) ? e * (p - q) : splat<C>(S(0));  // 0·(−∞ − q) is 0 here
+  double q_total = 0, p_total = 0, difference = 0;
+  for_each_sum<T>(size, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    C q_sums = splat<C>(S(0)), p_sums = q_sums, differences = q_sums;
+    for_each_register<T>(first, last, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const C q = load_logits(logits + i, n) - q_most, p = load_logits(reference + i, n) - p_most;
+      const C e = exponential(p);
+      q_sums += exponential(q);
+      p_sums += e;
+      differences += e > S(0) ? e * (p - q) : splat<C>(S(0));  // 0·(−∞ − q) is 0 here
+    });
+    q_total += sum(q_sums);
+    p_total += sum(p_sums);
+    difference += sum(differences);
   });
-  const S q_total = sum(q_sums), p_total = sum(p_sums);
-  *loss = sum(differences) / p_total + std::log(q_total / p_total);
-  const S q_scale = S(1) / q_total, p_scale = S(1) / p_total;
-  for_each_register<T>(size, [&](int64_t i, int n) __attribute__((always_inline)) {
+  *loss = static_cast<S>(difference / p_total + std::log(q_total / p_total));
+  const S q_scale = static_cast<S>(1 / q_total), p_scale = static_cast<S>(1 / p_total);
+  for_each_register<T>(0, size, [&](int64_t i, int n) __attribute__((always_inline)) {
     const C q = load_logits(logits + i, n) - q_most, p = load_logits(reference + i, n) - p_most;
     store_logits<T>(exponential(q) * q_scale - exponential(p) * p_scale, logits + i, n);
   });
