@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, report
-from bench.timing import FULL, QUICK
+from bench.timing import FULL, QUICK, keep_freed_memory
 
 # Each module has rows(device, effort, small), which yields one row of results after another.
 MEASURED = ("kernels", "step", "select", "decode")
@@ -51,6 +51,7 @@ def measured(sub, folder, quick):
     print(report.machine_line(header))
     if report.is_busy(header):
         print(f"The load was {header['load']} before this began: wait until nothing else runs here.")
+    keep_freed_memory()
     rows = []
     for row in importlib.import_module(f"bench.{sub}").rows(device, QUICK if quick else FULL[device], quick):
         print(report.row_text(row), flush=True)

@@ -1,5 +1,6 @@
 """Interleaved timing of contenders for the same work, each checked for correctness first."""
 
+import ctypes
 import functools
 import math
 import statistics
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WARM_UP = 3
 CPU_SAMPLE_SECONDS = 2e-3  # a sample on the CPU repeats short calls for about this long
 LAUNCHING_CYCLES = 1_000_000  # GPU clock cycles, about 0.6 ms: longer than launching any contender
@@ -40,6 +42,17 @@ class Effort:
 
 FULL = {"cpu": Effort(1.0, 9), "cuda": Effort(0.2, 9)}
 QUICK = Effort(0.0, 2)
+
+
+def keep_freed_memory():
+    """Let malloc keep what is freed, as PyTorch's allocator for GPUs does (blocks below 32 MiB; glibc only).
+
+    Else contenders are timed that wait for the kernel to clear pages which another one has just given back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class _CpuClock:
