@@ -226,8 +226,8 @@ def section(results):
         )
     parts.append(
         "`make bench` measures all of this anew. All contenders of a row are checked against the reference "
-        "in float64, then timed in turn in one process that keeps freed memory; the copy is torch's, of as many "
-        "bytes."
+        "in float64, then timed in turn in one process that keeps freed memory; the copy is torch's, of as "
+        "many bytes."
     )
     if any(sub == "kernels" for sub, _, _ in measured):
         parts.append("![Speed-up and share of copy bandwidth](docs/performance.png)")
