@@ -3,6 +3,6 @@
 
 namespace neumuter {
 
-enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kCount };
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity, kCount };
 
 }  // namespace neumuter

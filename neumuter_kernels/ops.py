@@ -55,7 +55,8 @@ def masked_glu(
             is one mask for all and G = B one row per sample of a [B, S, F] batch). Otherwise
             int32 or int64 with one id in [−1, G) per token; a token with id −1 is unmasked. On the
             CPU other ids raise; on a GPU, where a check would wait for the device, they count as −1.
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2".
+        activation: "silu", "gelu" (erf), "gelu_tanh", "relu", "relu2" or "identity" (of activations that
+            somebody else has computed).
         gate_up: [..., 2F] instead of gate and up: both in one tensor, read without a copy.
         interleaved: gate_up holds gate in its even and up in its odd columns (else in its halves).
         reuse_inputs: let the backward pass write the gradients of gate and up over gate and up, which

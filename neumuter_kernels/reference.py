@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 
 def activate(x, activation):
@@ -25,6 +25,8 @@ def activate(x, activation):
         return F.relu(x)
     if activation == "relu2":
         return F.relu(x).square()
+    if activation == "identity":
+        return x
     raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 

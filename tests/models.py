@@ -2,19 +2,9 @@
 
 import tokenizers
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY, HIDDEN, WIDTH, LAYERS = 97, 32, 72, 3
+VOCABULARY, HIDDEN, WIDTH, LAYERS, EXPERTS = 97, 32, 72, 3, 4
 
 LLAMA_LIKE = dict(
     vocab_size=VOCABULARY,
@@ -24,63 +14,66 @@ LLAMA_LIKE = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
+GPT_LIKE = dict(
+    vocab_size=VOCABULARY, n_embd=HIDDEN, n_inner=WIDTH, n_layer=LAYERS, n_head=4, n_positions=128,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+HEADS = dict(head_dim=8)
+MOE = dict(moe_intermediate_size=WIDTH, num_experts=EXPERTS, num_experts_per_tok=2)
+LOCAL = dict(num_local_experts=EXPERTS, num_experts_per_tok=2)
+
+# The model_type and what its config needs; a name of our own where one type comes twice.
+FAMILIES = {
+    "gpt2": ("gpt2", GPT_LIKE),
+    "gpt_neo": ("gpt_neo", dict(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDTH, num_layers=LAYERS, num_heads=4,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
+        attention_types=[[["global", "local", "global"], 1]],
+    )),
+    "gptj": ("gptj", GPT_LIKE | dict(rotary_dim=4, tie_word_embeddings=False)),
+    "gpt_neox": ("gpt_neox", LLAMA_LIKE),
+    "phi": ("phi", LLAMA_LIKE),
+    "opt": ("opt", dict(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, ffn_dim=WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=HIDDEN,
+    )),
+    "starcoder2": ("starcoder2", LLAMA_LIKE),
+    "llama": ("llama", LLAMA_LIKE),
+    "llama_bias": ("llama", LLAMA_LIKE | dict(mlp_bias=True, attention_bias=True)),
+    "llama_gelu": ("llama", LLAMA_LIKE | dict(hidden_act="gelu_pytorch_tanh")),
+    "llama_mish": ("llama", LLAMA_LIKE | dict(hidden_act="mish")),
+    "smollm3": ("smollm3", LLAMA_LIKE),
+    "mistral": ("mistral", LLAMA_LIKE),
+    "qwen2": ("qwen2", LLAMA_LIKE),
+    "qwen3": ("qwen3", LLAMA_LIKE | HEADS),
+    "olmo2": ("olmo2", LLAMA_LIKE),
+    "gemma": ("gemma", LLAMA_LIKE | HEADS),
+    "gemma2": ("gemma2", LLAMA_LIKE | HEADS | dict(query_pre_attn_scalar=8)),
+    "gemma3": ("gemma3_text", LLAMA_LIKE | HEADS | dict(query_pre_attn_scalar=8)),
+    "phi3": ("phi3", LLAMA_LIKE),
+    "glm4": ("glm4", LLAMA_LIKE | HEADS),
+    "mixtral": ("mixtral", LLAMA_LIKE | LOCAL),
+    "qwen2_moe": ("qwen2_moe", LLAMA_LIKE | MOE | dict(shared_expert_intermediate_size=40)),
+    "qwen3_moe": ("qwen3_moe", LLAMA_LIKE | HEADS | MOE),
+    "gpt_oss": ("gpt_oss", LLAMA_LIKE | HEADS | LOCAL),
+}  # fmt: skip
+OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+SMALL = ("llama", "llama_bias", "qwen2", "gpt2", "gpt_neo", "phi3", "mixtral")  # one of each kind
 
 
-def llama(**changes):
-    return LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE | changes))
+def config(name, **changes):
+    model_type, options = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **options | changes)
 
 
-def llama_bias():
-    return llama(mlp_bias=True, attention_bias=True)
-
-
-def llama_gelu():
-    return llama(hidden_act="gelu_pytorch_tanh")
-
-
-def qwen2():
-    return Qwen2ForCausalLM(Qwen2Config(**LLAMA_LIKE))
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=HIDDEN,
-            n_inner=WIDTH,
-            n_layer=LAYERS,
-            n_head=4,
-            n_positions=128,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def gpt_neo():
-    return GPTNeoForCausalLM(
-        GPTNeoConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=WIDTH,
-            num_layers=LAYERS,
-            num_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=0,
-            eos_token_id=0,
-            attention_types=[[["global", "local", "global"], 1]],
-        )
-    )
-
-
-FAMILIES = {f.__name__: f for f in (llama, llama_bias, llama_gelu, qwen2, gpt2, gpt_neo)}
-
-
-def build(name, dtype=torch.float32, seed=0):
+def build(name, dtype=torch.float32, seed=0, **changes):
     """A model in eval mode with weights, biases included, large enough for every neuron to matter."""
     torch.manual_seed(seed)
-    model = FAMILIES[name]()
+    model = AutoModelForCausalLM.from_config(config(name, **changes))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 or key.endswith("bias"):

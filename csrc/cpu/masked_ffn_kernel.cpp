@@ -136,6 +136,8 @@ static void with_activation(const Ffn& a, F f) {
       return with_layout<T, Activation::kRelu>(a, f);
     case Activation::kRelu2:
       return with_layout<T, Activation::kRelu2>(a, f);
+    case Activation::kIdentity:
+      return with_layout<T, Activation::kIdentity>(a, f);
     case Activation::kCount:
       break;
   }

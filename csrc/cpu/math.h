@@ -113,10 +113,13 @@ NEUMUTER_INLINE C activation(C x, C* slope) {
   } else if constexpr (A == Activation::kRelu) {
     *slope = x > zero ? splat<C>(one) : splat<C>(zero);
     return x < zero ? splat<C>(zero) : x;  // NaN stays NaN
-  } else {
+  } else if constexpr (A == Activation::kRelu2) {
     const C r = x < zero ? splat<C>(zero) : x;
     *slope = S(2) * r;
     return r * r;
+  } else {
+    *slope = splat<C>(one);
+    return x;
   }
 }
 

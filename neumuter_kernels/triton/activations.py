@@ -73,8 +73,11 @@ def activation(x, ACTIVATION: tl.constexpr, ACCURATE: tl.constexpr):
     elif ACTIVATION == 3:  # relu
         value = tl.where(x < 0.0, 0.0, x)
         slope = tl.where(x > 0.0, 1.0, 0.0)
-    else:  # relu2
+    elif ACTIVATION == 4:  # relu2
         r = tl.where(x < 0.0, 0.0, x)
         value = r * r
         slope = 2.0 * r
+    else:  # identity
+        value = x
+        slope = tl.full(x.shape, 1.0, x.dtype)
     return value, slope

@@ -13,6 +13,7 @@ _HOMES = {
     "attach": "masking",
     "fold": "muting",
     "mute": "muting",
+    "register_family": "families",
 }
 __all__ = list(_HOMES)
 

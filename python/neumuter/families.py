@@ -1,4 +1,9 @@
-"""Where the FFNs of a model are, found by structure: no code per model."""
+"""Where the FFNs of a model are, found by structure: no code per model.
+
+A module is an FFN if an activation stands among its children beside an up and a down projection, or a gate,
+an up and a down projection, or one that makes gate and up together; sizes tell which is which. Experts are
+found by the attributes of transformers' experts interface. ``register_family`` describes what this misses.
+"""
 
 from dataclasses import dataclass
 
@@ -6,26 +11,6 @@ import torch
 from torch import nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names of the children that make a module an FFN. Without ``gate`` the FFN is a plain one."""
-
-    up: str
-    down: str
-    activation: str
-    gate: str | None = None
-    dropout: str | None = None
-
-    @property
-    def required(self):
-        return [name for name in (self.gate, self.up, self.down, self.activation, self.dropout) if name]
-
-
-GATED = Layout(gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn")
-PLAIN = Layout(up="c_fc", down="c_proj", activation="act", dropout="dropout")
-LAYOUTS = (GATED, PLAIN)
 
 # By exact type: a subclass may compute something else.
 ACTIVATION_NAMES = {
@@ -41,75 +26,220 @@ ACTIVATION_NAMES = {
 }
 
 
-def activation_name(module, path):
-    """The kernels' name of an activation module: silu, gelu, gelu_tanh, relu or relu2.
-
-    Raises ValueError, naming ``path`` and the class, if the kernels do not have it.
-    """
+def activation_name(module):
+    """The kernels' name of an activation module: silu, gelu, gelu_tanh, relu or relu2; None for others."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    try:
-        return ACTIVATION_NAMES[type(module)]
-    except KeyError:
-        raise ValueError(
-            f"{path} has the activation {type(module).__name__}; supported are "
-            + ", ".join(sorted({c.__name__ for c in ACTIVATION_NAMES} | {"GELU"}))
-        ) from None
+    return ACTIVATION_NAMES.get(type(module))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the children that make a module an FFN: ``up`` or ``gate_up`` (gate in the first half), and
+    ``down``; ``gate`` in a gated FFN with separate projections; the module of the ``activation``, if any."""
+
+    down: str
+    up: str | None = None
+    gate: str | None = None
+    gate_up: str | None = None
+    activation: str | None = None
+
+    @property
+    def names(self):
+        return [n for n in (self.gate, self.up, self.gate_up, self.down, self.activation) if n]
+
+
+REGISTERED = []
+
+
+def register_family(down, up=None, gate=None, gate_up=None, activation=None):
+    """Describe an FFN that is not found by its structure: every module with children of these names is one.
+
+    ``down``, ``up``, ``gate``: the projections. ``gate_up``: one projection that makes both, the gate in the
+    first half of its output. ``activation``: the module of the activation function; leave it out if the
+    model calls a function instead.
+
+    Raises ValueError unless exactly one of ``up`` and ``gate_up`` is given, and ``gate`` only with ``up``.
+    """
+    if (up is None) == (gate_up is None) or (gate and gate_up):
+        raise ValueError("give up, or gate and up, or gate_up alone, beside down")
+    REGISTERED.append(Layout(down, up, gate, gate_up, activation))
 
 
 @dataclass(frozen=True)
 class FFN:
-    """One FFN of a model. ``layer`` is its position among all FFNs of the model, from 0."""
+    """One FFN of a model. ``layer`` is its position among all FFNs of the model, from 0.
+
+    ``layout``: of a dense FFN; None for experts, whose neurons are counted expert after expert.
+    ``activation``: the kernels' name of it, None if they do not have it.
+    """
 
     path: str
     layer: int
     module: nn.Module
-    layout: Layout
-    activation: str
+    layout: Layout | None
+    activation: str | None
+    dtype: torch.dtype  # of the hidden states
+
+    @property
+    def experts(self):
+        """The number of experts; 1 for a dense FFN."""
+        return 1 if self.layout else self.module.num_experts
 
     @property
     def down(self):
-        """The down projection, a module."""
+        """The down projection of a dense FFN, a module."""
         return getattr(self.module, self.layout.down)
 
     @property
-    def down_weight(self):
-        """A view of the down projection's weight as [d, F], d the hidden and F the intermediate size.
-
-        Raises ValueError if the weight is not a plain floating-point matrix in memory.
-        """
-        weight = self.down.weight
-        if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(
-                f"{self.path}.{self.layout.down} has a {weight.dtype} weight of shape {tuple(weight.shape)} "
-                f"on {weight.device}, not a floating-point matrix in memory; load the model unquantised "
-                "(or call model.dequantize()) and without offloading"
-            )
-        return weight.detach().T if isinstance(self.down, Conv1D) else weight.detach()
-
-    @property
     def width(self):
-        """The number of neurons F, read from the weight."""
-        return self.down_weight.shape[1]
+        """The number of neurons: F, or E·F for E experts. Read from the projection, not from the config."""
+        if self.layout:
+            return features(self.down)[0]
+        return self.module.down_proj.shape[1 if self.module.is_transposed else 2] * self.experts
 
     @property
     def device(self) -> torch.device:
-        return self.down.weight.device
+        """Where the neurons are computed."""
+        places = self.down.parameters() if self.layout else [self.module.down_proj]
+        tensors = [*places, *(self.down.buffers() if self.layout else [])]
+        found = next((t.device for t in tensors if t.device.type != "meta"), None)
+        hook = getattr(self.down if self.layout else self.module, "_hf_hook", None)  # of Accelerate
+        return found or torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+    @property
+    def down_weight(self):
+        """A view of the down projection's weight as [d, E, F], or None if it is not one plain matrix.
+
+        d is the hidden size, E the number of experts (1 if dense), F the intermediate size. Quantised
+        weights, adapters around a projection, and weights that are offloaded have no such view.
+        """
+        if not self.layout:
+            weight = _plain(self.module.down_proj)
+            order = (2, 0, 1) if self.module.is_transposed else (1, 0, 2)
+            return None if weight is None else weight.permute(order)
+        if not isinstance(self.down, nn.Linear | Conv1D) or hasattr(self.down, "base_layer"):
+            return None
+        weight = _plain(self.down.weight)
+        if weight is None:
+            return None
+        return (weight.T if isinstance(self.down, Conv1D) else weight)[:, None]
+
+
+def _plain(weight):
+    """A floating-point tensor in memory, detached; gathered if it is sharded; None for anything else."""
+    if hasattr(weight, "full_tensor"):
+        return weight.detach().full_tensor()
+    usual = type(weight) in (torch.Tensor, nn.Parameter)
+    return weight.detach() if usual and weight.is_floating_point() and not weight.is_meta else None
+
+
+def features(module):
+    """(inputs, outputs) of a linear projection of any kind, plain, quantised or adapted; else None."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return found if all(type(n) is int for n in found) else None
+
+
+def _is_activation(module):
+    return type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation") and (
+        not isinstance(module, nn.MultiheadAttention)
+    )
+
+
+def infer_layout(module):
+    """The Layout of a module that is an FFN by its children, else None."""
+    children = dict(module.named_children())
+    for layout in REGISTERED:
+        if all(name in children for name in layout.names):
+            return layout
+    linear = {name: size for name, child in children.items() if (size := features(child))}
+    acting = [name for name, child in children.items() if _is_activation(child)]
+    if len(acting) != 1:
+        return None
+    for down in reversed(linear):  # the down projection comes last where sizes do not tell
+        width, hidden = linear[down]
+        others = [name for name in linear if name != down]
+        sizes = {linear[name] for name in others}
+        if len(others) == 1 and sizes == {(hidden, width)}:
+            return Layout(down, up=others[0], activation=acting[0])
+        if len(others) == 1 and sizes == {(hidden, 2 * width)}:
+            return Layout(down, gate_up=others[0], activation=acting[0])
+        gates = [name for name in others if "gate" in name]
+        if len(others) == 2 and sizes == {(hidden, width)} and len(gates) == 1 and "down" not in gates[0]:
+            up = next(name for name in others if name != gates[0])
+            return Layout(down, up=up, gate=gates[0], activation=acting[0])
+    return None
+
+
+EXPERTS = ("num_experts", "down_proj", "has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def _is_experts(module):
+    return all(hasattr(module, name) for name in EXPERTS) and isinstance(module.down_proj, torch.Tensor)
+
+
+def unwrapped(model):
+    """The transformers model inside what PEFT, torch.compile and data parallelism put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
+            inner = model.module
+        if inner is None and hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            inner = model.get_base_model()
+        if inner is None:
+            return model
+        model = inner
 
 
 def find_ffns(model):
-    """All FFNs of ``model`` in model order, a list of ``FFN``.
+    """All FFNs of ``model`` in model order, a list of ``FFN``; those of a vision or audio tower are not.
 
-    Raises ValueError if there is none, or if one has an activation that the kernels do not have.
+    Raises ValueError if there is none, and if a module holds weights of experts that are not understood.
     """
+    model = unwrapped(model)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
+    dtype = getattr(model, "dtype", torch.float32)
     found = []
     for path, module in model.named_modules():
-        children = dict(module.named_children())
-        for layout in LAYOUTS:
-            if all(name in children for name in layout.required):
-                name = activation_name(children[layout.activation], f"{path}.{layout.activation}")
-                found.append(FFN(path, len(found), module, layout, name))
+        if module not in inside:
+            continue
+        layout = None
+        if _is_experts(module):
+            plain = _gates_plainly(module) and activation_name(getattr(module, "act_fn", None))
+            found.append(FFN(path, len(found), module, None, plain or None, dtype))
+        elif layout := infer_layout(module):
+            acting = getattr(module, layout.activation) if layout.activation else None
+            found.append(FFN(path, len(found), module, layout, activation_name(acting), dtype))
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            _refuse_unknown_experts(path, module)
     if not found:
-        layouts = " or ".join("{" + ", ".join(layout.required) + "}" for layout in LAYOUTS)
-        raise ValueError(f"no FFN found in {type(model).__name__}: no module has the children {layouts}")
+        raise ValueError(
+            f"no FFN found in {type(model).__name__}: no module has an activation among its children beside "
+            "the projections of an FFN; describe it with neumuter.register_family(down=..., up=..., "
+            "gate=..., activation=...), naming the children of one of: " + _classes(model)
+        )
     return found
+
+
+def _gates_plainly(experts):
+    """Whether act_fn(gate)·up is all that happens between the projections."""
+    apply = getattr(type(experts), "_apply_gate", None)
+    return not experts.has_gate or getattr(apply, "__name__", "") == "_default_apply_gate"
+
+
+def _refuse_unknown_experts(path, module):
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1:
+            raise ValueError(
+                f"{path}, a {type(module).__name__}, holds the 3-dimensional weight {name}, "
+                f"{tuple(parameter.shape)}, as experts do, but not through transformers' experts interface "
+                "(use_experts_implementation); its neurons cannot be masked"
+            )
+
+
+def _classes(model):
+    names = {type(m).__name__ for m in model.modules() if any(features(c) for c in m.children())}
+    return ", ".join(sorted(names)[:12]) or "(it has no linear projections)"

@@ -1,97 +1,178 @@
-"""The masked FFN: as a function, as a stand-in for a model's own module, and as drop-in modules."""
+"""The masked FFN: as a function, on a model's own modules, and as drop-in modules.
+
+A mask reaches a model's FFN at one of four places, called seams, whose forward is replaced on that instance:
+
+- "activation": of a plain FFN; the activation module, since the mask may follow φ at once.
+- "ffn": of a gated FFN; the whole module, since the kernel computes φ(gate)·up·mask.
+- "experts": the experts module of a mixture; its tokens are grouped by expert and reach the same kernels.
+- "down": the down projection's input, behind whatever an FFN computes that the kernels do not know.
+
+The projections are called as the modules that they are: quantised, adapted, sharded or offloaded ones, too.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.integrations.moe import _grouped_linear
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from neumuter.families import GATED, PLAIN, activation_name
+from neumuter.families import activation_name
 from neumuter_kernels import masked_act, masked_glu
 
+CHILD = "neumuter"  # the name of the Gates among a seam's children
 
-def masked_ffn(module, layout, activation, hidden_states, mask, row_ids=None):
-    """The FFN ``module`` with its neurons multiplied by ``mask``; the projections are called as modules.
 
-    ``hidden_states``: [B, S, d] or [T, d]. ``mask``: [F] or [G, F], float32. ``row_ids``: integers, one
-    mask row per token, −1 = unmasked; None: the T = B·S tokens are split into G equal runs, so G = B gives
-    one row per sample. Returns a tensor shaped like ``hidden_states``.
-    """
-    if mask.dim() == 1:
-        mask = mask[None]
-    if hidden_states.dtype == torch.float64:
-        mask = mask.double()
-    hidden = getattr(module, layout.up)(hidden_states)
-    if layout.gate:
-        gate = getattr(module, layout.gate)(hidden_states)
-        hidden = masked_glu(gate, hidden, mask, row_ids, activation, reuse_inputs=True)
+class Mask(NamedTuple):
+    """values: float32 [G, width]. row_ids: integers, one row per token, −1 = unmasked; None: G equal runs."""
+
+    values: torch.Tensor
+    row_ids: torch.Tensor | None = None
+
+
+def masked_act_of(hidden, activation, mask):
+    """φ(hidden)·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_act``."""
+    return masked_act(hidden, _like(mask.values, hidden), mask.row_ids, activation, reuse_inputs=True)
+
+
+def masked_glu_of(gate, up, activation, mask):
+    """φ(gate)·up·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_glu``."""
+    return masked_glu(gate, up, _like(mask.values, gate), mask.row_ids, activation, reuse_inputs=True)
+
+
+def masked_packed_of(gate_up, activation, mask):
+    """As ``masked_glu_of`` for gate and up in the halves of one tensor, [..., 2F]."""
+    values = _like(mask.values, gate_up)
+    return masked_glu(
+        mask=values, row_ids=mask.row_ids, activation=activation, gate_up=gate_up, reuse_inputs=True
+    )
+
+
+def _like(values, activations):
+    """The mask where, and as wide as, the kernels need it for these activations."""
+    wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
+    return values.to(activations.device, wide)
+
+
+# --- The seams: functions of the module that they replace the forward of --------------------
+
+
+def masked_activation(activation, gates, mask, hidden):
+    return masked_act_of(hidden, gates.activation, mask)
+
+
+def masked_ffn(ffn, gates, mask, hidden_states):
+    layout = gates.layout
+    if layout.gate_up:
+        gate_up = getattr(ffn, layout.gate_up)(hidden_states)
+        hidden = masked_packed_of(gate_up, gates.activation, mask)
     else:
-        hidden = masked_act(hidden, mask, row_ids, activation, reuse_inputs=True)
-    output = getattr(module, layout.down)(hidden)
-    return getattr(module, layout.dropout)(output) if layout.dropout else output
+        gate, up = getattr(ffn, layout.gate)(hidden_states), getattr(ffn, layout.up)(hidden_states)
+        hidden = masked_glu_of(gate, up, gates.activation, mask)
+    return getattr(ffn, layout.down)(hidden)
 
 
-@torch.no_grad()
-def verify(ffn):
-    """Raise ValueError, naming the FFN, unless ``masked_ffn`` with a mask of ones computes what it computes.
+def masked_down(down, gates, mask, hidden):
+    return gates.unmasked(down, masked_act_of(hidden, "identity", mask))
 
-    A module may have the children of an FFN and do something else with them.
+
+def masked_experts(experts, gates, mask, hidden_states, top_k_index, top_k_weights):
+    """As transformers' grouped_mm_experts_forward: hidden_states and output [T, d], the others [T, k]."""
+    tokens, k = top_k_index.shape
+    number = experts.num_experts
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    token = order // k
+    ends = torch.searchsorted(expert, torch.arange(number, device=expert.device), right=True, out_int32=True)
+    mask = Mask(*_by_expert(mask, token, expert, tokens, number))
+
+    def project(x, name):
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        return _project(x, getattr(experts, name), ends, bias, experts.is_transposed)
+
+    hidden = project(hidden_states[token], "gate_up_proj" if experts.has_gate else "up_proj")
+    if gates.activation and experts.has_gate:
+        hidden = masked_packed_of(hidden, gates.activation, mask)
+    elif gates.activation:
+        hidden = masked_act_of(hidden, gates.activation, mask)
+    else:
+        hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        hidden = masked_act_of(hidden, "identity", mask)
+    output = project(hidden, "down_proj")
+    if experts.has_post_expert_norm:
+        output = experts.post_expert_norm(output)
+    output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    restored = torch.empty_like(output).index_copy(0, order, output)
+    return restored.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+
+def _project(x, weight, ends, bias, is_transposed):
+    """The rows of x up to ends[e], from ends[e − 1] on, through the weight and bias of expert e."""
+    if x.dtype != torch.float64:
+        return _grouped_linear(x, weight, ends, bias, is_transposed)
+    weight = weight if is_transposed else weight.transpose(-2, -1)
+    product = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)  # torch's has no float64
+    return product if bias is None else product + bias
+
+
+def _by_expert(mask, token, expert, tokens, number):
+    """A mask [G, E·F] as [G·E, F], and the row of each pair of token and expert."""
+    values, row_ids = mask
+    rows = len(values)
+    if row_ids is not None:
+        row = row_ids.reshape(-1).to(token.device)[token]
+    else:
+        row = token // max(tokens // rows, 1)
+    return values.view(rows * number, -1), torch.where(row < 0, -1, row * number + expert)
+
+
+SEAMS = {"activation": masked_activation, "ffn": masked_ffn, "experts": masked_experts, "down": masked_down}
+
+
+def seam_module(ffn, seam):
+    """The module whose forward that seam of an ``FFN`` replaces."""
+    if seam == "activation":
+        return getattr(ffn.module, ffn.layout.activation)
+    return ffn.down if seam == "down" else ffn.module
+
+
+# --- On a model -----------------------------------------------------------------------------
+
+
+class Gates(nn.Module):
+    """What masks an FFN: a child of its seam, whose forward it replaces from ``install`` to ``remove``.
+
+    Without a mask the seam runs what it ran before: the same bits as the untouched model. Subclasses say
+    which mask applies, and keep tensors of their own in float32 whatever dtype the model is moved to.
     """
-    weight = ffn.down_weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
-    training = {module: module.training for module in ffn.module.modules()}
-    ffn.module.eval()
-    try:
-        expected = ffn.module(x)
-        ones = torch.ones(weight.shape[1], device=weight.device)
-        actual = masked_ffn(ffn.module, ffn.layout, ffn.activation, x, ones)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
-    if (actual - expected).abs().max() > tolerance * expected.abs().max():
-        raise ValueError(
-            f"{ffn.path}, a {type(ffn.module).__name__}, has the children of an FFN but computes something "
-            "else than down(activation(gate) · up) or down(activation(up)); it cannot be masked"
-        )
 
-
-class FFNWrapper(nn.Module):
-    """Stands in for an FFN module and shares its children under their own names.
-
-    So the state_dict keys of the weights stay what they were. The original module is kept out of
-    registration (its weights would appear twice) and is what runs when there is no mask: the same bits as
-    the untouched model. Subclasses say which mask applies, and keep tensors of their own in float32
-    whatever dtype the model is moved to.
-    """
-
-    def __init__(self, ffn):
+    def __init__(self, ffn, seam):
         super().__init__()
-        verify(ffn)
-        for name, child in ffn.module.named_children():
-            self.add_module(name, child)
-        self.path, self.layer, self.width = ffn.path, ffn.layer, ffn.width
-        self.layout, self.activation = ffn.layout, ffn.activation
-        object.__setattr__(self, "hidden_original", (ffn.module,))
-        self.training = ffn.module.training
-
-    @property
-    def original(self):
-        return self.hidden_original[0]
+        self.path, self.layer, self.width, self.experts = ffn.path, ffn.layer, ffn.width, ffn.experts
+        self.layout, self.activation, self.seam = ffn.layout, ffn.activation, seam
+        self.former = None
 
     def mask(self, hidden_states):
-        """The mask for this forward, [G, F] or [F], or None to run the original module."""
+        """The ``Mask`` of this forward, or None. hidden_states: [B, S, d] or [T, d]."""
         raise NotImplementedError
 
-    def forward(self, hidden_states):
-        mask = self.mask(hidden_states)
-        if mask is None:
-            return self.hidden_original[0](hidden_states)
-        return masked_ffn(self, self.layout, self.activation, hidden_states, mask)
+    def install(self, module):
+        self.former = vars(module).get("forward")  # somebody else's, such as Accelerate's
+        module.add_module(CHILD, self)
+        module.forward = _forward.__get__(module)  # a bound method, so that a deep copy is bound to the copy
 
-    def train(self, mode=True):
-        self.original.training = mode
-        return super().train(mode)
+    def remove(self, module):
+        if self.former is None:
+            del module.forward
+        else:
+            module.forward = self.former
+        delattr(module, CHILD)
+
+    def unmasked(self, module, *arguments, **options):
+        """What the seam computes without us."""
+        if self.former is None:
+            return type(module).forward(module, *arguments, **options)
+        return self.former(*arguments, **options)
 
     def _apply(self, fn, recurse=True):
         kept = {name: tensor.detach() for name, tensor in (self._parameters | self._buffers).items()}
@@ -105,29 +186,49 @@ class FFNWrapper(nn.Module):
         return self
 
 
-class FFNSwap:
-    """Wrappers in the place of the FFNs of one model instance, until ``restore``."""
+def _forward(module, *arguments, **options):
+    """The forward of a module that has Gates."""
+    gates = getattr(module, CHILD)
+    mask = gates.mask((*arguments, *options.values())[0])
+    if mask is None:
+        return gates.unmasked(module, *arguments, **options)
+    hook = getattr(module, "_hf_hook", None) if gates.seam != "down" else None  # it is in unmasked, there
+    if hook is None:
+        return SEAMS[gates.seam](module, gates, mask, *arguments, **options)
+    arguments, options = hook.pre_forward(module, *arguments, **options)  # Accelerate's: places and loads
+    return hook.post_forward(module, SEAMS[gates.seam](module, gates, mask, *arguments, **options))
 
-    def __init__(self, model, wrappers):
-        self.model, self.wrappers = model, wrappers
-        for wrapper in wrappers:
-            model.set_submodule(wrapper.path, wrapper)
 
-    def restore(self):
-        """Put the very original modules back. Harmless when called again."""
-        for wrapper in self.wrappers:
-            if self.model.get_submodule(wrapper.path) is wrapper:
-                self.model.set_submodule(wrapper.path, wrapper.original)
+class Installed:
+    """Gates on the FFNs of one model instance, until ``remove``."""
+
+    def __init__(self, gates, modules):
+        self.gates, self._modules = gates, modules
+        for one, module in zip(gates, modules, strict=True):
+            one.install(module)
+
+    def remove(self):
+        """Put everything back as it was. Harmless when called again."""
+        for gates, module in zip(self.gates, self._modules, strict=True):
+            if getattr(module, CHILD, None) is gates:
+                gates.remove(module)
 
 
 def refuse_wrapped(model):
     """Raise RuntimeError if some FFN of ``model`` is already attached or muted."""
-    for path, module in model.named_modules():
-        if isinstance(module, FFNWrapper):
+    for module in model.modules():
+        if isinstance(module, Gates):
             raise RuntimeError(
-                f"{path} is already a {type(module).__name__}: this model is attached or muted; "
+                f"{module.path} already has {type(module).__name__}: this model is attached or muted; "
                 "call detach() or undo() on its handle first"
             )
+
+
+# --- Drop-in modules ------------------------------------------------------------------------
+
+
+def _as_mask(mask, row_ids):
+    return Mask(mask[None] if mask.dim() == 1 else mask, row_ids)
 
 
 class MaskedGatedMLP(LlamaMLP):
@@ -135,14 +236,19 @@ class MaskedGatedMLP(LlamaMLP):
 
     def __init__(self, config):
         super().__init__(config)
-        self.activation = activation_name(self.act_fn, "act_fn")
+        self.activation = _known(self.act_fn, "act_fn")
 
     def forward(self, hidden_states, mask=None, row_ids=None):
-        """[B, S, d] or [T, d] in and out. ``mask`` and ``row_ids`` as in ``masked_ffn``; without ``mask``
-        this is exactly ``LlamaMLP.forward``."""
+        """The FFN of ``hidden_states``, [B, S, d] or [T, d], with its neurons multiplied by ``mask``.
+
+        ``mask``: [F] or [G, F], float32. ``row_ids``: integers, one mask row per token, −1 = unmasked;
+        None: the T = B·S tokens are split into G equal runs, so G = B gives one row per sample. Without
+        ``mask`` this is exactly ``LlamaMLP.forward``.
+        """
         if mask is None:
             return super().forward(hidden_states)
-        return masked_ffn(self, GATED, self.activation, hidden_states, mask, row_ids)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(masked_glu_of(gate, up, self.activation, _as_mask(mask, row_ids)))
 
 
 class MaskedMLP(GPTNeoMLP):
@@ -156,11 +262,21 @@ class MaskedMLP(GPTNeoMLP):
             config = intermediate_size
             intermediate_size = config.intermediate_size or 4 * config.hidden_size
         super().__init__(intermediate_size, config)
-        self.activation = activation_name(self.act, "act")
+        self.activation = _known(self.act, "act")
 
     def forward(self, hidden_states, mask=None, row_ids=None):
-        """[B, S, d] or [T, d] in and out. ``mask`` and ``row_ids`` as in ``masked_ffn``; without ``mask``
-        this is exactly ``GPTNeoMLP.forward``."""
+        """As ``MaskedGatedMLP.forward``; without ``mask`` this is exactly ``GPTNeoMLP.forward``."""
         if mask is None:
             return super().forward(hidden_states)
-        return masked_ffn(self, PLAIN, self.activation, hidden_states, mask, row_ids)
+        hidden = masked_act_of(self.c_fc(hidden_states), self.activation, _as_mask(mask, row_ids))
+        return self.dropout(self.c_proj(hidden))
+
+
+def _known(activation, name):
+    found = activation_name(activation)
+    if found is None:
+        raise ValueError(
+            f"{name} is the activation {type(activation).__name__}; the kernels have silu, gelu, gelu_tanh, "
+            "relu and relu2"
+        )
+    return found

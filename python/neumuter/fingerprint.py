@@ -34,36 +34,66 @@ def _signs(size, side):
 
 
 def sketch(weight, columns=None):
-    """The sketch of ``weight`` [d, F] (any floating dtype, any device): 32 floats of 6 significant digits.
+    """The sketch of ``weight`` [d, E, F] (any floating dtype, any device): 32 floats of 6 significant digits.
 
-    ``columns``: integers [n]; sketch these columns alone.
+    Neuron f of expert e has the sign number e·F + f. ``columns``: integers [n]; these neurons alone.
     """
-    d, width = weight.shape
-    left, right = _signs(d, 0).to(weight.device), _signs(width, 1).to(weight.device)
+    d, experts, width = weight.shape
+    left, right = _signs(d, 0).to(weight.device), _signs(experts * width, 1).to(weight.device)
     if columns is not None:
         columns = columns.long().to(weight.device)
-        weight, right = weight[:, columns], right[:, columns]
-        width = len(columns)
-    product = torch.zeros(SKETCHES, width, dtype=torch.float32, device=weight.device)
+        weight, right = weight[:, columns // width, columns % width], right[:, columns]
+    product = torch.zeros(SKETCHES, right.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, d, _ROWS):
-        product += left[:, start : start + _ROWS] @ weight[start : start + _ROWS].float()
-    values = (product.double() * right).sum(1)
+        product += left[:, start : start + _ROWS] @ weight[start : start + _ROWS].flatten(1).float()
+    return _rounded((product.double() * right).sum(1))
+
+
+@torch.no_grad()
+def sketch_through(ffn, columns=None):
+    """``sketch`` of a down projection that has no plain weight: W·b_j is what the module makes of b_j.
+
+    Exact up to the rounding of the module's dtype, whatever the weight is stored as.
+    """
+    right = _signs(ffn.width, 1)
+    if columns is not None:
+        chosen = torch.zeros(ffn.width).index_fill(0, columns.long(), 1.0)
+        right = right * chosen
+    inputs = torch.cat([right, torch.zeros(1, ffn.width)]).to(ffn.device, ffn.dtype)
+    outputs = ffn.down(inputs).float()
+    products = outputs[:-1] - outputs[-1]  # without the bias
+    left = _signs(products.shape[1], 0).to(products.device)
+    return _rounded((left.double() * products).sum(1))
+
+
+def _rounded(values):
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
-def sketches(weight, layer=None):
-    """{what: sketch} of a down projection [d, F] and, if there is a ``MutedLayer``, of its muted columns."""
-    parts = {"the down projection's weights": sketch(weight)}
+def sketches(ffn, layer=None):
+    """{what: sketch} of an FFN's down projection and, if there is a ``MutedLayer``, of its muted columns.
+
+    Raises ValueError for experts whose weights are quantised.
+    """
+    weight = ffn.down_weight
+    if weight is None and not ffn.layout:
+        raise ValueError(
+            f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
+        )
+
+    def of(columns):
+        return sketch_through(ffn, columns) if weight is None else sketch(weight, columns)
+
+    parts = {"the down projection's weights": of(None)}
     if layer is not None:
-        parts["the muted columns of the down projection"] = sketch(weight, layer.indices)
+        parts["the muted columns of the down projection"] = of(layer.indices)
     return parts
 
 
 def fingerprint(ffns, layers):
     """{path: the sketches, one after the other} for each ``FFN``; ``layers``: {path: MutedLayer}."""
     return {
-        ffn.path: [x for part in sketches(ffn.down_weight, layers.get(ffn.path)).values() for x in part]
-        for ffn in ffns
+        ffn.path: [x for part in sketches(ffn, layers.get(ffn.path)).values() for x in part] for ffn in ffns
     }
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from neumuter.families import find_ffns
-from neumuter.ffn import FFNSwap, FFNWrapper, refuse_wrapped
+from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
 from neumuter.fingerprint import fingerprint
 from neumuter.mutes import MutedLayer, MuteSet, check_layer
 from neumuter.muting import architecture
+from neumuter.seams import choose_seams
 from neumuter_kernels import hard_concrete, neuron_budget, select_muted
 
 STRETCH = (-0.1, 1.1)
@@ -27,55 +28,70 @@ class _Sampling:
     seed: int
     step: torch.Tensor  # not an int, for which torch.compile would compile again in every step
     sample_ids: torch.Tensor
+    row_ids: torch.Tensor | None
 
-    def mask(self, ffn, hidden_states):
+    def mask(self, gates, hidden_states):
         rows = self.sample_ids.shape[0]
-        _check_rows(rows, hidden_states, "sample_ids")
-        device = ffn.scores.device
+        _check_rows(rows, self.row_ids, hidden_states, "sample_ids")
+        device = gates.scores.device
         step, ids = self.step.to(device), self.sample_ids.to(device)
         # Made here, not once per step, so that activation checkpointing recomputes them.
-        return hard_concrete(
-            ffn.scores, rows, self.seed, step, ffn.layer, ids, TEMPERATURE, STRETCH, training=True
+        values = hard_concrete(
+            gates.scores, rows, self.seed, step, gates.layer, ids, TEMPERATURE, STRETCH, training=True
         )
+        return Mask(values, _moved(self.row_ids, hidden_states.device))
 
 
 @dataclass(frozen=True)
 class _Evaluating:
-    def mask(self, ffn, hidden_states):
-        return hard_concrete(ffn.scores, 1, 0, 0, ffn.layer, None, TEMPERATURE, STRETCH, training=False)
+    def mask(self, gates, hidden_states):
+        return Mask(
+            hard_concrete(gates.scores, 1, 0, 0, gates.layer, None, TEMPERATURE, STRETCH, training=False)
+        )
 
 
 @dataclass(frozen=True)
 class _Applying:
     masks: dict
+    row_ids: torch.Tensor | None
 
-    def mask(self, ffn, hidden_states):
-        mask = self.masks.get(ffn.path)
+    def mask(self, gates, hidden_states):
+        mask = self.masks.get(gates.path)
         if mask is None:
             return None
-        if mask.shape[0] > 1:
-            _check_rows(mask.shape[0], hidden_states, f"the mask of {ffn.path}")
-        return mask.to(hidden_states.device)
+        _check_rows(mask.shape[0], self.row_ids, hidden_states, f"the mask of {gates.path}")
+        return Mask(mask.to(hidden_states.device), _moved(self.row_ids, hidden_states.device))
 
 
-def _check_rows(rows, hidden_states, name):
-    if hidden_states.dim() != 3 or hidden_states.shape[0] != rows:
+def _moved(tensor, device):
+    return None if tensor is None else tensor.to(device)
+
+
+def _check_rows(rows, row_ids, hidden_states, name):
+    tokens = hidden_states.shape[:-1].numel()
+    if row_ids is not None:
+        if row_ids.numel() != tokens:
+            raise ValueError(
+                f"row_ids has {row_ids.numel()} entries, but the hidden states are "
+                f"{tuple(hidden_states.shape)}: there must be one for each of {tokens} tokens"
+            )
+    elif rows > 1 and (hidden_states.shape[0] != rows if hidden_states.dim() == 3 else tokens % rows):
         raise ValueError(
             f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: there must be "
             "one row per sample of a batch [B, S, d]"
         )
 
 
-class GatedFFN(FFNWrapper):
-    """An FFN with a trainable score per neuron. ``gates`` says which mask it makes of them; None: none."""
+class TrainableGates(Gates):
+    """A trainable score per neuron. ``source`` says which mask it makes of them; None: none."""
 
-    def __init__(self, ffn):
-        super().__init__(ffn)
+    def __init__(self, ffn, seam):
+        super().__init__(ffn, seam)
         self.scores = nn.Parameter(torch.full((self.width,), INITIAL_SCORE, device=ffn.device))
-        self.gates = None
+        self.source = None
 
     def mask(self, hidden_states):
-        return None if self.gates is None else self.gates.mask(self, hidden_states)
+        return None if self.source is None else self.source.mask(self, hidden_states)
 
 
 class Masked:
@@ -96,24 +112,36 @@ class Masked:
             )
         self.model = model
         self._ffns = found[start_layer:]
-        wrappers = [GatedFFN(ffn) for ffn in self._ffns]
+        seams = choose_seams(model, self._ffns)
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        self._swap = FFNSwap(model, wrappers)
+        self._installed = Installed(
+            [TrainableGates(ffn, seams[ffn.path]) for ffn in self._ffns],
+            [seam_module(ffn, seams[ffn.path]) for ffn in self._ffns],
+        )
         self._attached = True
 
     @property
     def scores(self):
-        """{FFN module path: float32 Parameter [F]} in model order: the log-odds of each neuron's gate."""
-        return {wrapper.path: wrapper.scores for wrapper in self._swap.wrappers}
+        """{FFN module path: float32 Parameter [F]} in model order: the log-odds of each neuron's gate.
 
-    def sampling(self, seed, step, sample_ids):
+        Of E experts it is [E·F], expert after expert.
+        """
+        return {gates.path: gates.scores for gates in self._installed.gates}
+
+    @property
+    def seams(self):
+        """{FFN module path: where the mask comes in}, see ``neumuter.ffn``; "down" is not fused."""
+        return {gates.path: gates.seam for gates in self._installed.gates}
+
+    def sampling(self, seed, step, sample_ids, row_ids=None):
         """Context: training gates, one row of hard-concrete samples per sample of the batch.
 
         The noise depends on ``seed``, ``step``, the layer, the neuron and the sample's own id alone, not on
         how samples are batched. ``sample_ids``: int64 [B], an id for each sample of the batch. A forward
-        with another batch size raises ValueError.
+        with another batch size raises ValueError. ``row_ids``: for sequences packed into one row, integers
+        with one entry per token, the position of its sample in ``sample_ids``, or −1 for no mask.
         """
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64:
@@ -121,19 +149,22 @@ class Masked:
                 f"sample_ids must be int64 [B] with B ≥ 1, got {ids.dtype} of shape {tuple(ids.shape)}"
             )
         device = next(iter(self.scores.values())).device
-        return self._using(_Sampling(int(seed), torch.tensor(int(step), device=device), ids.to(device)))
+        step = torch.tensor(int(step), device=device)
+        return self._using(_Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids))))
 
     def evaluating(self):
         """Context: the gates without noise, one row for all samples."""
         return self._using(_Evaluating())
 
-    def applying(self, masks):
+    def applying(self, masks, row_ids=None):
         """Context: explicit masks, {path: float32 [F] or [G, F]}, G = 1 or the batch size; differentiable.
 
-        FFNs that are not named run unmasked. Raises ValueError for an unknown path, dtype or shape.
+        FFNs that are not named run unmasked. ``row_ids``: as in ``sampling``, the mask row of each token,
+        with any G; all masks must have as many rows then. Raises ValueError for an unknown path, dtype or
+        shape.
         """
         checked = {}
-        widths = {wrapper.path: wrapper.width for wrapper in self._swap.wrappers}
+        widths = {gates.path: gates.width for gates in self._installed.gates}
         for path, mask in masks.items():
             if path not in widths:
                 raise ValueError(f"masks names {path!r}, which is not an attached FFN: {', '.join(widths)}")
@@ -143,24 +174,58 @@ class Masked:
                     f"{mask.dtype} {tuple(mask.shape)}"
                 )
             checked[path] = mask.reshape(-1, widths[path])
-        return self._using(_Applying(checked))
+        rows = {len(mask) for mask in checked.values()}
+        if row_ids is not None and len(rows) > 1:
+            raise ValueError(f"with row_ids all masks must have as many rows, got {sorted(rows)}")
+        return self._using(_Applying(checked, _checked(row_ids, max(rows, default=0))))
 
     def off(self):
         """Context: the untouched model, bit for bit."""
         return self._using(None)
 
     @contextmanager
-    def _using(self, gates):
+    def _using(self, source):
         if not self._attached:
             raise RuntimeError("this handle is detached; attach the model again")
-        previous = [wrapper.gates for wrapper in self._swap.wrappers]
-        for wrapper in self._swap.wrappers:
-            wrapper.gates = gates
+        previous = [gates.source for gates in self._installed.gates]
+        for gates in self._installed.gates:
+            gates.source = source
         try:
             yield self
         finally:
-            for wrapper, former in zip(self._swap.wrappers, previous, strict=True):
-                wrapper.gates = former
+            for gates, former in zip(self._installed.gates, previous, strict=True):
+                gates.source = former
+
+    @torch.no_grad()
+    def keep_unreached_open(self, forward):
+        """Exclude the neurons of experts that no token of the forget texts is routed to.
+
+        ``forward()`` runs the model on these texts, with gates off. The scores of experts that got no token
+        become +∞: their gates stay 1, no gradient moves them, and they are never selected. Without experts
+        nothing is run.
+        """
+        experts = [ffn for ffn in self._ffns if not ffn.layout]
+        if not experts:
+            return
+        reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
+
+        def record(path):
+            def hook(module, arguments, options):
+                chosen = (*arguments, *options.values())[1].reshape(-1)
+                reached[path][chosen[chosen < len(reached[path])]] = True
+
+            return hook
+
+        handles = [f.module.register_forward_pre_hook(record(f.path), with_kwargs=True) for f in experts]
+        try:
+            with self.off():
+                forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        scores = self.scores
+        for ffn in experts:
+            scores[ffn.path].view(ffn.experts, -1)[~reached[ffn.path]] = torch.inf
 
     def select(self, budget=None, threshold=None, method=None, seed=0):
         """The ``MuteSet`` of the neurons with the lowest scores; their gains are the evaluation gates.
@@ -184,6 +249,12 @@ class Masked:
         for path, score in scores.items():
             if score.isnan().any():
                 raise ValueError(f"the scores of {path} hold NaN: training diverged, nothing can be selected")
+        eligible = sum(int(score.isfinite().sum()) for score in scores.values())
+        if budget is not None and budget > eligible:
+            raise ValueError(
+                f"budget asks for {budget} neurons, but the experts that the forget texts reach have "
+                f"{eligible}"
+            )
         device = next(iter(scores.values())).device
         flat = [s.detach().to(device) for s in scores.values()]
         indptr, indices, gains = (t.cpu() for t in select_muted(flat, budget=budget, threshold=threshold))
@@ -218,11 +289,13 @@ class Masked:
                     torch.as_tensor(gains).detach().to("cpu", torch.float32, copy=True),
                 )
                 check_layer(path, layers[path], widths[path], gain_range)
+        with self.off():
+            sketches = fingerprint(self._ffns, layers)
         return MuteSet(
             layers=layers,
             widths=widths,
             architecture=architecture(self.model),
-            fingerprint=fingerprint(self._ffns, layers),
+            fingerprint=sketches,
             mode=mode,
             gain_range=gain_range,
             method=method or {},
@@ -232,7 +305,7 @@ class Masked:
     def detach(self):
         """Put the very original modules and requires_grad flags back. Harmless when called again."""
         if self._attached:
-            self._swap.restore()
+            self._installed.remove()
             for parameter in self._trainable:
                 parameter.requires_grad_(True)
             self._attached = False
@@ -242,6 +315,18 @@ class Masked:
 
     def __exit__(self, *exception):
         self.detach()
+
+
+def _checked(row_ids, rows):
+    if row_ids is None:
+        return None
+    ids = torch.as_tensor(row_ids)
+    integers = ids.dtype in (torch.int32, torch.int64)
+    if not integers or (ids.numel() and not -1 <= ids.min() <= ids.max() < rows):
+        raise ValueError(
+            f"row_ids must be integers from -1 to {rows - 1}, got {ids.dtype} {tuple(ids.shape)}"
+        )
+    return ids
 
 
 def neuron_count(budget, total):
@@ -258,12 +343,12 @@ def neuron_count(budget, total):
 def attach(model, start_layer=1):
     """Put gates on the neurons of ``model``'s FFNs and freeze everything else; returns a ``Masked`` handle.
 
-    ``model``: a transformers model with Llama-type (gate, up, down) or GPT-2/GPT-Neo-type FFNs; it is
-    changed in place, this instance only. Forward hooks on an FFN module itself (not on its projections)
-    run only while gates are off. ``start_layer``: the first FFN that gets gates, counted from 0
+    ``model``: a causal language model of transformers, dense or with experts, quantised, adapted by PEFT,
+    compiled or offloaded; see docs/models.md. It is changed in place, this instance only, and runs once on
+    two tokens to see which kernels fit. ``start_layer``: the first FFN that gets gates, counted from 0
     (the paper leaves the first layer alone). Every score starts where its evaluation gate is exactly 1.
 
-    Raises ValueError for a model without such FFNs or with an unknown activation, and RuntimeError for one
-    that is attached or muted already.
+    Raises ValueError for a model without FFNs that are understood (``register_family`` describes others),
+    and RuntimeError for one that is attached or muted already.
     """
     return Masked(model, start_layer)

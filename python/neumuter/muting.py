@@ -1,12 +1,12 @@
 """Mute sets on models: applied to a live model, or folded into its weights."""
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from neumuter.families import find_ffns
-from neumuter.ffn import FFNSwap, FFNWrapper, refuse_wrapped
+from neumuter.families import find_ffns, unwrapped
+from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
 from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, sketches
 from neumuter.mutes import MuteSet
+from neumuter.seams import choose_seams
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,6 +17,7 @@ class MuteMismatchError(ValueError):
 
 def architecture(model):
     """{"class": the model's class name, "model_type": that of its config, "none" without one}."""
+    model = unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return {"class": type(model).__name__, "model_type": model_type or "none"}
 
@@ -40,7 +41,7 @@ def matching_ffns(model, mutes):
             differences.append(f"{path}: mute set {width} neurons, model {ffns[path].width}")
     if not differences:
         for path, expected in mutes.fingerprint.items():
-            parts = sketches(ffns[path].down_weight, mutes.layers.get(path))
+            parts = sketches(ffns[path], mutes.layers.get(path))
             for number, (what, actual) in enumerate(parts.items()):
                 apart = distance(expected[number * SKETCHES : (number + 1) * SKETCHES], actual)
                 if not apart <= TOLERANCE:
@@ -54,17 +55,17 @@ def matching_ffns(model, mutes):
     return {path: ffns[path] for path in mutes.widths}
 
 
-class MutedFFN(FFNWrapper):
-    """An FFN whose neurons are multiplied by constants."""
+class ConstantGates(Gates):
+    """Neurons multiplied by constants."""
 
-    def __init__(self, ffn, layer):
-        super().__init__(ffn)
+    def __init__(self, ffn, seam, layer):
+        super().__init__(ffn, seam)
         gains = torch.ones(1, self.width)
         gains[0, layer.indices.long()] = layer.gains
         self.register_buffer("gains", gains.to(ffn.device), persistent=False)
 
     def mask(self, hidden_states):
-        return self.gains
+        return Mask(self.gains)
 
 
 class Muted:
@@ -72,12 +73,17 @@ class Muted:
 
     def __init__(self, model, mutes):
         self.model, self.mutes = model, mutes
-        ffns = matching_ffns(model, mutes)
-        self._swap = FFNSwap(model, [MutedFFN(ffns[path], layer) for path, layer in mutes.layers.items()])
+        matching = matching_ffns(model, mutes)
+        ffns = [matching[path] for path in mutes.layers]
+        seams = choose_seams(model, ffns)
+        self._installed = Installed(
+            [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns],
+            [seam_module(ffn, seams[ffn.path]) for ffn in ffns],
+        )
 
     def undo(self):
         """Put the very original modules back. Harmless when called again."""
-        self._swap.restore()
+        self._installed.remove()
 
     def __enter__(self):
         return self
@@ -113,16 +119,22 @@ def fold(model, mutes):
     mutes = _loaded(mutes)
     ffns = matching_ffns(model, mutes)
     for path in mutes.layers:
-        down = ffns[path].down
-        if not isinstance(down, torch.nn.Linear | Conv1D) or down.weight.dtype not in FOLDABLE:
+        weight = ffns[path].down_weight
+        if weight is None or weight.dtype not in FOLDABLE or not _is_view(weight, ffns[path]):
             raise ValueError(
-                f"cannot fold into {path}.{ffns[path].layout.down}, a {type(down).__name__} with a "
-                f"{down.weight.dtype} weight; merge adapters and dequantise first, or use neumuter.mute on "
-                "the live model"
+                f"cannot fold into the down projection of {path}: it is quantised, adapted, sharded or "
+                "offloaded; dequantise the model or merge its adapters first, gather it on one device, or "
+                "use neumuter.mute on the live model"
             )
     for path, layer in mutes.layers.items():
-        weight = ffns[path].down_weight  # a view, [d, F]
-        columns = layer.indices.long().to(weight.device)
+        weight = ffns[path].down_weight  # a view, [d, E, F]
+        neurons = layer.indices.long().to(weight.device)
+        expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
         gains = layer.gains.to(weight.device)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight[:, columns] = (weight[:, columns].to(wide) * gains).to(weight.dtype)
+        weight[:, expert, column] = (weight[:, expert, column].to(wide) * gains).to(weight.dtype)
+
+
+def _is_view(weight, ffn):
+    parameters = [ffn.down.weight] if ffn.layout else [ffn.module.down_proj]
+    return any(weight.data_ptr() == p.data_ptr() for p in parameters if type(p) is torch.nn.Parameter)

@@ -11,6 +11,8 @@ class Neurons:
         self.widths = {path: score.numel() for path, score in masked.scores.items()}
         self.count = sum(self.widths.values())
         self.device = next(iter(masked.scores.values())).device
+        excluded = [score.detach().to(self.device).isinf() for score in masked.scores.values()]
+        self.excluded = torch.cat(excluded)  # bool [count]: may not be selected
 
     def by_layer(self, values):
         """One value per neuron, [count], as views per layer: {path: [F]}."""

@@ -21,7 +21,7 @@ class Pair:
     reference is the same model with masks off. The base is frozen, so its last hidden states at the
     counted neighbour tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are
     positions in the forget batch followed by the neighbour batch, however the samples are split into
-    steps.
+    steps. The neurons of experts that no forget token reaches are excluded from selection.
 
     Raises ValueError, naming the batch, if one is empty or malformed, and for a model whose logits are
     not a function of its last hidden states.
@@ -42,6 +42,10 @@ class Pair:
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self.samples[0].ids[None, :PROBE_TOKENS])
             hidden = torch.cat([self._hidden(ids) for ids in groups])
+            forget = range(self.forget_count)
+            masked.keep_unreached_open(
+                lambda: [self._hidden(forget[i : i + REFERENCE_ROWS]) for i in forget[::REFERENCE_ROWS]]
+            )
         self.reference = hidden.split([len(self.samples[i].targets) for i in neighbours])
 
     def steps(self, batch_size, seed):

@@ -94,6 +94,9 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
     k = neuron_count(share, neurons.count)
     noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
     scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)  # ties at the start are broken at random
+    scores[neurons.excluded] = torch.inf
+    if k > neurons.count - neurons.excluded.sum():
+        raise ValueError(f"share asks for {k} neurons, more than the experts have that forget texts reach")
     scores.requires_grad_()
     velocity, mean_square = torch.zeros_like(scores), 0.0
     ids = pair.steps(config.batch_size, seed)
@@ -111,7 +114,7 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
             scores.data -= config.lr * (1 - (step - 1) / config.steps) * velocity
             if callback:
                 callback(step, config.steps, _info(loss, losses, kl, k / neurons.count))
-    if not scores.isfinite().all():
+    if scores.isnan().any():
         raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
     method = {"recipe": "two-phase", "support": asdict(config)}
     return neurons.mute_set(_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)

@@ -1,0 +1,263 @@
+"""Every family: attach, gradients, muting, folding and detach on a small model built from its config."""
+
+import copy
+
+import neumuter
+import pytest
+import torch
+from neumuter.families import REGISTERED, find_ffns
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from neumuter_kernels import hard_concrete
+from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+SEAMS = {"activation", "ffn", "experts", "down"}
+PLAIN = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "phi", "opt", "starcoder2")
+
+
+def randomise(masked, seed=3):
+    """Scores around the middle of the gate's range."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for score in masked.scores.values():
+            score.copy_(torch.randn(score.shape, generator=generator))
+
+
+def generated(model, ids):
+    model.generation_config.pad_token_id = 0
+    return model.generate(
+        ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True,
+        output_logits=True,
+    ).logits  # fmt: skip
+
+
+def pre_hooks(model, gates):
+    """Masks at every down projection by hooks: {path: [B, F] or [B, E, F]}. Returns what undoes it.
+
+    The slow oracle. Of experts, a loop over them as transformers' eager code has it.
+    """
+    undo = []
+    for ffn in find_ffns(model):
+        if ffn.path not in gates:
+            continue
+        mask = gates[ffn.path]
+        if ffn.layout:
+
+            def hook(module, arguments, mask=mask):
+                (x,) = arguments
+                rows = mask.repeat_interleave(x.shape[:-1].numel() // len(mask), 0)
+                return (x * rows.view(x.shape).to(x.dtype),)
+
+            undo.append(ffn.down.register_forward_pre_hook(hook).remove)
+        else:
+            ffn.module.forward = lambda *args, experts=ffn.module, mask=mask: looped(experts, mask, *args)
+            undo.append(lambda module=ffn.module: delattr(module, "forward"))
+    return lambda: [function() for function in undo]
+
+
+def looped(experts, mask, hidden, chosen, weights):
+    mask = mask.view(len(mask), experts.num_experts, -1).to(hidden.dtype)
+    mask = mask.repeat_interleave(len(hidden) // len(mask), 0)
+    output = torch.zeros_like(hidden)
+    for token in range(len(hidden)):
+        for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+            up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+            if not experts.is_transposed:
+                up, down = up.T, down.T
+            h = hidden[token] @ up + (experts.gate_up_proj_bias[expert] if experts.has_bias else 0)
+            h = experts._apply_gate(h) * mask[token, expert]
+            y = h @ down + (experts.down_proj_bias[expert] if experts.has_bias else 0)
+            output[token] += y * weight
+    return output
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_off_has_the_bits_of_the_untouched_model(name, dtype):
+    model, ids = build(name, dtype), batch()
+    modules, keys = dict(model.named_modules()), model.state_dict().keys()
+    logits, continued = model(ids).logits, generated(model, ids)
+    with neumuter.attach(model) as masked:
+        randomise(masked)
+        assert set(masked.seams.values()) <= SEAMS
+        assert torch.equal(model(ids).logits, logits)
+        assert all(torch.equal(a, b) for a, b in zip(generated(model, ids), continued, strict=True))
+        with masked.evaluating():
+            assert not torch.equal(model(ids).logits, logits)
+            with masked.off():
+                assert torch.equal(model(ids).logits, logits)
+        assert {key for key in model.state_dict() if not key.endswith("neumuter.scores")} == keys
+    assert model.state_dict().keys() == keys
+    assert dict(model.named_modules()) == modules
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(ids).logits, logits)
+
+
+@every_family
+def test_the_fused_seam_is_found(name):
+    with neumuter.attach(build(name), 0) as masked:
+        for path, seam in masked.seams.items():
+            if name in OF_EXPERTS and path.endswith("experts"):
+                assert seam == "experts"
+                assert len(masked.scores[path]) == EXPERTS * WIDTH
+            elif name == "llama_mish":
+                assert seam == "down"
+            else:
+                assert seam == ("activation" if name in PLAIN else "ffn")
+        assert len(masked.seams) == (6 if name == "qwen2_moe" else 3)
+
+
+@every_family
+def test_gradients_are_those_of_a_hook_on_the_down_projection(name):
+    model, ids = build(name).double(), batch()
+    samples = torch.arange(4) + 10
+    with neumuter.attach(model) as masked:
+        randomise(masked)
+        with masked.sampling(seed=5, step=2, sample_ids=samples):
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+        got = {path: score.grad.clone() for path, score in masked.scores.items()}
+        scores = {path: score.detach().clone().requires_grad_() for path, score in masked.scores.items()}
+    layers = {ffn.path: ffn.layer for ffn in find_ffns(model)}
+    gates = {path: hard_concrete(s, 4, 5, 2, layers[path], samples).double() for path, s in scores.items()}
+    undo = pre_hooks(model, gates)
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    undo()
+    torch.testing.assert_close(loss, expected)
+    for path, score in scores.items():
+        assert score.grad.abs().max() > 0
+        torch.testing.assert_close(
+            got[path], score.grad, rtol=1e-4, atol=1e-6 * score.grad.abs().max().item()
+        )
+
+
+@every_family
+def test_muting_zeroes_columns_and_survives_folding_and_saving(name, tmp_path):
+    model, ids = build(name), batch()
+    plain = model(ids).logits
+    with neumuter.attach(model) as masked:
+        randomise(masked)
+        mutes = masked.select(budget=0.3)
+    mutes.save(tmp_path / "forget.mute")
+    zeroed = copy.deepcopy(model)
+    for ffn in find_ffns(zeroed):
+        if ffn.path in mutes.layers:
+            indices, gains = mutes.layers[ffn.path]
+            weight = ffn.down_weight.flatten(1) if ffn.layout else ffn.down_weight
+            if ffn.layout:
+                weight[:, indices.long()] *= gains
+            else:
+                width = weight.shape[2]
+                weight[:, indices // width, indices % width] *= gains
+    expected = zeroed(ids).logits
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    with neumuter.mute(model, tmp_path / "forget.mute"):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(ids).logits, plain)
+    neumuter.fold(model, mutes)
+    assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(tmp_path / "folded")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
+    assert torch.equal(again(ids).logits, expected)
+    with pytest.raises(neumuter.MuteMismatchError):
+        neumuter.mute(again, mutes)
+
+
+@pytest.mark.parametrize("name", OF_EXPERTS)
+def test_unreached_experts_are_never_muted(name):
+    model = build(name)
+    with neumuter.attach(model, 0) as masked:
+        masked.keep_unreached_open(lambda: model(batch(1, 1)))
+        total, reached = 0, 0
+        for path, score in masked.scores.items():
+            total += len(score)
+            reached += int(score.isfinite().sum())
+            if path.endswith("experts"):
+                by_expert = score.view(EXPERTS, WIDTH).isfinite()
+                assert by_expert.all(1).sum() == by_expert.any(1).sum() == 2  # of one token
+        with torch.no_grad():
+            for score in masked.scores.values():
+                score -= 5
+        assert masked.select(budget=reached).count == reached < total
+        with pytest.raises(ValueError, match=f"asks for {reached + 1} neurons, but the experts"):
+            masked.select(budget=reached + 1)
+        samples = torch.arange(4)
+        with masked.sampling(0, 0, samples):
+            loss = model(batch(), labels=batch()).loss
+        loss.backward()
+        for score in masked.scores.values():
+            assert score.grad.isfinite().all()
+            assert (score.grad[score.isinf()] == 0).all()
+
+
+# --- Layouts that nobody told us of ----------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A gated FFN under names of its own."""
+
+    def __init__(self, d=8, width=24):
+        super().__init__()
+        self.w1, self.w3, self.w2 = nn.Linear(d, width), nn.Linear(d, width), nn.Linear(width, d)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+
+def test_unknown_layouts_are_named_and_can_be_described():
+    model = nn.Sequential(Odd())
+    with pytest.raises(ValueError, match=r"no FFN found in Sequential.*register_family.*Odd"):
+        neumuter.attach(model, 0)
+    neumuter.register_family(gate="w1", up="w3", down="w2", activation="act")
+    try:
+        (ffn,) = find_ffns(model)
+        assert (ffn.path, ffn.width, ffn.activation) == ("0", 24, "silu")
+        x = torch.randn(2, 3, 8)
+        expected = model(x)
+        with neumuter.attach(model, 0) as masked:
+            assert torch.equal(model(x), expected)
+            mask = torch.rand(24)
+            with masked.applying({"0": mask}):
+                down = model[0]
+                hidden = down.act(down.w1(x)) * down.w3(x) * mask
+                torch.testing.assert_close(model(x), hidden @ down.w2.weight.T + down.w2.bias)
+    finally:
+        REGISTERED.clear()
+
+
+@pytest.mark.parametrize("names", [{}, {"up": "a", "gate_up": "b"}, {"gate": "a", "gate_up": "b"}])
+def test_bad_descriptions(names):
+    with pytest.raises(ValueError, match="give up"):
+        neumuter.register_family(down="d", **names)
+    assert not REGISTERED
+
+
+def test_unknown_experts_are_refused():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(torch.zeros(4, 8, 8))
+
+    model = build("llama")
+    model.model.layers[1].mixture = Mixture()
+    with pytest.raises(ValueError, match=r"model.layers.1.mixture, a Mixture, holds the 3-dimensional"):
+        neumuter.attach(model)
+
+
+def test_an_ffn_that_computes_more_is_masked_at_its_down_projection():
+    model, ids = build("llama"), batch()
+    mlp = model.model.layers[1].mlp
+    plain = type(mlp).forward
+    mlp.forward = lambda x: plain(mlp, x) + x
+    expected = model(ids).logits
+    with neumuter.attach(model) as masked:
+        assert masked.seams == {"model.layers.1.mlp": "down", "model.layers.2.mlp": "ffn"}
+        assert torch.equal(model(ids).logits, expected)
+        with masked.applying({"model.layers.1.mlp": torch.zeros(WIDTH)}):
+            off = model(ids).logits
+    mlp.forward = lambda x: x
+    torch.testing.assert_close(off, model(ids).logits)
