@@ -81,6 +81,14 @@ def build(name, dtype=torch.float32, seed=0, **changes):
     return model.to(dtype).eval()
 
 
+def build_double(name):
+    """A model in float64, which transformers' grouped products of experts do not have."""
+    model = build(name).double()
+    if name in OF_EXPERTS:
+        model.set_experts_implementation("eager")
+    return model
+
+
 def batch(samples=4, tokens=7, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCABULARY, (samples, tokens), generator=generator)

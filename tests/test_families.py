@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from neumuter_kernels import hard_concrete
-from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build
+from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, build_double
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 SEAMS = {"activation", "ffn", "experts", "down"}
@@ -111,7 +111,7 @@ def test_the_fused_seam_is_found(name):
 
 @every_family
 def test_gradients_are_those_of_a_hook_on_the_down_projection(name):
-    model, ids = build(name).double(), batch()
+    model, ids = build_double(name), batch()
     samples = torch.arange(4) + 10
     with neumuter.attach(model) as masked:
         randomise(masked)

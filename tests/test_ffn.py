@@ -3,7 +3,7 @@
 import pytest
 import torch
 from neumuter import MaskedGatedMLP, MaskedMLP
-from neumuter.families import activation_name, find_ffns
+from neumuter.families import activation_name
 from transformers import GPTNeoConfig, LlamaConfig
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -65,7 +65,7 @@ def test_plain_drop_in_takes_the_width_from_the_config():
     ],
 )
 def test_activation_names(module, name):
-    assert activation_name(module, "mlp.act_fn") == name
+    assert activation_name(module) == name
 
 
 def test_activation_modules_of_transformers_compute_what_their_name_says():
@@ -76,14 +76,10 @@ def test_activation_modules_of_transformers_compute_what_their_name_says():
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
     for key in ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate", "relu", "relu2"):
         module = ACT2FN[key]
-        torch.testing.assert_close(module(x), activate(x, activation_name(module, key)))
+        torch.testing.assert_close(module(x), activate(x, activation_name(module)))
 
 
 def test_unknown_activation_is_named():
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.act_fn has the activation Mish"):
-        activation_name(torch.nn.Mish(), "model.layers.0.mlp.act_fn")
-
-
-def test_model_without_ffn_is_named():
-    with pytest.raises(ValueError, match=r"no FFN found in Sequential.*gate_proj, up_proj"):
-        find_ffns(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    assert activation_name(torch.nn.Mish()) is None
+    with pytest.raises(ValueError, match="act_fn is the activation MishActivation; the kernels have silu"):
+        MaskedGatedMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, hidden_act="mish"))
