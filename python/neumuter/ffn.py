@@ -186,17 +186,22 @@ class Gates(nn.Module):
         return self
 
 
+def run_seam(seam, module, gates, mask, *arguments, **options):
+    """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
+    hook = getattr(module, "_hf_hook", None) if seam != "down" else None  # Gates.unmasked has it, there
+    if hook is None:
+        return SEAMS[seam](module, gates, mask, *arguments, **options)
+    arguments, options = hook.pre_forward(module, *arguments, **options)  # places inputs, loads weights
+    return hook.post_forward(module, SEAMS[seam](module, gates, mask, *arguments, **options))
+
+
 def _forward(module, *arguments, **options):
     """The forward of a module that has Gates."""
     gates = getattr(module, CHILD)
     mask = gates.mask((*arguments, *options.values())[0])
     if mask is None:
         return gates.unmasked(module, *arguments, **options)
-    hook = getattr(module, "_hf_hook", None) if gates.seam != "down" else None  # it is in unmasked, there
-    if hook is None:
-        return SEAMS[gates.seam](module, gates, mask, *arguments, **options)
-    arguments, options = hook.pre_forward(module, *arguments, **options)  # Accelerate's: places and loads
-    return hook.post_forward(module, SEAMS[gates.seam](module, gates, mask, *arguments, **options))
+    return run_seam(gates.seam, module, gates, mask, *arguments, **options)
 
 
 class Installed:

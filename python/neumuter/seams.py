@@ -3,7 +3,7 @@
 import torch
 
 from neumuter.families import unwrapped
-from neumuter.ffn import Mask, masked_act_of, masked_experts, masked_ffn
+from neumuter.ffn import Mask, masked_act_of, run_seam
 
 
 def choose_seams(model, ffns):
@@ -54,20 +54,19 @@ def _watch(ffn, seams):
     """Hooks on one FFN that write into ``seams`` if a fused seam gives the same; their handles."""
     ones = Mask(torch.ones(1, ffn.width, device=ffn.device))
 
-    def experts(module, arguments, options, output):
-        if _close(masked_experts(module, ffn, ones, *arguments, *options.values()), output):
-            seams[ffn.path] = "experts"
+    def whole(seam):
+        def hook(module, arguments, options, output):
+            if _close(run_seam(seam, module, ffn, ones, *arguments, **options), output):
+                seams[ffn.path] = seam
 
-    def gated(module, arguments, options, output):
-        if _close(masked_ffn(module, ffn, ones, *arguments, *options.values()), output):
-            seams[ffn.path] = "ffn"
+        return [ffn.module.register_forward_hook(hook, with_kwargs=True)]
 
     if not ffn.layout:
-        return [ffn.module.register_forward_hook(experts, with_kwargs=True)]
+        return whole("experts")
     if not ffn.activation:
         return []
     if not ffn.layout.up or ffn.layout.gate:
-        return [ffn.module.register_forward_hook(gated, with_kwargs=True)]
+        return whole("ffn")
     acted = []
 
     def plain(module, arguments, output):
