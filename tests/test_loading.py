@@ -21,30 +21,35 @@ def mask_of(masked, seed=0):
     return {path: torch.rand(len(score), generator=generator) for path, score in masked.scores.items()}
 
 
-def check(model, ids=None, tolerance=1e-4):
+def check(model, tolerance=1e-4, trains=True):
     """Off has the same bits; a mask does what it does to the input of the down projection; undo works."""
-    ids = batch() if ids is None else ids
-    model(ids)  # some quantised kernels pack their weights anew here
-    plain = model(ids).logits
+    ids = batch()
+
+    @torch.no_grad()  # bitsandbytes has another kernel where a gradient is needed
+    def logits():
+        return model(ids).logits
+
+    logits()  # some quantised kernels pack their weights anew here
+    plain = logits()
     with neumuter.attach(model) as masked:
         masks = mask_of(masked)
-        assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(logits(), plain)
         with masked.applying(masks):
-            ours = model(ids).logits
+            ours = logits()
         randomise(masked)
         with masked.sampling(0, 0, torch.arange(len(ids))):
             model(ids, labels=ids).loss.backward()
-        assert all(score.grad.abs().max() > 0 for score in masked.scores.values())
+        assert all(score.grad.abs().max() > 0 for score in masked.scores.values()) == trains
         mutes = masked.select(budget=0.2)
     with neumuter.mute(model, mutes):
-        muted = model(ids).logits
-    assert torch.equal(model(ids).logits, plain)
+        muted = logits()
+    assert torch.equal(logits(), plain)
     handles = [
         ffn.down.register_forward_pre_hook(lambda _, args, m=masks[ffn.path]: (args[0] * m.to(args[0]),))
         for ffn in find_ffns(model)
         if ffn.path in masks
     ]
-    expected = model(ids).logits
+    expected = logits()
     for handle in handles:
         handle.remove()
     error = (ours - expected).float().norm() / (plain - expected).float().norm()
@@ -77,12 +82,16 @@ def test_torchao(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bitsandbytes(bits, tmp_path):
+    from bitsandbytes.nn.modules import has_avx512bf16
+
     build("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, device_map="cpu", quantization_config=config
     ).eval()
-    mutes = check(model, tolerance=0.1)
+    # On a CPU with AVX-512, bitsandbytes 4-bit products have no gradient once they ran without one.
+    trains = bits == 8 or not has_avx512bf16()
+    mutes = check(model, tolerance=0.1, trains=trains)
     with pytest.raises(ValueError, match="it is quantised"):
         neumuter.fold(model, mutes)
 
