@@ -99,6 +99,19 @@ class FFN:
         return self.module.down_proj.shape[1 if self.module.is_transposed else 2] * self.experts
 
     @property
+    def mesh(self):
+        """The device mesh over which tensor parallelism splits the neurons, or None."""
+        weight = getattr(self.down, "weight", None) if self.layout else self.module.down_proj
+        splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
+        if not splits or splits == [0]:  # FSDP splits along dimension 0, and gathers before a forward
+            return None
+        if not self.layout or splits != [1]:
+            raise ValueError(
+                f"the neurons of {self.path} are split in a way that masks cannot follow: {splits}"
+            )
+        return weight.device_mesh
+
+    @property
     def device(self) -> torch.device:
         """Where the neurons are computed."""
         places = self.down.parameters() if self.layout else [self.module.down_proj]
@@ -130,6 +143,11 @@ def _plain(weight):
     """A floating-point tensor in memory, detached; gathered if it is sharded; None for anything else."""
     if hasattr(weight, "full_tensor"):
         return weight.detach().full_tensor()
+    if hasattr(weight, "ds_id"):  # of DeepSpeed's ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
     usual = type(weight) in (torch.Tensor, nn.Parameter)
     return weight.detach() if usual and weight.is_floating_point() and not weight.is_meta else None
 

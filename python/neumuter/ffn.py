@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.integrations.moe import _grouped_linear
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -149,7 +150,7 @@ class Gates(nn.Module):
     def __init__(self, ffn, seam):
         super().__init__()
         self.path, self.layer, self.width, self.experts = ffn.path, ffn.layer, ffn.width, ffn.experts
-        self.layout, self.activation, self.seam = ffn.layout, ffn.activation, seam
+        self.layout, self.activation, self.mesh, self.seam = ffn.layout, ffn.activation, ffn.mesh, seam
         self.former = None
 
     def mask(self, hidden_states):
@@ -186,8 +187,17 @@ class Gates(nn.Module):
         return self
 
 
+def local(mask, mesh):
+    """The columns of a ``Mask`` that this process has the neurons of; their gradients reach all processes."""
+    if mesh is None:
+        return mask
+    whole = DTensor.from_local(mask.values, mesh, [Replicate()])
+    return mask._replace(values=whole.redistribute(placements=[Shard(1)]).to_local())
+
+
 def run_seam(seam, module, gates, mask, *arguments, **options):
     """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
+    mask = local(mask, gates.mesh)
     hook = getattr(module, "_hf_hook", None) if seam != "down" else None  # Gates.unmasked has it, there
     if hook is None:
         return SEAMS[seam](module, gates, mask, *arguments, **options)

@@ -130,6 +130,14 @@ class Masked:
         """
         return {gates.path: gates.scores for gates in self._installed.gates}
 
+    @torch.no_grad()
+    def full_scores(self):
+        """``scores`` as plain tensors, [F] each, gathered from all processes where they are sharded.
+
+        Collective: where it gathers, every process must call it.
+        """
+        return {path: _gathered(score) for path, score in self.scores.items()}
+
     @property
     def seams(self):
         """{FFN module path: where the mask comes in}, see ``neumuter.ffn``; "down" is not fused."""
@@ -237,7 +245,7 @@ class Masked:
         Raises ValueError (TypeError for a wrong type) for bad arguments, for NaN scores, if nothing is
         selected, and if every selected gate is fully open, so that muting would change nothing.
         """
-        scores = self.scores
+        scores = self.full_scores()
         total = sum(len(s) for s in scores.values())
         selection = {"budget": budget} if threshold is None else {"threshold": threshold}
         if (budget is None) == (threshold is None):
@@ -256,7 +264,7 @@ class Masked:
                 f"{eligible}"
             )
         device = next(iter(scores.values())).device
-        flat = [s.detach().to(device) for s in scores.values()]
+        flat = [score.to(device) for score in scores.values()]
         indptr, indices, gains = (t.cpu() for t in select_muted(flat, budget=budget, threshold=threshold))
         ends = indptr.tolist()
         lowest = min(score.min().sigmoid().item() for score in flat)
@@ -315,6 +323,17 @@ class Masked:
 
     def __exit__(self, *exception):
         self.detach()
+
+
+def _gathered(score):
+    if hasattr(score, "full_tensor"):  # sharded by FSDP or tensor parallelism
+        return score.detach().full_tensor()
+    if hasattr(score, "ds_id"):  # sharded by DeepSpeed's ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([score]):
+            return score.detach().clone()
+    return score.detach()
 
 
 def _checked(row_ids, rows):

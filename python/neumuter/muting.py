@@ -18,8 +18,11 @@ class MuteMismatchError(ValueError):
 def architecture(model):
     """{"class": the model's class name, "model_type": that of its config, "none" without one}."""
     model = unwrapped(model)
+    own = next(
+        c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed")
+    )  # not FSDP's
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return {"class": type(model).__name__, "model_type": model_type or "none"}
+    return {"class": own.__name__, "model_type": model_type or "none"}
 
 
 def matching_ffns(model, mutes):

@@ -3,7 +3,7 @@
 import torch
 
 from neumuter.families import unwrapped
-from neumuter.ffn import Mask, masked_act_of, run_seam
+from neumuter.ffn import Mask, local, masked_act_of, run_seam
 
 
 def choose_seams(model, ffns):
@@ -70,7 +70,7 @@ def _watch(ffn, seams):
     acted = []
 
     def plain(module, arguments, output):
-        if _close(masked_act_of(arguments[0], ffn.activation, ones), output):
+        if _close(masked_act_of(arguments[0], ffn.activation, local(ones, ffn.mesh)), output):
             acted.append(output)
 
     def down(module, arguments):

@@ -1,0 +1,51 @@
+"""Real processes on the CPU: the same gates and the same mute set for any number of them."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import neumuter
+import pytest
+import torch
+from neumuter.masking import INITIAL_SCORE
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(how, processes, folder):
+    """Runs tests/distributed.py; returns the mute set and the scores."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    done = subprocess.run(
+        [*map(str, command), "-m", "tests.distributed", how, str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    name = f"{how}-{processes}"
+    return neumuter.MuteSet.load(folder / f"{name}.mute"), torch.load(folder / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return launch("ddp", 1, tmp_path_factory.mktemp("alone"))
+
+
+WAYS = [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("tp", 2), ("deepspeed", 2)]
+
+
+@pytest.mark.parametrize(("how", "processes"), WAYS)
+def test_one_result_for_any_number_of_processes(how, processes, alone, tmp_path):
+    if not importlib.util.find_spec("deepspeed" if how == "deepspeed" else "torch"):
+        pytest.skip(f"{how} is not installed")
+    mutes, scores = launch(how, processes, tmp_path)
+    expected, wanted = alone
+    assert (mutes.architecture, mutes.widths) == (expected.architecture, expected.widths)
+    assert mutes.fingerprint == expected.fingerprint
+    assert mutes.layers.keys() == expected.layers.keys()
+    for path, layer in mutes.layers.items():
+        assert torch.equal(layer.indices, expected.layers[path].indices)
+        # Gradients are summed in another order.
+        torch.testing.assert_close(layer.gains, expected.layers[path].gains, rtol=1e-5, atol=1e-5)
+    for path, score in scores.items():
+        assert (score - wanted[path]).abs().max() < 1e-5
+        assert (score - INITIAL_SCORE).abs().max() > 0.1
