@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check format bench gpu clean
+.PHONY: demo test check format bench gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
@@ -35,6 +35,10 @@ bench: $(VENV)/.built
 
 gpu: $(VENV)/.built
 	bash bench/gpu.sh
+
+models: $(VENV)/.built
+	$(BIN)/python -m pytest --junitxml build/models.xml tests/test_families.py tests/test_loading.py tests/test_distributed.py
+	$(BIN)/python -m tests.models_table build/models.xml
 
 clean:
 	rm -rf build dist demo-out neumuter_kernels/_C*.so *.egg-info python/*.egg-info $(VENV)/.built

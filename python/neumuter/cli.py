@@ -208,6 +208,35 @@ def apply(
     )
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A config.json, or the folder that has one.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="Memory of each device in GB (10^9 bytes).")] = 80.0,
+    card: Annotated[
+        str, typer.Option(help="For the expected time: A100, H100, H200, B200 or MI300X.")
+    ] = "H100",
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each kind per step and device.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
+    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache when serving.")] = 65536,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
+):
+    """What mask training and serving of a model would cost, and how it fits, from its config alone."""
+    import torch
+
+    from neumuter import planning
+
+    if card not in planning.CARDS:
+        raise typer.BadParameter(f"--card must be one of {', '.join(planning.CARDS)}, got {card!r}")
+    loaded = planning.load_config(config)
+    wanted = (getattr(loaded, "dtype", None) or "bfloat16") if dtype is Dtype.auto else dtype.value
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    with console.status("Counting"):
+        found = planning.plan(loaded, gpus, samples, tokens, wanted, checkpointing)
+    _print_plan(found, gpus, memory, card, samples, tokens, context)
+
+
 def main(arguments=None):
     """Run the command line; an error is one message on stderr and exit code 1 (2 for wrong usage)."""
     # A polite kill unwinds the stack, which removes temporary files; kill -9 can leave them, under
@@ -323,6 +352,35 @@ def _write_report(path, model, forget, retain, mutes, seconds):
         "peak_memory_bytes": _peak_memory(),
     }
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def _print_plan(found, gpus, memory, card, samples, tokens, context):
+    seconds, binds = found.step_seconds(card, gpus)
+    facts = Table(show_header=False)
+    rows = {
+        "model": f"{found.model}, {found.parameters / 1e9:.3g} billion parameters",
+        "neurons under masks": f"{found.neurons} ({found.masks / 1e6:.3g} MB with gradients and Adam)",
+        "a training step": f"{2 * samples} texts of {tokens} tokens a device: {found.flops / 1e12:.3g} TFLOP, "
+        f"{found.moved / 1e9:.3g} GB moved",
+        f"expected on {gpus} {card}": f"at least {seconds * 1e3:.3g} ms, bound by {binds} (data sheet, not "
+        "measured)",
+        "serving": f"{found.serving(context) / 1e9:.3g} GB with {context} tokens in the cache "
+        f"({found.cache_per_token / 1e3:.3g} kB each) and one mute set ({4 * found.neurons / 1e6:.3g} MB); "
+        f"at least {found.weights / 1e9:.3g} GB read per decoded token",
+    }
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    console.print(facts)
+    parts = ("weights", "masks", "reference", "activations", "temporary")
+    table = Table("training, GB per device", *parts, "peak", f"fits in {memory:g}?")
+    for layout, sizes in found.layouts.items():
+        peak = sum(sizes.values())
+        fits = "yes" if peak <= 0.95e9 * memory else "no"
+        table.add_row(layout, *(f"{sizes[part] / 1e9:.3g}" for part in parts), f"{peak / 1e9:.3g}", fits)
+    console.print(table)
+    console.print(
+        "fits: with 5 % to spare. Fewer --samples, --checkpointing or more devices help where it does not."
+    )
 
 
 def _print_outcome(mutes, path, seconds):

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import neumuter_kernels as nk
+from neumuter.families import unwrapped
 
 CHUNK_BYTES = 1 << 25  # of one chunk's logits in float32
 
@@ -23,12 +24,16 @@ class Head:
     Most models multiply them by the output embedding. For those that do more (soft-capping, scaling),
     which is seen by comparing logits on ``input_ids`` (int64 [B, T], a few real tokens), the model's own
     forward runs on given hidden states. Raises ValueError if that does not reproduce its logits either.
+    Without ``input_ids`` the former is taken for granted.
     """
 
     @torch.no_grad()
-    def __init__(self, model, input_ids):
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    def __init__(self, model, input_ids=None):
+        self.model = unwrapped(model)
         self.base, self.projection = self.model.base_model, self.model.get_output_embeddings()
+        if input_ids is None:
+            self.is_projection, self.vocabulary = True, self.projection.out_features
+            return
         output = self.base(input_ids=input_ids, use_cache=False)
         hidden = getattr(output, "last_hidden_state", None)
         expected = self.model(input_ids=input_ids, use_cache=False).logits

@@ -1,6 +1,7 @@
 """Which seam each FFN of a model gets: the fused one where it computes what the model does."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from neumuter.families import unwrapped
 from neumuter.ffn import Mask, local, masked_act_of, run_seam
@@ -17,6 +18,8 @@ def choose_seams(model, ffns):
     Raises ValueError for experts that compute something else.
     """
     seams = {ffn.path: "down" if ffn.layout else None for ffn in ffns}
+    if isinstance(next(model.parameters()), FakeTensor):
+        return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not _can_run(model):
         return seams | {ffn.path: "experts" for ffn in ffns if not ffn.layout}
     handles = []
@@ -44,6 +47,15 @@ def choose_seams(model, ffns):
     return seams
 
 
+def _by_structure(ffn):
+    """The seam that an FFN gets if it computes what its children suggest: of models without values."""
+    if not ffn.layout:
+        return "experts"
+    if not ffn.activation:
+        return "down"
+    return "ffn" if ffn.layout.gate or ffn.layout.gate_up else "activation"
+
+
 def _can_run(model):
     """Whether a forward pass is possible now: a model of transformers whose weights are all there."""
     embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
@@ -63,9 +75,9 @@ def _watch(ffn, seams):
 
     if not ffn.layout:
         return whole("experts")
-    if not ffn.activation:
+    if _by_structure(ffn) == "down":
         return []
-    if not ffn.layout.up or ffn.layout.gate:
+    if _by_structure(ffn) == "ffn":
         return whole("ffn")
     acted = []
 

@@ -1,0 +1,210 @@
+"""What mask training and serving cost, computed from a config.json alone: nothing is loaded or downloaded.
+
+The model is built of fake tensors, which have shapes and no values, and one training step of NeuMuter's
+objective runs on them. What it would keep in memory, compute and move is counted operation by operation.
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from neumuter.head import Head
+from neumuter.masking import attach
+
+# Dense 16-bit FLOP/s and bytes/s of the data sheets.
+CARDS = {
+    "A100": (312e12, 2.04e12),
+    "H100": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+    "B200": (2250e12, 8.0e12),
+    "MI300X": (1307e12, 5.3e12),
+}
+STATE_BYTES = 16  # of one score: itself, its gradient, and the two moments of Adam, all float32
+
+
+class _Counting(TorchDispatchMode):
+    """Bytes alive, the most that were, the bytes that operations read and write, and FLOPs."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = self.moved = self.flops = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        # What was there before counting began, such as the weights, is not counted.
+        self._seen.update(x.untyped_storage()._cdata for x in inputs)
+        result = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        fresh = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                fresh += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.alive += fresh
+        self.peak = max(self.peak, self.alive)
+        if fresh:  # a view moves nothing
+            self.moved += sum(x.numel() * x.element_size() for x in (*inputs, *tensors))
+        return result
+
+    def _free(self, key, size):
+        self._seen.discard(key)
+        self.alive -= size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes. ``layouts``: {name: (bytes per device, its parts)} for the number of devices asked."""
+
+    model: str
+    parameters: int
+    neurons: int
+    largest_layer: int  # bytes of one decoder layer's weights
+    weights: int
+    masks: int  # scores, their gradients and Adam's moments
+    reference: int  # last hidden states of the neighbours
+    activations: int  # kept for the backward pass
+    temporary: int  # beyond these at the peak
+    flops: int  # of one training step
+    moved: int  # bytes that its operations read and write
+    cache_per_token: int  # of keys and values, when serving
+    layouts: dict
+
+    @property
+    def training(self):
+        """Peak bytes of mask training on one device."""
+        return self.weights + self.masks + self.reference + self.activations + self.temporary
+
+    def serving(self, tokens):
+        """Bytes of serving with one mute set and ``tokens`` tokens in the cache, on one device."""
+        return self.weights + 4 * self.neurons + tokens * self.cache_per_token
+
+    def step_seconds(self, card, devices):
+        """The time of a training step at the roofline of ``devices`` cards: (seconds, what binds)."""
+        compute, bandwidth = CARDS[card]
+        times = {"arithmetic": self.flops / compute, "memory": self.moved / bandwidth}
+        binds = max(times, key=times.get)
+        return times[binds] / devices, binds
+
+
+def load_config(path):
+    """The config at ``path``, a config.json or the folder that has one.
+
+    Raises FileNotFoundError if there is none.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is neither a config.json nor a folder that has one")
+    return AutoConfig.from_pretrained(file)
+
+
+def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpointing=False):
+    """The ``Plan`` of a config of transformers.
+
+    ``samples``: of each kind, forget and neighbour, per step and device. ``tokens``: of each. ``dtype``: of
+    the weights. ``checkpointing``: activation checkpointing. Raises ValueError for a model that ``attach``
+    refuses, and for one whose logits are more than a projection.
+    """
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        weights = _bytes(model)
+        layers = max(_decoder_layers(model), key=_bytes)
+        cache = _cache_bytes(model)
+        masked = attach(model)
+        step = _Step(masked, samples, tokens)
+        with _Counting() as counting:
+            step.run(counting)
+    neurons = sum(len(score) for score in masked.scores.values())
+    parts = {
+        "weights": weights,
+        "masks": STATE_BYTES * neurons,
+        "reference": _size(step.reference),
+        "activations": step.kept,
+        "temporary": counting.peak - step.kept,
+    }
+    return Plan(
+        model=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()) - neurons,
+        neurons=neurons,
+        largest_layer=_bytes(layers),
+        flops=counting.flops,
+        moved=counting.moved,
+        cache_per_token=cache,
+        layouts=_layouts(parts, _bytes(layers), devices),
+        **parts,
+    )
+
+
+class _Step:
+    """One step of NeuMuter's objective on fake samples, forget and neighbour ones side by side."""
+
+    def __init__(self, masked, samples, tokens):
+        self.masked, self.head = masked, Head(masked.model)
+        self.ids = torch.zeros(2 * samples, tokens, dtype=torch.int64)
+        self.targets = torch.zeros(samples * (tokens - 1), dtype=torch.int64)
+        hidden = masked.model.config.get_text_config().hidden_size
+        self.reference = torch.zeros(len(self.targets), hidden, dtype=masked.model.dtype)
+        self.kept = 0  # bytes alive between forward and backward
+
+    def run(self, counting):
+        with self.masked.sampling(0, 0, torch.arange(len(self.ids))):
+            hidden = self.head.hidden(self.ids)[:, :-1].flatten(0, 1)
+            self.kept = counting.alive
+            forget, neighbour = hidden.chunk(2)
+            loss = self.head.token_losses(forget, self.targets).mean()
+            loss = self.head.kl_divergences(neighbour, self.reference).mean() - loss
+            loss.backward()
+
+
+def _decoder_layers(model):
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    return max(lists, key=_bytes, default=[model])
+
+
+def _bytes(module):
+    """Of the parameters and buffers, tied ones once."""
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(_size(t) for t in tensors.values())
+
+
+def _size(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+def _cache_bytes(model):
+    """Of the keys and values of one token in the middle of a text."""
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+    cache = getattr(output, "cache", None) or output.past_key_values
+    return sum(_size(t) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+
+
+def _layouts(parts, layer, devices):
+    """Bytes per device: {layout: {part: bytes}}."""
+    if devices == 1:
+        return {"one device": parts}
+    split = {"weights": math.ceil(parts["weights"] / devices)}
+    return {
+        "data parallel (DDP)": parts,
+        "sharded weights (FSDP2, ZeRO-3)": parts | split | {"temporary": parts["temporary"] + 2 * layer},
+        "tensor parallel (activations not counted as split)": parts | split,
+        "layers spread (device_map)": parts
+        | split
+        | {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")},
+    }

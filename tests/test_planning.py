@@ -1,0 +1,82 @@
+"""The plan of a model against what running it takes."""
+
+import json
+
+import pytest
+import torch
+from neumuter.cli import main
+from neumuter.planning import load_config, plan
+from transformers import LlamaConfig
+
+from bench.step import SHAPES, peak_mib
+from tests.models import FAMILIES, LAYERS, WIDTH, build, config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_peak_is_that_of_a_real_step(dtype):
+    """bench.step's step, in a process of its own: within 10 %."""
+    found = plan(LlamaConfig(**SHAPES["135M"]), samples=1, tokens=200, dtype=dtype)
+    assert found.training / 2**20 == pytest.approx(peak_mib("135M", dtype, "ours"), rel=0.1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_counts_are_those_of_the_model(name):
+    model = build(name)
+    found = plan(config(name), samples=2, tokens=16, dtype=torch.float32)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    assert found.weights == sum(t.numel() * t.element_size() for t in held)
+    assert found.neurons % WIDTH == 0 or name == "qwen2_moe"
+    assert found.masks == 16 * found.neurons
+    assert found.activations > found.reference > 0
+    assert found.flops > 2 * 4 * 16 * found.neurons  # at least one product with every neuron
+
+
+def test_flops_of_the_projections():
+    """Twice the weights of layers per token forward, once more backward above the first masked FFN."""
+    shape = LlamaConfig(**SHAPES["tiny"])
+    found = plan(shape, samples=1, tokens=64, dtype=torch.float32)
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
+    head = 64 * 320
+    forward = 2 * 128 * 3 * layer + 2 * 63 * 3 * head
+    backward = (
+        2 * 128 * layer + 2 * 128 * (64 * 160) + 2 * 63 * 2 * head
+    )  # layer 2; down of layer 1; the head
+    assert forward + backward < found.flops < 1.25 * (forward + backward)  # and the attention
+
+
+def test_checkpointing_keeps_less_and_computes_more():
+    shape = LlamaConfig(**SHAPES["tiny"])
+    plain, saving = (plan(shape, samples=4, tokens=64, checkpointing=c) for c in (False, True))
+    assert saving.activations < 0.6 * plain.activations
+    assert saving.flops > plain.flops
+
+
+def test_layouts():
+    found = plan(config("llama"), devices=4, samples=2, tokens=16)
+    total = {name: sum(parts.values()) for name, parts in found.layouts.items()}
+    assert len(total) == 4
+    assert total["data parallel (DDP)"] == found.training
+    assert all(parts["weights"] <= -(-found.weights // 4) for parts in list(found.layouts.values())[1:])
+    assert list(plan(config("llama"), samples=2, tokens=16).layouts) == ["one device"]
+    assert found.serving(100) == found.weights + 4 * found.neurons + 100 * found.cache_per_token
+    assert found.cache_per_token == 2 * LAYERS * 2 * 8 * 2
+
+
+def test_command(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
+    assert load_config(tmp_path).model_type == "llama"
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(tmp_path), "--gpus", "2", "--memory", "0.001"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    for part in ("LlamaForCausalLM", "expected on 2 H100", "weights", "FSDP2", "no"):
+        assert part in printed
+    for arguments, message in (
+        (["plan", str(tmp_path / "nowhere")], "is neither a config.json nor a folder"),
+        (["plan", str(tmp_path), "--card", "V100"], "--card must be one of"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code
+        assert message in capsys.readouterr().err
