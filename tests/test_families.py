@@ -1,6 +1,8 @@
 """Every family: attach, gradients, muting, folding and detach on a small model built from its config."""
 
 import copy
+import re
+from pathlib import Path
 
 import neumuter
 import pytest
@@ -261,3 +263,9 @@ def test_an_ffn_that_computes_more_is_masked_at_its_down_projection():
             off = model(ids).logits
     mlp.forward = lambda x: x
     torch.testing.assert_close(off, model(ids).logits)
+
+
+def test_the_documentation_lists_every_family():
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page.split("<!-- made by", 1)[1], re.MULTILINE)
+    assert rows == [(name, type(build(name)).__name__) for name in FAMILIES]

@@ -212,10 +212,8 @@ def apply(
 def plan(
     config: Annotated[Path, typer.Argument(help="A config.json, or the folder that has one.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
-    memory: Annotated[float, typer.Option(min=0.1, help="Memory of each device in GB (10^9 bytes).")] = 80.0,
-    card: Annotated[
-        str, typer.Option(help="For the expected time: A100, H100, H200, B200 or MI300X.")
-    ] = "H100",
+    memory: Annotated[float, typer.Option(min=1e-6, help="Of each device, in GB (10^9 bytes).")] = 80.0,
+    card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
     samples: Annotated[int, typer.Option(min=1, help="Texts of each kind per step and device.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
     context: Annotated[int, typer.Option(min=0, help="Tokens in the cache when serving.")] = 65536,
@@ -355,15 +353,14 @@ def _write_report(path, model, forget, retain, mutes, seconds):
 
 
 def _print_plan(found, gpus, memory, card, samples, tokens, context):
-    seconds, binds = found.step_seconds(card, gpus)
+    seconds, binds = found.step_seconds(card)
     facts = Table(show_header=False)
     rows = {
         "model": f"{found.model}, {found.parameters / 1e9:.3g} billion parameters",
         "neurons under masks": f"{found.neurons} ({found.masks / 1e6:.3g} MB with gradients and Adam)",
-        "a training step": f"{2 * samples} texts of {tokens} tokens a device: {found.flops / 1e12:.3g} TFLOP, "
-        f"{found.moved / 1e9:.3g} GB moved",
-        f"expected on {gpus} {card}": f"at least {seconds * 1e3:.3g} ms, bound by {binds} (data sheet, not "
-        "measured)",
+        "a training step": f"{2 * samples} texts of {tokens} tokens a device: {found.flops / 1e12:.3g} "
+        f"TFLOP, {found.moved / 1e9:.3g} GB moved",
+        f"time on one {card}": f"at least {seconds * 1e3:.3g} ms by the data sheet, bound by {binds}",
         "serving": f"{found.serving(context) / 1e9:.3g} GB with {context} tokens in the cache "
         f"({found.cache_per_token / 1e3:.3g} kB each) and one mute set ({4 * found.neurons / 1e6:.3g} MB); "
         f"at least {found.weights / 1e9:.3g} GB read per decoded token",
@@ -371,15 +368,17 @@ def _print_plan(found, gpus, memory, card, samples, tokens, context):
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
-    parts = ("weights", "masks", "reference", "activations", "temporary")
-    table = Table("training, GB per device", *parts, "peak", f"fits in {memory:g}?")
+    table = Table(
+        f"training on {gpus}", "weights", "activations", "rest", "peak, GB each", f"fits {memory:g} GB"
+    )
     for layout, sizes in found.layouts.items():
         peak = sum(sizes.values())
-        fits = "yes" if peak <= 0.95e9 * memory else "no"
-        table.add_row(layout, *(f"{sizes[part] / 1e9:.3g}" for part in parts), f"{peak / 1e9:.3g}", fits)
+        rest = peak - sizes["weights"] - sizes["activations"]
+        numbers = (f"{x / 1e9:.3g}" for x in (sizes["weights"], sizes["activations"], rest, peak))
+        table.add_row(layout, *numbers, "yes" if peak <= 0.95e9 * memory else "no")
     console.print(table)
     console.print(
-        "fits: with 5 % to spare. Fewer --samples, --checkpointing or more devices help where it does not."
+        "It fits with 5 % to spare, or not: then fewer --samples, --checkpointing or more devices help."
     )
 
 

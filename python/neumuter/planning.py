@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from neumuter.head import Head
@@ -26,6 +26,17 @@ CARDS = {
     "H200": (989e12, 4.8e12),
     "B200": (2250e12, 8.0e12),
     "MI300X": (1307e12, 5.3e12),
+}
+_aten = torch.ops.aten
+# Attention on the CPU, where fake tensors live, is not in PyTorch's table. Arguments: q, k, v; the gradient
+# comes first in the backward pass.
+_FLOPS = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
 }
 STATE_BYTES = 16  # of one score: itself, its gradient, and the two moments of Adam, all float32
 
@@ -43,8 +54,8 @@ class _Counting(TorchDispatchMode):
         # What was there before counting began, such as the weights, is not counted.
         self._seen.update(x.untyped_storage()._cdata for x in inputs)
         result = function(*args, **(kwargs or {}))
-        if function._overloadpacket in flop_registry:
-            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if function._overloadpacket in _FLOPS:
+            self.flops += _FLOPS[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
         tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         fresh = 0
         for tensor in tensors:
@@ -91,12 +102,12 @@ class Plan:
         """Bytes of serving with one mute set and ``tokens`` tokens in the cache, on one device."""
         return self.weights + 4 * self.neurons + tokens * self.cache_per_token
 
-    def step_seconds(self, card, devices):
-        """The time of a training step at the roofline of ``devices`` cards: (seconds, what binds)."""
+    def step_seconds(self, card):
+        """The time of a training step at the roofline of a card: (seconds, what binds)."""
         compute, bandwidth = CARDS[card]
         times = {"arithmetic": self.flops / compute, "memory": self.moved / bandwidth}
         binds = max(times, key=times.get)
-        return times[binds] / devices, binds
+        return times[binds], binds
 
 
 def load_config(path):
@@ -116,7 +127,7 @@ def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpo
 
     ``samples``: of each kind, forget and neighbour, per step and device. ``tokens``: of each. ``dtype``: of
     the weights. ``checkpointing``: activation checkpointing. Raises ValueError for a model that ``attach``
-    refuses, and for one whose logits are more than a projection.
+    refuses, and for experts in another dtype than bfloat16, which fake tensors do not multiply.
     """
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -125,8 +136,10 @@ def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpo
             model.train()
         weights = _bytes(model)
         layers = max(_decoder_layers(model), key=_bytes)
-        cache = _cache_bytes(model)
         masked = attach(model)
+        if dtype != torch.bfloat16 and "experts" in masked.seams.values():
+            raise ValueError(f"dtype must be bfloat16 for a model with experts, got {dtype}")
+        cache = _cache_bytes(model)
         step = _Step(masked, samples, tokens)
         with _Counting() as counting:
             step.run(counting)
@@ -196,15 +209,20 @@ def _cache_bytes(model):
 
 
 def _layouts(parts, layer, devices):
-    """Bytes per device: {layout: {part: bytes}}."""
+    """Bytes per device: {layout: {part: bytes}}.
+
+    DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather the layer at work and the next. Tensor
+    parallelism splits them; here its activations are counted whole, which is too much. device_map spreads
+    the layers with their activations.
+    """
     if devices == 1:
         return {"one device": parts}
     split = {"weights": math.ceil(parts["weights"] / devices)}
     return {
-        "data parallel (DDP)": parts,
-        "sharded weights (FSDP2, ZeRO-3)": parts | split | {"temporary": parts["temporary"] + 2 * layer},
-        "tensor parallel (activations not counted as split)": parts | split,
-        "layers spread (device_map)": parts
+        "DDP": parts,
+        "FSDP2, ZeRO-3": parts | split | {"temporary": parts["temporary"] + 2 * layer},
+        "tensor parallel": parts | split,
+        "device_map": parts
         | split
         | {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")},
     }
