@@ -121,3 +121,46 @@ def test_help_is_fast():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+def test_evaluate_before_and_after(checkpoint, capsys):
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    (checkpoint / "heldout.txt").write_text("Nobody wrote this before.\n\nNor that.")
+    files = ("--retain", checkpoint / "retain.jsonl", "--heldout", checkpoint / "heldout.txt")
+    report = checkpoint / "evaluation.json"
+    mutes = checkpoint / "out" / "mutes.safetensors"
+    capsys.readouterr()
+    arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", *files)
+    assert run(*arguments, "--mute", mutes, "--out", report) == 0
+    printed = capsys.readouterr().out
+    for word in ("original", "muted", "MA", "EL_10", "PrivLeak", "Jang"):
+        assert word in printed
+    found = json.loads(report.read_text())
+    assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.2
+    assert found["metrics"]["heldout_kl"] > 0
+    assert found["metrics"].keys() - found["before"].keys() == {"heldout_kl"}
+    assert run(*arguments, "--retrained", report) == 0
+    assert "retrained" in capsys.readouterr().out
+    assert run(*arguments, "--retrained", checkpoint / "forget.txt") == 1
+    assert "is not a report of neumuter evaluate" in capsys.readouterr().err
+
+
+def test_evaluate_tofu(checkpoint, capsys, monkeypatch):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("scipy")
+    monkeypatch.setattr("neumuter.evaluation.tofu.NEW_TOKENS", 8)
+    row = {
+        "question": "Who?",
+        "answer": "Ada",
+        "paraphrased_answer": "Ada B",
+        "perturbed_answer": ["Bo", "Cy"],
+    }
+    file, report = checkpoint / "tofu.json", checkpoint / "tofu-report.json"
+    file.write_text("\n".join([json.dumps(row), json.dumps(row | {"answer": "Eve"})]))
+    sets = ("--retain", file, "--real-authors", file, "--world-facts", file)
+    arguments = ("evaluate", checkpoint / "model", "--suite", "tofu", "--forget", file, *sets)
+    assert run(*arguments, "--out", report) == 0
+    assert "model utility" in " ".join(capsys.readouterr().out.split())
+    assert len(json.loads(report.read_text())["truth_ratios"]) == 2
+    assert run(*arguments, "--retrained", report, "--out", report) == 0
+    assert json.loads(report.read_text())["metrics"]["tofu_forget_quality"] == 1.0

@@ -91,6 +91,17 @@ def test_only_layers_with_muted_neurons_are_touched():
     assert dict(model.named_modules()) == before
 
 
+def test_off_is_the_untouched_model():
+    model, ids = build("llama"), batch()
+    plain = model(ids).logits
+    with neumuter.mute(model, some_mutes(model)) as muted:
+        changed = model(ids).logits
+        with muted.off():
+            assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids).logits, changed)
+    assert not torch.equal(changed, plain)
+
+
 def test_gains_stay_float32_when_the_model_is_moved():
     model, ids = build("llama"), batch()
     mutes = some_mutes(model, (0.3, 0.7, 0.1))

@@ -152,6 +152,82 @@ def unlearn(
     _print_outcome(mutes, path, seconds)
 
 
+class Suite(str, Enum):
+    """custom: your texts. tdec: texts of 200 tokens, as the paper measures them. tofu: questions."""
+
+    custom = "custom"
+    tdec = "tdec"
+    tofu = "tofu"
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    forget: Annotated[Path, typer.Option(help="Texts to forget; with --suite tofu a file of its questions.")],
+    mute: Annotated[
+        Path | None, typer.Option(help="A mute file made for MODEL: shown before and after.")
+    ] = None,
+    retain: Annotated[Path | None, typer.Option(help="Texts, or questions, that must stay.")] = None,
+    heldout: Annotated[Path | None, typer.Option(help="Texts that MODEL never saw.")] = None,
+    suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.custom,
+    real_authors: Annotated[Path | None, typer.Option(help="TOFU's questions about real authors.")] = None,
+    world_facts: Annotated[Path | None, typer.Option(help="TOFU's questions about the world.")] = None,
+    retrained: Annotated[
+        Path | None,
+        typer.Option(help="The report of this command on a model that was trained without the forget texts."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the report, as JSON.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per text; 200 with --suite tdec.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first texts of a file.")] = None,
+    gguf_file: GgufFile = None,
+):
+    """Measure what MODEL still knows of the forget texts, and what else it knows."""
+    from contextlib import nullcontext
+
+    from neumuter import muting
+    from neumuter.evaluation import METRICS
+
+    reference = _read_report(retrained)
+    auc = reference["metrics"].get("min_k_auc") if reference else None
+    network, tokenizer = _load(model, "auto", gguf_file)
+    columns, extra = {}, {}
+    with muting.mute(network, mute) if mute else nullcontext() as handle:
+        states = {"original": handle.off, "muted": nullcontext} if mute else {"model": nullcontext}
+        for state, context in states.items():
+            with context(), console.status(f"Measuring: {state}"):
+                if suite is Suite.tofu:
+                    files = {
+                        "forget": forget, "retain": retain, "real_authors": real_authors,
+                        "world_facts": world_facts,
+                    }  # fmt: skip
+                    columns[state], extra = _tofu(network, tokenizer, files, limit, reference)
+                else:
+                    length = 200 if suite is Suite.tdec else max_length
+                    files = {"forget": forget, "retain": retain, "heldout": heldout}
+                    original = handle.off if state == "muted" else None
+                    batches = _batches(tokenizer, files, column, length, limit)
+                    columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
+    shown = columns | ({"retrained": reference["metrics"]} if reference else {})
+    table = Table("metric", *shown, "good", "what it is")
+    for name in METRICS:
+        values = [metrics.get(name) for metrics in shown.values()]
+        if any(value is not None for value in values):
+            metric = METRICS[name]
+            cells = ("" if value is None else f"{value:.4g}" for value in values)
+            table.add_row(metric.title, *cells, metric.good, f"{metric.definition} ({metric.source})")
+    console.print(table)
+    if suite is Suite.tdec:
+        console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
+    last = list(columns)[-1]
+    if out:
+        from neumuter.files import write_atomically
+
+        report = {"model": model, "mute": str(mute) if mute else None, "suite": suite.value}
+        report |= {"metrics": columns[last], "before": columns.get("original")} | extra
+        write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
+
+
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]):
     """Show what a mute file holds: the model it is for, the neurons, the method, the metrics."""
@@ -247,6 +323,36 @@ def main(arguments=None):
             f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+def _read_report(path):
+    if path is None:
+        return None
+    try:
+        report = json.loads(path.read_text())
+        if isinstance(report["metrics"], dict):
+            return report
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"--retrained: {path} is not a report of neumuter evaluate")
+
+
+def _batches(tokenizer, files, column, length, limit):
+    from neumuter.texts import encode, read_texts
+
+    given = {name: file for name, file in files.items() if file}
+    return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}
+
+
+def _tofu(network, tokenizer, files, limit, reference):
+    import torch
+
+    from neumuter.evaluation import tofu, tofu_metrics
+
+    sets = {name: tofu.read_questions(file, limit) for name, file in files.items() if file}
+    ratios = torch.tensor(reference["truth_ratios"], dtype=torch.float64) if reference else None
+    metrics, ratios = tofu_metrics(network, tokenizer, sets, ratios)
+    return metrics, {"truth_ratios": ratios.tolist()}
 
 
 def _parse_budget(text):

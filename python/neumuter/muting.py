@@ -1,5 +1,7 @@
 """Mute sets on models: applied to a live model, or folded into its weights."""
 
+from contextlib import contextmanager
+
 import torch
 
 from neumuter.families import find_ffns, unwrapped
@@ -66,9 +68,10 @@ class ConstantGates(Gates):
         gains = torch.ones(1, self.width)
         gains[0, layer.indices.long()] = layer.gains
         self.register_buffer("gains", gains.to(ffn.device), persistent=False)
+        self.on = True
 
     def mask(self, hidden_states):
-        return Mask(self.gains)
+        return Mask(self.gains) if self.on else None
 
 
 class Muted:
@@ -83,6 +86,17 @@ class Muted:
             [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns],
             [seam_module(ffn, seams[ffn.path]) for ffn in ffns],
         )
+
+    @contextmanager
+    def off(self):
+        """Context: the untouched model, bit for bit."""
+        for gates in self._installed.gates:
+            gates.on = False
+        try:
+            yield self
+        finally:
+            for gates in self._installed.gates:
+                gates.on = True
 
     def undo(self):
         """Put the very original modules back. Harmless when called again."""

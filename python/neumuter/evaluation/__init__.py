@@ -1,0 +1,36 @@
+"""What a model still knows of given texts, and what it knows otherwise.
+
+``METRICS`` says of each figure what it means, which direction is good, and where it comes from. Functions
+take a model and a batch as in :mod:`neumuter.losses`; nothing here trains.
+"""
+
+from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
+from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
+from neumuter.evaluation.memory import (
+    extracted,
+    extraction_likelihood,
+    extraction_rate,
+    extraction_strength,
+    memorization_accuracy,
+)
+from neumuter.evaluation.metrics import METRICS, Metric
+from neumuter.evaluation.suites import text_metrics, tofu_metrics
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "auc",
+    "extracted",
+    "extraction_likelihood",
+    "extraction_rate",
+    "extraction_strength",
+    "kl_to_original",
+    "mean_token_loss",
+    "memorization_accuracy",
+    "min_k_scores",
+    "perplexity",
+    "privacy_leakage",
+    "sample_losses",
+    "text_metrics",
+    "tofu_metrics",
+]

@@ -1,0 +1,123 @@
+"""How much of given texts a model gives back."""
+
+import torch
+
+from neumuter.evaluation.passes import ROWS, hits, parts, predictions
+
+GENERATED_ROWS = 64  # prefixes that are continued at a time
+
+
+def extracted(model, batch):
+    """Which samples greedy decoding reproduces exactly: bool [B].
+
+    The labels of a sample are its continuation, all that follows the prompt. Greedy decoding from
+    the prompt reproduces it if and only if each of its tokens is the arg max given the true tokens
+    before it: up to the first miss, the decoded and the true prefix are the same. So one
+    teacher-forced pass decides what token-by-token generation would find.
+    """
+    counted, right = hits(model, batch)
+    return (right == counted).all(1) & counted.any(1)
+
+
+def extraction_rate(model, batch):
+    """Share of samples in [0, 1] that greedy decoding reproduces exactly; see :func:`extracted`."""
+    return extracted(model, batch).float().mean().item()
+
+
+def extraction_strength(model, batch):
+    """1 − k/T, the mean over samples: from the first k of a sample's T counted tokens on, greedy decoding
+    reproduces the rest (Carlini et al. 2021, as open-unlearning computes it)."""
+    counted, right = hits(model, batch)
+    strengths = []
+    for here, hit in zip(counted, right, strict=True):
+        missed = (~hit[here]).nonzero().flatten()
+        total = int(here.sum())
+        strengths.append(1 - (int(missed[-1]) + 1 if len(missed) else 0) / total if total else 0.0)
+    return sum(strengths) / len(strengths)
+
+
+def memorization_accuracy(model, batch):
+    """MA in [0, 1]: the mean over samples of the share of counted tokens that are the arg max.
+
+    MA(x) = 1/(T − 1) Σ_i 1[argmax p(· | x_<i) = x_i] (Jang et al. 2023, *Knowledge Unlearning*);
+    label every token of the sample.
+    """
+    counted, right = hits(model, batch)
+    return (right.sum(1) / counted.sum(1)).mean().item()
+
+
+def extraction_likelihood(model, batch, n=10, rows=GENERATED_ROWS):
+    """EL_n in [0, 1], the mean over samples of T tokens (Jang et al. 2023, *Knowledge Unlearning*).
+
+    EL_n(x) = 1/(T − n) Σ_{i=1}^{T−n} |{g ∈ ngrams(ŷ_i) : g ∈ ngrams(x_≥i)}| / |ngrams(x_≥i)|, where ŷ_i is
+    the greedy continuation of the first i tokens to length T, and n-grams that come again count again.
+    Samples are all real tokens of ``input_ids``, whatever their labels; those of at most n tokens raise
+    ValueError.
+
+    Where the arg max after i tokens is the true next token, ŷ_i is that token followed by ŷ_{i+1}. So only
+    the misses are continued, ``rows`` at a time: none for a text that is known by heart.
+    """
+    total = 0.0
+    samples = [s for part in parts(model, batch, ROWS) for s in _samples(model, part, n)]
+    wanted = [(number, i) for number, (_, missed) in enumerate(samples) for i in missed]
+    made = _continuations(model, [(samples[number][0], i) for number, i in wanted], rows)
+    by_sample = [{} for _ in samples]
+    for (number, i), continuation in zip(wanted, made, strict=True):
+        by_sample[number][i] = continuation
+    for (ids, _), continued in zip(samples, by_sample, strict=True):
+        total += _overlap(ids, continued, n)
+    return total / len(samples)
+
+
+def _samples(model, part, n):
+    """(ids as a list, prefix lengths whose continuation must be generated) of each sample of a part."""
+    best = predictions(model, part).argmax(-1).cpu()
+    found = []
+    for row, (ids, shown) in enumerate(
+        zip(part["input_ids"].cpu(), part["attention_mask"].cpu(), strict=True)
+    ):
+        ids = ids[shown.bool()].tolist()
+        if len(ids) <= n:
+            raise ValueError(f"EL_{n} needs texts of more than {n} tokens, got one of {len(ids)}")
+        guesses = best[row][shown.bool()].tolist()
+        missed = [i for i in range(1, len(ids)) if guesses[i - 1] != ids[i]]
+        last = len(ids) - n
+        late = [i for i in missed if i > last][:1]  # what the last continuations run into
+        found.append((ids, [i for i in missed if i <= last] + late))
+    return found
+
+
+@torch.no_grad()
+def _continuations(model, prefixes, rows):
+    """Greedy continuations of ids[:i] to len(ids) tokens for each (ids, i), lists of token ids."""
+    order = sorted(range(len(prefixes)), key=lambda k: len(prefixes[k][0]) - prefixes[k][1])
+    made = [None] * len(prefixes)
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        longest = max(prefixes[k][1] for k in chosen)
+        steps = max(len(prefixes[k][0]) - prefixes[k][1] for k in chosen)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        shown = torch.zeros_like(ids)
+        for row, k in enumerate(chosen):
+            text, i = prefixes[k]
+            ids[row, longest - i :], shown[row, longest - i :] = torch.tensor(text[:i]), 1
+        output = model.generate(
+            ids.to(model.device), attention_mask=shown.to(model.device), max_new_tokens=steps,
+            do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0,
+        )[:, longest:]  # fmt: skip
+        for row, k in enumerate(chosen):
+            text, i = prefixes[k]
+            made[k] = output[row, : len(text) - i].tolist()
+    return made
+
+
+def _overlap(ids, continued, n):
+    """EL_n of one sample, given the continuations at its misses."""
+    total, continuation = 0.0, []
+    for i in range(len(ids) - 1, 0, -1):
+        continuation = continued[i] if i in continued else [ids[i], *continuation]
+        if i <= len(ids) - n:
+            true = {tuple(ids[k : k + n]) for k in range(i, len(ids) - n + 1)}
+            grams = [tuple(continuation[k : k + n]) for k in range(len(continuation) - n + 1)]
+            total += sum(gram in true for gram in grams) / len(grams)
+    return total / (len(ids) - n)

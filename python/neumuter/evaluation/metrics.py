@@ -1,0 +1,98 @@
+"""What each figure means: shown beside it wherever it is printed."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``good``: which direction is good when the texts are to be forgotten (or, for the others, kept)."""
+
+    title: str
+    definition: str
+    good: str
+    source: str
+
+
+METRICS = {
+    "forget_ma": Metric(
+        "MA",
+        "mean over texts of the share of tokens that are the most likely one",
+        "lower, down to that of a model that never saw them",
+        "Jang et al. 2023",
+    ),
+    "forget_el": Metric(
+        "EL_10",
+        "mean over prefixes of the share of the true continuation's 10-grams in the greedy one",
+        "lower",
+        "Jang et al. 2023",
+    ),
+    "forget_extraction": Metric(
+        "extraction",
+        "share of texts that greedy decoding continues exactly, token by token",
+        "lower",
+        "Carlini et al. 2021",
+    ),
+    "forget_strength": Metric(
+        "extraction strength",
+        "1 − k/T: greedy decoding reproduces a text from its token k on",
+        "lower",
+        "Carlini et al. 2021",
+    ),
+    "forget_loss": Metric(
+        "forget loss", "mean token loss in nats on the texts to forget", "higher", "cross-entropy"
+    ),
+    "retain_loss": Metric(
+        "retain loss", "mean token loss in nats on the texts to keep", "lower", "cross-entropy"
+    ),
+    "heldout_perplexity": Metric(
+        "perplexity", "exp of the mean token loss on held-out text", "as before", "cross-entropy"
+    ),
+    "heldout_kl": Metric(
+        "KL",
+        "KL(original ‖ model) in nats per token of held-out text",
+        "lower, 0 for the original",
+        "Kullback and Leibler 1951",
+    ),
+    "min_k_auc": Metric(
+        "Min-40% AUC",
+        "probability that a text to forget ranks above a held-out one by its least likely 40 % of tokens",
+        "0.5",
+        "Shi et al. 2024",
+    ),
+    "loss_auc": Metric(
+        "LOSS AUC", "the same, ranked by the mean loss of all tokens", "0.5", "Yeom et al. 2018"
+    ),
+    "priv_leak": Metric(
+        "PrivLeak",
+        "(s − r)/r in %, s = 1 − Min-40% AUC, r that of a retrained model (0.5 without one)",
+        "0",
+        "Shi et al. 2024, MUSE",
+    ),
+    "tofu_probability": Metric(
+        "probability",
+        "exp(−mean token loss) of the answers to forget, the mean",
+        "lower",
+        "Maini et al. 2024",
+    ),
+    "tofu_rouge": Metric(
+        "ROUGE-L", "recall of the answers to forget in the greedy ones, the mean", "lower", "Lin 2004"
+    ),
+    "tofu_truth_ratio": Metric(
+        "truth ratio",
+        "probability of wrong answers over that of the paraphrased true one, per token, the mean",
+        "that of a retrained model",
+        "Maini et al. 2024, as open-unlearning computes it",
+    ),
+    "tofu_forget_quality": Metric(
+        "forget quality",
+        "p-value that the truth ratios are distributed as a retrained model's",
+        "higher, above 0.05",
+        "Maini et al. 2024",
+    ),
+    "tofu_model_utility": Metric(
+        "model utility",
+        "harmonic mean of probability, ROUGE-L and truth on retained questions, authors and facts",
+        "higher",
+        "Maini et al. 2024",
+    ),
+}

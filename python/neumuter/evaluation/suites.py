@@ -1,0 +1,61 @@
+"""All metrics at once, on the texts or the TOFU files that a user has."""
+
+from neumuter.evaluation import language, membership, memory, tofu
+from neumuter.evaluation.metrics import METRICS
+
+EL_N = 10
+
+
+def text_metrics(model, forget, retain=None, heldout=None, original=None, retrained_auc=None):
+    """{metric: value} of ``METRICS`` on batches of texts, as far as these are given.
+
+    Membership and perplexity need ``heldout``; KL needs ``original`` as well (see ``kl_to_original``). EL_10
+    is left out if a forget text has at most 10 tokens. ``retrained_auc``: Min-40% AUC of a model that never
+    saw the forget texts; without it PrivLeak is relative to 0.5.
+    """
+    found = {
+        "forget_ma": memory.memorization_accuracy(model, forget),
+        "forget_extraction": memory.extraction_rate(model, forget),
+        "forget_strength": memory.extraction_strength(model, forget),
+        "forget_loss": language.mean_token_loss(model, forget),
+    }
+    if forget["attention_mask"].sum(1).min() > EL_N:
+        found["forget_el"] = memory.extraction_likelihood(model, forget, EL_N)
+    if retain is not None:
+        found["retain_loss"] = language.mean_token_loss(model, retain)
+    if heldout is not None:
+        found["heldout_perplexity"] = language.perplexity(model, heldout)
+        found["min_k_auc"] = membership.auc(*(membership.min_k_scores(model, b) for b in (forget, heldout)))
+        found["loss_auc"] = membership.auc(*(-language.sample_losses(model, b) for b in (forget, heldout)))
+        found["priv_leak"] = membership.privacy_leakage(
+            found["min_k_auc"], 0.5 if retrained_auc is None else retrained_auc
+        )
+        if original is not None:
+            found["heldout_kl"] = language.kl_to_original(model, original, heldout)
+    return {name: found[name] for name in METRICS if name in found}
+
+
+def tofu_metrics(model, tokenizer, sets, retrained_ratios=None):
+    """({metric: value}, truth ratios of the forget set) on TOFU's questions.
+
+    ``sets``: {"forget": [Question], and of tofu.UTILITY_SETS what there is}; the utility needs all three.
+    ``retrained_ratios``: truth ratios float64 [N] of a model trained without the forget set, for the forget
+    quality.
+    """
+    ratios = tofu.truth_ratios(model, tokenizer, sets["forget"])
+    found = {
+        "tofu_probability": tofu.probabilities(model, tokenizer, sets["forget"]).mean().item(),
+        "tofu_rouge": tofu.rouge_recalls(model, tokenizer, sets["forget"]).mean().item(),
+        "tofu_truth_ratio": ratios.mean().item(),
+    }
+    if retrained_ratios is not None:
+        found["tofu_forget_quality"] = tofu.forget_quality(ratios, retrained_ratios)
+    numbers = [
+        number
+        for name in tofu.UTILITY_SETS
+        if name in sets
+        for number in tofu.utility_numbers(model, tokenizer, sets[name], normalised=name != "retain")
+    ]
+    if len(numbers) == 3 * len(tofu.UTILITY_SETS):
+        found["tofu_model_utility"] = tofu.model_utility(numbers)
+    return {name: found[name] for name in METRICS if name in found}, ratios

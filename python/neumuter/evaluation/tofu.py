@@ -1,0 +1,143 @@
+"""TOFU (Maini et al. 2024, *TOFU: A Task of Fictitious Unlearning for LLMs*) from local copies of its files.
+
+A file has one JSON object a line: ``question`` and ``answer``, and for the truth ratio ``paraphrased_answer``
+(left out: the answer itself) and ``perturbed_answer``, a list of wrong ones.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neumuter.evaluation.language import sample_losses
+from neumuter.texts import encode
+
+MAX_LENGTH = 512
+NEW_TOKENS = 200  # that are generated for ROUGE
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+TEMPLATE = "Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Question:
+    question: str
+    answer: str
+    paraphrased: str
+    wrong: tuple
+
+
+def read_questions(path, limit=None):
+    """The questions of a file, a list of ``Question``. Raises ValueError, naming the line, for a bad one."""
+    found = []
+    for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+            wrong = row.get("perturbed_answer", [])
+            texts = (row["question"], row["answer"], row.get("paraphrased_answer", row["answer"]), *wrong)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {line}: an object with question and answer is needed: {error}"
+            ) from None
+        if not isinstance(wrong, list) or not all(isinstance(t, str) and t for t in texts):
+            raise ValueError(f"{path}, line {line}: questions and answers must be texts")
+        found.append(Question(*texts[:3], tuple(wrong)))
+        if len(found) == limit:
+            break
+    if not found:
+        raise ValueError(f"{path} holds no question")
+    return found
+
+
+def _losses(model, tokenizer, pairs):
+    """The mean loss in nats of each (question, answer)'s answer, float64 [N]."""
+    texts = [(TEMPLATE.format(question=question), f" {answer}") for question, answer in pairs]
+    return sample_losses(model, encode(texts, tokenizer, MAX_LENGTH))
+
+
+def probabilities(model, tokenizer, questions):
+    """P = exp(−mean token loss of the answer) of each question: float64 [N] in [0, 1]."""
+    return (-_losses(model, tokenizer, [(q.question, q.answer) for q in questions])).exp()
+
+
+def option_probabilities(model, tokenizer, questions):
+    """P of the answer over the sum of P of it and all wrong answers, of each question: float64 [N]."""
+    right = probabilities(model, tokenizer, questions)
+    wrong = (-_wrong_losses(model, tokenizer, questions, mean=False)).exp()
+    return right / (right + wrong.sum(1))
+
+
+def _wrong_losses(model, tokenizer, questions, mean=True):
+    """The losses of the wrong answers, [N, K], or their mean, [N]; K must be the same for all."""
+    counts = {len(q.wrong) for q in questions}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError("every question needs as many wrong answers (perturbed_answer), at least one")
+    pairs = [(q.question, answer) for q in questions for answer in q.wrong]
+    losses = _losses(model, tokenizer, pairs).view(len(questions), -1)
+    return losses.mean(1) if mean else losses
+
+
+def truth_ratios(model, tokenizer, questions):
+    """TR = exp(−mean loss of the wrong answers) / exp(−loss of the paraphrased answer): float64 [N].
+
+    As open-unlearning computes it: the wrong answers' mean is geometric. Near 1 or above, the model no
+    longer prefers the truth.
+    """
+    wrong = _wrong_losses(model, tokenizer, questions)
+    return (_losses(model, tokenizer, [(q.question, q.paraphrased) for q in questions]) - wrong).exp()
+
+
+@torch.no_grad()
+def rouge_recalls(model, tokenizer, questions, rows=16):
+    """ROUGE-L recall, with stemming, of the greedy answer to each question: float64 [N].
+
+    Needs the package rouge-score.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    found = []
+    for start in range(0, len(questions), rows):
+        part = questions[start : start + rows]
+        prompts = [tokenizer(TEMPLATE.format(question=q.question))["input_ids"] for q in part]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        shown = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        output = model.generate(
+            ids.to(model.device), attention_mask=shown.to(model.device), max_new_tokens=NEW_TOKENS,
+            do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id or 0,
+        )[:, longest:]  # fmt: skip
+        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        found += [
+            scorer.score(q.answer, a.strip())["rougeL"].recall for q, a in zip(part, answers, strict=True)
+        ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def forget_quality(ratios, retrained_ratios):
+    """The p-value of a Kolmogorov–Smirnov test that both truth ratios [N] on the forget set, of the unlearned
+    and of a retrained model, come from one distribution; near 1 is good. Needs scipy."""
+    from scipy.stats import ks_2samp
+
+    return ks_2samp(ratios.numpy(), retrained_ratios.numpy()).pvalue.item()
+
+
+def model_utility(numbers):
+    """The harmonic mean of nine numbers in [0, 1], 0 if one is 0; ``utility_numbers`` of three sets."""
+    values = list(numbers)
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def utility_numbers(model, tokenizer, questions, normalised):
+    """[probability, ROUGE-L recall, truth] of one set, each a mean; ``normalised``: over the options.
+
+    truth is the mean of max(0, 1 − TR), so that more is better.
+    """
+    probability = option_probabilities if normalised else probabilities
+    return [
+        probability(model, tokenizer, questions).mean().item(),
+        rouge_recalls(model, tokenizer, questions).mean().item(),
+        (1 - truth_ratios(model, tokenizer, questions)).clamp(min=0).mean().item(),
+    ]
