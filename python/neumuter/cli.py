@@ -186,7 +186,7 @@ def evaluate(
     from contextlib import nullcontext
 
     from neumuter import muting
-    from neumuter.evaluation import METRICS
+    from neumuter.evaluation import METRICS, text_metrics
 
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
