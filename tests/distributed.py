@@ -1,4 +1,4 @@
-"""What one process of a distributed test does: ``python -m tests.distributed HOW FOLDER``, under torchrun.
+"""What a process of a distributed test does: ``python -m tests.distributed HOW FAMILY FOLDER``.
 
 A small model is attached and trained for a few steps on one global batch, split among the processes. The
 mute set and the scores are written to FOLDER as HOW-N.mute and HOW-N.pt, N the number of processes.
@@ -55,19 +55,19 @@ def tp(masked):
     return masked.model, torch.optim.SGD(masked.scores.values(), lr=200.0), torch.Tensor.backward
 
 
-def loaded(how, folder):
+def loaded(how, name, folder):
     if how != "tp":
-        return build("llama")
+        return build(name)
     if dist.get_rank() == 0:
-        build("llama").save_pretrained(Path(folder) / "model")
+        build(name).save_pretrained(Path(folder) / "model")
     dist.barrier()
     return AutoModelForCausalLM.from_pretrained(Path(folder) / "model", tp_plan="auto").eval()
 
 
-def main(how, folder):
+def main(how, name, folder):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    masked = neumuter.attach(loaded(how, folder))
+    masked = neumuter.attach(loaded(how, name, folder))
     model, optimizer, backward = globals()[how](masked)
     share, shares = (0, 1) if how == "tp" else (rank, world)
     ids, data = torch.arange(SAMPLES).chunk(shares)[share], batch(SAMPLES, 9).chunk(shares)[share]

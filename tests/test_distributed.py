@@ -13,16 +13,16 @@ from neumuter.masking import INITIAL_SCORE
 ROOT = Path(__file__).parents[1]
 
 
-def launch(how, processes, folder):
+def launch(how, processes, folder, name="llama"):
     """Runs tests/distributed.py; returns the mute set and the scores."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     done = subprocess.run(
-        [*map(str, command), "-m", "tests.distributed", how, str(folder)],
+        [*map(str, command), "-m", "tests.distributed", how, name, str(folder)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    name = f"{how}-{processes}"
-    return neumuter.MuteSet.load(folder / f"{name}.mute"), torch.load(folder / f"{name}.pt")
+    made = folder / f"{how}-{processes}"
+    return neumuter.MuteSet.load(made.with_suffix(".mute")), torch.load(made.with_suffix(".pt"))
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +49,12 @@ def test_one_result_for_any_number_of_processes(how, processes, alone, tmp_path)
     for path, score in scores.items():
         assert (score - wanted[path]).abs().max() < 1e-5
         assert (score - INITIAL_SCORE).abs().max() > 0.1
+
+
+def test_tensor_parallel_packed_ffns(tmp_path):
+    """Phi-3 gathers gate and up before they are split again."""
+    expected, wanted = launch("ddp", 1, tmp_path, "phi3")
+    mutes, scores = launch("tp", 2, tmp_path, "phi3")
+    for path, layer in mutes.layers.items():
+        assert torch.equal(layer.indices, expected.layers[path].indices)
+        assert (scores[path] - wanted[path]).abs().max() < 1e-5

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import neumuter
+import neumuter.ffn
 import pytest
 import torch
 from neumuter.families import REGISTERED, find_ffns
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from neumuter_kernels import hard_concrete
 from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, build_double
@@ -212,7 +213,7 @@ class Odd(nn.Module):
 
 def test_unknown_layouts_are_named_and_can_be_described():
     model = nn.Sequential(Odd())
-    with pytest.raises(ValueError, match=r"no FFN found in Sequential.*register_family.*Odd"):
+    with pytest.raises(ValueError, match=r"0, a Odd, looks like an FFN.*register_family.*of w1, w3, w2"):
         neumuter.attach(model, 0)
     neumuter.register_family(gate="w1", up="w3", down="w2", activation="act")
     try:
@@ -263,6 +264,137 @@ def test_an_ffn_that_computes_more_is_masked_at_its_down_projection():
             off = model(ids).logits
     mlp.forward = lambda x: x
     torch.testing.assert_close(off, model(ids).logits)
+
+
+def clamped(mlp, x):
+    """A gated FFN that differs from Llama's for large inputs only."""
+    gate, up = mlp.gate_proj(x).clamp(max=50), mlp.up_proj(x).clamp(-50, 50)
+    return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def scaled(mlp, x):
+    return 0.97 * type(mlp).forward(mlp, x)
+
+
+@pytest.mark.parametrize("change", [clamped, scaled])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_differences_are_seen(change, dtype):
+    model = build("llama", dtype)
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: change(mlp, x)
+    with neumuter.attach(model) as masked:
+        assert masked.seams == {"model.layers.1.mlp": "down", "model.layers.2.mlp": "ffn"}
+
+
+def test_children_beside_the_layout_are_not_lost():
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.dropout = nn.Dropout(0.5)
+    mlp.forward = lambda x: mlp.dropout(type(mlp).forward(mlp, x))
+    with neumuter.attach(model) as masked:
+        assert masked.seams["model.layers.1.mlp"] == "down"
+
+
+def test_an_ffn_with_more_arguments():
+    model, ids = build("llama"), batch()
+    mlp = model.model.layers[1].mlp
+    plain = type(mlp).forward
+
+    class Numbered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp
+
+        def forward(self, x):
+            return self.inner(x, 1)
+
+    mlp.forward = lambda x, number: plain(mlp, x)
+    model.model.layers[1].mlp = Numbered()
+    with neumuter.attach(model) as masked:
+        assert masked.seams["model.layers.1.mlp.inner"] == "down"
+        with masked.evaluating():
+            model(ids)
+
+
+def test_a_shared_activation_is_left_alone():
+    model, ids = build("gpt2"), batch()
+    for block in model.transformer.h[1:]:
+        block.mlp.act = model.transformer.h[0].mlp.act
+    with neumuter.attach(model, 0) as masked:
+        assert set(masked.seams.values()) == {"down"}
+        with masked.applying({"transformer.h.0.mlp": torch.zeros(WIDTH)}):
+            ours = model(ids).logits
+    model.transformer.h[0].mlp.c_proj.weight.data.zero_()
+    torch.testing.assert_close(ours, model(ids).logits)
+
+
+def test_a_layer_that_is_not_understood_is_named():
+    class Inline(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.back = nn.Linear(32, 72), nn.Linear(72, 32)
+
+        def forward(self, x):
+            return self.back(torch.nn.functional.gelu(self.dense(x)))
+
+    model, ids = build("llama"), batch()
+    model.model.layers[1].mlp = Inline()
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp, a Inline, looks like an FFN.*dense, back"):
+        neumuter.attach(model)
+    neumuter.register_family(up="dense", down="back")
+    try:
+        with neumuter.attach(model) as masked:
+            assert masked.seams["model.layers.1.mlp"] == "down"
+            with masked.applying({"model.layers.1.mlp": torch.zeros(72)}):
+                ours = model(ids).logits
+        model.model.layers[1].mlp.back.weight.data.zero_()
+        torch.testing.assert_close(ours, model(ids).logits)
+    finally:
+        REGISTERED.clear()
+
+
+def test_a_module_around_an_ffn_is_none():
+    """As Gemma 3n's decoder layers, which have projections and an activation of their own."""
+    model = build("llama")
+    layer = model.model.layers[1]
+    layer.act, layer.narrow, layer.widen = nn.SiLU(), nn.Linear(32, 8), nn.Linear(8, 32)
+    assert [ffn.path for ffn in find_ffns(model)] == [f"model.layers.{i}.mlp" for i in range(3)]
+
+
+def test_encoder_decoders_are_refused():
+    config = T5Config(vocab_size=50, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        neumuter.attach(T5ForConditionalGeneration(config))
+
+
+def test_a_failed_attach_leaves_nothing_behind(monkeypatch):
+    model = build("llama")
+    before, flags = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
+    install, calls = neumuter.ffn.Gates.install, []
+
+    def failing(self, module):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyError
+        install(self, module)
+
+    monkeypatch.setattr("neumuter.ffn.Gates.install", failing)
+    with pytest.raises(KeyError):
+        neumuter.attach(model)
+    assert dict(model.named_modules()) == before
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_experts_that_are_reached_later_can_be_selected_again():
+    model = build("mixtral")
+    with neumuter.attach(model) as masked:
+        counts = []
+        for ids in (batch(1, 1), batch(4, 9)):
+            masked.keep_unreached_open(lambda ids=ids: model(ids))
+            counts.append(sum(int(score.isfinite().sum()) for score in masked.scores.values()))
+        assert counts[0] < counts[1]
 
 
 def test_the_documentation_lists_every_family():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neumuter.families import find_ffns
+from neumuter.recipes import GainsConfig, SupportConfig, forget
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -139,6 +140,17 @@ def test_lora_on_top_and_merged(name):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_dropout_of_adapters_does_not_change_the_fingerprint():
+    config = peft.LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(build("llama"), config).train()
+    with neumuter.attach(model) as masked:
+        randomise(masked)
+        mutes = masked.select(budget=0.2)
+    assert model.training
+    assert model.base_model.model.model.layers[1].mlp.down_proj.training
+    neumuter.mute(model, mutes).undo()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt"])
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_offloaded(name, place, tmp_path):
@@ -153,6 +165,15 @@ def test_offloaded(name, place, tmp_path):
         assert torch.equal(layer.indices, mutes.layers[path].indices)
     with pytest.raises(ValueError, match="offloaded"):
         neumuter.fold(model, mutes)
+
+
+def test_a_recipe_runs_on_an_offloaded_model():
+    model, ids = build("llama"), batch()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    options = dict(support=SupportConfig(steps=2), gains=GainsConfig(steps=2))
+    with neumuter.attach(model) as masked:
+        assert forget(masked, one, one, 4, **options).count == 4
 
 
 def test_experts_offloaded(tmp_path):
@@ -212,17 +233,33 @@ def test_compiled_without_graph_breaks(name):
         )
 
 
-def test_attaching_a_compiled_model():
-    model, ids = build("llama"), batch()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_attaching_a_compiled_model(name):
+    model, ids = build(name), batch()
+    with neumuter.attach(model) as masked:
+        seams = masked.seams
     compiled = torch.compile(model, backend="eager")
     expected = compiled(ids).logits
     with neumuter.attach(compiled) as masked:
-        assert next(iter(masked.scores)) == "model.layers.1.mlp"
+        assert masked.seams == seams
         assert torch.equal(compiled(ids).logits, expected)
         with masked.applying(mask_of(masked)):
             ours = compiled(ids).logits
             torch.testing.assert_close(ours, model(ids).logits)
     assert not torch.allclose(ours, expected)
+
+
+def test_compiled_layers_have_the_paths_of_plain_ones():
+    model, ids = build("llama"), batch()
+    with neumuter.attach(model) as masked:
+        randomise(masked)
+        mutes = masked.select(budget=0.2)
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+    with neumuter.mute(model, mutes):
+        torch.testing.assert_close(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral"])
@@ -304,3 +341,13 @@ def test_a_deep_copy_is_a_model_of_its_own():
             for layer in model.model.layers:
                 layer.mlp.down_proj.weight.zero_()
         assert not torch.allclose(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_pickled_model_is_whole(name, tmp_path):
+    model, ids = build(name), batch()
+    with neumuter.attach(model) as masked, masked.applying(mask_of(masked)):
+        expected = model(ids).logits
+        torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(other(ids).logits, expected)

@@ -139,6 +139,8 @@ def test_wrong_batch_size_is_named():
     with neumuter.attach(model) as masked:
         with masked.sampling(0, 0, torch.arange(2)), pytest.raises(ValueError, match="sample_ids has 2 rows"):
             model(batch(4))
+        with masked.sampling(0, 0, torch.arange(1)), pytest.raises(ValueError, match="sample_ids has 1 rows"):
+            model(batch(4))
         path = next(iter(masked.scores))
         with masked.applying({path: torch.ones(3, WIDTH)}), pytest.raises(ValueError, match="3 rows"):
             model(batch(4))

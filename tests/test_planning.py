@@ -6,10 +6,10 @@ import pytest
 import torch
 from neumuter.cli import main
 from neumuter.planning import load_config, plan
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from bench.step import SHAPES, peak_mib
-from tests.models import FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
+from tests.models import EXPERTS, FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -33,7 +33,8 @@ def test_counts_are_those_of_the_model(name):
     assert found.neurons % WIDTH == 0 or name == "qwen2_moe"
     assert found.masks == 16 * found.neurons
     assert found.activations > found.reference > 0
-    assert found.flops > 2 * 4 * 16 * found.neurons  # at least one product with every neuron
+    chosen = found.neurons * (2 / EXPERTS if name in OF_EXPERTS else 1)  # two of four experts a token
+    assert found.flops > 2 * 2 * 64 * 32 * chosen  # at least two products of the hidden size, forward
 
 
 def test_flops_of_the_projections():
@@ -62,10 +63,23 @@ def test_layouts():
     total = {name: sum(parts.values()) for name, parts in found.layouts.items()}
     assert len(total) == 4
     assert total["DDP"] == found.training
-    assert all(parts["weights"] <= -(-found.weights // 4) for parts in list(found.layouts.values())[1:])
+    weights = {name: parts["weights"] for name, parts in found.layouts.items()}
+    assert weights["FSDP2, ZeRO-3"] < weights["tensor parallel"] == weights["device_map"] < weights["DDP"]
     assert list(plan(config("llama"), samples=2, tokens=16).layouts) == ["one device"]
-    assert found.serving(100) == found.weights + 4 * found.neurons + 100 * found.cache_per_token
-    assert found.cache_per_token == 2 * LAYERS * 2 * 8 * 2
+    held = 3 * 100 * 2 * LAYERS * 2 * 8 * 2  # keys and values of two heads of eight in 16 bits
+    assert found.serving(3, 100) == found.weights + 4 * found.neurons + held
+
+
+def test_windows_bound_the_cache():
+    found = plan(config("gemma3", sliding_window=8), samples=1, tokens=16)
+    assert [window for _, window in found.cache] == [8, 8, 8]
+    assert found.serving(1, 1000) == found.serving(1, 8)
+
+
+def test_vision_language_configs_are_planned_as_their_text_model():
+    text = config("gemma3")
+    whole = Gemma3Config(text_config=text.to_dict())
+    assert plan(whole, samples=1, tokens=16).parameters == plan(text, samples=1, tokens=16).parameters
 
 
 def test_command(tmp_path, capsys):

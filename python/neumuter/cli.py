@@ -292,7 +292,8 @@ def plan(
     card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
     samples: Annotated[int, typer.Option(min=1, help="Texts of each kind per step and device.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
-    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache when serving.")] = 65536,
+    sequences: Annotated[int, typer.Option(min=1, help="Served at a time.")] = 8,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a served sequence.")] = 8192,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
 ):
@@ -308,7 +309,7 @@ def plan(
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     with console.status("Counting"):
         found = planning.plan(loaded, gpus, samples, tokens, wanted, checkpointing)
-    _print_plan(found, gpus, memory, card, samples, tokens, context)
+    _print_plan(found, gpus, memory, card, (samples, tokens), (sequences, context))
 
 
 def main(arguments=None):
@@ -458,18 +459,18 @@ def _write_report(path, model, forget, retain, mutes, seconds):
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
-def _print_plan(found, gpus, memory, card, samples, tokens, context):
+def _print_plan(found, gpus, memory, card, batch, served):
     seconds, binds = found.step_seconds(card)
     facts = Table(show_header=False)
     rows = {
         "model": f"{found.model}, {found.parameters / 1e9:.3g} billion parameters",
         "neurons under masks": f"{found.neurons} ({found.masks / 1e6:.3g} MB with gradients and Adam)",
-        "a training step": f"{2 * samples} texts of {tokens} tokens a device: {found.flops / 1e12:.3g} "
+        "a training step": f"{2 * batch[0]} texts of {batch[1]} tokens a device: {found.flops / 1e12:.3g} "
         f"TFLOP, {found.moved / 1e9:.3g} GB moved",
         f"time on one {card}": f"at least {seconds * 1e3:.3g} ms by the data sheet, bound by {binds}",
-        "serving": f"{found.serving(context) / 1e9:.3g} GB with {context} tokens in the cache "
-        f"({found.cache_per_token / 1e3:.3g} kB each) and one mute set ({4 * found.neurons / 1e6:.3g} MB); "
-        f"at least {found.weights / 1e9:.3g} GB read per decoded token",
+        "serving": f"{found.serving(*served) / 1e9:.3g} GB for {served[0]} sequences of {served[1]} tokens "
+        f"with one mute set ({4 * found.neurons / 1e6:.3g} MB); a decoded token reads up to "
+        f"{found.weights / 1e9:.3g} GB of weights",
     }
     for name, value in rows.items():
         facts.add_row(name, value)

@@ -5,6 +5,7 @@ an up and a down projection, or one that makes gate and up together; sizes tell 
 found by the attributes of transformers' experts interface. ``register_family`` describes what this misses.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -214,32 +215,75 @@ def unwrapped(model):
 def find_ffns(model):
     """All FFNs of ``model`` in model order, a list of ``FFN``; those of a vision or audio tower are not.
 
-    Raises ValueError if there is none, and if a module holds weights of experts that are not understood.
+    Raises ValueError, naming the module, if one looks like an FFN or like experts but is not understood; and
+    if there is none.
     """
     model = unwrapped(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
     dtype = getattr(model, "dtype", torch.float32)
-    found = []
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; only causal ones can be masked"
+        )
+    parents = Counter(child for module in model.modules() for child in set(module.children()))
+    found, unknown = {}, {}
     for path, module in model.named_modules():
         if module not in inside:
             continue
-        layout = None
         if _is_experts(module):
             plain = _gates_plainly(module) and activation_name(getattr(module, "act_fn", None))
-            found.append(FFN(path, len(found), module, None, plain or None, dtype))
+            found[path] = module, None, plain or None
         elif layout := infer_layout(module):
             acting = getattr(module, layout.activation) if layout.activation else None
-            found.append(FFN(path, len(found), module, layout, activation_name(acting), dtype))
+            if layout.up and not layout.gate and parents[acting] > 1:
+                acting = None  # a mask there would be everybody's
+            found[path] = module, layout, activation_name(acting)
         elif not isinstance(module, nn.modules.conv._ConvNd):
             _refuse_unknown_experts(path, module)
-    if not found:
+            if _looks_like_ffn(module):
+                unknown[path] = module
+    # What contains an FFN is none, whatever else it has: decoder layers with a gate of their own.
+    outer = {path for path in found for other in found if other.startswith(f"{path}.")}
+    kept = {path: parts for path, parts in found.items() if path not in outer}
+    for path, module in unknown.items():
+        if not any(other.startswith(f"{path}.") for other in kept):
+            raise ValueError(
+                f"{path}, a {type(module).__name__}, looks like an FFN but has no activation among its "
+                "children; describe it with neumuter.register_family(down=..., up=..., gate=...), naming of "
+                + ", ".join(name for name, child in module.named_children() if features(child))
+            )
+    if not kept:
         raise ValueError(
             f"no FFN found in {type(model).__name__}: no module has an activation among its children beside "
             "the projections of an FFN; describe it with neumuter.register_family(down=..., up=..., "
             "gate=..., activation=...), naming the children of one of: " + _classes(model)
         )
-    return found
+    return [
+        FFN(path.replace("._orig_mod", ""), layer, *parts, dtype)  # of compiled layers
+        for layer, (path, parts) in enumerate(kept.items())
+    ]
+
+
+def input_device(model):
+    """Where token ids go."""
+    weight = unwrapped(model).get_input_embeddings().weight
+    if not weight.is_meta:
+        return weight.device
+    hook = getattr(unwrapped(model).get_input_embeddings(), "_hf_hook", None)  # of Accelerate: offloaded
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def _looks_like_ffn(module):
+    """Whether its projections expand and contract again, as an FFN's do."""
+    sizes = [size for child in module.children() if (size := features(child))]
+    if len(sizes) not in (2, 3) or any(w in type(module).__name__ for w in ("Attention", "Mamba", "Mixer")):
+        return False
+    for width, hidden in sizes:
+        others = {size for size in sizes if size != (width, hidden)}
+        if width > hidden and others in ({(hidden, width)}, {(hidden, 2 * width)}):
+            return True
+    return False
 
 
 def _gates_plainly(experts):

@@ -10,6 +10,7 @@ A mask reaches a model's FFN at one of four places, called seams, whose forward 
 The projections are called as the modules that they are: quantised, adapted, sharded or offloaded ones, too.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -26,34 +27,44 @@ CHILD = "neumuter"  # the name of the Gates among a seam's children
 
 
 class Mask(NamedTuple):
-    """values: float32 [G, width]. row_ids: integers, one row per token, −1 = unmasked; None: G equal runs."""
+    """values: float32 [G, width]. row_ids: integers, one row per token, −1 = unmasked; None: G equal runs.
+
+    mesh: the device mesh over which tensor parallelism splits the neurons, or None.
+    """
 
     values: torch.Tensor
     row_ids: torch.Tensor | None = None
+    mesh: object = None
+
+    def fitting(self, activations, width):
+        """The values as the kernels need them for ``activations`` of ``width`` neurons of this process."""
+        values = self.values
+        if self.mesh is not None and values.shape[1] != width:
+            # The gradients reach all processes.
+            whole = DTensor.from_local(values, self.mesh, [Replicate()])
+            values = whole.redistribute(placements=[Shard(1)]).to_local()
+        wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
+        return values.to(activations.device, wide)
 
 
 def masked_act_of(hidden, activation, mask):
     """φ(hidden)·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_act``."""
-    return masked_act(hidden, _like(mask.values, hidden), mask.row_ids, activation, reuse_inputs=True)
+    values = mask.fitting(hidden, hidden.shape[-1])
+    return masked_act(hidden, values, mask.row_ids, activation, reuse_inputs=True)
 
 
 def masked_glu_of(gate, up, activation, mask):
     """φ(gate)·up·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_glu``."""
-    return masked_glu(gate, up, _like(mask.values, gate), mask.row_ids, activation, reuse_inputs=True)
+    values = mask.fitting(gate, gate.shape[-1])
+    return masked_glu(gate, up, values, mask.row_ids, activation, reuse_inputs=True)
 
 
 def masked_packed_of(gate_up, activation, mask):
     """As ``masked_glu_of`` for gate and up in the halves of one tensor, [..., 2F]."""
-    values = _like(mask.values, gate_up)
+    values = mask.fitting(gate_up, gate_up.shape[-1] // 2)
     return masked_glu(
         mask=values, row_ids=mask.row_ids, activation=activation, gate_up=gate_up, reuse_inputs=True
     )
-
-
-def _like(values, activations):
-    """The mask where, and as wide as, the kernels need it for these activations."""
-    wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
-    return values.to(activations.device, wide)
 
 
 # --- The seams: functions of the module that they replace the forward of --------------------
@@ -118,7 +129,7 @@ def _project(x, weight, ends, bias, is_transposed):
 
 def _by_expert(mask, token, expert, tokens, number):
     """A mask [G, E·F] as [G·E, F], and the row of each pair of token and expert."""
-    values, row_ids = mask
+    values, row_ids, _ = mask
     rows = len(values)
     if row_ids is not None:
         row = row_ids.reshape(-1).to(token.device)[token]
@@ -160,7 +171,7 @@ class Gates(nn.Module):
     def install(self, module):
         self.former = vars(module).get("forward")  # somebody else's, such as Accelerate's
         module.add_module(CHILD, self)
-        module.forward = _forward.__get__(module)  # a bound method, so that a deep copy is bound to the copy
+        module.forward = functools.partial(_forward, module)  # copies and pickles with the module
 
     def remove(self, module):
         if self.former is None:
@@ -187,17 +198,9 @@ class Gates(nn.Module):
         return self
 
 
-def local(mask, mesh):
-    """The columns of a ``Mask`` that this process has the neurons of; their gradients reach all processes."""
-    if mesh is None:
-        return mask
-    whole = DTensor.from_local(mask.values, mesh, [Replicate()])
-    return mask._replace(values=whole.redistribute(placements=[Shard(1)]).to_local())
-
-
 def run_seam(seam, module, gates, mask, *arguments, **options):
     """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
-    mask = local(mask, gates.mesh)
+    mask = mask._replace(mesh=gates.mesh)
     hook = getattr(module, "_hf_hook", None) if seam != "down" else None  # Gates.unmasked has it, there
     if hook is None:
         return SEAMS[seam](module, gates, mask, *arguments, **options)
@@ -219,8 +222,12 @@ class Installed:
 
     def __init__(self, gates, modules):
         self.gates, self._modules = gates, modules
-        for one, module in zip(gates, modules, strict=True):
-            one.install(module)
+        try:
+            for one, module in zip(gates, modules, strict=True):
+                one.install(module)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self):
         """Put everything back as it was. Harmless when called again."""

@@ -32,7 +32,7 @@ class _Sampling:
 
     def mask(self, gates, hidden_states):
         rows = self.sample_ids.shape[0]
-        _check_rows(rows, self.row_ids, hidden_states, "sample_ids")
+        _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
         device = gates.scores.device
         step, ids = self.step.to(device), self.sample_ids.to(device)
         # Made here, not once per step, so that activation checkpointing recomputes them.
@@ -67,7 +67,7 @@ def _moved(tensor, device):
     return None if tensor is None else tensor.to(device)
 
 
-def _check_rows(rows, row_ids, hidden_states, name):
+def _check_rows(rows, row_ids, hidden_states, name, one_for_all=True):
     tokens = hidden_states.shape[:-1].numel()
     if row_ids is not None:
         if row_ids.numel() != tokens:
@@ -75,7 +75,9 @@ def _check_rows(rows, row_ids, hidden_states, name):
                 f"row_ids has {row_ids.numel()} entries, but the hidden states are "
                 f"{tuple(hidden_states.shape)}: there must be one for each of {tokens} tokens"
             )
-    elif rows > 1 and (hidden_states.shape[0] != rows if hidden_states.dim() == 3 else tokens % rows):
+    elif (rows > 1 or not one_for_all) and (
+        hidden_states.shape[0] != rows if hidden_states.dim() == 3 else tokens % rows
+    ):
         raise ValueError(
             f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: there must be "
             "one row per sample of a batch [B, S, d]"
@@ -113,13 +115,15 @@ class Masked:
         self.model = model
         self._ffns = found[start_layer:]
         seams = choose_seams(model, self._ffns)
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        for parameter in self._trainable:
-            parameter.requires_grad_(False)
+        # By name: wrappers such as FSDP put other objects in their place.
+        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._installed = Installed(
             [TrainableGates(ffn, seams[ffn.path]) for ffn in self._ffns],
             [seam_module(ffn, seams[ffn.path]) for ffn in self._ffns],
         )
+        for name, parameter in model.named_parameters():
+            if name in self._trainable:
+                parameter.requires_grad_(False)
         self._attached = True
 
     @property
@@ -148,8 +152,9 @@ class Masked:
 
         The noise depends on ``seed``, ``step``, the layer, the neuron and the sample's own id alone, not on
         how samples are batched. ``sample_ids``: int64 [B], an id for each sample of the batch. A forward
-        with another batch size raises ValueError. ``row_ids``: for sequences packed into one row, integers
-        with one entry per token, the position of its sample in ``sample_ids``, or −1 for no mask.
+        with another batch size raises ValueError (where FFNs see all tokens of a batch in a row, as experts
+        do, only if the tokens do not divide evenly). ``row_ids``: for sequences packed into one row,
+        integers with one entry per token, the position of its sample in ``sample_ids``, or −1 for no mask.
         """
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64:
@@ -183,6 +188,8 @@ class Masked:
                 )
             checked[path] = mask.reshape(-1, widths[path])
         rows = {len(mask) for mask in checked.values()}
+        if row_ids is not None and not rows:
+            raise ValueError("row_ids needs masks")
         if row_ids is not None and len(rows) > 1:
             raise ValueError(f"with row_ids all masks must have as many rows, got {sorted(rows)}")
         return self._using(_Applying(checked, _checked(row_ids, max(rows, default=0))))
@@ -209,8 +216,8 @@ class Masked:
         """Exclude the neurons of experts that no token of the forget texts is routed to.
 
         ``forward()`` runs the model on these texts, with gates off. The scores of experts that got no token
-        become +∞: their gates stay 1, no gradient moves them, and they are never selected. Without experts
-        nothing is run.
+        become +∞: their gates stay 1, no gradient moves them, and they are never selected. Those that an
+        earlier call excluded and that are reached now begin anew. Without experts nothing is run.
         """
         experts = [ffn for ffn in self._ffns if not ffn.layout]
         if not experts:
@@ -233,7 +240,9 @@ class Masked:
                 handle.remove()
         scores = self.scores
         for ffn in experts:
-            scores[ffn.path].view(ffn.experts, -1)[~reached[ffn.path]] = torch.inf
+            by_expert = scores[ffn.path].view(ffn.experts, -1)
+            by_expert[by_expert.isinf()] = INITIAL_SCORE
+            by_expert[~reached[ffn.path]] = torch.inf
 
     def select(self, budget=None, threshold=None, method=None, seed=0):
         """The ``MuteSet`` of the neurons with the lowest scores; their gains are the evaluation gates.
@@ -314,8 +323,9 @@ class Masked:
         """Put the very original modules and requires_grad flags back. Harmless when called again."""
         if self._attached:
             self._installed.remove()
-            for parameter in self._trainable:
-                parameter.requires_grad_(True)
+            for name, parameter in self.model.named_parameters():
+                if name in self._trainable:
+                    parameter.requires_grad_(True)
             self._attached = False
 
     def __enter__(self):

@@ -28,9 +28,9 @@ CARDS = {
     "MI300X": (1307e12, 5.3e12),
 }
 _aten = torch.ops.aten
-# Attention on the CPU, where fake tensors live, is not in PyTorch's table. Arguments: q, k, v; the gradient
-# comes first in the backward pass.
+# What PyTorch's table lacks: products of experts, and attention on the CPU, where fake tensors live.
 _FLOPS = flop_registry | {
+    _aten._grouped_mm: lambda a, b, *_, out_val, **__: 2 * a.numel() * out_val.shape[-1],
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -90,7 +90,7 @@ class Plan:
     temporary: int  # beyond these at the peak
     flops: int  # of one training step
     moved: int  # bytes that its operations read and write
-    cache_per_token: int  # of keys and values, when serving
+    cache: tuple  # of each layer, when serving: (bytes of a token's keys and values, window or None)
     layouts: dict
 
     @property
@@ -98,9 +98,10 @@ class Plan:
         """Peak bytes of mask training on one device."""
         return self.weights + self.masks + self.reference + self.activations + self.temporary
 
-    def serving(self, tokens):
-        """Bytes of serving with one mute set and ``tokens`` tokens in the cache, on one device."""
-        return self.weights + 4 * self.neurons + tokens * self.cache_per_token
+    def serving(self, sequences, tokens):
+        """Bytes of serving ``sequences`` of ``tokens`` tokens each with one mute set, on one device."""
+        kept = sum(size * min(tokens, window or tokens) for size, window in self.cache)
+        return self.weights + 4 * self.neurons + sequences * kept
 
     def step_seconds(self, card):
         """The time of a training step at the roofline of a card: (seconds, what binds)."""
@@ -129,17 +130,18 @@ def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpo
     the weights. ``checkpointing``: activation checkpointing. Raises ValueError for a model that ``attach``
     refuses, and for experts in another dtype than bfloat16, which fake tensors do not multiply.
     """
+    config = config.get_text_config()
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         weights = _bytes(model)
-        layers = max(_decoder_layers(model), key=_bytes)
+        layers = [_bytes(layer) for layer in _decoder_layers(model)]
         masked = attach(model)
         if dtype != torch.bfloat16 and "experts" in masked.seams.values():
             raise ValueError(f"dtype must be bfloat16 for a model with experts, got {dtype}")
-        cache = _cache_bytes(model)
+        cache = _cache(model)
         step = _Step(masked, samples, tokens)
         with _Counting() as counting:
             step.run(counting)
@@ -155,11 +157,11 @@ def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpo
         model=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()) - neurons,
         neurons=neurons,
-        largest_layer=_bytes(layers),
+        largest_layer=max(layers),
         flops=counting.flops,
         moved=counting.moved,
-        cache_per_token=cache,
-        layouts=_layouts(parts, _bytes(layers), devices),
+        cache=cache,
+        layouts=_layouts(parts, layers, devices),
         **parts,
     )
 
@@ -200,29 +202,37 @@ def _size(tensor):
     return tensor.numel() * tensor.element_size()
 
 
-def _cache_bytes(model):
-    """Of the keys and values of one token in the middle of a text."""
+def _cache(model):
+    """Of each layer with keys and values: (bytes of one token's, the window that it keeps or None)."""
     with torch.no_grad():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
     cache = getattr(output, "cache", None) or output.past_key_values
-    return sum(_size(t) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    found = []
+    for layer in cache.layers:
+        tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+        found.append((sum(map(_size, tensors)), getattr(layer, "sliding_window", None)))
+    return tuple(found)
 
 
-def _layouts(parts, layer, devices):
-    """Bytes per device: {layout: {part: bytes}}.
+def _layouts(parts, layers, devices):
+    """Bytes per device: {layout: {part: bytes}}, for decoder layers of the given sizes.
 
-    DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather the layer at work and the next. Tensor
-    parallelism splits them; here its activations are counted whole, which is too much. device_map spreads
-    the layers with their activations.
+    DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather the embeddings and the head, the layer at
+    work and the next. Tensor parallelism splits the layers; its activations are counted whole, which is too
+    much. device_map spreads the layers with their activations; the embeddings and the head are counted with
+    each.
     """
     if devices == 1:
         return {"one device": parts}
-    split = {"weights": math.ceil(parts["weights"] / devices)}
+    outside = parts["weights"] - sum(layers)
+    gathered = outside - outside // devices + 2 * max(layers)
+    spread = {"weights": outside + math.ceil(sum(layers) / devices)}
     return {
         "DDP": parts,
-        "FSDP2, ZeRO-3": parts | split | {"temporary": parts["temporary"] + 2 * layer},
-        "tensor parallel": parts | split,
+        "FSDP2, ZeRO-3": parts
+        | {"weights": math.ceil(parts["weights"] / devices), "temporary": parts["temporary"] + gathered},
+        "tensor parallel": parts | spread,
         "device_map": parts
-        | split
+        | spread
         | {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")},
     }

@@ -5,6 +5,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+from neumuter.families import input_device
 from neumuter.head import Head
 from neumuter.losses import IGNORED, predicting
 
@@ -30,7 +31,7 @@ class Pair:
     def __init__(self, masked, forget_batch, neighbour_batch):
         _check("forget_batch", forget_batch)
         _check("neighbour_batch", neighbour_batch)
-        device = next(masked.model.parameters()).device
+        device = input_device(masked.model)
         self.forget_count, self.neighbour_count = len(forget_batch["labels"]), len(neighbour_batch["labels"])
         self.samples = [
             _Sample(*(row.to(device) for row in rows))
