@@ -15,7 +15,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
 
-test: $(VENV)/.built
+test: $(VENV)/.built $(VENV)/.quantised
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.built
@@ -36,7 +36,7 @@ bench: $(VENV)/.built
 gpu: $(VENV)/.built
 	bash bench/gpu.sh
 
-models: $(VENV)/.built
+models: $(VENV)/.built $(VENV)/.quantised
 	$(BIN)/python -m pytest --junitxml build/models.xml tests/test_families.py tests/test_loading.py tests/test_distributed.py
 	$(BIN)/python -m tests.models_table build/models.xml
 
@@ -45,6 +45,11 @@ clean:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# What only the tests load: transformers imports these wherever they are installed.
+$(VENV)/.quantised: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[quantised]'
 	touch $@
 
 $(VENV)/.torch:

@@ -71,6 +71,7 @@ def test_sixteen_bits(name, dtype):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_torchao(bits):
+    pytest.importorskip("torchao")
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -83,6 +84,7 @@ def test_torchao(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bitsandbytes(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
     from bitsandbytes.nn.modules import has_avx512bf16
 
     build("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)

@@ -10,6 +10,8 @@ _HOMES = {
     "MuteMismatchError": "muting",
     "MuteSet": "mutes",
     "MutedLayer": "mutes",
+    "NeuMuterConfig": "trainer",
+    "NeuMuterTrainer": "trainer",
     "attach": "masking",
     "fold": "muting",
     "mute": "muting",

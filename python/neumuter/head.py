@@ -7,6 +7,7 @@ head costs one product with its weight forward and one backward, whatever functi
 is trained, and a reference distribution is kept as hidden states, V/d times smaller than its logits.
 """
 
+import inspect
 import math
 
 import torch
@@ -50,13 +51,25 @@ class Head:
                 f"its {type(self.base).__name__}; only such causal language models can be trained"
             )
 
-    def hidden(self, input_ids):
+    def hidden(self, input_ids, through=None):
         """The last hidden states [B, T, d] of ``input_ids``, int64 [B, T], padded on the right.
 
         Causal attention never looks right, so no attention mask is needed; without it the attention
         takes its fastest path, and nothing waits for the GPU to tell whether the mask masks anything.
+        ``through``: the model as something has wrapped it that must see its own forward, such as DDP.
         """
-        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+        if through is None or through is self.model:
+            return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+        found = []
+        handle = self.base.register_forward_hook(
+            lambda _, args, output: found.append(output.last_hidden_state)
+        )
+        few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        try:
+            through(input_ids=input_ids, use_cache=False, **({"logits_to_keep": 1} if few else {}))
+        finally:
+            handle.remove()
+        return found[0]
 
     def logits(self, hidden):
         """The model's logits [N, V] for last hidden states [N, d]."""

@@ -1,7 +1,7 @@
 """NeuMuter's own recipe: hard-concrete gates, trained until few of them close."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -40,7 +40,6 @@ def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), see
     pair = Pair(masked, forget_batch, neighbour_batch)
     scores = list(masked.scores.values())
     optimizer = torch.optim.Adam(scores, lr=config.lr)
-    shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
     per_epoch = math.ceil(pair.forget_count / (config.batch_size or pair.forget_count))
     total = config.epochs * per_epoch
     ids = pair.steps(config.batch_size, seed)
@@ -51,14 +50,32 @@ def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), see
             with masked.sampling(seed, step, torch.tensor(sample_ids, device=scores[0].device)):
                 losses, kl = pair.losses(sample_ids)
                 forget_loss = losses.mean()
-                sign = torch.where(forget_loss.detach() <= config.stop_loss, -1.0, config.descent)
-                closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
-                loss = sign * forget_loss + config.sparsity * closed + config.kl_weight * kl
+                loss = objective(forget_loss, kl, scores, config)
                 loss.backward()
             optimizer.step()
             if callback:
-                muted = sum(int((s.sigmoid() < config.threshold).sum()) for s in scores)
                 info = {"loss": loss.item(), "forget_loss": forget_loss.item(), "kl": kl.item()}
-                callback(step + 1, total, {**info, "muted": muted / sum(s.numel() for s in scores)})
-    method = {"recipe": "gates", **asdict(config), "temperature": TEMPERATURE, "stretch": list(STRETCH)}
+                callback(step + 1, total, {**info, "muted": closed_share(scores, config.threshold).item()})
+    method = method_of(config) | {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}
     return masked.select(threshold=config.threshold, method=method, seed=seed)
+
+
+def objective(forget_loss, kl, scores, config):
+    """NeuMuter's loss of a step, a scalar; ``config`` has sparsity, kl_weight, stop_loss and descent."""
+    shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
+    sign = torch.where(forget_loss.detach() <= config.stop_loss, -1.0, config.descent)
+    closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
+    return sign * forget_loss + config.sparsity * closed + config.kl_weight * kl
+
+
+def closed_share(scores, threshold):
+    """The share of neurons with σ(score) below ``threshold``, a scalar tensor."""
+    closed = torch.stack([(score.detach().sigmoid() < threshold).sum() for score in scores]).sum()
+    return closed / sum(score.numel() for score in scores)
+
+
+def method_of(config):
+    """What a mute file records of the objective."""
+    names = ("sparsity", "kl_weight", "stop_loss", "descent", "threshold")
+    recorded = {name: getattr(config, name) for name in names}
+    return {"recipe": "gates", **recorded, "temperature": TEMPERATURE, "stretch": list(STRETCH)}

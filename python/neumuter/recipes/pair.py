@@ -67,29 +67,29 @@ class Pair:
                 for _ in range(min(batch_size, count))
             ]
 
-    def losses(self, sample_ids):
+    def losses(self, sample_ids, through=None):
         """One forward pass of the samples under the masks that are in force.
 
-        ``sample_ids``: forget samples first, at least one of each kind. Returns the token losses of the
-        forget samples, float32 [N] in nats, and KL(reference ‖ masked) per counted neighbour token, a
-        float32 scalar in nats. Nothing here waits for the GPU.
+        ``sample_ids``: forget samples first, at least one of each kind. ``through``: see ``Head.hidden``.
+        Returns the token losses of the forget samples, float32 [N] in nats, and KL(reference ‖ masked) per
+        counted neighbour token, a float32 scalar in nats. Nothing here waits for the GPU.
         """
         split = sum(i < self.forget_count for i in sample_ids)
         targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
         reference = torch.cat([self.reference[i - self.forget_count] for i in sample_ids[split:]])
-        forget, neighbour = self._hidden(sample_ids).split([len(targets), len(reference)])
+        forget, neighbour = self._hidden(sample_ids, through).split([len(targets), len(reference)])
         return (
             self.head.token_losses(forget, targets),
             self.head.kl_divergences(neighbour, reference).mean(),
         )
 
-    def _hidden(self, sample_ids):
+    def _hidden(self, sample_ids, through=None):
         """The last hidden states where the samples' counted tokens are predicted, [N, d]."""
         samples = [self.samples[i] for i in sample_ids]
         width = max(len(sample.ids) for sample in samples)
         ids = torch.stack([F.pad(sample.ids, (0, width - len(sample.ids))) for sample in samples])
         where = torch.cat([sample.positions + row * width for row, sample in enumerate(samples)])
-        return self.head.hidden(ids).flatten(0, 1).index_select(0, where)
+        return self.head.hidden(ids, through).flatten(0, 1).index_select(0, where)
 
 
 class _Sample:

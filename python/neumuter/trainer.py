@@ -1,0 +1,206 @@
+"""NeuMuter's recipe inside transformers' Trainer, with its logging, accumulation and checkpoints."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from neumuter.evaluation import mean_token_loss, memorization_accuracy
+from neumuter.files import write_atomically
+from neumuter.masking import attach
+from neumuter.recipes.gates import GatesConfig, closed_share, method_of, objective
+from neumuter.recipes.pair import Pair
+
+SCORES = "scores.safetensors"  # in a checkpoint
+_PAPER = GatesConfig()
+
+
+@dataclass
+class NeuMuterConfig(TrainingArguments):
+    """transformers' TrainingArguments with the authors' values as defaults, and what NeuMuter adds.
+
+    ``sparsity``, ``kl_weight``, ``stop_loss``, ``descent``, ``threshold``: as in ``GatesConfig``. ``budget``:
+    a share (float) or number (int) of neurons to mute, instead of the threshold. ``start_layer``: the first
+    FFN that gets gates. ``goal_forget_loss``, ``goal_forget_ma``: training ends as soon as an evaluation
+    finds the forget loss (nats) at or above, and the MA at or below, these. ``seed`` is also the gates'.
+    """
+
+    learning_rate: float = _PAPER.lr
+    num_train_epochs: float = _PAPER.epochs
+    per_device_train_batch_size: int = _PAPER.batch_size
+    lr_scheduler_type: str = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    sparsity: float = _PAPER.sparsity
+    kl_weight: float = _PAPER.kl_weight
+    stop_loss: float = _PAPER.stop_loss
+    descent: float = _PAPER.descent
+    threshold: float = _PAPER.threshold
+    budget: float | None = None
+    start_layer: int = 1
+    goal_forget_loss: float | None = None
+    goal_forget_ma: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (
+            self.goal_forget_loss is not None or self.goal_forget_ma is not None
+        ) and self.eval_strategy == "no":
+            raise ValueError("goals are looked at in evaluations: set eval_strategy to 'epoch' or 'steps'")
+
+
+class _Indices(torch.utils.data.Dataset):
+    """Pairs of sample ids; every forget and every neighbour sample comes at least once in a round."""
+
+    def __init__(self, forget, neighbours):
+        self.forget, self.neighbours = forget, neighbours
+
+    def __len__(self):
+        return max(self.forget, self.neighbours)
+
+    def __getitem__(self, i):
+        return i % self.forget, self.forget + i % self.neighbours
+
+
+def _collate(pairs):
+    return {"sample_ids": torch.tensor([first for first, _ in pairs] + [second for _, second in pairs])}
+
+
+class _Goals(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **_):
+        wanted = (
+            (args.goal_forget_loss, lambda goal: metrics["eval_forget_loss"] >= goal),
+            (args.goal_forget_ma, lambda goal: metrics["eval_forget_ma"] <= goal),
+        )
+        given = [met(goal) for goal, met in wanted if goal is not None]
+        if given and all(given):
+            control.should_training_stop = True
+
+
+class NeuMuterTrainer(Trainer):
+    """Trains the gates of a model with NeuMuter's objective (see ``recipes.train_gates``).
+
+    ``model``: attached here (``trainer.masked``); detach it with ``trainer.masked.detach()``. ``args``:
+    NeuMuterConfig. ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`. Other
+    arguments go to transformers' Trainer. A training batch has ``per_device_train_batch_size`` samples of
+    each kind. Dropout of the model is off.
+
+    Checkpoints hold the scores, the optimiser and the Trainer's state, not the model. The gates' noise
+    depends on the seed, the step and the samples alone, so a resumed run goes on with the same bits on the
+    CPU.
+    """
+
+    def __init__(self, model, args, forget_batch, neighbour_batch, callbacks=(), **options):
+        self.masked = attach(model, args.start_layer)
+        self.pair = Pair(self.masked, forget_batch, neighbour_batch)
+        self.batches = {"forget": forget_batch, "retain": neighbour_batch}
+        self._sums = {}
+        data = _Indices(self.pair.forget_count, self.pair.neighbour_count)
+        args.remove_unused_columns = False
+        super().__init__(
+            model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=_collate,
+            callbacks=[_Goals(), *callbacks], **options,
+        )  # fmt: skip
+        self.model_accepts_loss_kwargs = False
+
+    def train(self, resume_from_checkpoint=None, **options):
+        """``resume_from_checkpoint``: a folder, or True for the last whole checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **options)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # Around the backward pass, too, in which activation checkpointing runs the forward again.
+        with self.masked.sampling(self.args.seed, self.state.global_step, inputs["sample_ids"]):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.args.gradient_checkpointing:
+            model.eval()  # no dropout; the Trainer switches back in every step
+        losses, kl = self.pair.losses(inputs["sample_ids"].tolist(), through=model)
+        forget_loss, scores = losses.mean(), list(self.masked.scores.values())
+        loss = objective(forget_loss, kl, scores, self.args)
+        parts = {"forget_loss": forget_loss, "kl": kl, "muted": closed_share(scores, self.args.threshold)}
+        for name, value in parts.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value.detach(), count + 1
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= {name: float(total) / count for name, (total, count) in self._sums.items()}
+            self._sums = {}
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The forget loss and MA and the neighbours' loss with the neurons muted that would be muted now."""
+        training = self.model.training
+        self.model.eval()
+        with self.masked.applying(self._masks()):
+            metrics = {
+                "forget_loss": mean_token_loss(self.model, self.batches["forget"]),
+                "forget_ma": memorization_accuracy(self.model, self.batches["forget"]),
+                "retain_loss": mean_token_loss(self.model, self.batches["retain"]),
+            }
+        self.model.train(training)
+        metrics["muted"] = float(closed_share(list(self.masked.scores.values()), self.args.threshold))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _masks(self):
+        try:
+            layers = self.mute_set().layers
+        except ValueError:  # nothing is selected yet
+            return {}
+        scores, masks = self.masked.scores, {}
+        for path, (indices, gains) in layers.items():
+            place = scores[path].device
+            masks[path] = torch.ones(len(scores[path]), device=place).index_copy(
+                0, indices.long().to(place), gains.to(place)
+            )
+        return masks
+
+    def mute_set(self):
+        """The ``MuteSet`` of the scores as they are: ``masked.select`` by the budget or the threshold."""
+        chosen = {"budget": self.args.budget} if self.args.budget is not None else {}
+        chosen = chosen or {"threshold": self.args.threshold}
+        return self.masked.select(**chosen, method=method_of(self.args), seed=self.args.seed)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            scores = {path: score.detach().cpu() for path, score in self.masked.scores.items()}
+            write_atomically(folder / SCORES, to_safetensors(scores))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        path = Path(resume_from_checkpoint) / SCORES
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            scores = self.masked.scores
+            if set(file.keys()) != set(scores):
+                raise ValueError(f"{path} holds scores of other FFNs than this model has")
+            for name, score in scores.items():
+                score.copy_(file.get_tensor(name))
+
+
+def last_checkpoint(folder):
+    """The last whole checkpoint in a folder, or None. The Trainer writes trainer_state.json last."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if number and (path / SCORES).is_file():
+            found.append((int(number[1]), str(path)))
+    return max(found, default=(-math.inf, None))[1]
