@@ -49,7 +49,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 
 # What only the tests load: transformers imports these wherever they are installed.
 $(VENV)/.quantised: $(VENV)/.built
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[quantised]'
+	$(BIN)/python -m pip install --quiet torchao bitsandbytes
 	touch $@
 
 $(VENV)/.torch:
