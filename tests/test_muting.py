@@ -205,3 +205,64 @@ def test_a_small_set_cannot_be_folded_twice():
     neumuter.fold(model, mutes)
     with pytest.raises(neumuter.MuteMismatchError, match="muted columns"):
         neumuter.fold(model, mutes)
+
+
+# --- Several mute sets -----------------------------------------------------------------------
+
+
+def of(model, neurons, **options):
+    with neumuter.attach(model, start_layer=0) as masked:
+        return masked.mute_set(neurons, **options)
+
+
+PATHS = [f"model.layers.{i}.mlp" for i in range(3)]
+
+
+def test_combining_takes_the_lower_gain(tmp_path):
+    model, ids = build("llama"), batch()
+    first = of(model, {PATHS[0]: ([3, 9], [0.5, 0.0]), PATHS[1]: ([4], [0.2])}, method={"number": 1})
+    second = of(
+        model, {PATHS[0]: ([9, 20], [-1.0, 1.5]), PATHS[2]: ([7], [0.0])}, mode="modulate", gain_range=(-2, 2)
+    )
+    second.save(tmp_path / "second.safetensors")
+    both = neumuter.combine(model, [first, tmp_path / "second.safetensors"])
+    assert {path: (i.tolist(), g.tolist()) for path, (i, g) in both.layers.items()} == {
+        PATHS[0]: ([3, 9, 20], [0.5, -1.0, 1.5]),
+        PATHS[1]: ([4], [torch.tensor(0.2).item()]),
+        PATHS[2]: ([7], [0.0]),
+    }
+    assert (both.mode, both.gain_range, both.widths) == ("modulate", (-2.0, 2.0), first.widths)
+    assert both.method["combined"][0] == {"number": 1}
+    both.save(tmp_path / "both.safetensors")
+    with neumuter.mute(model, tmp_path / "both.safetensors"):
+        expected = model(ids).logits
+    other = build("llama")
+    for path, (indices, gains) in both.layers.items():
+        other.get_submodule(path).down_proj.weight.data[:, indices.long()] *= gains
+    torch.testing.assert_close(other(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_taking_one_set_out_of_another():
+    model = build("llama")
+    whole = of(model, {PATHS[0]: ([3, 9], [0.5, 0.0]), PATHS[1]: ([4], [0.2])})
+    part = of(model, {PATHS[0]: ([9], [0.0]), PATHS[2]: ([1], [0.0])})
+    left = neumuter.without(model, whole, part)
+    assert {path: layer.indices.tolist() for path, layer in left.layers.items()} == {
+        PATHS[0]: [3],
+        PATHS[1]: [4],
+    }
+    with pytest.raises(ValueError, match="no neuron is muted"):
+        neumuter.without(model, whole, whole)
+
+
+def test_sets_of_other_models_are_not_combined():
+    model = build("llama")
+    mutes, others = some_mutes(model), some_mutes(build("llama", seed=1))
+    for attempt in (
+        lambda: neumuter.combine(model, [mutes, others]),
+        lambda: neumuter.without(model, mutes, others),
+    ):
+        with pytest.raises(neumuter.MuteMismatchError, match="weights differ"):
+            attempt()
+    with pytest.raises(ValueError, match="at least one mute set"):
+        neumuter.combine(model, [])

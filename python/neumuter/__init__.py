@@ -13,9 +13,11 @@ _HOMES = {
     "NeuMuterConfig": "trainer",
     "NeuMuterTrainer": "trainer",
     "attach": "masking",
+    "combine": "muting",
     "fold": "muting",
     "mute": "muting",
     "register_family": "families",
+    "without": "muting",
 }
 __all__ = list(_HOMES)
 

@@ -6,8 +6,8 @@ import torch
 
 from neumuter.families import find_ffns, unwrapped
 from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
-from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, sketches
-from neumuter.mutes import MuteSet
+from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
+from neumuter.mutes import MutedLayer, MuteSet
 from neumuter.seams import choose_seams
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +111,63 @@ class Muted:
 
 def _loaded(mutes):
     return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
+
+
+def combine(model, sets):
+    """The union of ``MuteSet``s, or of the mute files at these paths, as a new ``MuteSet`` of ``model``.
+
+    A neuron that several of them mute gets the lowest of their gains. The mode is "modulate" if one of them
+    has it. Its ``method`` lists theirs. Raises ValueError if there is none, and the errors of ``mute``.
+    """
+    sets = [_loaded(mutes) for mutes in sets]
+    if not sets:
+        raise ValueError("sets must hold at least one mute set")
+    gains = {}
+    for mutes in sets:
+        matching_ffns(model, mutes)
+        for path, layer in mutes.layers.items():
+            known = gains.setdefault(path, {})
+            for neuron, gain in zip(layer.indices.tolist(), layer.gains.tolist(), strict=True):
+                known[neuron] = min(gain, known.get(neuron, gain))
+    return _remade(model, sets, gains, {"combined": [mutes.method for mutes in sets]})
+
+
+def without(model, mutes, others):
+    """``mutes`` without the neurons that ``others`` mutes, as a new ``MuteSet`` of ``model``.
+
+    Both are MuteSets or paths of mute files. Raises ValueError if nothing is left, and what ``mute`` raises.
+    """
+    mutes, others = _loaded(mutes), _loaded(others)
+    for one in (mutes, others):
+        matching_ffns(model, one)
+    gains = {}
+    for path, layer in mutes.layers.items():
+        known = dict(zip(layer.indices.tolist(), layer.gains.tolist(), strict=True))
+        removed = set(others.layers[path].indices.tolist()) if path in others.layers else set()
+        gains[path] = {neuron: gain for neuron, gain in known.items() if neuron not in removed}
+    return _remade(model, [mutes], gains, {"without": others.method, "of": mutes.method})
+
+
+def _remade(model, sets, gains, method):
+    """A MuteSet of {path: {neuron: gain}} over all FFNs that ``sets`` masked."""
+    ffns = [ffn for ffn in find_ffns(model) if any(ffn.path in mutes.widths for mutes in sets)]
+    layers = {}
+    for ffn in ffns:
+        if known := gains.get(ffn.path):
+            neurons = sorted(known)
+            layers[ffn.path] = MutedLayer(
+                torch.tensor(neurons, dtype=torch.int32), torch.tensor([known[n] for n in neurons])
+            )
+    low, high = zip(*(mutes.gain_range for mutes in sets), strict=True)
+    return MuteSet(
+        layers=layers,
+        widths={ffn.path: ffn.width for ffn in ffns},
+        architecture=architecture(model),
+        fingerprint=fingerprint(ffns, layers),
+        mode="modulate" if any(mutes.mode == "modulate" for mutes in sets) else "mute",
+        gain_range=(min(low), max(high)),
+        method=method,
+    )
 
 
 def mute(model, mutes):
