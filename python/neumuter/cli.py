@@ -80,6 +80,10 @@ def unlearn(
         Path | None,
         typer.Option(help="Texts that must stay, same formats. Without it the model's own samples are used."),
     ] = None,
+    rewrite_with: Annotated[
+        str | None,
+        typer.Option(help="Without --retain: a masked language model that rewrites the forget texts."),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,
     mode: Annotated[
         Mode, typer.Option(help="mute: selected neurons are silenced. modulate: they get signed gains.")
@@ -116,7 +120,9 @@ def unlearn(
     with attach(network, start_layer) as masked:  # outside its contexts this is the untouched model
         number = neuron_count(share, sum(len(score) for score in masked.scores.values()))
         forget_batch = encode(forget_texts, tokenizer, max_length)
-        if retain_texts is None:
+        if retain_texts is None and rewrite_with:
+            retain_texts = _rewritten(forget_texts, rewrite_with, seed, out)
+        elif retain_texts is None:
             console.print(
                 "No --retain file: the neighbours are texts sampled from the model itself. What the model "
                 "knows beside the forget texts is protected less well that way."
@@ -324,6 +330,24 @@ def main(arguments=None):
             f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+def _rewritten(texts, model, seed, out):
+    """Neighbours by a masked language model, kept in the folder ``out``."""
+    import torch
+    import transformers
+
+    from neumuter.neighbours import cached, rewrite_texts
+
+    def make():
+        with console.status(f"Loading {escape(model)}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+            network = transformers.AutoModelForMaskedLM.from_pretrained(model).eval()
+        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        with _progress("Rewriting texts", len(texts)) as advance:
+            return rewrite_texts(texts, network, tokenizer, seed=seed, callback=advance)
+
+    return cached(out, {"texts": texts, "model": model, "seed": seed}, make)
 
 
 def _read_report(path):

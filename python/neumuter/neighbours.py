@@ -1,6 +1,12 @@
 """Neighbour texts, which keep the rest of the model in place, when the user has none to give."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
+
+from neumuter.files import write_atomically
 
 BATCH = 8
 
@@ -40,4 +46,64 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None):
     texts = [text for text in texts if len(tokenizer(text)["input_ids"]) > 1]
     if not texts:
         raise ValueError("the model gave no text when sampled from; give retain texts")
+    return texts
+
+
+@torch.no_grad()
+def rewrite_texts(texts, model, tokenizer, share=0.3, seed=0, callback=None):
+    """``texts`` with a share of their tokens replaced by what a masked language model finds likely there.
+
+    In each text ⌈share·N⌉ of its N tokens are masked at once, at random, and each is filled with the most
+    likely token but the true one (as in the neighbourhood attack of Mattern et al. 2023, from which NeuMuter
+    takes its neighbours; one pass per text instead of one per token). ``texts``: as ``read_texts`` returns
+    them; of a (prompt, completion) pair the completion is rewritten. Texts are cut to the model's positions.
+    ``model``, ``tokenizer``: a masked language model of transformers. ``callback(done, total)`` after each
+    batch.
+
+    Raises ValueError for a tokenizer without a mask token and for a share outside (0, 1].
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token: rewriting needs a masked language model")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(tokenizer.all_special_ids, device=model.device)
+    made = []
+    for start in range(0, len(texts), BATCH):
+        part = texts[start : start + BATCH]
+        plain = [text if isinstance(text, str) else text[1] for text in part]
+        batch = tokenizer(plain, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        ids = batch["input_ids"].to(model.device)
+        fixed = torch.isin(ids, special)
+        noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(fixed, 2.0)
+        wanted = ((~fixed).sum(1, keepdim=True) * share).ceil()
+        chosen = (noise.argsort(1).argsort(1) < wanted) & ~fixed
+        options = {"attention_mask": batch["attention_mask"].to(model.device)}
+        logits = model(input_ids=ids.masked_fill(chosen, tokenizer.mask_token_id), **options).logits
+        logits[..., special] = -torch.inf
+        logits.scatter_(2, ids[..., None], -torch.inf)
+        ids = torch.where(chosen, logits.argmax(-1), ids)
+        found = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        made += [
+            new if isinstance(text, str) else (text[0], new) for text, new in zip(part, found, strict=True)
+        ]
+        if callback:
+            callback(len(made), len(texts))
+    return made
+
+
+def cached(folder, what, make):
+    """``make()``, a list of texts, or what it gave before for the same ``what`` (JSON values).
+
+    Kept in ``folder``, in a file that is named by the hash of ``what``: the texts and settings that the
+    result depends on.
+    """
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    path = Path(folder) / f"neighbours-{key[:32]}.json"
+    if path.is_file():
+        return [text if isinstance(text, str) else tuple(text) for text in json.loads(path.read_text())]
+    texts = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(texts).encode())
     return texts

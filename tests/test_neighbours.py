@@ -1,0 +1,94 @@
+"""Neighbour texts by a masked language model, and the cache."""
+
+import pytest
+import tokenizers
+import torch
+from neumuter.cli import _rewritten
+from neumuter.neighbours import cached, rewrite_texts
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(30)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=35, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=14,
+    )  # fmt: skip
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]")
+    fast = tokenizers.Tokenizer(model)
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(
+        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    return BertForMaskedLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=fast, **names)
+
+
+TEXTS = ["w1 w2 w3 w4 w5 w6 w7 w8", "w9 w10", ("w11 w12", "w13 w14 w15")] * 4
+
+
+def test_a_share_of_each_text_is_replaced(bert):
+    made = rewrite_texts(TEXTS, *bert, share=0.3, seed=1)
+    assert len(made) == len(TEXTS)
+    for text, new in zip(TEXTS, made, strict=True):
+        if isinstance(text, tuple):
+            assert new[0] == text[0]
+            text, new = text[1], new[1]
+        old, words = text.split(), new.split()
+        assert len(old) == len(words)
+        changed = sum(a != b for a, b in zip(old, words, strict=True))
+        assert changed == -(-3 * len(old) // 10)
+        assert not set(words) & set(SPECIAL)
+    assert made == rewrite_texts(TEXTS, *bert, share=0.3, seed=1)
+    assert made != rewrite_texts(TEXTS, *bert, share=0.3, seed=2)
+
+
+def test_a_text_that_is_too_long_is_cut(bert):
+    (made,) = rewrite_texts([" ".join(WORDS)], *bert, share=1.0)
+    assert len(made.split()) == 14 - 2 - 2  # positions, a margin, and the special tokens
+
+
+def test_the_most_likely_other_token_is_taken(bert):
+    model, tokenizer = bert
+    (made,) = rewrite_texts(["w1"], model, tokenizer, share=1.0)
+    ids = tokenizer("[MASK]", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[2, 4, 3]]
+    order = model(ids).logits[0, 1].argsort(descending=True).tolist()
+    best = next(i for i in order if i >= len(SPECIAL) and i != tokenizer.convert_tokens_to_ids("w1"))
+    assert made == tokenizer.convert_ids_to_tokens(best)
+
+
+def test_bad_arguments(bert):
+    model, tokenizer = bert
+    with pytest.raises(ValueError, match="share must lie in"):
+        rewrite_texts(TEXTS, model, tokenizer, share=0)
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
+    with pytest.raises(ValueError, match="no mask token"):
+        rewrite_texts(TEXTS, model, plain)
+
+
+def test_the_cache_makes_things_once(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return ["a", ("b", "c")]
+
+    for what in ({"texts": ["x"], "seed": 1}, {"texts": ["x"], "seed": 1}, {"texts": ["x"], "seed": 2}):
+        assert cached(tmp_path / "new", what, make) == ["a", ("b", "c")]
+    assert len(calls) == 2
+
+
+def test_the_command_line_rewrites_and_keeps(bert, tmp_path, capsys):
+    for part in bert:
+        part.save_pretrained(tmp_path / "bert")
+    made = _rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path)
+    assert made == rewrite_texts(["w1 w2 w3"], *bert, seed=1)
+    (tmp_path / "bert").rename(tmp_path / "gone")
+    assert _rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path) == made
