@@ -99,9 +99,10 @@ class TrainableGates(Gates):
 class Masked:
     """A model with gates on its FFN neurons, made by ``attach``. As a context manager it detaches at the end.
 
-    ``model``: the model itself, changed in place. Outside every context below it is the untouched model,
-    bit for bit. The contexts nest, and each restores the state it found. Run the backward pass inside the
-    context as well if the model uses activation checkpointing, which runs the forward again.
+    ``model``: the model itself, changed in place. ``ffns``: its masked FFNs (see ``neumuter.families``).
+    Outside every context below it is the untouched model, bit for bit. The contexts nest, and each restores
+    the state it found. Run the backward pass inside the context as well if the model uses activation
+    checkpointing, which runs the forward again.
     """
 
     def __init__(self, model, start_layer):
@@ -113,13 +114,13 @@ class Masked:
                 f"{len(found)} FFNs), got {start_layer!r}"
             )
         self.model = model
-        self._ffns = found[start_layer:]
-        seams = choose_seams(model, self._ffns)
+        self.ffns = found[start_layer:]
+        seams = choose_seams(model, self.ffns)
         # By name: wrappers such as FSDP put other objects in their place.
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._installed = Installed(
-            [TrainableGates(ffn, seams[ffn.path]) for ffn in self._ffns],
-            [seam_module(ffn, seams[ffn.path]) for ffn in self._ffns],
+            [TrainableGates(ffn, seams[ffn.path]) for ffn in self.ffns],
+            [seam_module(ffn, seams[ffn.path]) for ffn in self.ffns],
         )
         for name, parameter in model.named_parameters():
             if name in self._trainable:
@@ -219,7 +220,7 @@ class Masked:
         become +∞: their gates stay 1, no gradient moves them, and they are never selected. Those that an
         earlier call excluded and that are reached now begin anew. Without experts nothing is run.
         """
-        experts = [ffn for ffn in self._ffns if not ffn.layout]
+        experts = [ffn for ffn in self.ffns if not ffn.layout]
         if not experts:
             return
         reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
@@ -294,7 +295,7 @@ class Masked:
         ``gain_range``: what the mode allows. ``method``: hyper-parameters, JSON values. Raises ValueError
         if something does not fit the model, or if no neuron is given.
         """
-        widths = {ffn.path: ffn.width for ffn in self._ffns}
+        widths = {ffn.path: ffn.width for ffn in self.ffns}
         gain_range = tuple(float(g) for g in gain_range)
         layers = {}
         for path, (indices, gains) in neurons.items():
@@ -307,7 +308,7 @@ class Masked:
                 )
                 check_layer(path, layers[path], widths[path], gain_range)
         with self.off():
-            sketches = fingerprint(self._ffns, layers)
+            sketches = fingerprint(self.ffns, layers)
         return MuteSet(
             layers=layers,
             widths=widths,

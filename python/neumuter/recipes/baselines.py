@@ -1,7 +1,8 @@
-"""What the recipes are measured against: neurons at random, and neurons by one gradient."""
+"""What the recipes are measured against: neurons at random, by one gradient, and by how active they are."""
 
 import torch
 
+from neumuter.families import input_device
 from neumuter.losses import token_losses
 from neumuter.masking import neuron_count
 from neumuter.recipes.neurons import Neurons
@@ -38,3 +39,44 @@ def mute_by_attribution(masked, forget_batch, share):
     return neurons.mute_set(
         ids, torch.zeros(k), "mute", (0.0, 1.0), {"recipe": "attribution", "share": share}, 0
     )
+
+
+@torch.no_grad()
+def mute_by_activation(masked, forget_batch, retain_batch, share):
+    """A MuteSet that silences the neurons that are most active on the forget texts, relative to the others.
+
+    The score of a neuron is the mean of |activation| over the forget tokens divided by that over the retain
+    tokens (selective pruning, Pochinkov and Schoots 2024). ``share``, batches: as above. Raises ValueError
+    for a model with experts, of which different tokens reach different ones.
+    """
+    neurons = Neurons(masked)
+    k = neuron_count(share, neurons.count)
+    active = [_mean_activations(masked, batch) for batch in (forget_batch, retain_batch)]
+    ratio = torch.cat([active[0][path] / (active[1][path] + 1e-8) for path in neurons.widths])
+    return neurons.mute_set(
+        ratio.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), {"recipe": "activation", "share": share}, 0
+    )
+
+
+def _mean_activations(masked, batch):
+    """The mean of |input of the down projection| over real tokens: {path: float32 [F]}."""
+    shown = batch["attention_mask"].bool()
+    found, handles = {}, []
+    for ffn in masked.ffns:
+        if not ffn.layout:
+            raise ValueError(f"{ffn.path} has experts: neurons cannot be selected by their activation")
+
+        def record(module, arguments, path=ffn.path):
+            hidden = arguments[0].flatten(0, -2)[shown.flatten().to(arguments[0].device)]
+            found[path] = hidden.abs().float().mean(0)
+
+        handles.append(ffn.down.register_forward_pre_hook(record))
+    try:
+        with without_dropout(masked.model), masked.off():
+            device = input_device(masked.model)
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            masked.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,116 @@
+"""What mask training is compared with: methods that tune the weights of the model.
+
+All minimise a forget loss plus ``retain_weight`` times the cross-entropy of the retain texts, with AdamW over
+the parameters that require gradients: all of them, or those of a PEFT adapter.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from neumuter.losses import IGNORED, predicting, token_losses
+
+METHODS = ("ascent", "difference", "npo", "simnpo")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """``method``: "ascent" and "difference", gradient ascent without and with the retain loss (Jang et al.
+    2023; Liu et al. 2022); "npo" (Zhang et al. 2024, *Negative Preference Optimization*); "simnpo" (Fan et
+    al. 2024, *Simplicity Prevails*)."""
+
+    method: str = "npo"
+    steps: int = 50
+    batch_size: int = 8  # texts of each kind per step
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    beta: float = 0.1  # of NPO; 2.5 is usual for SimNPO
+    gamma: float = 0.0  # margin of SimNPO
+    retain_weight: float = 1.0  # not used by ascent
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+
+
+def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed=0, callback=None):
+    """Train the weights of ``model`` in place; returns the config as a dict.
+
+    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`. The reference of NPO is the
+    model as it is now: its log-likelihoods of the forget texts are computed once, so no copy is kept.
+    ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "retain_loss"}.
+
+    Raises ValueError if no parameter requires a gradient.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient: nothing can be tuned")
+    batches = [
+        {key: value.to(model.device) for key, value in batch.items()}
+        for batch in (forget_batch, retain_batch)
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    with torch.no_grad():
+        forget_rows = range(len(batches[0]["labels"]))
+        reference = torch.cat([text_losses(model, _rows(batches[0], [i])) for i in forget_rows])
+    generator = torch.Generator().manual_seed(seed)
+    queues = [_shuffled(len(batch["labels"]), generator) for batch in batches]
+    for step in range(1, config.steps + 1):
+        forget_ids, retain_ids = ([next(queue) for _ in range(config.batch_size)] for queue in queues)
+        losses = text_losses(model, part := _rows(batches[0], forget_ids))
+        loss = forget_loss(losses, predicting(part["labels"]).sum(1), reference[forget_ids], config)
+        info = {"forget_loss": losses.sum().item() / int(predicting(part["labels"]).sum())}
+        if config.method != "ascent":
+            retained = _rows(batches[1], retain_ids)
+            retain_loss = token_losses(_logits(model, retained), retained["labels"]).mean()
+            loss = loss + config.retain_weight * retain_loss
+            info["retain_loss"] = retain_loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if callback:
+            callback(step, config.steps, {"loss": loss.item(), **info})
+    return asdict(config)
+
+
+def forget_loss(losses, lengths, reference, config):
+    """What is minimised on the forget texts, a scalar.
+
+    ``losses``: −ln π(text) in nats of each text, float [B]; ``lengths``: its counted tokens, int [B];
+    ``reference``: −ln π_ref(text), float [B]. Ascent: −mean token loss. NPO:
+    −(2/β)·mean ln σ(−β·ln(π/π_ref)). SimNPO: −(2/β)·mean ln σ(−(β/length)·ln π − γ).
+    """
+    if config.method in ("ascent", "difference"):
+        return -losses.sum() / lengths.sum()
+    if config.method == "npo":
+        inside = config.beta * (losses - reference)
+    else:
+        inside = config.beta * losses / lengths - config.gamma
+    return -2 / config.beta * F.logsigmoid(inside).mean()
+
+
+def text_losses(model, batch):
+    """−ln π in nats of each text's counted tokens, their sum: float32 [B], differentiable."""
+    logits = _logits(model, batch)[:, :-1].float()
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=IGNORED
+    )
+    return losses.sum(1)
+
+
+def _logits(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+
+def _on(device, batch):
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _rows(batch, ids):
+    return {key: value[ids] for key, value in batch.items()}
+
+
+def _shuffled(count, generator):
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
