@@ -46,10 +46,7 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: nothing can be tuned")
-    batches = [
-        {key: value.to(model.device) for key, value in batch.items()}
-        for batch in (forget_batch, retain_batch)
-    ]
+    batches = [_on(model.device, batch) for batch in (forget_batch, retain_batch)]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     with torch.no_grad():
         forget_rows = range(len(batches[0]["labels"]))
