@@ -298,7 +298,7 @@ def _refuse_unknown_experts(path, module):
             raise ValueError(
                 f"{path}, a {type(module).__name__}, holds the 3-dimensional weight {name}, "
                 f"{tuple(parameter.shape)}, as experts do, but not through transformers' experts interface "
-                "(use_experts_implementation); its neurons cannot be masked"
+                "(use_experts_implementation) as version 5.10 and newer have it; its neurons cannot be masked"
             )
 
 

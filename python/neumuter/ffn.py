@@ -111,7 +111,7 @@ def masked_experts(experts, gates, mask, hidden_states, top_k_index, top_k_weigh
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
         hidden = masked_act_of(hidden, "identity", mask)
     output = project(hidden, "down_proj")
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # which older versions do not know
         output = experts.post_expert_norm(output)
     output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     restored = torch.empty_like(output).index_copy(0, order, output)
@@ -121,7 +121,7 @@ def masked_experts(experts, gates, mask, hidden_states, top_k_index, top_k_weigh
 def _project(x, weight, ends, bias, is_transposed):
     """The rows of x up to ends[e], from ends[e − 1] on, through the weight and bias of expert e."""
     if x.dtype != torch.float64:
-        return _grouped_linear(x, weight, ends, bias, is_transposed)
+        return _grouped_linear(x, weight, offs=ends, bias=bias, is_transposed=is_transposed)
     weight = weight if is_transposed else weight.transpose(-2, -1)
     product = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)  # torch's has no float64
     return product if bias is None else product + bias
