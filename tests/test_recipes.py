@@ -238,3 +238,28 @@ def test_bad_arguments_are_named(llama, name):
     arguments = dict(forget_batch=FORGET, neighbour_batch=KEEP, share=0.1) | changes
     with neumuter.attach(llama) as masked, pytest.raises(ValueError, match=message):
         recipes.forget(masked, **arguments)
+
+
+def test_support_by_fisher_is_its_formula():
+    model = models.build("llama")
+    batches = samples(1, 3), samples(2, 3)
+    with neumuter.attach(model) as masked:
+        mutes = recipes.support_by_fisher(masked, recipes.Pair(masked, *batches), 10)
+        means = []
+        for batch in batches:
+            total = 0
+            for row in range(3):
+                masks = {path: torch.ones(models.WIDTH, requires_grad=True) for path in masked.scores}
+                with masked.applying(masks):
+                    one = batch["input_ids"][row : row + 1]
+                    loss = model(one, labels=one).loss
+                total = total + torch.cat(torch.autograd.grad(loss, list(masks.values()))).square()
+            means.append(total / 3)
+    ratio = means[0] / (means[1] + 0.1 * means[1].mean())
+    found = [
+        i * models.WIDTH + neuron
+        for i, path in enumerate(mutes.widths)
+        for neuron in (mutes.layers[path].indices.tolist() if path in mutes.layers else [])
+    ]
+    assert sorted(ratio.topk(10).indices.tolist()) == found
+    assert (mutes.mode, mutes.count) == ("mute", 10)

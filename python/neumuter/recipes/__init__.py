@@ -1,6 +1,7 @@
 """Recipes: how the neurons to mute are found. Each ends in a MuteSet and works on any masked model."""
 
 from neumuter.recipes.baselines import mute_by_activation, mute_by_attribution, mute_random
+from neumuter.recipes.fisher import support_by_fisher
 from neumuter.recipes.gates import GatesConfig, train_gates
 from neumuter.recipes.pair import Pair
 from neumuter.recipes.two_phase import GainsConfig, SupportConfig, find_support, fit_gains, forget
@@ -18,6 +19,7 @@ __all__ = [
     "mute_by_activation",
     "mute_by_attribution",
     "mute_random",
+    "support_by_fisher",
     "train_gates",
     "tune_weights",
 ]

@@ -83,6 +83,12 @@ class Pair:
             self.head.kl_divergences(neighbour, reference).mean(),
         )
 
+    def sample_losses(self, sample_ids):
+        """The losses in nats of each sample's counted tokens, forget or neighbour: a list of float32 [N]."""
+        targets = [self.samples[i].targets for i in sample_ids]
+        losses = self.head.token_losses(self._hidden(sample_ids), torch.cat(targets))
+        return losses.split([len(t) for t in targets])
+
     def _hidden(self, sample_ids, through=None):
         """The last hidden states where the samples' counted tokens are predicted, [N, d]."""
         samples = [self.samples[i] for i in sample_ids]

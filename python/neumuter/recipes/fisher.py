@@ -1,0 +1,48 @@
+"""Which neurons hold the texts, from two backward passes: squared gradients there against those elsewhere."""
+
+import torch
+
+from neumuter.masking import neuron_count
+from neumuter.recipes.neurons import Neurons
+from neumuter.recipes.pair import without_dropout
+
+ROWS = 8  # samples per pass
+DAMPING = 0.1  # of the mean Fisher information, so that neurons that nothing uses do not come first
+
+
+def support_by_fisher(masked, pair, share):
+    """A MuteSet of mode "mute" that silences the ``share`` of neurons with the largest ratio g²/F.
+
+    g² is the mean over forget samples of the squared gradient of a sample's mean loss with respect to its
+    gates, at gates of 1; F the same over the neighbours, their empirical Fisher information, which is the
+    curvature of KL(reference ‖ masked) there: to first order g² is what a small change of a gate forgets, and
+    F what it costs. ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number.
+    Raises ValueError on a bad share.
+    """
+    neurons = Neurons(masked)
+    k = neuron_count(share, neurons.count)
+    forget = range(pair.forget_count)
+    neighbours = range(pair.forget_count, pair.forget_count + pair.neighbour_count)
+    gained, lost = (mean_square_gradients(masked, pair, neurons, ids) for ids in (forget, neighbours))
+    ratio = gained / (lost + DAMPING * lost.mean())
+    ratio[neurons.excluded] = -torch.inf
+    method = {"recipe": "fisher", "share": share, "damping": DAMPING}
+    return neurons.mute_set(ratio.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
+
+
+def mean_square_gradients(masked, pair, neurons, sample_ids):
+    """The mean over samples of the squared gradient of each one's mean token loss, float32 [neurons].
+
+    Every sample has a mask row of its own, so one backward pass gives the gradients of all samples apart.
+    """
+    total = torch.zeros(neurons.count, device=neurons.device)
+    with without_dropout(masked.model):
+        for start in range(0, len(sample_ids), ROWS):
+            ids = sample_ids[start : start + ROWS]
+            mask = torch.ones(len(ids), neurons.count, device=neurons.device, requires_grad=True)
+            by_layer = mask.split(list(neurons.widths.values()), 1)
+            with masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
+                loss = torch.stack([losses.mean() for losses in pair.sample_losses(ids)]).sum()
+            (gradient,) = torch.autograd.grad(loss, mask)
+            total += gradient.square().sum(0)
+    return total / len(sample_ids)
