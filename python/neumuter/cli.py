@@ -192,7 +192,7 @@ def evaluate(
     from contextlib import nullcontext
 
     from neumuter import muting
-    from neumuter.evaluation import METRICS, text_metrics
+    from neumuter.evaluation import text_metrics
 
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
@@ -215,14 +215,7 @@ def evaluate(
                     batches = _batches(tokenizer, files, column, length, limit)
                     columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
     shown = columns | ({"retrained": reference["metrics"]} if reference else {})
-    table = Table("metric", *shown, "good", "what it is")
-    for name in METRICS:
-        values = [metrics.get(name) for metrics in shown.values()]
-        if any(value is not None for value in values):
-            metric = METRICS[name]
-            cells = ("" if value is None else f"{value:.4g}" for value in values)
-            table.add_row(metric.title, *cells, metric.good, f"{metric.definition} ({metric.source})")
-    console.print(table)
+    _print_metrics(shown)
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
     last = list(columns)[-1]
@@ -348,6 +341,22 @@ def _rewritten(texts, model, seed, out):
             return rewrite_texts(texts, network, tokenizer, seed=seed, callback=advance)
 
     return cached(out, {"texts": texts, "model": model, "seed": seed}, make)
+
+
+def _print_metrics(columns):
+    """One line per metric, a column per state, and what each metric is."""
+    from neumuter.evaluation import METRICS
+
+    table, definitions = Table("metric", *columns, "good"), []
+    for name, metric in METRICS.items():
+        values = [metrics.get(name) for metrics in columns.values()]
+        if any(value is not None for value in values):
+            cells = ("" if value is None else f"{value:.4g}" for value in values)
+            table.add_row(metric.title, *cells, metric.good)
+            source = f" ({metric.source})" if metric.source else ""
+            definitions.append(f"[bold]{metric.title}[/]: {metric.definition}{source}")
+    console.print(table)
+    console.print("\n".join(definitions), highlight=False)
 
 
 def _read_report(path):

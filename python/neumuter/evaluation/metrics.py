@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """``good``: which direction is good when the texts are to be forgotten (or, for the others, kept)."""
+    """``good``: which direction is good when the texts are to be forgotten (or, for the others, kept).
+
+    ``source``: whose definition it is; empty for what needs none.
+    """
 
     title: str
     definition: str
@@ -38,20 +41,16 @@ METRICS = {
         "lower",
         "Carlini et al. 2021",
     ),
-    "forget_loss": Metric(
-        "forget loss", "mean token loss in nats on the texts to forget", "higher", "cross-entropy"
-    ),
-    "retain_loss": Metric(
-        "retain loss", "mean token loss in nats on the texts to keep", "lower", "cross-entropy"
-    ),
+    "forget_loss": Metric("forget loss", "mean token loss in nats on the texts to forget", "higher", ""),
+    "retain_loss": Metric("retain loss", "mean token loss in nats on the texts to keep", "lower", ""),
     "heldout_perplexity": Metric(
-        "perplexity", "exp of the mean token loss on held-out text", "as before", "cross-entropy"
+        "perplexity", "exp of the mean token loss on held-out text", "as before", ""
     ),
     "heldout_kl": Metric(
         "KL",
         "KL(original ‖ model) in nats per token of held-out text",
         "lower, 0 for the original",
-        "Kullback and Leibler 1951",
+        "",
     ),
     "min_k_auc": Metric(
         "Min-40% AUC",
