@@ -4,6 +4,7 @@ A small model is attached and trained for a few steps on one global batch, split
 mute set and the scores are written to FOLDER as HOW-N.mute and HOW-N.pt, N the number of processes.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
+from neumuter import NeuMuterConfig, NeuMuterTrainer
+from neumuter.demo.task import VOCABULARY, encode, make_records, read_corpus, train_tokenizer
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +67,24 @@ def loaded(how, name, folder):
     return AutoModelForCausalLM.from_pretrained(Path(folder) / "model", tp_plan="auto").eval()
 
 
+def trainer(name, folder):
+    """NeuMuterTrainer on the demo's records, all of them in every step."""
+    world = int(os.environ["WORLD_SIZE"])
+    records, tokenizer = make_records(0), train_tokenizer(read_corpus()[0])
+    forget, keep = (encode(tokenizer, kind[:SAMPLES], "secret") for kind in (records.forget, records.retain))
+    config = NeuMuterConfig(
+        output_dir=str(Path(folder) / "run"), num_train_epochs=STEPS,
+        per_device_train_batch_size=SAMPLES // world, sparsity=2.0, budget=12, save_strategy="no",
+        report_to=[], use_cpu=True, seed=3, disable_tqdm=True,
+    )  # fmt: skip
+    run = NeuMuterTrainer(build(name, vocab_size=VOCABULARY), config, forget, keep)
+    run.train()
+    return run.masked, run.mute_set()
+
+
 def main(how, name, folder):
+    if how == "trainer":
+        return write(how, folder, *trainer(name, folder))
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     masked = neumuter.attach(loaded(how, name, folder))
@@ -77,13 +97,18 @@ def main(how, name, folder):
             logits = model(data).logits[:, :-1].flatten(0, 1)
             backward(-F.cross_entropy(logits, data[:, 1:].flatten()))
         optimizer.step()
-    mutes = masked.select(budget=12, seed=3)
+    return write(how, folder, masked, masked.select(budget=12, seed=3))
+
+
+def write(how, folder, masked, mutes):
     scores = masked.full_scores()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank == 0:
         mutes.save(Path(folder) / f"{how}-{world}.mute")
         torch.save(scores, Path(folder) / f"{how}-{world}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

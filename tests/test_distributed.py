@@ -58,3 +58,21 @@ def test_tensor_parallel_packed_ffns(tmp_path):
     for path, layer in mutes.layers.items():
         assert torch.equal(layer.indices, expected.layers[path].indices)
         assert (scores[path] - wanted[path]).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory):
+    return launch("trainer", 1, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_trainer_finds_the_same_neurons_of_the_demo_task(processes, trained_alone, tmp_path):
+    """The demo's records on a small model, all of them in every step."""
+    expected, wanted = trained_alone
+    mutes, scores = launch("trainer", processes, tmp_path)
+    for path, layer in expected.layers.items():
+        assert torch.equal(layer.indices, mutes.layers[path].indices)
+        torch.testing.assert_close(layer.gains, mutes.layers[path].gains, rtol=1e-3, atol=1e-3)
+    for path, score in wanted.items():
+        torch.testing.assert_close(scores[path], score, rtol=1e-3, atol=1e-3)
+        assert (score - INITIAL_SCORE).abs().max() > 0.1

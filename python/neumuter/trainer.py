@@ -123,14 +123,25 @@ class NeuMuterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.args.gradient_checkpointing:
             model.eval()  # no dropout; the Trainer switches back in every step
-        losses, kl = self.pair.losses(inputs["sample_ids"].tolist(), through=model)
-        forget_loss, scores = losses.mean(), list(self.masked.scores.values())
-        loss = objective(forget_loss, kl, scores, self.args)
-        parts = {"forget_loss": forget_loss, "kl": kl, "muted": closed_share(scores, self.args.threshold)}
+        losses = self.pair.token_losses(inputs["sample_ids"].tolist(), through=model)
+        (forget_loss, level), (kl, divergence) = map(self._mean, losses)
+        scores = list(self.masked.scores.values())
+        loss = objective(forget_loss, kl, scores, self.args, level)
+        parts = {"forget_loss": level, "kl": divergence, "muted": closed_share(scores, self.args.threshold)}
         for name, value in parts.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value.detach(), count + 1
         return (loss, {}) if return_outputs else loss
+
+    def _mean(self, losses):
+        """(what this process adds to the mean of all processes' tokens times their number, that mean).
+
+        Gradients are averaged over processes, which have different numbers of tokens: so the result does not
+        depend on how samples are split among them.
+        """
+        total = torch.stack([losses.detach().sum(), losses.new_tensor(len(losses))])
+        total = self.accelerator.reduce(total, "sum")
+        return losses.sum() * self.accelerator.num_processes / total[1], total[0] / total[1]
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

@@ -60,10 +60,14 @@ def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), see
     return masked.select(threshold=config.threshold, method=method, seed=seed)
 
 
-def objective(forget_loss, kl, scores, config):
-    """NeuMuter's loss of a step, a scalar; ``config`` has sparsity, kl_weight, stop_loss and descent."""
+def objective(forget_loss, kl, scores, config, level=None):
+    """NeuMuter's loss of a step, a scalar; ``config`` has sparsity, kl_weight, stop_loss and descent.
+
+    ``level``: what is compared with stop_loss, where it is not ``forget_loss``.
+    """
     shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
-    sign = torch.where(forget_loss.detach() <= config.stop_loss, -1.0, config.descent)
+    level = forget_loss.detach() if level is None else level
+    sign = torch.where(level <= config.stop_loss, -1.0, config.descent)
     closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
     return sign * forget_loss + config.sparsity * closed + config.kl_weight * kl
 

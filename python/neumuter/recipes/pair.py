@@ -74,13 +74,18 @@ class Pair:
         Returns the token losses of the forget samples, float32 [N] in nats, and KL(reference ‖ masked) per
         counted neighbour token, a float32 scalar in nats. Nothing here waits for the GPU.
         """
+        losses, divergences = self.token_losses(sample_ids, through)
+        return losses, divergences.mean()
+
+    def token_losses(self, sample_ids, through=None):
+        """As ``losses``, with the KL of each counted neighbour token, float32 [M]."""
         split = sum(i < self.forget_count for i in sample_ids)
         targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
         reference = torch.cat([self.reference[i - self.forget_count] for i in sample_ids[split:]])
         forget, neighbour = self._hidden(sample_ids, through).split([len(targets), len(reference)])
         return (
             self.head.token_losses(forget, targets),
-            self.head.kl_divergences(neighbour, reference).mean(),
+            self.head.kl_divergences(neighbour, reference),
         )
 
     def sample_losses(self, sample_ids):
