@@ -89,6 +89,14 @@ def build_double(name):
     return model
 
 
+def randomise(masked, seed=3):
+    """Scores around the middle of the gate's range."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for score in masked.scores.values():
+            score.copy_(torch.randn(score.shape, generator=generator))
+
+
 def batch(samples=4, tokens=7, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCABULARY, (samples, tokens), generator=generator)

@@ -13,19 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from neumuter_kernels import hard_concrete
-from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, build_double
+from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, build_double, randomise
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 SEAMS = {"activation", "ffn", "experts", "down"}
 PLAIN = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "phi", "opt", "starcoder2")
-
-
-def randomise(masked, seed=3):
-    """Scores around the middle of the gate's range."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for score in masked.scores.values():
-            score.copy_(torch.randn(score.shape, generator=generator))
 
 
 def generated(model, ids):

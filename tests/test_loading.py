@@ -11,8 +11,7 @@ from neumuter.recipes import GainsConfig, SupportConfig, forget
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.models import SMALL, batch, build, build_double
-from tests.test_families import randomise
+from tests.models import SMALL, batch, build, build_double, randomise
 
 KINDS = ("llama", "gpt2", "phi3", "opt", "mixtral")
 

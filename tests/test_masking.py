@@ -5,19 +5,11 @@ import pytest
 import torch
 from neumuter.masking import INITIAL_SCORE, neuron_count
 
-from tests.models import SMALL, WIDTH, batch, build, build_double
+from tests.models import SMALL, WIDTH, batch, build, build_double, randomise
 
 DTYPES = [torch.float32, torch.bfloat16]
 every_family = pytest.mark.parametrize("name", SMALL)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def randomise(masked, seed=3):
-    """Scores around the middle of the gate's range."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for score in masked.scores.values():
-            score.copy_(torch.randn(score.shape, generator=generator))
 
 
 def loss_of(model, ids):

@@ -9,7 +9,7 @@ from tests import backends
 from tests.backends import assert_as_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHAPES = [(3, 97), (1, 1), (2, 16), (5, 4100), (0, 7), (0, 0)]
+SHAPES = [(3, 97), (1, 1), (2, 16), (5, 4100), (0, 7)]
 INF = float("inf")
 
 
@@ -38,8 +38,6 @@ def run(op, logits, other, targets, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_accurate_as_plain_pytorch(op, dtype, shape, device, poisoned):
-    if op == "cross_entropy" and shape == (0, 0):
-        pytest.skip("one_hot needs a class")
     ours, plain, exact = run(op, *inputs(shape, dtype), device)
     for name, a, b, c in zip(("losses", "gradients"), ours, plain, exact, strict=True):
         if dtype == torch.float64:

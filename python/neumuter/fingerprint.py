@@ -16,6 +16,7 @@ import math
 
 import torch
 
+from neumuter.modes import without_dropout
 from neumuter_kernels.reference import philox_4x32
 
 SKETCHES = 32
@@ -60,13 +61,8 @@ def sketch_through(ffn, columns=None):
         chosen = torch.zeros(ffn.width).index_fill(0, columns.long(), 1.0)
         right = right * chosen
     inputs = torch.cat([right, torch.zeros(1, ffn.width)]).to(ffn.device, ffn.dtype)
-    training = {module: module.training for module in ffn.down.modules()}
-    ffn.down.eval()  # adapters have dropout
-    try:
+    with without_dropout(ffn.down):  # adapters have it
         outputs = ffn.down(inputs).float()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     products = outputs[:-1] - outputs[-1]  # without the bias
     left = _signs(products.shape[1], 0).to(products.device)
     return _rounded((left.double() * products).sum(1))

@@ -96,6 +96,10 @@ class TrainableGates(Gates):
         return None if self.source is None else self.source.mask(self, hidden_states)
 
 
+class NothingSelectedError(ValueError):
+    """No neuron is selected, or only such whose gates are open."""
+
+
 class Masked:
     """A model with gates on its FFN neurons, made by ``attach``. As a context manager it detaches at the end.
 
@@ -252,12 +256,21 @@ class Masked:
         neuron) or an exact count (int), or ``threshold``: all neurons with σ(score) below it (float in
         (0, 1); the paper's r is 0.15). ``method`` and ``seed`` are recorded in the mute set.
 
-        Raises ValueError (TypeError for a wrong type) for bad arguments, for NaN scores, if nothing is
-        selected, and if every selected gate is fully open, so that muting would change nothing.
+        Raises as ``selected`` does.
+        """
+        neurons = self.selected(budget, threshold)
+        selection = {"budget": budget} if threshold is None else {"threshold": threshold}
+        return self.mute_set(neurons, "mute", (0.0, 1.0), (method or {}) | {"selection": selection}, seed)
+
+    def selected(self, budget=None, threshold=None):
+        """What ``select`` puts into a mute set: {path: (indices int32 [n], gains float32 [n])}, on the CPU.
+
+        Raises ValueError (TypeError for a wrong type) for bad arguments and for NaN scores; and
+        NothingSelectedError, a ValueError, if nothing is selected or every selected gate is fully open, so
+        that muting would change nothing.
         """
         scores = self.full_scores()
         total = sum(len(s) for s in scores.values())
-        selection = {"budget": budget} if threshold is None else {"threshold": threshold}
         if (budget is None) == (threshold is None):
             raise ValueError("give either budget or threshold")
         if budget is not None:
@@ -279,15 +292,16 @@ class Masked:
         ends = indptr.tolist()
         lowest = min(score.min().sigmoid().item() for score in flat)
         if ends[-1] == 0:
-            raise ValueError(f"no neuron has σ(score) below {threshold}; the lowest is {lowest:.3f}")
+            raise NothingSelectedError(
+                f"no neuron has σ(score) below {threshold}; the lowest is {lowest:.3f}"
+            )
         if (gains[: ends[-1]] > 1 - 1e-6).all():
-            raise ValueError(
+            raise NothingSelectedError(
                 f"every selected gate is fully open (lowest σ(score) {lowest:.3f}), so muting would "
                 "change nothing: train the scores first"
             )
         runs = [slice(start, end) for start, end in pairwise(ends)]
-        neurons = {path: (indices[run], gains[run]) for path, run in zip(scores, runs, strict=True)}
-        return self.mute_set(neurons, "mute", (0.0, 1.0), (method or {}) | {"selection": selection}, seed)
+        return {path: (indices[run], gains[run]) for path, run in zip(scores, runs, strict=True)}
 
     def mute_set(self, neurons, mode="mute", gain_range=(0.0, 1.0), method=None, seed=0):
         """A ``MuteSet`` of explicit neurons, {path: (indices [n] integers ascending, gains [n])}.

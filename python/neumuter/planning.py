@@ -77,12 +77,11 @@ class _Counting(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes. ``layouts``: {name: (bytes per device, its parts)} for the number of devices asked."""
+    """Sizes in bytes. ``layouts``: {name: {part: bytes per device}} for the number of devices asked."""
 
     model: str
     parameters: int
     neurons: int
-    largest_layer: int  # bytes of one decoder layer's weights
     weights: int
     masks: int  # scores, their gradients and Adam's moments
     reference: int  # last hidden states of the neighbours
@@ -157,7 +156,6 @@ def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpo
         model=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()) - neurons,
         neurons=neurons,
-        largest_layer=max(layers),
         flops=counting.flops,
         moved=counting.moved,
         cache=cache,

@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from neumuter.families import input_device, unwrapped
 from neumuter.ffn import Mask, masked_act_of, run_seam
+from neumuter.modes import without_dropout
 
 SCALES = (1.0, 30.0, 1000.0)  # of random inputs, so that a clamp shows
 
@@ -24,19 +25,17 @@ def choose_seams(model, ffns):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not _can_run(model):
         return seams | {ffn.path: "experts" for ffn in ffns if not ffn.layout}
-    handles, training = [], {module: module.training for module in model.modules()}
-    model.eval()
+    handles = []
     try:
         for ffn in ffns:
             handles += _watch(ffn, seams)
         ids = torch.arange(2, device=input_device(model))[None]
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code may pass by hooks
+        eager = torch.compiler.set_stance("force_eager")  # compiled code may pass by hooks
+        with without_dropout(model), torch.no_grad(), eager:
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     for ffn in ffns:
         if seams[ffn.path] is None:
             raise ValueError(

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from neumuter.evaluation import mean_token_loss, memorization_accuracy
 from neumuter.files import write_atomically
-from neumuter.masking import attach
+from neumuter.masking import NothingSelectedError, attach
+from neumuter.modes import without_dropout
 from neumuter.recipes.gates import GatesConfig, closed_share, method_of, objective
 from neumuter.recipes.pair import Pair
 
@@ -69,7 +70,8 @@ class _Indices(torch.utils.data.Dataset):
 
 
 def _collate(pairs):
-    return {"sample_ids": torch.tensor([first for first, _ in pairs] + [second for _, second in pairs])}
+    # A list: a tensor would go to the device, and coming back wait for it.
+    return {"sample_ids": [first for first, _ in pairs] + [second for _, second in pairs]}
 
 
 class _Goals(TrainerCallback):
@@ -123,7 +125,7 @@ class NeuMuterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.args.gradient_checkpointing:
             model.eval()  # no dropout; the Trainer switches back in every step
-        losses = self.pair.token_losses(inputs["sample_ids"].tolist(), through=model)
+        losses = self.pair.token_losses(inputs["sample_ids"], through=model)
         (forget_loss, level), (kl, divergence) = map(self._mean, losses)
         scores = list(self.masked.scores.values())
         loss = objective(forget_loss, kl, scores, self.args, level)
@@ -152,15 +154,12 @@ class NeuMuterTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The forget loss and MA and the neighbours' loss with the neurons muted that would be muted now."""
-        training = self.model.training
-        self.model.eval()
-        with self.masked.applying(self._masks()):
+        with without_dropout(self.model), self.masked.applying(self._masks()):
             metrics = {
                 "forget_loss": mean_token_loss(self.model, self.batches["forget"]),
                 "forget_ma": memorization_accuracy(self.model, self.batches["forget"]),
                 "retain_loss": mean_token_loss(self.model, self.batches["retain"]),
             }
-        self.model.train(training)
         metrics["muted"] = float(closed_share(list(self.masked.scores.values()), self.args.threshold))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -169,8 +168,8 @@ class NeuMuterTrainer(Trainer):
 
     def _masks(self):
         try:
-            layers = self.mute_set().layers
-        except ValueError:  # nothing is selected yet
+            layers = self.masked.selected(**self._selection())
+        except NothingSelectedError:
             return {}
         scores, masks = self.masked.scores, {}
         for path, (indices, gains) in layers.items():
@@ -182,9 +181,11 @@ class NeuMuterTrainer(Trainer):
 
     def mute_set(self):
         """The ``MuteSet`` of the scores as they are: ``masked.select`` by the budget or the threshold."""
-        chosen = {"budget": self.args.budget} if self.args.budget is not None else {}
-        chosen = chosen or {"threshold": self.args.threshold}
-        return self.masked.select(**chosen, method=method_of(self.args), seed=self.args.seed)
+        return self.masked.select(**self._selection(), method=method_of(self.args), seed=self.args.seed)
+
+    def _selection(self):
+        by_budget = self.args.budget is not None
+        return {"budget": self.args.budget} if by_budget else {"threshold": self.args.threshold}
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:

@@ -5,8 +5,8 @@ import torch
 from neumuter.families import input_device
 from neumuter.losses import token_losses
 from neumuter.masking import neuron_count
+from neumuter.modes import without_dropout
 from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.pair import without_dropout
 
 
 def mute_random(masked, share, seed=0):

@@ -3,8 +3,8 @@
 import torch
 
 from neumuter.masking import neuron_count
+from neumuter.modes import without_dropout
 from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.pair import without_dropout
 
 ROWS = 8  # samples per pass
 DAMPING = 0.1  # of the mean Fisher information, so that neurons that nothing uses do not come first

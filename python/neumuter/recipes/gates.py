@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from neumuter.masking import STRETCH, TEMPERATURE
-from neumuter.recipes.pair import Pair, without_dropout
+from neumuter.modes import without_dropout
+from neumuter.recipes.pair import Pair
 
 
 @dataclass(frozen=True)

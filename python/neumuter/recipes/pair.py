@@ -1,13 +1,12 @@
 """Forget and neighbour samples side by side: one masked forward pass gives both losses."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
 from neumuter.families import input_device
 from neumuter.head import Head
 from neumuter.losses import IGNORED, predicting
+from neumuter.modes import without_dropout
 
 KEYS = ("input_ids", "attention_mask", "labels")
 REFERENCE_ROWS = 8  # samples per forward pass of the reference
@@ -59,7 +58,7 @@ class Pair:
                 yield list(range(self.forget_count + self.neighbour_count))
         generator = torch.Generator().manual_seed(seed)
         kinds = ((0, self.forget_count), (self.forget_count, self.neighbour_count))
-        queues = [_shuffled(start, count, generator) for start, count in kinds]
+        queues = [shuffled(start, count, generator) for start, count in kinds]
         while True:
             yield [
                 next(queue)
@@ -112,18 +111,6 @@ class _Sample:
         self.targets = labels[self.positions + 1]
 
 
-@contextlib.contextmanager
-def without_dropout(model):
-    """The model in evaluation mode, and back: the only noise in training is that of the gates."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _check(name, batch):
     shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
     for key in KEYS:
@@ -144,6 +131,7 @@ def _check(name, batch):
         raise ValueError(f"{name} counts padding: labels must be -100 where attention_mask is 0")
 
 
-def _shuffled(start, count, generator):
+def shuffled(start, count, generator):
+    """start … start + count − 1 endlessly, in a new random order each time round."""
     while True:
         yield from (start + torch.randperm(count, generator=generator)).tolist()

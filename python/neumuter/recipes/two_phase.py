@@ -11,8 +11,9 @@ import torch
 
 from neumuter.losses import hinge
 from neumuter.masking import INITIAL_SCORE, neuron_count
+from neumuter.modes import without_dropout
 from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.pair import Pair, without_dropout
+from neumuter.recipes.pair import Pair
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from neumuter.losses import IGNORED, predicting, token_losses
+from neumuter.recipes.pair import shuffled
 
 METHODS = ("ascent", "difference", "npo", "simnpo")
 
@@ -52,7 +53,7 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
         forget_rows = range(len(batches[0]["labels"]))
         reference = torch.cat([text_losses(model, _rows(batches[0], [i])) for i in forget_rows])
     generator = torch.Generator().manual_seed(seed)
-    queues = [_shuffled(len(batch["labels"]), generator) for batch in batches]
+    queues = [shuffled(0, len(batch["labels"]), generator) for batch in batches]
     for step in range(1, config.steps + 1):
         forget_ids, retain_ids = ([next(queue) for _ in range(config.batch_size)] for queue in queues)
         losses = text_losses(model, part := _rows(batches[0], forget_ids))
@@ -106,8 +107,3 @@ def _on(device, batch):
 
 def _rows(batch, ids):
     return {key: value[ids] for key, value in batch.items()}
-
-
-def _shuffled(count, generator):
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
