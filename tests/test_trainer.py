@@ -108,3 +108,12 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
     run(tmp_path / "killed")
     run(tmp_path / "whole")
     assert (tmp_path / "killed/done.mute").read_bytes() == (tmp_path / "whole/done.mute").read_bytes()
+
+
+def test_diverged_scores_are_not_taken_for_nothing_selected(tmp_path):
+    trainer = make(tmp_path)
+    assert trainer.evaluate()["eval_muted"] == 0  # all gates are open: nothing is selected
+    with torch.no_grad():
+        next(iter(trainer.masked.scores.values()))[3] = torch.nan
+    with pytest.raises(ValueError, match="hold NaN: training diverged"):
+        trainer.evaluate()
