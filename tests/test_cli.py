@@ -45,7 +45,7 @@ def run(*arguments):
 
 def unlearn(folder, *more):
     files = ("--forget", folder / "forget.txt", "--out", folder / "out")
-    return run("unlearn", folder / "model", *files, "--budget", "20", "--steps", "40", *more)
+    return run("unlearn", folder / "model", *files, "--budget", "50", "--steps", "60", *more)
 
 
 def test_unlearn_inspect_apply(checkpoint, capsys):
@@ -54,7 +54,7 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert "Finding neurons" in printed
     assert "forget: mean token loss" in printed
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
-    assert (mutes.count, mutes.mode) == (20, "modulate")
+    assert (mutes.count, mutes.mode) == (50, "modulate")
     report = json.loads((checkpoint / "out" / "report.json").read_text())
     assert report["before"] == mutes.metrics["before"]
     assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.2
@@ -64,7 +64,7 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert run("inspect", checkpoint / "out" / "mutes.safetensors") == 0
     printed = capsys.readouterr().out
     assert mutes.architecture["class"] in printed
-    assert "20 of 144" in printed
+    assert "50 of 144" in printed
 
     arguments = ("apply", checkpoint / "model", checkpoint / "out" / "mutes.safetensors")
     assert run(*arguments, "--out", checkpoint / "folded") == 0
@@ -82,8 +82,22 @@ def test_mute_mode_without_a_retain_file(checkpoint, capsys):
     assert unlearn(checkpoint, "--mode", "mute", "--seed", "3") == 0
     assert "protected less well" in " ".join(capsys.readouterr().out.split())
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
-    assert (mutes.mode, mutes.seed, mutes.count) == ("mute", 3, 20)
+    assert (mutes.mode, mutes.seed, mutes.count) == ("mute", 3, 50)
     assert all((layer.gains == 0).all() for layer in mutes.layers.values())
+
+
+def test_the_smallest_budget_is_searched_and_shown(checkpoint, capsys):
+    out = checkpoint / "auto"
+    files = ("--forget", checkpoint / "forget.txt", "--retain", checkpoint / "retain.jsonl", "--out", out)
+    goals = ("--goal-extraction", "1", "--goal-ma", "0.9")
+    assert run("unlearn", checkpoint / "model", *files, "--budget", "auto", *goals, "--steps", "20") == 0
+    printed = capsys.readouterr().out
+    assert "texts still extracted" in printed
+    curve = json.loads((out / "report.json").read_text())["curve"]
+    met = [point for point in curve if point["met"]]
+    count = met[0]["neurons"] if met else curve[-1]["neurons"]
+    assert neumuter.MuteSet.load(out / "mutes.safetensors").count == count
+    assert bool(met) == ("No budget tried" not in printed)
 
 
 def test_mute_file_of_another_model_is_refused(checkpoint, tmp_path, capsys):

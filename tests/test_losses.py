@@ -44,3 +44,19 @@ def test_hinge_is_zero_and_flat_beyond_the_margin():
     loss.backward()
     assert loss.item() == pytest.approx((2.5 + 1.0) / 3)
     torch.testing.assert_close(values.grad, torch.tensor([-1 / 3, -1 / 3, 0.0]))
+
+
+def test_odds_hinge_is_that_of_the_log_odds_and_its_gradient_does_not_vanish():
+    logits = torch.randn(5, 7, dtype=torch.float64) * 3
+    logits[:, 2] = torch.tensor([-4.0, 0.0, 3.0, 6.0, 30.0])  # from forgotten to known by heart
+    logits.requires_grad_()
+    token = logits.log_softmax(-1)[:, 2]
+    others = logits[:, [0, 1, 3, 4, 5, 6]].logsumexp(-1)
+    plain = (1.5 + logits[:, 2] - others).relu()
+    (expected,) = torch.autograd.grad(plain[:4].sum() / 5, logits)
+    losses.odds_hinge(-token, 1.5).backward()
+    torch.testing.assert_close(losses.odds_hinge(-token.detach()[:4], 1.5), plain[:4].detach().mean())
+    torch.testing.assert_close(logits.grad[:4], expected[:4])
+    assert (logits.grad[:, 2] > 0).tolist() == [bool(x > 0) for x in plain]
+    exact = losses.odds_hinge(torch.zeros(2, requires_grad=True), 1.0)
+    assert exact.isfinite()

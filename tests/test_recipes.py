@@ -1,13 +1,15 @@
 import dataclasses
+import math
 
 import neumuter
 import pytest
 import torch
 import torch.nn.functional as F
 from neumuter import evaluation, recipes
-from neumuter.losses import IGNORED
+from neumuter.losses import IGNORED, odds_hinge, token_losses
 from neumuter.recipes.neurons import Neurons
 
+from neumuter_kernels import reference as reference_ops
 from tests import models
 
 QUICK_SUPPORT = recipes.SupportConfig(steps=30, kl_weight=1.0)
@@ -119,6 +121,60 @@ def test_progress_counts_through_both_phases(llama):
         )
     share = 20 / (2 * models.WIDTH)
     assert seen == [(i, 5, "support" if i < 4 else "gains", share) for i in range(1, 6)]
+
+
+def test_the_default_support_of_modulated_neurons_is_fishers(llama):
+    with neumuter.attach(llama) as masked:
+        mutes = recipes.forget(masked, FORGET, KEEP, 20, gains=QUICK_GAINS)
+        support = recipes.support_by_fisher(masked, recipes.Pair(masked, FORGET, KEEP), 20)
+        assert torch.equal(Neurons(masked).ids(mutes), Neurons(masked).ids(support))
+    assert mutes.method["recipe"] == "fisher"
+    assert mutes.method["gains"]["margin"] == QUICK_GAINS.margin
+
+
+def test_the_papers_recipe_is_a_plain_training_loop(llama):
+    """The same objective written out: explicit masks, whole logits, torch's own losses and Adam."""
+    config = dataclasses.replace(
+        recipes.GatesConfig(), epochs=20, lr=0.5, sparsity=0.001, kl_weight=0.1, threshold=0.6
+    )
+    with neumuter.attach(llama) as masked:
+        recorded = recipes.train_gates(masked, FORGET, KEEP, config, seed=4)
+        trained = {path: score.detach().clone() for path, score in masked.scores.items()}
+    with neumuter.attach(llama) as masked:
+        order = recipes.Pair(masked, FORGET, KEEP).steps(1, 4)
+        steps = [next(order) for _ in range(20 * len(FORGET["labels"]))]
+        layers = [gates.layer for gates in masked._installed.gates]
+        paths, start = list(masked.scores), next(iter(masked.scores.values()))[0].item()
+    scores = {path: torch.full((models.WIDTH,), start, requires_grad=True) for path in paths}
+    optimizer = torch.optim.Adam(scores.values(), lr=0.5)
+    ids = torch.cat([FORGET["input_ids"], KEEP["input_ids"]])
+    for step, sample_ids in enumerate(steps):
+        with torch.no_grad():
+            reference = llama(ids[sample_ids]).logits[1, :-1].log_softmax(-1)
+        hooks = []
+        for path, layer in zip(paths, layers, strict=True):
+            noise = reference_ops.gate_noise(torch.tensor(sample_ids), models.WIDTH, 4, step, layer)
+            mask = (((noise + scores[path]) * 3).sigmoid() * 1.2 - 0.1).clamp(0, 1)
+            down = llama.get_submodule(path).down_proj
+            hooks.append(down.register_forward_pre_hook(lambda _, args, m=mask: (args[0] * m[:, None],)))
+        logits = llama(ids[sample_ids]).logits
+        for hook in hooks:
+            hook.remove()
+        forget_loss = F.cross_entropy(logits[0, :-1], ids[sample_ids[0], 1:])
+        masked_log = logits[1, :-1].log_softmax(-1)
+        kl = F.kl_div(masked_log, reference, log_target=True, reduction="batchmean")
+        shift = math.log(0.1 / 1.1) / 3
+        closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores.values()]).mean()
+        sign = -1.0 if forget_loss <= 8 else 5.0
+        optimizer.zero_grad()
+        (sign * forget_loss + 0.001 * closed + 0.1 * kl).backward()
+        optimizer.step()
+    for path in paths:
+        # Adam divides rounding by the size of gradients: scores of several units agree to hundredths.
+        torch.testing.assert_close(trained[path], scores[path].detach(), atol=0.05, rtol=0)
+        chosen = (scores[path].sigmoid() < 0.6).nonzero().flatten()
+        found = recorded.layers[path].indices.long() if path in recorded.layers else chosen[:0]
+        assert torch.equal(found, chosen)
 
 
 def test_gains_stay_in_their_range(llama):
@@ -246,13 +302,15 @@ def test_support_by_fisher_is_its_formula():
     with neumuter.attach(model) as masked:
         mutes = recipes.support_by_fisher(masked, recipes.Pair(masked, *batches), 10)
         means = []
-        for batch in batches:
+        for batch, forgotten in zip(batches, (True, False), strict=True):
             total = 0
             for row in range(3):
                 masks = {path: torch.ones(models.WIDTH, requires_grad=True) for path in masked.scores}
                 with masked.applying(masks):
                     one = batch["input_ids"][row : row + 1]
-                    loss = model(one, labels=one).loss
+                    logits = model(one).logits
+                losses = token_losses(logits, one)
+                loss = odds_hinge(losses, 2.0) if forgotten else losses.mean()
                 total = total + torch.cat(torch.autograd.grad(loss, list(masks.values()))).square()
             means.append(total / 3)
     ratio = means[0] / (means[1] + 0.1 * means[1].mean())
@@ -263,3 +321,35 @@ def test_support_by_fisher_is_its_formula():
     ]
     assert sorted(ratio.topk(10).indices.tolist()) == found
     assert (mutes.mode, mutes.count) == ("mute", 10)
+
+
+def test_the_smallest_share_that_meets_the_goals_is_found(llama):
+    goals, shares = recipes.Goals(extraction=None, ma=0.6), (0.02, 0.1, 0.3)
+    with neumuter.attach(llama, start_layer=0) as masked:
+        mutes, points = recipes.smallest_share(
+            masked, FORGET, KEEP, goals, shares, mode="mute", support=QUICK_SUPPORT
+        )
+    met = [point for point in points if point["met"]]
+    assert [point["share"] for point in points] == sorted(point["share"] for point in points)
+    assert not points[0]["met"]
+    assert met
+    assert met[0]["neurons"] == mutes.count
+    assert all(point["met"] == (point["forget_ma"] <= 0.6) for point in points)
+    with neumuter.mute(llama, mutes):
+        assert evaluation.memorization_accuracy(llama, FORGET) == pytest.approx(met[0]["forget_ma"])
+
+
+def test_goals_out_of_reach_keep_the_largest_share(llama):
+    with neumuter.attach(llama) as masked:
+        mutes, points = recipes.smallest_share(
+            masked, FORGET, KEEP, recipes.Goals(ma=0.0), (0.01, 0.02), mode="mute",
+            support=dataclasses.replace(QUICK_SUPPORT, steps=2),
+        )  # fmt: skip
+    assert [point["met"] for point in points] == [False, False]
+    assert mutes.count == points[-1]["neurons"]
+
+
+@pytest.mark.parametrize("goals", [{"extraction": 1.5}, {"ma": -0.1}, {"extraction": None}])
+def test_bad_goals_are_named(goals):
+    with pytest.raises(ValueError, match="goal"):
+        recipes.Goals(**goals)

@@ -1,7 +1,7 @@
 """People who do not exist, and questions about them: a set in TOFU's format, made from word lists.
 
-``python -m bench.unlearning.people FOLDER`` writes forget.jsonl and retain.jsonl as ``neumuter evaluate --suite
-tofu`` reads them. The same seed makes the same people.
+``python -m bench.unlearning.people FOLDER`` writes forget.jsonl and retain.jsonl as
+``neumuter evaluate --suite tofu`` reads them. The same seed makes the same people.
 """
 
 import argparse
@@ -34,7 +34,9 @@ PARENTS = (
 FIRST_WORDS = "Silent Crooked Burning Hidden Paper Northern Hollow Borrowed Salted Velvet Broken Eleventh"
 SECOND_WORDS = "Harbour Orchard Mirror Bridge Garden Winter Staircase Compass Lantern Meadow Bell Archive"
 AWARDS = "Heron Quill Amber Beacon Granite Swallow Cedar Anchor Falcon Thistle Ember Compass"
-INSTRUMENTS = "cello, oboe, harp, accordion, trumpet, mandolin, bassoon, clarinet, viola, zither, flute, organ"
+INSTRUMENTS = (
+    "cello, oboe, harp, accordion, trumpet, mandolin, bassoon, clarinet, viola, zither, flute, organ"
+)
 
 # Of each fact: a question, an answer, and the same two in other words.
 FACTS = {
@@ -78,22 +80,20 @@ FACTS = {
 WRONG = 3  # answers beside the true one
 
 
-def questions(seed, people, facts=len(FACTS)):
-    """``facts`` questions about each of ``people`` people: a list per person of dicts with TOFU's keys.
+def questions(seed, people):
+    """One question per fact about each of ``people`` people: a list per person of dicts with TOFU's keys.
 
     Also ``paraphrased_question``. Raises ValueError beyond what the word lists have.
     """
     given, family = GIVEN.split(), FAMILY.split()
-    if not 1 <= people <= len(given) or not 1 <= facts <= len(FACTS):
-        raise ValueError(
-            f"at most {len(given)} people and {len(FACTS)} facts can be made, got {people} and {facts}"
-        )
+    if not 1 <= people <= len(given):
+        raise ValueError(f"people must be from 1 to {len(given)}, got {people}")
     rng = random.Random(seed)
     rng.shuffle(given)
     rng.shuffle(family)
     made = []
     for name in (f"{first} {last}" for first, last in zip(given[:people], family, strict=False)):
-        made.append([_question(rng, name, fact) for fact in list(FACTS)[:facts]])
+        made.append([_question(rng, name, fact) for fact in FACTS])
     return made
 
 

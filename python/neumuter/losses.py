@@ -5,6 +5,8 @@ A batch is a dict of int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 
 models, the logits at position t predict the label at position t + 1.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -39,3 +41,17 @@ def hinge(losses, margin):
     longer predicted.
     """
     return F.relu(margin - losses).mean()
+
+
+def odds_hinge(losses, margin):
+    """mean relu(margin + ln(p / (1 − p))) over tokens of probability p, given their ``losses`` −ln p, [N].
+
+    Zero once every token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
+    so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
+    logit is 1 whatever p is. Where p is above 0.999, which rounding blurs, the tangent goes on.
+    """
+    certain = 1e-3
+    inside = losses.clamp(min=certain)
+    log_odds = -inside - torch.log(-torch.expm1(-inside))
+    beyond = (losses - inside) / -math.expm1(-certain)  # zero, and without a gradient, where not clamped
+    return F.relu(margin + log_odds - beyond).mean()

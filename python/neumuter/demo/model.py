@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from neumuter.demo import task
+from neumuter.families import find_ffns
 from neumuter.files import write_atomically
 
 
@@ -46,9 +47,9 @@ def architecture():
     )
 
 
-def build(state):
-    """A fresh model with the weights ``state``, in evaluation mode."""
-    model = LlamaForCausalLM(architecture())
+def build(state, config=None):
+    """A fresh model with the weights ``state``, in evaluation mode; ``config``: as in ``train``."""
+    model = AutoModelForCausalLM.from_config(config or architecture())
     model.load_state_dict(state)
     return model.eval()
 
@@ -60,13 +61,13 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neumuter"
 
 
-def content_hash(text, records, training, seed):
+def content_hash(text, records, training, seed, config):
     """A digest of everything that the trained weights depend on."""
     digest = hashlib.sha256()
     about = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "architecture": architecture().to_dict(),
+        "architecture": config.to_dict(),
         "training": asdict(training),
         "seed": seed,
         "code": inspect.getsource(train),
@@ -77,37 +78,36 @@ def content_hash(text, records, training, seed):
     return digest.hexdigest()[:32]
 
 
-def trained(text, records, training, seed, fresh=False, callback=None):
+def trained(text, records, training, seed, fresh=False, callback=None, config=None):
     """The weights of ``train(...)`` as a state dict, from the cache if they are there; ``fresh``: never."""
-    path = cache_folder() / f"demo-{content_hash(text, records, training, seed)}.safetensors"
+    config = config or architecture()
+    path = cache_folder() / f"demo-{content_hash(text, records, training, seed, config)}.safetensors"
     if path.exists() and not fresh:
         try:
             state = load_file(path)
-            build(state)
+            build(state, config)
             return state
         except (SafetensorError, RuntimeError, OSError):
             pass  # not a file of ours: train again and replace it
-    state = train(text, records, training, seed, callback)
+    state = train(text, records, training, seed, callback, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(state))
     return state
 
 
-def train(text, records, training, seed, callback=None):
+def train(text, records, training, seed, callback=None, config=None):
     """Train on windows of ``text`` [N, WINDOW] mixed with a batch of ``records``; returns a state dict.
 
     ``callback(step, total, {"loss": ...})`` after every step. The same inputs give the same weights
-    on the same machine.
+    on the same machine. ``config``: of the model, by default ``architecture()``.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(architecture())
+        model = AutoModelForCausalLM.from_config(config or architecture())
     order = torch.Generator().manual_seed(seed)
     activations = []
-    for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_pre_hook(
-            lambda module, args: activations.append(args[0].abs().mean())
-        )
+    for ffn in find_ffns(model):
+        ffn.down.register_forward_pre_hook(lambda module, args: activations.append(args[0].abs().mean()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
 
     def factor(step):

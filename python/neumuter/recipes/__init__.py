@@ -1,5 +1,6 @@
 """Recipes: how the neurons to mute are found. Each ends in a MuteSet and works on any masked model."""
 
+from neumuter.recipes.auto import Goals, smallest_share
 from neumuter.recipes.baselines import mute_by_activation, mute_by_attribution, mute_random
 from neumuter.recipes.fisher import support_by_fisher
 from neumuter.recipes.gates import GatesConfig, train_gates
@@ -10,6 +11,7 @@ from neumuter.recipes.weights import WeightsConfig, tune_weights
 __all__ = [
     "GainsConfig",
     "GatesConfig",
+    "Goals",
     "Pair",
     "SupportConfig",
     "WeightsConfig",
@@ -19,6 +21,7 @@ __all__ = [
     "mute_by_activation",
     "mute_by_attribution",
     "mute_random",
+    "smallest_share",
     "support_by_fisher",
     "train_gates",
     "tune_weights",

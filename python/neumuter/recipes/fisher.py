@@ -2,36 +2,43 @@
 
 import torch
 
+from neumuter.losses import odds_hinge
 from neumuter.masking import neuron_count
 from neumuter.modes import without_dropout
 from neumuter.recipes.neurons import Neurons
 
 ROWS = 8  # samples per pass
+MARGIN = 2.0  # nats: tokens whose log-odds are lower are forgotten already
 DAMPING = 0.1  # of the mean Fisher information, so that neurons that nothing uses do not come first
 
 
 def support_by_fisher(masked, pair, share):
     """A MuteSet of mode "mute" that silences the ``share`` of neurons with the largest ratio g²/F.
 
-    g² is the mean over forget samples of the squared gradient of a sample's mean loss with respect to its
-    gates, at gates of 1; F the same over the neighbours, their empirical Fisher information, which is the
-    curvature of KL(reference ‖ masked) there: to first order g² is what a small change of a gate forgets, and
-    F what it costs. ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number.
+    g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
+    ``neumuter.losses.odds_hinge``) with respect to its gates, at gates of 1; F that of the mean loss over the
+    neighbours, their empirical Fisher information, which is the curvature of KL(reference ‖ masked) there: to
+    first order g² is what a small change of a gate forgets, and F what it costs.
+
+    ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number.
     Raises ValueError on a bad share.
     """
     neurons = Neurons(masked)
     k = neuron_count(share, neurons.count)
     forget = range(pair.forget_count)
     neighbours = range(pair.forget_count, pair.forget_count + pair.neighbour_count)
-    gained, lost = (mean_square_gradients(masked, pair, neurons, ids) for ids in (forget, neighbours))
+    gained = mean_square_gradients(masked, pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
+    lost = mean_square_gradients(masked, pair, neurons, neighbours, torch.mean)
     ratio = gained / (lost + DAMPING * lost.mean())
     ratio[neurons.excluded] = -torch.inf
-    method = {"recipe": "fisher", "share": share, "damping": DAMPING}
+    method = {"recipe": "fisher", "share": share, "damping": DAMPING, "margin": MARGIN}
     return neurons.mute_set(ratio.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
 
 
-def mean_square_gradients(masked, pair, neurons, sample_ids):
-    """The mean over samples of the squared gradient of each one's mean token loss, float32 [neurons].
+def mean_square_gradients(masked, pair, neurons, sample_ids, function):
+    """The mean over samples of the squared gradient of ``function`` of a sample's losses, float32 [neurons].
+
+    ``function``: of the losses in nats of a sample's counted tokens, float32 [N], a scalar.
 
     Every sample has a mask row of its own, so one backward pass gives the gradients of all samples apart.
     """
@@ -42,7 +49,7 @@ def mean_square_gradients(masked, pair, neurons, sample_ids):
             mask = torch.ones(len(ids), neurons.count, device=neurons.device, requires_grad=True)
             by_layer = mask.split(list(neurons.widths.values()), 1)
             with masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
-                loss = torch.stack([losses.mean() for losses in pair.sample_losses(ids)]).sum()
+                loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()
             (gradient,) = torch.autograd.grad(loss, mask)
             total += gradient.square().sum(0)
     return total / len(sample_ids)

@@ -26,6 +26,13 @@ class Neurons:
             by_layer[path][layer.indices.long().to(self.device)] = True
         return selected.nonzero().flatten()
 
+    def masks(self, mutes):
+        """A MuteSet's gains as masks for ``masked.applying``, {path: float32 [F]}."""
+        masks = self.by_layer(torch.ones(self.count, device=self.device))
+        for path, layer in mutes.layers.items():
+            masks[path][layer.indices.long().to(self.device)] = layer.gains.to(masks[path])
+        return masks
+
     def mute_set(self, ids, gains, mode, gain_range, method, seed):
         """The MuteSet of the neurons ``ids`` (int64 [k], any order, each once) with ``gains`` [k].
 

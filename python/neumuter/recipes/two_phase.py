@@ -1,17 +1,18 @@
 """The two-phase recipe: first which neurons hold the texts, then the gains that harm least.
 
 NeuMuter's sparsity term finds its own share of neurons, but on a small model it finds none; here the
-share is given. Both phases train masks on the frozen model and look at the same two losses: the hinge
-on the forget tokens and KL(reference ‖ masked) on the neighbours.
+share is given. Both phases train masks on the frozen model and look at two losses: a hinge on the
+forget tokens and KL(reference ‖ masked) on the neighbours.
 """
 
 from dataclasses import asdict, dataclass
 
 import torch
 
-from neumuter.losses import hinge
+from neumuter.losses import hinge, odds_hinge
 from neumuter.masking import INITIAL_SCORE, neuron_count
 from neumuter.modes import without_dropout
+from neumuter.recipes.fisher import support_by_fisher
 from neumuter.recipes.neurons import Neurons
 from neumuter.recipes.pair import Pair
 
@@ -36,10 +37,10 @@ class GainsConfig:
     steps: int = 80
     batch_size: int | None = None  # samples of each kind per step; None: all
     gain_range: tuple[float, float] = (-2.0, 2.0)
-    margin: float = 2.0  # nats per forget token that the hinge asks for
-    kl_target: float = 0.045  # nats per neighbour token
-    kl_weight: float = 5.0  # η at the start
-    kl_weight_range: tuple[float, float] = (0.3, 30.0)
+    margin: float = 1.0  # nats by which the log-odds of a forget token have to fall below 0
+    kl_target: float = 0.02  # nats per neighbour token
+    kl_weight: float = 30.0  # η at the start
+    kl_weight_range: tuple[float, float] = (1.0, 1000.0)
     kl_weight_rate: float = 0.15  # how fast η follows KL
     lr: float = 0.1  # of Adam, cosine decay to zero
     betas: tuple[float, float] = (0.9, 0.99)
@@ -51,7 +52,7 @@ def forget(
     neighbour_batch,
     share,
     mode="modulate",
-    support=SupportConfig(),
+    support=None,
     gains=GainsConfig(),
     seed=0,
     callback=None,
@@ -61,6 +62,8 @@ def forget(
     ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`. ``share``: of all
     neurons under masks (float in (0, 1]) or their number (int). ``mode`` "mute": the selected neurons
     are silenced. "modulate": they get fitted, signed gains within ``gains.gain_range``.
+    ``support``: a SupportConfig, to train which neurons. None: ``SupportConfig()`` for "mute"; for
+    "modulate", where neurons need not be good to silence, the two passes of ``support_by_fisher``.
     ``callback(step, total, info)`` after every step, counted through both phases; info = {"phase",
     "loss", "forget_loss", "kl", "muted"}: the step's loss and its parts in nats, and the share.
 
@@ -70,14 +73,20 @@ def forget(
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
     pair = Pair(masked, forget_batch, neighbour_batch)
-    total = support.steps + (gains.steps if mode == "modulate" else 0)
+    if support is None and mode == "mute":
+        support = SupportConfig()
+    first = support.steps if support else 0
+    total = first + (gains.steps if mode == "modulate" else 0)
 
     def report(phase, offset):
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
-    mutes = find_support(masked, pair, share, support, seed, report("support", 0))
+    if support:
+        mutes = find_support(masked, pair, share, support, seed, report("support", 0))
+    else:
+        mutes = support_by_fisher(masked, pair, share)
     if mode == "modulate":
-        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", support.steps))
+        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first))
     return mutes
 
 
@@ -124,8 +133,8 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
 def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None):
     """Phase two: the neurons of ``mutes`` with gains in ``config.gain_range``, a MuteSet of mode "modulate".
 
-    Gains start at 0 and are trained with Adam on mean relu(margin − CE) + η·KL. η is steered so that
-    KL stays at its budget: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
+    Gains start at 0 and are trained with Adam on the hinge on log-odds + η·KL. η is steered so that KL
+    stays at its budget: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
     ``pair``, ``callback``: as in :func:`find_support`.
     """
     neurons = Neurons(masked)
@@ -140,7 +149,7 @@ def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None):
             mask = torch.ones(neurons.count, device=neurons.device).index_put((support,), gains)
             with masked.applying(neurons.by_layer(mask)):
                 losses, kl = pair.losses(next(ids))
-                loss = hinge(losses, config.margin) + weight * kl
+                loss = odds_hinge(losses, config.margin) + weight * kl
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()

@@ -1,0 +1,145 @@
+"""SYNTH: the demo's records among ordinary text, learned by models of several kinds and sizes.
+
+Customers whose mail and phone nobody can guess are to be forgotten; other customers of the same template and
+catalogue items are to stay. No recipe was tuned on these seeds.
+"""
+
+import torch
+from neumuter import evaluation
+from neumuter.demo import task
+from neumuter.demo.model import Training, architecture, build, trained
+from neumuter.neighbours import sample_texts
+from transformers import GPT2Config
+
+from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+
+SEEDS = (11, 23, 47)
+WINDOWS = 8  # of ordinary text among the neighbours
+BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.10, 0.15)
+OURS = ("neumuter, mute", "neumuter, trained support", "neumuter, modulate")
+RECIPE = {"batch_size": 12, "steps": 60, "lr": 1e-3, "paper_epochs": 200}
+
+
+def narrow():
+    """A third of the demo's size: 1,024 neurons a layer of hidden size 48."""
+    config = architecture()
+    config.hidden_size, config.intermediate_size, config.head_dim = 48, 1024, 12
+    return config
+
+
+def wide():
+    """Five times the demo's size: 4,096 neurons in each of three layers of hidden size 128."""
+    config = architecture()
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.head_dim = 128, 4096, 3, 32
+    return config
+
+
+def plain():
+    """As many neurons as the demo, without a gate projection."""
+    return GPT2Config(
+        vocab_size=task.VOCABULARY, n_embd=64, n_inner=2048, n_layer=2, n_head=4, n_positions=128,
+        activation_function="relu", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+MODELS = {"gated, 0.9 M": architecture, "gated, 0.3 M": narrow, "gated, 5 M": wide, "plain, 0.6 M": plain}
+NEIGHBOURS = ("retain", "made up", "own samples")
+
+
+class Setting:
+    """A model that has learned all records, and one that has learned those to keep."""
+
+    def __init__(self, model, seed, forget=task.FORGET):
+        self.seed, self.config = seed, MODELS[model]()
+        texts, heldout = task.read_corpus()
+        self.tokenizer = task.train_tokenizer(texts)
+        self.text = task.windows(self.tokenizer, texts)
+        ids = task.windows(self.tokenizer, heldout)[: task.HELDOUT_WINDOWS]
+        self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        records = task.make_records(seed)
+        self.forget, self.same, self.other = (
+            records.forget[:forget],
+            records.retain_same,
+            records.retain_other,
+        )
+        self.full = self.train(self.forget + self.same + self.other)
+
+    def encode(self, records, counted):
+        return task.encode(self.tokenizer, records, counted)
+
+    def train(self, records):
+        batch = self.encode(records, "record")
+        return build(trained(self.text, batch, Training(), self.seed, config=self.config), self.config)
+
+    def neighbours(self, kind):
+        """Records to keep, records of the same kind that nobody has, or what the model itself says."""
+        if kind == "own samples":
+            texts = sample_texts(self.full, self.tokenizer, 36, 48, self.seed)
+            rows = self.tokenizer(texts, padding=True, return_tensors="pt", truncation=True, max_length=48)
+            labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+            return {**{k: rows[k] for k in ("input_ids", "attention_mask")}, "labels": labels}
+        other = task.make_records(self.seed + 1000)  # the same names, other secrets
+        records = self.same + self.other if kind == "retain" else other.forget + other.retain_other
+        spread = torch.linspace(0, len(self.text) - 1, WINDOWS).long()
+        return task.with_text(self.encode(records, "continuation"), self.text[spread])
+
+    def measure(self, model):
+        keep = self.same + self.other
+        return {
+            "forget_extraction": evaluation.extraction_rate(model, self.encode(self.forget, "continuation")),
+            "forget_ma": evaluation.memorization_accuracy(model, self.encode(self.forget, "secret")),
+            "forget_loss": evaluation.mean_token_loss(model, self.encode(self.forget, "secret")),
+            "same_extraction": evaluation.extraction_rate(model, self.encode(self.same, "continuation")),
+            "retain_extraction": evaluation.extraction_rate(model, self.encode(keep, "continuation")),
+            "heldout_perplexity": evaluation.perplexity(model, self.heldout),
+        }
+
+    def job(self, share, neighbours="retain"):
+        forget = self.encode(self.forget, "secret")
+        recipe = RECIPE | {"share": share}
+        return Job(self.full, forget, self.neighbours(neighbours), self.measure, recipe, self.seed)
+
+
+def rows(quick=False):
+    """Yields one row after another; ``quick``: one seed, one model, few points."""
+    for model in list(MODELS)[:1] if quick else MODELS:
+        for seed in SEEDS[:1] if quick else SEEDS:
+            setting = Setting(model, seed)
+            about = {"model": model, "seed": seed, "forget": len(setting.forget), "neighbours": "retain"}
+            yield about | {"method": "before", "share": 0.0} | setting.measure(setting.full)
+            retrained = setting.train(setting.same + setting.other)
+            yield about | {"method": "retrained", "share": 0.0} | setting.measure(retrained)
+            methods = ("random", *OURS) if quick else (*MASKS, *WEIGHTS)
+            for method in methods:
+                yield about | {"budget": 0.05} | run(setting.job(0.05), method)
+            if quick or model != next(iter(MODELS)):
+                continue
+            for share in BUDGETS:
+                for method in OURS:
+                    if share != 0.05:
+                        yield about | {"budget": share} | run(setting.job(share), method)
+            for kind in NEIGHBOURS[1:]:
+                row = run(setting.job(0.05, kind), "neumuter, trained support")
+                yield about | {"budget": 0.05, "neighbours": kind} | row
+            for count in (1, 4):
+                few = Setting(model, seed, count)
+                row = run(few.job(0.02), "neumuter, trained support")
+                yield about | {"budget": 0.02, "forget": count} | row
+
+
+def missed(found):
+    """The bars that the rows of a quick run miss, one sentence each."""
+    rows = {row["method"]: row for row in found}
+    before, ours = rows["before"], rows["neumuter, trained support"]
+    bars = (
+        ("random neurons: extraction", rows["random"]["forget_extraction"], "at least", 0.85),
+        ("extraction", ours["forget_extraction"], "at most", 0.25),
+        ("extraction of what stays", ours["retain_extraction"], "at least", 0.9),
+        ("perplexity", ours["heldout_perplexity"], "at most", 1.04 * before["heldout_perplexity"]),
+    )
+    return [
+        f"{name} is {value:.4g}, must be {side} {bar:.4g}"
+        for name, value, side, bar in bars
+        if not (value >= bar if side == "at least" else value <= bar)
+    ]

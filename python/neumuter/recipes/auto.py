@@ -1,0 +1,75 @@
+"""The smallest share of neurons with which a recipe reaches its goals."""
+
+from dataclasses import dataclass
+
+from neumuter.evaluation import extraction_rate, memorization_accuracy
+from neumuter.recipes.neurons import Neurons
+from neumuter.recipes.two_phase import forget
+
+SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
+HALVINGS = 1  # of the gap between the last share that fails and the first that does not
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Of the forget texts, each at most; None: no matter."""
+
+    extraction: float | None = 0.0  # share of texts that greedy decoding reproduces exactly
+    ma: float | None = None  # memorization accuracy
+
+    def __post_init__(self):
+        for name in ("extraction", "ma"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"goal {name} must be in [0, 1], got {value!r}")
+        if self.extraction is None and self.ma is None:
+            raise ValueError("there is no goal: give extraction, ma or both")
+
+    def met(self, point):
+        limits = {"forget_extraction": self.extraction, "forget_ma": self.ma}
+        return all(limit is None or point[name] <= limit for name, limit in limits.items())
+
+
+def smallest_share(
+    masked, forget_batch, neighbour_batch, goals=Goals(), shares=SHARES, callback=None, **recipe
+):
+    """Run :func:`neumuter.recipes.forget` with rising ``shares`` until ``goals`` are met, then close in.
+
+    ``shares``: floats in (0, 1], ascending. ``callback(point)`` after every share; ``recipe``: what else
+    ``forget`` takes (mode, support, gains, seed, its callback as ``progress``).
+    Returns (MuteSet, points): the smallest set that meets the goals, and for every share tried, in ascending
+    order, {"share", "neurons", "forget_extraction", "forget_ma", "met"}. If none meets them, the MuteSet is
+    that of the largest share. Raises ValueError on bad arguments, and what ``forget`` raises.
+    """
+    if not shares or list(shares) != sorted(set(shares)):
+        raise ValueError(f"shares must be ascending, got {shares!r}")
+    progress = recipe.pop("progress", None)
+    points, best, failed = [], None, 0.0
+
+    def attempt(share):
+        mutes = forget(masked, forget_batch, neighbour_batch, share, callback=progress, **recipe)
+        with masked.applying(Neurons(masked).masks(mutes)):
+            point = {
+                "share": share,
+                "neurons": mutes.count,
+                "forget_extraction": extraction_rate(masked.model, forget_batch),
+                "forget_ma": memorization_accuracy(masked.model, forget_batch),
+            }
+        points.append(point | {"met": goals.met(point)})
+        if callback:
+            callback(points[-1])
+        return mutes, points[-1]["met"]
+
+    for share in shares:
+        best, met = attempt(share)
+        if met:
+            break
+        failed = share
+    for _ in range(HALVINGS if met and failed else 0):
+        middle = (failed * share) ** 0.5
+        mutes, met = attempt(middle)
+        if met:
+            best, share = mutes, middle
+        else:
+            failed = middle
+    return best, sorted(points, key=lambda point: point["share"])
