@@ -23,6 +23,7 @@ check: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench readme --check
+	$(BIN)/python -m bench.unlearning report --check
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .

@@ -124,7 +124,7 @@ def _where(rows, **wanted):
 
 def _seeds(rows):
     seeds = sorted({r["seed"] for r in rows})
-    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(map(str, seeds))})"
 
 
 def _on(machine):
