@@ -76,7 +76,8 @@ tokens that are the most likely one. Good is what the model *retrained without t
 that of held-out text that no training saw. Seconds include all that a method does after the model is loaded, and
 ran beside other work on the same machine: they tell orders of magnitude. Peak memory is what the process held
 beyond the loaded model; methods that tune weights hold a float32 copy of it, as they would with a bfloat16
-checkpoint. What suppresses a text does not prove that no trace of it is left.
+checkpoint. Their learning rates (REAL 2e-5, SYNTH 1e-3) and numbers of steps (those of ours) were not tuned.
+What suppresses a text does not prove that no trace of it is left.
 
 Rerun an experiment with `python -m bench.unlearning synth`, `real` or `requests`, then make this page with
 `python -m bench.unlearning report`."""
@@ -97,7 +98,8 @@ def table(groups, columns):
 def _cell(values, pattern):
     if not values:
         return ""
-    mean, low, high = (pattern.format(x) for x in (statistics.fmean(values), min(values), max(values)))
+    extremes = (statistics.fmean(values), min(values), max(values))
+    mean, low, high = (f"×{1 + x:.2g}" if x > 1 and "%" in pattern else pattern.format(x) for x in extremes)
     return mean if low == high else f"{mean} ({low} … {high})"
 
 
