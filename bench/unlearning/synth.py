@@ -1,7 +1,7 @@
 """SYNTH: the demo's records among ordinary text, learned by models of several kinds and sizes.
 
 Customers whose mail and phone nobody can guess are to be forgotten; other customers of the same template and
-catalogue items are to stay. Seed 11 was looked at while the loss of the gains was chosen, the others were not.
+catalogue items are to stay. Seed 11 was looked at while the loss of the gains was chosen.
 """
 
 import torch
