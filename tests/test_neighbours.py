@@ -4,8 +4,11 @@ import pytest
 import tokenizers
 import torch
 from neumuter.cli import _rewritten
-from neumuter.neighbours import cached, rewrite_texts
+from neumuter.losses import IGNORED
+from neumuter.neighbours import cached, rewrite_texts, sample_texts
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from tests import models
 
 WORDS = [f"w{i}" for i in range(30)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -92,3 +95,26 @@ def test_the_command_line_rewrites_and_keeps(bert, tmp_path, capsys):
     assert made == rewrite_texts(["w1 w2 w3"], *bert, seed=1)
     (tmp_path / "bert").rename(tmp_path / "gone")
     assert _rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path) == made
+
+
+def test_barred_texts_are_never_recited():
+    """A model that says one text only, and then says anything but that."""
+    model, tokenizer = models.build("llama"), models.tokenizer()
+    text = "the code is 4711"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    said = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(input_ids=said, labels=said).loss.backward()
+        optimizer.step()
+    counted = ids.clone()
+    counted[:, :8] = IGNORED  # of the start token and "the cod", which is no secret
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": counted}
+    assert all(made.startswith(text) for made in sample_texts(model, tokenizer, 4, 20))
+    barred = sample_texts(model, tokenizer, 16, 20, barred=batch)
+    assert all(made.startswith("the cod") for made in barred)
+    runs = {tuple(ids[0, i - 2 : i + 1].tolist()) for i in range(8, ids.shape[1])}
+    for made in barred:
+        tokens = tokenizer(made)["input_ids"]
+        assert not runs & set(zip(tokens, tokens[1:], tokens[2:], strict=False))

@@ -54,7 +54,7 @@ def test_text_losses_are_sums_over_counted_tokens():
     torch.testing.assert_close(text_losses(model, batch), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "relearn"])
 def test_texts_are_forgotten(method):
     model, forget, retain = models.build("llama"), text_batch(1), text_batch(2)
     before = mean_token_loss(model, forget), mean_token_loss(model, retain)

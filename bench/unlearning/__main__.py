@@ -1,4 +1,8 @@
-"""``python -m bench.unlearning``: runs an experiment and writes its rows, or makes the page of results."""
+"""``python -m bench.unlearning``: runs an experiment and writes its rows, or makes the page of results.
+
+An experiment is a list of cases, each with what it is about and how its metrics are found. Cases whose row is in
+the file already are not run again, so that a run that was stopped goes on.
+"""
 
 import argparse
 import json
@@ -11,24 +15,37 @@ from bench import machine
 from bench.report import replace
 from bench.unlearning import page, real, requests, synth
 
-RUNS = {"synth": synth.rows, "real": real.rows, "requests": requests.rows}
+CASES = {"synth": synth.cases, "real": real.cases, "requests": requests.cases}
+SAME = ("gpu", "cpu", "threads")  # of the machine, in all rows of a file
 
 
 def main():
     options = parse()
     if options.experiment == "report":
         return page.write(check=options.check)
-    rows = []
-    header = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
     path = options.out / f"{options.experiment}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    for row in RUNS[options.experiment](options.quick):
-        rows.append(row)
+    for row in run(CASES[options.experiment](options.quick), path, options.fresh):
         print(line(row), flush=True)
-        found = {"experiment": options.experiment, "machine": header, "rows": rows}
-        replace(path, json.dumps(found, indent=1) + "\n")  # what was measured stays, wherever it stops
-    print(f"wrote {path}")
+    print(f"{path} is complete")
     return 0
+
+
+def run(cases, path, fresh=False):
+    """Yields the row of every case that is not in the file yet, once it is written there."""
+    header = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
+    known = json.loads(path.read_text()) if path.exists() and not fresh else {"rows": [], "machine": header}
+    differ = [name for name in SAME if known["machine"][name] != header[name]]
+    if known["rows"] and differ:
+        raise ValueError(
+            f"{path} was measured with another {', '.join(differ)}: choose another --out, or --fresh"
+        )
+    rows = known["rows"]
+    for about, find in cases:
+        if not any(about.items() <= row.items() for row in rows):
+            rows.append(about | find())
+            replace(path, json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
+            yield rows[-1]
 
 
 def line(row):
@@ -37,9 +54,10 @@ def line(row):
 
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench.unlearning", description=__doc__)
-    parser.add_argument("experiment", choices=(*RUNS, "report"))
+    parser.add_argument("experiment", choices=(*CASES, "report"))
     parser.add_argument("--out", type=Path, default=page.RESULTS, help="folder of the JSON results")
     parser.add_argument("--quick", action="store_true", help="one seed, few methods")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
     parser.add_argument("--check", action="store_true", help="with report: only tell whether it is current")
     options = parser.parse_args()
     if options.quick and options.out == page.RESULTS:

@@ -35,6 +35,7 @@ WINDOWS = 32  # of held-out text, 64 tokens each
 SAMPLES, SAMPLE_TOKENS = 16, 48  # texts of the model itself among the neighbours
 RECIPE = {"batch_size": 8, "steps": 40, "lr": 2e-5, "paper_epochs": 3}
 BUDGETS = (0.005, 0.02)  # beside 1 %
+OURS = "neumuter, modulate"
 
 
 def source():
@@ -145,6 +146,10 @@ class Setting:
             "heldout_perplexity": evaluation.perplexity(model, self.heldout),
         }
 
+    def retrained(self):
+        """The model that never saw what is to be forgotten."""
+        return tuned(self.retain, self.seed)
+
     @functools.cached_property
     def samples(self):
         """What the model itself says."""
@@ -168,21 +173,27 @@ def joined(first, second):
             "labels": padded("labels", IGNORED)}  # fmt: skip
 
 
-def rows(quick=False):
-    """Yields one row after another; ``quick``: one seed, few methods."""
+def cases(quick=False):
+    """Yields (what a row is about, how its metrics are found); ``quick``: one seed, few methods."""
     for seed in SEEDS[:1] if quick else SEEDS:
-        setting = Setting(seed)
-        about = {"model": "SmolLM2-135M", "seed": seed, "forget": len(setting.forget["labels"]),
-                 "neighbours": "retain"}  # fmt: skip
-        yield about | {"method": "before", "share": 0.0} | setting.measure(setting.full)
-        retrained = tuned(setting.retain, seed)
-        yield about | {"method": "retrained", "share": 0.0} | setting.measure(retrained)
-        methods = ("random", "neumuter, modulate") if quick else (*MASKS, *WEIGHTS)
-        for method in methods:
-            yield about | {"budget": 0.01} | run(setting.job(0.01), method)
-        if quick:
-            return
+        yield from _cases(seed, quick)
+
+
+def _cases(seed, quick):
+    setting = functools.cache(lambda: Setting(seed))
+    about = {"model": "SmolLM2-135M", "seed": seed, "forget": PEOPLE // 2 * len(people.FACTS)}
+
+    def case(budget, method, neighbours="retain"):
+        return (
+            about | {"neighbours": neighbours, "budget": budget, "method": method},
+            lambda: run(setting().job(budget, neighbours), method),
+        )
+
+    yield about | {"method": "before"}, lambda: {"share": 0.0} | setting().measure(setting().full)
+    yield about | {"method": "retrained"}, lambda: {"share": 0.0} | setting().measure(setting().retrained())
+    for method in ("random", OURS) if quick else (*MASKS, *WEIGHTS):
+        yield case(0.01, method)
+    if not quick:
         for share in BUDGETS:
-            yield about | {"budget": share} | run(setting.job(share), "neumuter, modulate")
-        row = run(setting.job(0.01, "own samples"), "neumuter, modulate")
-        yield about | {"budget": 0.01, "neighbours": "own samples"} | row
+            yield case(share, OURS)
+        yield case(0.01, OURS, "own samples")

@@ -1,8 +1,10 @@
 """MANY: ten requests one after another, a mute set each, and what their union does; then one is undone.
 
-Each request names one customer of the demo's model. Its set is found on the untouched model with all others,
-forgotten or not, among the neighbours: nobody knows beforehand who will ask next.
+Each request names one customer of the demo's model. All others, but those forgotten already, are among the
+neighbours: nobody knows beforehand who will ask next. A set is found beside the former ones, or alone.
 """
+
+import functools
 
 from neumuter import evaluation, recipes
 from neumuter.demo import task
@@ -14,43 +16,62 @@ from bench.unlearning.synth import Setting
 SEEDS = (11, 23, 47)
 REQUESTS, SHARE, UNDONE = 10, 0.005, 4
 GAINS = recipes.GainsConfig(steps=60)
-SUPPORT = recipes.SupportConfig(steps=60)
 
 
-def rows(quick=False):
-    """Yields a row after each request, and one after the fifth is undone."""
+def cases(quick=False):
+    """Yields a case per number of requests, and one for after the fifth is undone."""
     for seed in SEEDS[:1] if quick else SEEDS:
-        setting = Setting("gated, 0.9 M", seed)
-        count = 2 if quick else REQUESTS
-        sets = [_request(setting, number) for number in range(count)]
-        yield {"seed": seed, "method": "before", "requests": 0, "share": 0.0} | _measure(setting, count, ())
+        yield from _cases(seed, 2 if quick else REQUESTS)
+
+
+def _cases(seed, count):
+    setting = functools.cache(lambda: Setting("gated, 0.9 M", seed))
+
+    @functools.cache
+    def union(method, asked):
+        """The sets of the first ``asked`` requests."""
+        if not asked:
+            return []
+        former = union(method, asked - 1)
+        return [*former, _request(setting(), asked - 1, former if method == "beside" else [])]
+
+    def case(method, asked, undone=None):
+        about = {"seed": seed, "method": method, "requests": asked, "undone": undone}
+        return about, lambda: _row(setting(), count, union(method, asked), undone)
+
+    yield case("before", 0)
+    for method in ("alone", "beside"):
         for asked in range(1, count + 1):
-            yield _row(setting, seed, "union", sets, range(asked))
-        if not quick:
-            yield _row(setting, seed, "one undone", sets, [n for n in range(count) if n != UNDONE])
+            yield case(method, asked)
+        if count > UNDONE:
+            yield case(method, count, UNDONE)
 
 
-def _request(setting, number):
-    everyone = setting.forget + setting.same + setting.other
-    others = [record for record in everyone if record is not setting.forget[number]]
+def _request(setting, number, former):
+    beside = combine(setting.full, former) if former else None
+    others = setting.forget[number + 1 :] + setting.same + setting.other
+    if not former:
+        others = setting.forget[:number] + others
     spread = setting.text[:: len(setting.text) // 8]
     neighbours = task.with_text(setting.encode(others, "continuation"), spread)
     forget = setting.encode([setting.forget[number]], "secret")
     with attach(setting.full, start_layer=0) as masked:
         return recipes.forget(
-            masked, forget, neighbours, SHARE, "modulate", SUPPORT, GAINS, setting.seed + number
+            masked, forget, neighbours, SHARE, gains=GAINS, seed=setting.seed + number, beside=beside
         )
 
 
-def _row(setting, seed, method, sets, chosen):
+def _row(setting, count, sets, undone):
+    chosen = [n for n in range(len(sets)) if n != undone]
+    if not chosen:
+        return {"share": 0.0} | _measure(setting, count, chosen)
     union = combine(setting.full, [sets[n] for n in chosen])
     with mute(setting.full, union):
-        row = {"seed": seed, "method": method, "requests": len(chosen), "share": union.share}
-        return row | _measure(setting, len(sets), chosen)
+        return {"share": union.share} | _measure(setting, count, chosen)
 
 
 def _measure(setting, count, chosen):
-    """Extraction of those who asked, of those who may still ask, and of the rest."""
+    """Extraction of those who asked, of those who may still ask (or whose request was undone), and of the rest."""
     asked = [setting.forget[n] for n in chosen]
     waiting = [setting.forget[n] for n in range(count) if n not in chosen]
     groups = {"forget": asked, "waiting": waiting, "retain": setting.same + setting.other}

@@ -5,18 +5,22 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 
 from neumuter.files import write_atomically
+from neumuter.losses import IGNORED
 
 BATCH = 8
 
 
-def sample_texts(model, tokenizer, count, length, seed=0, callback=None):
+def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=None):
     """At most ``count`` texts (str) of up to ``length`` new tokens, drawn from the model itself.
 
     Sampling is from the whole distribution, after the start token (bos, else eos), and seeded; texts of
     less than two tokens are dropped. ``callback(done, total)`` after each batch. They stand for what the
     model says most readily, so rarer knowledge is protected less than by texts of one's own.
+    ``barred``: a batch (see :mod:`neumuter.losses`) of the texts to forget. Three tokens in a row, of which
+    the last is counted there, are never said, lest a sample recites what is to be forgotten and protects it.
 
     Raises ValueError if the tokenizer has no start token, or if no text came out.
     """
@@ -24,7 +28,7 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None):
     if start is None:
         raise ValueError("the tokenizer has no bos or eos token to sample neighbours from; give retain texts")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
-    texts = []
+    texts, processors = [], [_Bar(barred)] if barred else []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for done in range(0, count, BATCH):
@@ -39,6 +43,7 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None):
                 max_new_tokens=length,
                 min_new_tokens=min(2, length),
                 pad_token_id=padding,
+                logits_processor=transformers.LogitsProcessorList(processors),
             )
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
             if callback:
@@ -47,6 +52,23 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None):
     if not texts:
         raise ValueError("the model gave no text when sampled from; give retain texts")
     return texts
+
+
+class _Bar(transformers.LogitsProcessor):
+    """Makes the third of three tokens impossible if a text goes on like that."""
+
+    def __init__(self, batch):
+        self.third = {}
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            for *former, token, label in zip(ids, ids[1:], ids[2:], labels[2:], strict=False):
+                if label != IGNORED:
+                    self.third.setdefault(tuple(former), set()).add(token)
+
+    def __call__(self, input_ids, scores):
+        for row, former in enumerate(input_ids[:, -2:].tolist()):
+            if tokens := self.third.get(tuple(former)):
+                scores[row, list(tokens)] = -torch.inf
+        return scores
 
 
 @torch.no_grad()

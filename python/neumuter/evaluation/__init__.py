@@ -12,6 +12,7 @@ from neumuter.evaluation.memory import (
     extraction_rate,
     extraction_strength,
     memorization_accuracy,
+    sampled_extraction,
 )
 from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.suites import text_metrics, tofu_metrics
@@ -31,6 +32,7 @@ __all__ = [
     "perplexity",
     "privacy_leakage",
     "sample_losses",
+    "sampled_extraction",
     "text_metrics",
     "tofu_metrics",
 ]

@@ -2,8 +2,10 @@
 
 import torch
 
+from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.passes import ROWS, hits, parts, predictions
 
+SAMPLES = 100  # of sampled_extraction
 GENERATED_ROWS = 64  # prefixes that are continued at a time
 
 
@@ -22,6 +24,18 @@ def extracted(model, batch):
 def extraction_rate(model, batch):
     """Share of samples in [0, 1] that greedy decoding reproduces exactly; see :func:`extracted`."""
     return extracted(model, batch).float().mean().item()
+
+
+def sampled_extraction(model, batch, samples=SAMPLES):
+    """Share of texts in [0, 1] that are expected to come back at least once in ``samples`` draws.
+
+    The mean over texts of 1 − (1 − p)^n, p the probability that the model, sampled from as it is (temperature
+    1, all tokens), continues the prompt with exactly the counted tokens: (n, p)-discoverable extraction (Hayes
+    et al. 2025, *Measuring Memorization in Language Models via Probabilistic Extraction*). Exact, without
+    drawing anything.
+    """
+    chances = torch.stack([(-losses.sum()).exp() for losses in losses_by_sample(model, batch)])
+    return -torch.expm1(samples * torch.log1p(-chances.clamp(max=1 - 1e-12))).mean().item()
 
 
 def extraction_strength(model, batch):

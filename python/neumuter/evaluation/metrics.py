@@ -35,6 +35,21 @@ METRICS = {
         "lower",
         "Carlini et al. 2021",
     ),
+    "forget_sampled": Metric(
+        "extraction by sampling",
+        "share of texts expected to come back exactly, at least once in 100 samples at temperature 1",
+        "lower",
+        "Hayes et al. 2025",
+    ),
+    "paraphrased_ma": Metric(
+        "MA, asked otherwise",
+        "MA of the same texts behind other prompts: paraphrased or translated",
+        "lower",
+        "",
+    ),
+    "paraphrased_extraction": Metric(
+        "extraction, asked otherwise", "extraction of the same texts behind those other prompts", "lower", ""
+    ),
     "forget_strength": Metric(
         "extraction strength",
         "1 − k/T: greedy decoding reproduces a text from its token k on",

@@ -6,8 +6,12 @@ from neumuter.evaluation.metrics import METRICS
 EL_N = 10
 
 
-def text_metrics(model, forget, retain=None, heldout=None, original=None, retrained_auc=None):
+def text_metrics(
+    model, forget, retain=None, heldout=None, paraphrased=None, original=None, retrained_auc=None
+):
     """{metric: value} of ``METRICS`` on batches of texts, as far as these are given.
+
+    ``paraphrased``: the forget texts behind other prompts, of which the labels are -100.
 
     Membership and perplexity need ``heldout``; KL needs ``original`` as well (see ``kl_to_original``). EL_10
     is left out if a forget text has at most 10 tokens. ``retrained_auc``: Min-40% AUC of a model that never
@@ -16,11 +20,15 @@ def text_metrics(model, forget, retain=None, heldout=None, original=None, retrai
     found = {
         "forget_ma": memory.memorization_accuracy(model, forget),
         "forget_extraction": memory.extraction_rate(model, forget),
+        "forget_sampled": memory.sampled_extraction(model, forget),
         "forget_strength": memory.extraction_strength(model, forget),
         "forget_loss": language.mean_token_loss(model, forget),
     }
     if forget["attention_mask"].sum(1).min() > EL_N:
         found["forget_el"] = memory.extraction_likelihood(model, forget, EL_N)
+    if paraphrased is not None:
+        found["paraphrased_ma"] = memory.memorization_accuracy(model, paraphrased)
+        found["paraphrased_extraction"] = memory.extraction_rate(model, paraphrased)
     if retain is not None:
         found["retain_loss"] = language.mean_token_loss(model, retain)
     if heldout is not None:

@@ -3,7 +3,6 @@
 import torch
 
 from neumuter.losses import odds_hinge
-from neumuter.masking import neuron_count
 from neumuter.modes import without_dropout
 from neumuter.recipes.neurons import Neurons
 
@@ -12,7 +11,7 @@ MARGIN = 2.0  # nats: tokens whose log-odds are lower are forgotten already
 DAMPING = 0.1  # of the mean Fisher information, so that neurons that nothing uses do not come first
 
 
-def support_by_fisher(masked, pair, share):
+def support_by_fisher(masked, pair, share, beside=None):
     """A MuteSet of mode "mute" that silences the ``share`` of neurons with the largest ratio g²/F.
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
@@ -20,11 +19,11 @@ def support_by_fisher(masked, pair, share):
     neighbours, their empirical Fisher information, which is the curvature of KL(reference ‖ masked) there: to
     first order g² is what a small change of a gate forgets, and F what it costs.
 
-    ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number.
-    Raises ValueError on a bad share.
+    ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number. ``beside``: a MuteSet
+    in force meanwhile, whose neurons are left alone. Raises ValueError on a bad share.
     """
-    neurons = Neurons(masked)
-    k = neuron_count(share, neurons.count)
+    neurons = Neurons(masked, beside)
+    k = neurons.number(share)
     forget = range(pair.forget_count)
     neighbours = range(pair.forget_count, pair.forget_count + pair.neighbour_count)
     gained = mean_square_gradients(masked, pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
@@ -46,7 +45,7 @@ def mean_square_gradients(masked, pair, neurons, sample_ids, function):
     with without_dropout(masked.model):
         for start in range(0, len(sample_ids), ROWS):
             ids = sample_ids[start : start + ROWS]
-            mask = torch.ones(len(ids), neurons.count, device=neurons.device, requires_grad=True)
+            mask = neurons.start.repeat(len(ids), 1).requires_grad_()
             by_layer = mask.split(list(neurons.widths.values()), 1)
             with masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
                 loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()

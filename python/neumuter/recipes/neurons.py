@@ -2,17 +2,28 @@
 
 import torch
 
+from neumuter.masking import neuron_count
+
 
 class Neurons:
-    """Neuron ids 0 … count − 1 of a handle's masked layers, in the order of ``masked.scores``."""
+    """Neuron ids 0 … count − 1 of a handle's masked layers, in the order of ``masked.scores``.
 
-    def __init__(self, masked):
+    ``beside``: a MuteSet that stays in force while another one is looked for; None: none. ``start``: the mask
+    without that other one, float32 [count]. ``excluded``: what may not be selected, bool [count]: neurons of
+    ``beside``, and those of experts that no forget token reaches.
+    """
+
+    def __init__(self, masked, beside=None):
         self.masked = masked
         self.widths = {path: score.numel() for path, score in masked.scores.items()}
         self.count = sum(self.widths.values())
         self.device = next(iter(masked.scores.values())).device
         excluded = [score.detach().to(self.device).isinf() for score in masked.scores.values()]
-        self.excluded = torch.cat(excluded)  # bool [count]: may not be selected
+        self.excluded = torch.cat(excluded)
+        self.start = torch.ones(self.count, device=self.device)
+        if beside is not None:
+            self.start = torch.cat(list(self.masks(beside).values()))
+            self.excluded[self.ids(beside)] = True
 
     def by_layer(self, values):
         """One value per neuron, [count], as views per layer: {path: [F]}."""
@@ -25,6 +36,19 @@ class Neurons:
         for path, layer in mutes.layers.items():
             by_layer[path][layer.indices.long().to(self.device)] = True
         return selected.nonzero().flatten()
+
+    def number(self, share):
+        """``share``, a float share of all neurons or an int, as a number of neurons.
+
+        Raises ValueError if so many may not be selected.
+        """
+        k, free = neuron_count(share, self.count), int((~self.excluded).sum())
+        if k > free:
+            raise ValueError(
+                f"share asks for {k} neurons, but only {free} may be selected: the others belong to the mute set "
+                "beside, or to experts that no forget text reaches"
+            )
+        return k
 
     def masks(self, mutes):
         """A MuteSet's gains as masks for ``masked.applying``, {path: float32 [F]}."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from neumuter.losses import hinge, odds_hinge
-from neumuter.masking import INITIAL_SCORE, neuron_count
+from neumuter.masking import INITIAL_SCORE
 from neumuter.modes import without_dropout
 from neumuter.recipes.fisher import support_by_fisher
 from neumuter.recipes.neurons import Neurons
@@ -56,6 +56,7 @@ def forget(
     gains=GainsConfig(),
     seed=0,
     callback=None,
+    beside=None,
 ):
     """Find the ``share`` of neurons that hold the forget texts, and silence or modulate them.
 
@@ -66,6 +67,8 @@ def forget(
     "modulate", where neurons need not be good to silence, the two passes of ``support_by_fisher``.
     ``callback(step, total, info)`` after every step, counted through both phases; info = {"phase",
     "loss", "forget_loss", "kl", "muted"}: the step's loss and its parts in nats, and the share.
+    ``beside``: a MuteSet of former requests that is in force, too: the new set leaves its neurons alone, and
+    KL, which is to the model without any mutes, holds for both together (``neumuter.muting.combine``).
 
     Returns a MuteSet whose ``method`` holds the hyper-parameters; the same arguments give the same set.
     Raises ValueError on a bad argument and RuntimeError if the loss diverged.
@@ -82,31 +85,29 @@ def forget(
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
     if support:
-        mutes = find_support(masked, pair, share, support, seed, report("support", 0))
+        mutes = find_support(masked, pair, share, support, seed, report("support", 0), beside)
     else:
-        mutes = support_by_fisher(masked, pair, share)
+        mutes = support_by_fisher(masked, pair, share, beside)
     if mode == "modulate":
-        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first))
+        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), beside)
     return mutes
 
 
-def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=None):
+def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=None, beside=None):
     """Phase one: a MuteSet of mode "mute" that silences the ``share`` of neurons found.
 
     Forward, the k neurons of lowest score are off; backward, the mask is σ(score) (straight-through).
     Loss: mean relu(margin − CE) over the forget tokens + η·KL(reference ‖ masked) on the neighbours.
     All gradients are divided by ONE root mean square: a scale per coordinate, as Adam has, would rank
     neurons by how consistent the sign of their gradient is instead of by their effect.
-    ``pair``: a :class:`Pair` of the same handle. ``share``, ``callback``: as in :func:`forget`.
+    ``pair``: a :class:`Pair` of the same handle. ``share``, ``callback``, ``beside``: as in :func:`forget`.
     Raises ValueError on a bad share and RuntimeError if the loss diverged.
     """
-    neurons = Neurons(masked)
-    k = neuron_count(share, neurons.count)
+    neurons = Neurons(masked, beside)
+    k = neurons.number(share)
     noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
     scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)  # ties at the start are broken at random
     scores[neurons.excluded] = torch.inf
-    if k > neurons.count - neurons.excluded.sum():
-        raise ValueError(f"share asks for {k} neurons, more than the experts have that forget texts reach")
     scores.requires_grad_()
     velocity, mean_square = torch.zeros_like(scores), 0.0
     ids = pair.steps(config.batch_size, seed)
@@ -114,7 +115,8 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
         for step in range(1, config.steps + 1):
             soft = scores.sigmoid()
             hard = torch.ones_like(soft).index_fill(0, _lowest(scores, k), 0.0)
-            with masked.applying(neurons.by_layer(soft + (hard - soft).detach())):
+            mask = neurons.start * (soft + (hard - soft).detach())
+            with masked.applying(neurons.by_layer(mask)):
                 losses, kl = pair.losses(next(ids))
                 loss = hinge(losses, config.margin) + config.kl_weight * kl
                 (grad,) = torch.autograd.grad(loss, scores)
@@ -130,14 +132,14 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
     return neurons.mute_set(_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
 
 
-def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None):
+def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None, beside=None):
     """Phase two: the neurons of ``mutes`` with gains in ``config.gain_range``, a MuteSet of mode "modulate".
 
     Gains start at 0 and are trained with Adam on the hinge on log-odds + η·KL. η is steered so that KL
     stays at its budget: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
-    ``pair``, ``callback``: as in :func:`find_support`.
+    ``pair``, ``callback``, ``beside``: as in :func:`find_support`.
     """
-    neurons = Neurons(masked)
+    neurons = Neurons(masked, beside)
     support = neurons.ids(mutes)
     gains = torch.zeros(len(support), device=neurons.device, requires_grad=True)
     optimizer = torch.optim.Adam([gains], lr=config.lr, betas=config.betas)
@@ -146,7 +148,7 @@ def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None):
     ids = pair.steps(config.batch_size, seed)
     with without_dropout(masked.model):
         for step in range(1, config.steps + 1):
-            mask = torch.ones(neurons.count, device=neurons.device).index_put((support,), gains)
+            mask = neurons.start.index_put((support,), gains)
             with masked.applying(neurons.by_layer(mask)):
                 losses, kl = pair.losses(next(ids))
                 loss = odds_hinge(losses, config.margin) + weight * kl
@@ -159,7 +161,7 @@ def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None):
             weight = (weight * (config.kl_weight_rate * excess).exp()).clamp(*config.kl_weight_range)
             if callback:
                 callback(step, config.steps, _info(loss, losses, kl, len(support) / neurons.count))
-    method = {**mutes.method, "gains": asdict(config)}
+    method = {**mutes.method, "gains": asdict(config)} | ({"beside": beside.method} if beside else {})
     return neurons.mute_set(support, gains.detach(), "modulate", config.gain_range, method, seed)
 
 

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from neumuter.losses import IGNORED, predicting, token_losses
 from neumuter.recipes.pair import shuffled
 
-METHODS = ("ascent", "difference", "npo", "simnpo")
+METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
+ALONE = ("ascent", "relearn")  # without retain texts
 
 
 @dataclass(frozen=True)
 class WeightsConfig:
     """``method``: "ascent" and "difference", gradient ascent without and with the retain loss (Jang et al.
     2023; Liu et al. 2022); "npo" (Zhang et al. 2024, *Negative Preference Optimization*); "simnpo" (Fan et
-    al. 2024, *Simplicity Prevails*)."""
+    al. 2024, *Simplicity Prevails*). "relearn" is the opposite, for attacks: descent on the forget texts."""
 
     method: str = "npo"
     steps: int = 50
@@ -28,7 +29,7 @@ class WeightsConfig:
     weight_decay: float = 0.01
     beta: float = 0.1  # of NPO; 2.5 is usual for SimNPO
     gamma: float = 0.0  # margin of SimNPO
-    retain_weight: float = 1.0  # not used by ascent
+    retain_weight: float = 1.0  # not used by ascent and relearn
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -38,8 +39,9 @@ class WeightsConfig:
 def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed=0, callback=None):
     """Train the weights of ``model`` in place; returns the config as a dict.
 
-    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`. The reference of NPO is the
-    model as it is now: its log-likelihoods of the forget texts are computed once, so no copy is kept.
+    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`; ascent and relearn take None
+    for the latter. The reference of NPO is the model as it is now: its log-likelihoods of the forget texts are
+    computed once, so no copy is kept.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "retain_loss"}.
 
     Raises ValueError if no parameter requires a gradient.
@@ -47,7 +49,10 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: nothing can be tuned")
-    batches = [_on(model.device, batch) for batch in (forget_batch, retain_batch)]
+    alone = config.method in ALONE
+    if retain_batch is None and not alone:
+        raise ValueError(f"retain_batch must be given for method {config.method!r}")
+    batches = [_on(model.device, b) for b in ((forget_batch,) if alone else (forget_batch, retain_batch))]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     with torch.no_grad():
         forget_rows = range(len(batches[0]["labels"]))
@@ -55,12 +60,12 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
     generator = torch.Generator().manual_seed(seed)
     queues = [shuffled(0, len(batch["labels"]), generator) for batch in batches]
     for step in range(1, config.steps + 1):
-        forget_ids, retain_ids = ([next(queue) for _ in range(config.batch_size)] for queue in queues)
+        forget_ids, *retain_ids = ([next(queue) for _ in range(config.batch_size)] for queue in queues)
         losses = text_losses(model, part := _rows(batches[0], forget_ids))
         loss = forget_loss(losses, predicting(part["labels"]).sum(1), reference[forget_ids], config)
         info = {"forget_loss": losses.sum().item() / int(predicting(part["labels"]).sum())}
-        if config.method != "ascent":
-            retained = _rows(batches[1], retain_ids)
+        if not alone:
+            retained = _rows(batches[1], retain_ids[0])
             retain_loss = token_losses(_logits(model, retained), retained["labels"]).mean()
             loss = loss + config.retain_weight * retain_loss
             info["retain_loss"] = retain_loss.item()
@@ -76,11 +81,11 @@ def forget_loss(losses, lengths, reference, config):
     """What is minimised on the forget texts, a scalar.
 
     ``losses``: −ln π(text) in nats of each text, float [B]; ``lengths``: its counted tokens, int [B];
-    ``reference``: −ln π_ref(text), float [B]. Ascent: −mean token loss. NPO:
+    ``reference``: −ln π_ref(text), float [B]. Ascent: −mean token loss; relearn: plus. NPO:
     −(2/β)·mean ln σ(−β·ln(π/π_ref)). SimNPO: −(2/β)·mean ln σ(−(β/length)·ln π − γ).
     """
-    if config.method in ("ascent", "difference"):
-        return -losses.sum() / lengths.sum()
+    if config.method in ("ascent", "difference", "relearn"):
+        return (1 if config.method == "relearn" else -1) * losses.sum() / lengths.sum()
     if config.method == "npo":
         inside = config.beta * (losses - reference)
     else:

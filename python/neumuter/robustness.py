@@ -1,0 +1,73 @@
+"""Do forgotten texts stay forgotten? The same metrics after quantisation, and after learning some of them again."""
+
+import copy
+
+import torch
+
+from neumuter.muting import fold
+from neumuter.recipes.weights import WeightsConfig, tune_weights
+
+BITS = (8, 4)
+GROUP = 32  # input features that share a scale at 4 bits
+RELEARNING = WeightsConfig(method="relearn", steps=100, batch_size=8, lr=1e-5)
+MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
+
+
+def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=MEASURED, seed=0):
+    """{state: metrics} of copies of ``model`` that have ``mutes`` folded in and are then tampered with.
+
+    ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet or the path of a mute file.
+    ``forget_batch``: as in :class:`neumuter.recipes.pair.Pair`, at least two texts. ``measure(model, batch)``:
+    a dict of metrics, of a state's model and of the forget texts that are asked about. The states:
+
+    - "int8", "int4": linear weights rounded to 8 bits per output channel, or to 4 bits per group of 32, by
+      torchao; asked about all texts. The output layer is left alone, as is usual.
+    - "half": only folded; asked about every second text.
+    - "relearned N": trained for N steps on the other half of the texts, and asked about the same as "half"
+      (Hu et al. 2025, *Unlearning or Obfuscating?*). All weights are trained, in float32.
+
+    One copy is in memory at a time, in training with its gradients and two moments of AdamW.
+    Raises ImportError without torchao, and the errors of ``neumuter.fold``.
+    """
+    count = len(forget_batch["labels"])
+    if count < 2:
+        raise ValueError(
+            f"relearning needs at least two forget texts, one to learn and one to ask; got {count}"
+        )
+    asked, learned = ({k: v[start::2] for k, v in forget_batch.items()} for start in (0, 1))
+    found = {f"int{bits}": measure(quantised(_folded(model, mutes), bits), forget_batch) for bits in BITS}
+    folded = _folded(model, mutes)
+    found["half"] = measure(folded, asked)
+    folded = folded.float().requires_grad_(True)
+
+    def report(step, total, info):
+        if step in measured:
+            found[f"relearned {step}"] = measure(folded, asked)
+
+    tune_weights(folded, learned, None, config, seed, report)
+    return found
+
+
+def quantised(model, bits):
+    """``model`` with its linear weights rounded in place, see :func:`robustness`; layers that do not fit stay."""
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
+    except ImportError as error:
+        raise ImportError("measuring after quantisation needs torchao: pip install torchao") from error
+    kinds = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP))}
+    if bits not in kinds:
+        raise ValueError(f"bits must be 8 or 4, got {bits!r}")
+    dtype, granularity = kinds[bits]
+    head = model.get_output_embeddings()
+
+    def fits(module, name):
+        return isinstance(module, torch.nn.Linear) and module is not head and module.in_features % GROUP == 0
+
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity), filter_fn=fits)
+    return model
+
+
+def _folded(model, mutes):
+    folded = copy.deepcopy(model)
+    fold(folded, mutes)
+    return folded
