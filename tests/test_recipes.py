@@ -123,13 +123,42 @@ def test_progress_counts_through_both_phases(llama):
     assert seen == [(i, 5, "support" if i < 4 else "gains", share) for i in range(1, 6)]
 
 
-def test_the_default_support_of_modulated_neurons_is_fishers(llama):
+def test_modulated_neurons_are_chosen_from_three_times_as_many(llama):
+    seen = []
     with neumuter.attach(llama) as masked:
-        mutes = recipes.forget(masked, FORGET, KEEP, 20, gains=QUICK_GAINS)
-        support = recipes.support_by_fisher(masked, recipes.Pair(masked, FORGET, KEEP), 20)
-        assert torch.equal(Neurons(masked).ids(mutes), Neurons(masked).ids(support))
+        options = dict(gains=QUICK_GAINS, callback=lambda step, total, info: seen.append(info["muted"]))
+        mutes = recipes.forget(masked, FORGET, KEEP, 20, **options)
+        pair, neurons = recipes.Pair(masked, FORGET, KEEP), Neurons(masked)
+        candidates = neurons.ids(recipes.support_by_fisher(masked, pair, 20, times=3.0))
+        chosen = neurons.ids(mutes)
+        every = neurons.ids(recipes.support_by_fisher(masked, pair, 1, times=1e9))
+    assert (len(candidates), len(chosen), len(every)) == (60, 20, neurons.count)
+    assert torch.isin(chosen, candidates).all()
+    assert [round(share * neurons.count) for share in seen] == [60] * 7 + [20] * 13
     assert mutes.method["recipe"] == "fisher"
     assert mutes.method["gains"]["margin"] == QUICK_GAINS.margin
+
+
+@pytest.mark.parametrize("mode", ["mute", "modulate"])
+def test_a_set_found_beside_another_one_is_fitted_with_it(llama, mode):
+    seen = []
+    gains = dataclasses.replace(QUICK_GAINS, lr=1e-9)  # so that the first losses are those of the start
+    options = dict(mode=mode, support=dataclasses.replace(QUICK_SUPPORT, steps=2) if mode == "mute" else None)
+    with neumuter.attach(llama, start_layer=0) as masked:
+        former = recipes.mute_random(masked, 0.3, seed=5)
+        second = recipes.forget(
+            masked, FORGET, KEEP, 0.1, gains=gains, beside=former,
+            callback=lambda step, total, info: seen.append(info["forget_loss"]), **options,
+        )  # fmt: skip
+        neurons = Neurons(masked)
+        assert not torch.isin(neurons.ids(second), neurons.ids(former)).any()
+        with pytest.raises(ValueError, match="share asks for .* beside"):
+            recipes.forget(masked, FORGET, KEEP, 0.8, mode, beside=former)
+    if mode == "modulate":
+        assert seen[0] == pytest.approx(losses_under(llama, former)[0], rel=1e-5)
+        assert second.method["beside"] == former.method
+    union = neumuter.combine(llama, [former, second])
+    assert union.count == former.count + second.count
 
 
 def test_the_papers_recipe_is_a_plain_training_loop(llama):

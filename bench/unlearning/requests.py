@@ -71,7 +71,7 @@ def _row(setting, count, sets, undone):
 
 
 def _measure(setting, count, chosen):
-    """Extraction of those who asked, of those who may still ask (or whose request was undone), and of the rest."""
+    """Extraction of those who asked, of those who may still ask or whose request was undone, of the rest."""
     asked = [setting.forget[n] for n in chosen]
     waiting = [setting.forget[n] for n in range(count) if n not in chosen]
     groups = {"forget": asked, "waiting": waiting, "retain": setting.same + setting.other}

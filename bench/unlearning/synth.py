@@ -1,7 +1,7 @@
 """SYNTH: the demo's records among ordinary text, learned by models of several kinds and sizes.
 
 Customers whose mail and phone nobody can guess are to be forgotten; other customers of the same template and
-catalogue items are to stay. Seed 11 was looked at while the loss of the gains was chosen.
+catalogue items are to stay. The recipe was chosen on seeds 5 to 7 of the first model.
 """
 
 import functools
@@ -82,7 +82,9 @@ class Setting:
     def neighbours(self, kind):
         """Records to keep, records of the same kind that nobody has, or what the model itself says."""
         if kind == "own samples":
-            texts = sample_texts(self.full, self.tokenizer, 36, 48, self.seed)
+            texts = sample_texts(
+                self.full, self.tokenizer, 36, 48, self.seed, barred=self.encode(self.forget, "secret")
+            )
             rows = self.tokenizer(texts, padding=True, return_tensors="pt", truncation=True, max_length=48)
             labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
             return {**{k: rows[k] for k in ("input_ids", "attention_mask")}, "labels": labels}

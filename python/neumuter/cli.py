@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-NEIGHBOURS = 32  # texts sampled from the model when there is no retain file
+DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 60, 8  # of unlearn
+SAMPLES = 32  # neighbour texts said by the model itself: so many alone, half as many beside a retain file
 FILE_HELP = (
     "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
     "or plain text with paragraphs separated by blank lines."
@@ -36,6 +37,13 @@ class Mode(str, Enum):
 
     mute = "mute"
     modulate = "modulate"
+
+
+class Recipe(str, Enum):
+    """fitted: the neurons' gains under a budget of KL. paper: gates, trained with the paper's constants."""
+
+    fitted = "fitted"
+    paper = "paper"
 
 
 class Dtype(str, Enum):
@@ -77,19 +85,32 @@ def unlearn(
     out: Annotated[Path, typer.Option(help="Folder for mutes.safetensors and report.json.")],
     retain: Annotated[
         Path | None,
-        typer.Option(help="Texts that must stay, same formats. Without it the model's own samples are used."),
+        typer.Option(help="Texts that must stay, same formats; the model's own samples are added."),
     ] = None,
     rewrite_with: Annotated[
         str | None,
-        typer.Option(help="Without --retain: a masked language model that rewrites the forget texts."),
+        typer.Option(help="A masked language model that rewrites the forget texts as further neighbours."),
+    ] = None,
+    beside: Annotated[
+        Path | None, typer.Option(help="A mute file of a former request that is in force as well.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,
+    recipe: Annotated[
+        Recipe, typer.Option(help="paper: NeuMuter's own objective, constants, batches and threshold.")
+    ] = Recipe.fitted,
     mode: Annotated[
-        Mode, typer.Option(help="mute: selected neurons are silenced. modulate: they get signed gains.")
-    ] = Mode.modulate,
+        Mode | None,
+        typer.Option(
+            help="modulate: selected neurons get signed gains. mute: they are silenced. Default: modulate."
+        ),
+    ] = None,
     budget: Annotated[
-        str, typer.Option(help="Share (0.01) or number (300) of neurons to touch; auto: the fewest that do.")
-    ] = "0.01",
+        str | None,
+        typer.Option(
+            help="Share (0.01) or number (300) of neurons to touch; auto: the fewest that do. Default: "
+            f"{DEFAULT_BUDGET}."
+        ),
+    ] = None,
     goal_extraction: Annotated[
         float, typer.Option(min=0, max=1, help="With --budget auto: share of texts still extractable.")
     ] = 0.0,
@@ -97,9 +118,15 @@ def unlearn(
         float | None, typer.Option(min=0, max=1, help="With --budget auto: MA of the texts, at most.")
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="Optimisation steps; with --budget auto of each try.")
-    ] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of each kind per step.")] = 8,
+        int | None,
+        typer.Option(
+            min=1, help=f"Optimisation steps; with --budget auto of each try. Default: {DEFAULT_STEPS}."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Texts of each kind per step. Default: {DEFAULT_BATCH_SIZE}."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first texts of a file.")] = None,
     start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
@@ -108,62 +135,67 @@ def unlearn(
     gguf_file: GgufFile = None,
 ):
     """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
-    from neumuter.masking import attach, neuron_count
+    from neumuter.masking import attach
     from neumuter.mutes import MuteSet
-    from neumuter.muting import mute
-    from neumuter.neighbours import sample_texts
-    from neumuter.recipes import GainsConfig, Goals, SupportConfig, smallest_share
+    from neumuter.muting import combine, mute
+    from neumuter.recipes import GainsConfig, GatesConfig, Goals, SupportConfig, smallest_share, train_gates
     from neumuter.recipes import forget as run_recipe
     from neumuter.texts import encode, read_texts
 
     start = time.perf_counter()
+    fitted_only = {"beside": beside, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode}
+    if recipe is Recipe.paper and any(value is not None for value in fitted_only.values()):
+        raise typer.BadParameter(f"--recipe paper goes without --{', --'.join(fitted_only)}")
+    share = None if budget == "auto" else _parse_budget(budget or DEFAULT_BUDGET)
     forget_texts = read_texts(forget, column, limit)
-    retain_texts = read_texts(retain, column, limit) if retain else None
-    share = None if budget == "auto" else _parse_budget(budget)
+    retain_texts = read_texts(retain, column, limit) if retain else []
+    former = MuteSet.load(beside) if beside else None
     out.mkdir(parents=True, exist_ok=True)
     network, tokenizer = _load(model, dtype.value, gguf_file)
     positions = getattr(network.config, "max_position_embeddings", None) or max_length
     if max_length > positions:
         console.print(f"This model has {positions} positions: texts are cut to {positions} tokens.")
         max_length = positions
-    with attach(network, start_layer) as masked:  # outside its contexts this is the untouched model
-        if share is not None:
-            share = neuron_count(share, sum(len(score) for score in masked.scores.values()))
-        forget_batch = encode(forget_texts, tokenizer, max_length)
-        if retain_texts is None and rewrite_with:
-            retain_texts = _rewritten(forget_texts, rewrite_with, seed, out)
-        elif retain_texts is None:
-            console.print(
-                "No --retain file: the neighbours are texts sampled from the model itself. What the model "
-                "knows beside the forget texts is protected less well that way."
-            )
-            length = forget_batch["labels"].shape[1]
-            with _progress("Sampling neighbours", NEIGHBOURS) as advance:
-                retain_texts = sample_texts(network, tokenizer, NEIGHBOURS, length, seed, advance)
-        retain_batch = encode(retain_texts, tokenizer, max_length)
+    forget_batch = encode(forget_texts, tokenizer, max_length)
+    if rewrite_with:
+        retain_texts += _rewritten(forget_texts, rewrite_with, seed, out)
+    retain_texts += _sampled(network, tokenizer, forget_batch, bool(retain_texts), seed, out)
+    if not retain_texts:
+        raise ValueError("the model said nothing when sampled from: give texts that must stay, --retain")
+    retain_batch = encode(retain_texts, tokenizer, max_length)
+    with mute(network, former) if former else nullcontext():
         before = _measure("Measuring before", network, forget_batch, retain_batch)
-        config = {
-            "mode": mode.value,
-            "support": SupportConfig(steps=steps, batch_size=batch_size) if mode is Mode.mute else None,
-            "gains": GainsConfig(steps=steps, batch_size=batch_size),
-            "seed": seed,
-        }
+    with attach(network, start_layer) as masked:
         batches = masked, forget_batch, retain_batch
-        with _progress("Finding neurons", steps, "loss", "muted") as advance:
+        with _progress("Finding neurons", None, "loss", "muted") as advance:
 
             def progress(step, total, info):
                 advance(step, total, loss=f"{info['loss']:.3f}", muted=f"{info['muted']:.2%}")
 
-            if share is None:
-                goals = Goals(goal_extraction, goal_ma)
-                mutes, curve = smallest_share(*batches, goals, progress=progress, **config)
+            curve = None
+            if recipe is Recipe.paper:
+                mutes = train_gates(*batches, GatesConfig(), seed, progress)
             else:
-                mutes, curve = run_recipe(*batches, share, callback=progress, **config), None
+                steps, batch_size = steps or DEFAULT_STEPS, batch_size or DEFAULT_BATCH_SIZE
+                support = SupportConfig(steps=steps, batch_size=batch_size)
+                config = {
+                    "mode": (mode or Mode.modulate).value,
+                    "support": support if mode is Mode.mute else None,
+                    "gains": GainsConfig(steps=steps, batch_size=batch_size),
+                    "seed": seed,
+                    "beside": former,
+                }
+                if share is None:
+                    goals = Goals(goal_extraction, goal_ma)
+                    mutes, curve = smallest_share(*batches, goals, progress=progress, **config)
+                else:
+                    mutes = run_recipe(*batches, share, callback=progress, **config)
     if curve:
         print_curve(curve)
     path = out / "mutes.safetensors"
     mutes.save(path)  # before anything else can fail
-    with mute(network, MuteSet.load(path)):
+    mutes = MuteSet.load(path)
+    with mute(network, combine(network, [former, mutes]) if former else mutes):
         after = _measure("Measuring after", network, forget_batch, retain_batch)
     mutes = dataclasses.replace(mutes, metrics={"before": before, "after": after})
     mutes.save(path)
@@ -203,8 +235,6 @@ def evaluate(
     gguf_file: GgufFile = None,
 ):
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
-    from contextlib import nullcontext
-
     from neumuter import muting
     from neumuter.evaluation import text_metrics
 
@@ -355,6 +385,28 @@ def _rewritten(texts, model, seed, out):
             return rewrite_texts(texts, network, tokenizer, seed=seed, callback=advance)
 
     return cached(out, {"texts": texts, "model": model, "seed": seed}, make)
+
+
+def _sampled(network, tokenizer, forget_batch, beside, seed, out):
+    """Neighbours that the model itself says, kept in the folder ``out``; ``beside``: there are others."""
+    from neumuter.families import find_ffns
+    from neumuter.fingerprint import fingerprint
+    from neumuter.neighbours import cached, sample_texts
+
+    if not beside:
+        console.print(
+            "No --retain file: the neighbours are texts sampled from the model itself. What the model "
+            "knows beside the forget texts is protected less well that way."
+        )
+    count, length = SAMPLES // (2 if beside else 1), forget_batch["labels"].shape[1]
+
+    def make():
+        with _progress("Sampling neighbours", count) as advance:
+            return sample_texts(network, tokenizer, count, length, seed, advance, barred=forget_batch)
+
+    barred = {name: forget_batch[name].tolist() for name in ("input_ids", "labels")}
+    weights = fingerprint(find_ffns(network), {})
+    return cached(out, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
 
 
 def _read_report(path):

@@ -20,15 +20,16 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=
     less than two tokens are dropped. ``callback(done, total)`` after each batch. They stand for what the
     model says most readily, so rarer knowledge is protected less than by texts of one's own.
     ``barred``: a batch (see :mod:`neumuter.losses`) of the texts to forget. Three tokens in a row, of which
-    the last is counted there, are never said, lest a sample recites what is to be forgotten and protects it.
+    the last is counted there, are never said, and a sample ends where the model is about to say them: else it
+    would protect what is to be forgotten.
 
-    Raises ValueError if the tokenizer has no start token, or if no text came out.
+    Raises ValueError if the tokenizer has no start token.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("the tokenizer has no bos or eos token to sample neighbours from; give retain texts")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
-    texts, processors = [], [_Bar(barred)] if barred else []
+    texts, processors = [], [_Bar(barred, tokenizer.eos_token_id)] if barred else []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for done in range(0, count, BATCH):
@@ -43,22 +44,20 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=
                 max_new_tokens=length,
                 min_new_tokens=min(2, length),
                 pad_token_id=padding,
+                eos_token_id=tokenizer.eos_token_id,
                 logits_processor=transformers.LogitsProcessorList(processors),
             )
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
             if callback:
                 callback(done + len(prompt), count)
-    texts = [text for text in texts if len(tokenizer(text)["input_ids"]) > 1]
-    if not texts:
-        raise ValueError("the model gave no text when sampled from; give retain texts")
-    return texts
+    return [text for text in texts if len(tokenizer(text)["input_ids"]) > 1]
 
 
 class _Bar(transformers.LogitsProcessor):
-    """Makes the third of three tokens impossible if a text goes on like that."""
+    """Makes the third of three tokens impossible, and ends the text where it is the most likely one."""
 
-    def __init__(self, batch):
-        self.third = {}
+    def __init__(self, batch, end):
+        self.third, self.end = {}, end
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
             for *former, token, label in zip(ids, ids[1:], ids[2:], labels[2:], strict=False):
                 if label != IGNORED:
@@ -67,7 +66,12 @@ class _Bar(transformers.LogitsProcessor):
     def __call__(self, input_ids, scores):
         for row, former in enumerate(input_ids[:, -2:].tolist()):
             if tokens := self.third.get(tuple(former)):
+                ends = self.end is not None and int(scores[row].argmax()) in tokens
                 scores[row, list(tokens)] = -torch.inf
+                if ends:
+                    scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(
+                        0, torch.tensor(self.end, device=scores.device), 0.0
+                    )
         return scores
 
 

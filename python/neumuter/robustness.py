@@ -1,4 +1,4 @@
-"""Do forgotten texts stay forgotten? The same metrics after quantisation, and after learning some of them again."""
+"""Do forgotten texts stay forgotten? Metrics after quantisation, and after learning some of them again."""
 
 import copy
 
@@ -16,9 +16,9 @@ MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
 def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=MEASURED, seed=0):
     """{state: metrics} of copies of ``model`` that have ``mutes`` folded in and are then tampered with.
 
-    ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet or the path of a mute file.
-    ``forget_batch``: as in :class:`neumuter.recipes.pair.Pair`, at least two texts. ``measure(model, batch)``:
-    a dict of metrics, of a state's model and of the forget texts that are asked about. The states:
+    ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet or a mute file's path.
+    ``forget_batch``: as in :class:`neumuter.recipes.pair.Pair`, at least two texts. ``measure(model,
+    batch)``: a dict of metrics, of a state's model and the forget texts that are asked about. The states:
 
     - "int8", "int4": linear weights rounded to 8 bits per output channel, or to 4 bits per group of 32, by
       torchao; asked about all texts. The output layer is left alone, as is usual.
@@ -31,9 +31,7 @@ def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=
     """
     count = len(forget_batch["labels"])
     if count < 2:
-        raise ValueError(
-            f"relearning needs at least two forget texts, one to learn and one to ask; got {count}"
-        )
+        raise ValueError(f"relearning needs two forget texts or more, to learn and to ask about; got {count}")
     asked, learned = ({k: v[start::2] for k, v in forget_batch.items()} for start in (0, 1))
     found = {f"int{bits}": measure(quantised(_folded(model, mutes), bits), forget_batch) for bits in BITS}
     folded = _folded(model, mutes)
@@ -49,7 +47,7 @@ def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=
 
 
 def quantised(model, bits):
-    """``model`` with its linear weights rounded in place, see :func:`robustness`; layers that do not fit stay."""
+    """``model`` with its linear weights rounded in place, see :func:`robustness`, as far as they fit."""
     try:
         from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
     except ImportError as error:

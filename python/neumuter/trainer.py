@@ -26,10 +26,11 @@ _PAPER = GatesConfig()
 class NeuMuterConfig(TrainingArguments):
     """transformers' TrainingArguments with the authors' values as defaults, and what NeuMuter adds.
 
-    ``sparsity``, ``kl_weight``, ``stop_loss``, ``descent``, ``threshold``: as in ``GatesConfig``. ``budget``:
-    a share (float) or number (int) of neurons to mute, instead of the threshold. ``start_layer``: the first
-    FFN that gets gates. ``goal_forget_loss``, ``goal_forget_ma``: training ends as soon as an evaluation
-    finds the forget loss (nats) at or above, and the MA at or below, these. ``seed`` is also the gates'.
+    ``sparsity``, ``sparsity_per_neuron``, ``kl_weight``, ``stop_loss``, ``descent``, ``threshold``: as in
+    ``GatesConfig``. ``budget``: a share (float) or number (int) of neurons to mute, instead of the threshold.
+    ``start_layer``: the first FFN that gets gates. ``goal_forget_loss``, ``goal_forget_ma``: training ends
+    as soon as an evaluation finds the forget loss (nats) at or above, and the MA at or below, these.
+    ``seed`` is also the gates'.
     """
 
     learning_rate: float = _PAPER.lr
@@ -39,6 +40,7 @@ class NeuMuterConfig(TrainingArguments):
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     sparsity: float = _PAPER.sparsity
+    sparsity_per_neuron: float | None = _PAPER.sparsity_per_neuron
     kl_weight: float = _PAPER.kl_weight
     stop_loss: float = _PAPER.stop_loss
     descent: float = _PAPER.descent

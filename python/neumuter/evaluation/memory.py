@@ -29,10 +29,10 @@ def extraction_rate(model, batch):
 def sampled_extraction(model, batch, samples=SAMPLES):
     """Share of texts in [0, 1] that are expected to come back at least once in ``samples`` draws.
 
-    The mean over texts of 1 − (1 − p)^n, p the probability that the model, sampled from as it is (temperature
-    1, all tokens), continues the prompt with exactly the counted tokens: (n, p)-discoverable extraction (Hayes
-    et al. 2025, *Measuring Memorization in Language Models via Probabilistic Extraction*). Exact, without
-    drawing anything.
+    The mean over texts of 1 − (1 − p)^n, p the probability that the model, sampled from as it is
+    (temperature 1, all tokens), continues the prompt with exactly the counted tokens: (n, p)-discoverable
+    extraction (Hayes et al. 2025, *Measuring Memorization in Language Models via Probabilistic
+    Extraction*). Exact, without drawing anything.
     """
     chances = torch.stack([(-losses.sum()).exp() for losses in losses_by_sample(model, batch)])
     return -torch.expm1(samples * torch.log1p(-chances.clamp(max=1 - 1e-12))).mean().item()

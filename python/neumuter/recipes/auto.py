@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from neumuter.evaluation import extraction_rate, memorization_accuracy
+from neumuter.recipes.fisher import neuron_ratios
 from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.two_phase import forget
+from neumuter.recipes.pair import Pair
+from neumuter.recipes.two_phase import forget_pair
 
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 HALVINGS = 1  # of the gap between the last share that fails and the first that does not
@@ -36,19 +38,22 @@ def smallest_share(
     """Run :func:`neumuter.recipes.forget` with rising ``shares`` until ``goals`` are met, then close in.
 
     ``shares``: floats in (0, 1], ascending. ``callback(point)`` after every share; ``recipe``: what else
-    ``forget`` takes (mode, support, gains, seed, its callback as ``progress``).
+    ``forget`` takes (mode, support, gains, seed, beside, its callback as ``progress``).
     Returns (MuteSet, points): the smallest set that meets the goals, and for every share tried, in ascending
     order, {"share", "neurons", "forget_extraction", "forget_ma", "met"}. If none meets them, the MuteSet is
     that of the largest share. Raises ValueError on bad arguments, and what ``forget`` raises.
     """
     if not shares or list(shares) != sorted(set(shares)):
         raise ValueError(f"shares must be ascending, got {shares!r}")
-    progress = recipe.pop("progress", None)
+    progress, beside = recipe.pop("progress", None), recipe.get("beside")
+    pair = Pair(masked, forget_batch, neighbour_batch)
+    if recipe.get("mode") != "mute" and not recipe.get("support"):
+        recipe["ratios"] = neuron_ratios(masked, pair, beside)  # the same for all shares
     points, best, failed = [], None, 0.0
 
     def attempt(share):
-        mutes = forget(masked, forget_batch, neighbour_batch, share, callback=progress, **recipe)
-        with masked.applying(Neurons(masked).masks(mutes)):
+        mutes = forget_pair(masked, pair, share, callback=progress, **recipe)
+        with masked.applying(Neurons(masked, beside).masks(mutes)):
             point = {
                 "share": share,
                 "neurons": mutes.count,

@@ -11,27 +11,37 @@ MARGIN = 2.0  # nats: tokens whose log-odds are lower are forgotten already
 DAMPING = 0.1  # of the mean Fisher information, so that neurons that nothing uses do not come first
 
 
-def support_by_fisher(masked, pair, share, beside=None):
+def support_by_fisher(masked, pair, share, beside=None, times=1.0, ratios=None):
     """A MuteSet of mode "mute" that silences the ``share`` of neurons with the largest ratio g²/F.
+
+    ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number. ``beside``: a MuteSet
+    in force meanwhile, whose neurons are left alone. ``times``: as many neurons, or all that there are.
+    ``ratios``: what ``neuron_ratios`` gave for the same pair and set beside, if it is known.
+    Raises ValueError on a bad share.
+    """
+    neurons = Neurons(masked, beside)
+    k = min(int(times * neurons.number(share)), int((~neurons.excluded).sum()))
+    ratios = neuron_ratios(masked, pair, beside) if ratios is None else ratios
+    method = {"recipe": "fisher", "share": share, "damping": DAMPING, "margin": MARGIN}
+    return neurons.mute_set(ratios.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
+
+
+def neuron_ratios(masked, pair, beside=None):
+    """g²/F of every neuron, float32 [neurons]; −∞ of those that may not be selected.
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
     ``neumuter.losses.odds_hinge``) with respect to its gates, at gates of 1; F that of the mean loss over the
     neighbours, their empirical Fisher information, which is the curvature of KL(reference ‖ masked) there: to
     first order g² is what a small change of a gate forgets, and F what it costs.
-
-    ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number. ``beside``: a MuteSet
-    in force meanwhile, whose neurons are left alone. Raises ValueError on a bad share.
     """
     neurons = Neurons(masked, beside)
-    k = neurons.number(share)
     forget = range(pair.forget_count)
     neighbours = range(pair.forget_count, pair.forget_count + pair.neighbour_count)
     gained = mean_square_gradients(masked, pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
     lost = mean_square_gradients(masked, pair, neurons, neighbours, torch.mean)
-    ratio = gained / (lost + DAMPING * lost.mean())
-    ratio[neurons.excluded] = -torch.inf
-    method = {"recipe": "fisher", "share": share, "damping": DAMPING, "margin": MARGIN}
-    return neurons.mute_set(ratio.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
+    ratios = gained / (lost + DAMPING * lost.mean())
+    ratios[neurons.excluded] = -torch.inf
+    return ratios
 
 
 def mean_square_gradients(masked, pair, neurons, sample_ids, function):

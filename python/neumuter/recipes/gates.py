@@ -18,6 +18,7 @@ class GatesConfig:
     batch_size: int | None = 1  # samples of each kind per step; None: all
     lr: float = 0.1  # of Adam
     sparsity: float = 500.0  # λ, weight of the mean probability that a gate is closed
+    sparsity_per_neuron: float | None = None  # λ over the number of neurons, instead: 0.0148 on GPT-Neo-125M
     kl_weight: float = 5.0  # η, weight of KL(reference ‖ masked) on the neighbours
     stop_loss: float = 8.0  # nats: above this loss on the forget samples, descend instead of ascend
     descent: float = 5.0  # weight of that descent
@@ -30,8 +31,10 @@ def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), see
     Per step s·LM(forget) + λ·(1 − mean_l mean_f p) + η·KL(p_ref ‖ p_masked on neighbours), where LM is
     the mean loss of the counted forget tokens, s = −1 while LM ≤ stop_loss and +5 above, and
     p = σ(score − β·ln(−γ/ζ)) is the probability that a gate is open (Hou et al. 2025; Louizos et al.
-    2018). Both kinds of samples share one forward pass with one sampled mask row each; their noise is
-    keyed by the sample's id, its position in the forget batch followed by the neighbour batch.
+    2018). λ over the number of neurons is the pull on each, which therefore depends on the model's size;
+    ``sparsity_per_neuron`` gives that pull itself. Both kinds of samples share one forward pass with one
+    sampled mask row each; their noise is keyed by the sample's id, its position in the forget batch
+    followed by the neighbour batch.
 
     ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "kl", "muted"}.
@@ -62,15 +65,18 @@ def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), see
 
 
 def objective(forget_loss, kl, scores, config, level=None):
-    """NeuMuter's loss of a step, a scalar; ``config`` has sparsity, kl_weight, stop_loss and descent.
+    """NeuMuter's loss of a step, a scalar; ``config`` has what ``method_of`` names.
 
     ``level``: what is compared with stop_loss, where it is not ``forget_loss``.
     """
     shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
     level = forget_loss.detach() if level is None else level
     sign = torch.where(level <= config.stop_loss, -1.0, config.descent)
+    sparsity = config.sparsity
+    if config.sparsity_per_neuron is not None:
+        sparsity = config.sparsity_per_neuron * sum(score.numel() for score in scores)
     closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
-    return sign * forget_loss + config.sparsity * closed + config.kl_weight * kl
+    return sign * forget_loss + sparsity * closed + config.kl_weight * kl
 
 
 def closed_share(scores, threshold):
@@ -81,6 +87,6 @@ def closed_share(scores, threshold):
 
 def method_of(config):
     """What a mute file records of the objective."""
-    names = ("sparsity", "kl_weight", "stop_loss", "descent", "threshold")
+    names = ("sparsity", "sparsity_per_neuron", "kl_weight", "stop_loss", "descent", "threshold")
     recorded = {name: getattr(config, name) for name in names}
     return {"recipe": "gates", **recorded, "temperature": TEMPERATURE, "stretch": list(STRETCH)}

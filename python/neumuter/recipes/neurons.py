@@ -45,14 +45,14 @@ class Neurons:
         k, free = neuron_count(share, self.count), int((~self.excluded).sum())
         if k > free:
             raise ValueError(
-                f"share asks for {k} neurons, but only {free} may be selected: the others belong to the mute set "
-                "beside, or to experts that no forget text reaches"
+                f"share asks for {k} neurons, but only {free} may be selected: the others belong to the mute "
+                "set beside, or to experts that no forget text reaches"
             )
         return k
 
     def masks(self, mutes):
-        """A MuteSet's gains as masks for ``masked.applying``, {path: float32 [F]}."""
-        masks = self.by_layer(torch.ones(self.count, device=self.device))
+        """A MuteSet's gains beside ``start`` as masks for ``masked.applying``, {path: float32 [F]}."""
+        masks = self.by_layer(self.start.clone())
         for path, layer in mutes.layers.items():
             masks[path][layer.indices.long().to(self.device)] = layer.gains.to(masks[path])
         return masks

@@ -32,9 +32,11 @@ class SupportConfig:
 
 @dataclass(frozen=True)
 class GainsConfig:
-    """Phase two, which gains: the neurons fixed, KL held at a budget."""
+    """Phase two, which gains: KL held at a budget."""
 
     steps: int = 80
+    candidates: float = 3.0  # times as many neurons as are asked for enter; without a trained support
+    choosing: float = 1 / 3  # of the steps, after which the others leave
     batch_size: int | None = None  # samples of each kind per step; None: all
     gain_range: tuple[float, float] = (-2.0, 2.0)
     margin: float = 1.0  # nats by which the log-odds of a forget token have to fall below 0
@@ -64,7 +66,8 @@ def forget(
     neurons under masks (float in (0, 1]) or their number (int). ``mode`` "mute": the selected neurons
     are silenced. "modulate": they get fitted, signed gains within ``gains.gain_range``.
     ``support``: a SupportConfig, to train which neurons. None: ``SupportConfig()`` for "mute"; for
-    "modulate", where neurons need not be good to silence, the two passes of ``support_by_fisher``.
+    "modulate", where neurons need not be good to silence, ``support_by_fisher`` proposes
+    ``gains.candidates`` times as many, of which those stay that fitting moves most.
     ``callback(step, total, info)`` after every step, counted through both phases; info = {"phase",
     "loss", "forget_loss", "kl", "muted"}: the step's loss and its parts in nats, and the share.
     ``beside``: a MuteSet of former requests that is in force, too: the new set leaves its neurons alone, and
@@ -73,11 +76,28 @@ def forget(
     Returns a MuteSet whose ``method`` holds the hyper-parameters; the same arguments give the same set.
     Raises ValueError on a bad argument and RuntimeError if the loss diverged.
     """
+    pair = Pair(masked, forget_batch, neighbour_batch)
+    return forget_pair(masked, pair, share, mode, support, gains, seed, callback, beside)
+
+
+def forget_pair(
+    masked,
+    pair,
+    share,
+    mode="modulate",
+    support=None,
+    gains=GainsConfig(),
+    seed=0,
+    callback=None,
+    beside=None,
+    ratios=None,
+):
+    """As :func:`forget`, of a :class:`Pair`; ``ratios``: see ``support_by_fisher``."""
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
-    pair = Pair(masked, forget_batch, neighbour_batch)
     if support is None and mode == "mute":
         support = SupportConfig()
+    keep = None if support else Neurons(masked, beside).number(share)
     first = support.steps if support else 0
     total = first + (gains.steps if mode == "modulate" else 0)
 
@@ -87,9 +107,9 @@ def forget(
     if support:
         mutes = find_support(masked, pair, share, support, seed, report("support", 0), beside)
     else:
-        mutes = support_by_fisher(masked, pair, share, beside)
+        mutes = support_by_fisher(masked, pair, keep, beside, gains.candidates, ratios)
     if mode == "modulate":
-        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), beside)
+        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), beside, keep)
     return mutes
 
 
@@ -132,37 +152,65 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
     return neurons.mute_set(_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
 
 
-def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None, beside=None):
-    """Phase two: the neurons of ``mutes`` with gains in ``config.gain_range``, a MuteSet of mode "modulate".
+def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None, beside=None, keep=None):
+    """The neurons of ``mutes`` with gains in ``config.gain_range``: a MuteSet of mode "modulate".
 
-    Gains start at 0 and are trained with Adam on the hinge on log-odds + η·KL. η is steered so that KL
-    stays at its budget: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
+    Trained with Adam on the hinge on log-odds + η·KL. η is steered so that KL stays at its budget:
+    η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
+    ``keep``: None, and gains start at 0, silenced. A number of neurons: gains start at 1, untouched; after
+    ``config.choosing`` of the steps only so many stay, those whose gains went farthest from 1.
     ``pair``, ``callback``, ``beside``: as in :func:`find_support`.
     """
     neurons = Neurons(masked, beside)
     support = neurons.ids(mutes)
-    gains = torch.zeros(len(support), device=neurons.device, requires_grad=True)
-    optimizer = torch.optim.Adam([gains], lr=config.lr, betas=config.betas)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    weight = torch.tensor(config.kl_weight, device=neurons.device)
-    ids = pair.steps(config.batch_size, seed)
-    with without_dropout(masked.model):
-        for step in range(1, config.steps + 1):
-            mask = neurons.start.index_put((support,), gains)
-            with masked.applying(neurons.by_layer(mask)):
-                losses, kl = pair.losses(next(ids))
-                loss = odds_hinge(losses, config.margin) + weight * kl
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-            schedule.step()
-            gains.data.clamp_(*config.gain_range)
-            excess = (kl.detach() / config.kl_target - 1).clamp(-1, 1)
-            weight = (weight * (config.kl_weight_rate * excess).exp()).clamp(*config.kl_weight_range)
-            if callback:
-                callback(step, config.steps, _info(loss, losses, kl, len(support) / neurons.count))
+    gains = torch.full([len(support)], 0.0 if keep is None else 1.0, device=neurons.device)
+    gains.clamp_(*config.gain_range)
+    choosing = 0 if keep is None else max(1, round(config.choosing * config.steps))
+    fit = _Gains(neurons, pair, config, seed, callback)
+    if choosing:
+        gains = fit.train(support, gains, choosing)
+        chosen = (gains - 1).abs().topk(keep).indices
+        support, gains = support[chosen], gains[chosen]
+    gains = fit.train(support, gains, config.steps - choosing)
     method = {**mutes.method, "gains": asdict(config)} | ({"beside": beside.method} if beside else {})
-    return neurons.mute_set(support, gains.detach(), "modulate", config.gain_range, method, seed)
+    return neurons.mute_set(support, gains, "modulate", config.gain_range, method, seed)
+
+
+class _Gains:
+    """Training of gains, in one or two runs: steps, the order of samples and η go on through both."""
+
+    def __init__(self, neurons, pair, config, seed, callback):
+        self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
+        self.weight = torch.tensor(config.kl_weight, device=neurons.device)
+        self.ids = pair.steps(config.batch_size, seed)
+        self.step = 0
+
+    def train(self, support, start, steps):
+        """Gains float32 [k] of the neurons ``support`` int64 [k], after ``steps`` from ``start`` on."""
+        neurons, config, masked = self.neurons, self.config, self.neurons.masked
+        gains = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([gains], lr=config.lr, betas=config.betas)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        with without_dropout(masked.model):
+            for _ in range(steps):
+                mask = neurons.start.index_put((support,), gains)
+                with masked.applying(neurons.by_layer(mask)):
+                    losses, kl = self.pair.losses(next(self.ids))
+                    loss = odds_hinge(losses, config.margin) + self.weight * kl
+                    optimizer.zero_grad()
+                    loss.backward()
+                optimizer.step()
+                schedule.step()
+                gains.data.clamp_(*config.gain_range)
+                excess = (kl.detach() / config.kl_target - 1).clamp(-1, 1)
+                self.weight = (self.weight * (config.kl_weight_rate * excess).exp()).clamp(
+                    *config.kl_weight_range
+                )
+                self.step += 1
+                if self.callback:
+                    muted = len(support) / neurons.count
+                    self.callback(self.step, config.steps, _info(loss, losses, kl, muted))
+        return gains.detach()
 
 
 def _lowest(scores, k):

@@ -39,9 +39,9 @@ class WeightsConfig:
 def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed=0, callback=None):
     """Train the weights of ``model`` in place; returns the config as a dict.
 
-    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`; ascent and relearn take None
-    for the latter. The reference of NPO is the model as it is now: its log-likelihoods of the forget texts are
-    computed once, so no copy is kept.
+    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`; ascent and relearn take
+    None for the latter. The reference of NPO is the model as it is now: its log-likelihoods of the forget
+    texts are computed once, so no copy is kept.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "retain_loss"}.
 
     Raises ValueError if no parameter requires a gradient.
