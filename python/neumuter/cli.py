@@ -16,7 +16,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from neumuter.tables import console, peak_memory, print_curve, print_metrics, print_outcome, print_plan
+from neumuter.tables import (
+    console,
+    peak_memory,
+    print_curve,
+    print_metrics,
+    print_outcome,
+    print_plan,
+    print_robustness,
+)
 
 app = typer.Typer(
     help="Make a trained language model forget given texts by muting the few FFN neurons that hold them.",
@@ -228,40 +236,68 @@ def evaluate(
         Path | None,
         typer.Option(help="The report of this command on a model that was trained without the forget texts."),
     ] = None,
+    paraphrased: Annotated[
+        Path | None,
+        typer.Option(help="The forget texts behind other prompts, paraphrased or translated."),
+    ] = None,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="With --mute: also after quantisation and after relearning.")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of your own task files for lm-evaluation-harness.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the report, as JSON.")] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text; 200 with --suite tdec.")] = 256,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first texts of a file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
+    ] = None,
     gguf_file: GgufFile = None,
 ):
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
     from neumuter import muting
-    from neumuter.evaluation import text_metrics
+    from neumuter.evaluation import harness_metrics, text_metrics
+    from neumuter.robustness import robustness
 
+    if robust and (not mute or suite is Suite.tofu):
+        raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
     network, tokenizer = _load(model, "auto", gguf_file)
+    if suite is Suite.tofu:
+        files = {
+            "forget": forget, "retain": retain, "real_authors": real_authors, "world_facts": world_facts,
+        }  # fmt: skip
+    else:
+        files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
+        batches = _batches(tokenizer, files, column, 200 if suite is Suite.tdec else max_length, limit)
     columns, extra = {}, {}
     with muting.mute(network, mute) if mute else nullcontext() as handle:
         states = {"original": handle.off, "muted": nullcontext} if mute else {"model": nullcontext}
         for state, context in states.items():
             with context(), console.status(f"Measuring: {state}"):
                 if suite is Suite.tofu:
-                    files = {
-                        "forget": forget, "retain": retain, "real_authors": real_authors,
-                        "world_facts": world_facts,
-                    }  # fmt: skip
                     columns[state], extra = _tofu(network, tokenizer, files, limit, reference)
                 else:
-                    length = 200 if suite is Suite.tdec else max_length
-                    files = {"forget": forget, "retain": retain, "heldout": heldout}
                     original = handle.off if state == "muted" else None
-                    batches = _batches(tokenizer, files, column, length, limit)
                     columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
-    shown = columns | ({"retrained": reference["metrics"]} if reference else {})
-    print_metrics(shown)
+                if tasks:
+                    columns[state] |= harness_metrics(
+                        network, tokenizer, tasks.split(","), limit, task_folder
+                    )
+    print_metrics(columns | ({"retrained": reference["metrics"]} if reference else {}))
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
+    if robust:
+        others = {name: batch for name, batch in batches.items() if name in ("retain", "heldout")}
+        with console.status("Quantising and relearning"):
+            extra["robustness"] = robustness(
+                network, mute, batches["forget"], lambda m, asked: text_metrics(m, asked, **others)
+            )
+        print_robustness(extra["robustness"])
     last = list(columns)[-1]
     if out:
         from neumuter.files import write_atomically

@@ -21,8 +21,26 @@ def print_metrics(columns):
             table.add_row(metric.title, *cells, metric.good)
             source = f" ({metric.source})" if metric.source else ""
             definitions.append(f"[bold]{metric.title}[/]: {metric.definition}{source}")
+    for name in dict.fromkeys(name for metrics in columns.values() for name in metrics if "/" in name):
+        cells = (f"{m[name]:.4g}" if name in m else "" for m in columns.values())
+        table.add_row(escape(name), *cells, "as before")
     console.print(table)
     console.print("\n".join(definitions), highlight=False)
+
+
+def print_robustness(states):
+    """One line per metric, a column per state of ``neumuter.robustness``."""
+    from neumuter.evaluation import METRICS
+
+    table = Table("metric", *states)
+    for name, metric in METRICS.items():
+        if name in states["half"]:
+            table.add_row(metric.title, *(f"{metrics[name]:.4g}" for metrics in states.values()))
+    console.print(table)
+    console.print(
+        "int8, int4: muted, folded and quantised. half: of every second text. relearned N: of the same, "
+        "after N steps of training on the other texts."
+    )
 
 
 def print_curve(curve):

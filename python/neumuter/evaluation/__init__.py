@@ -4,6 +4,7 @@
 take a model and a batch as in :mod:`neumuter.losses`; nothing here trains.
 """
 
+from neumuter.evaluation.harness import harness_metrics
 from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
 from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
 from neumuter.evaluation.memory import (
@@ -25,6 +26,7 @@ __all__ = [
     "extraction_likelihood",
     "extraction_rate",
     "extraction_strength",
+    "harness_metrics",
     "kl_to_original",
     "mean_token_loss",
     "memorization_accuracy",
