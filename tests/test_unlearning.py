@@ -2,14 +2,16 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import neumuter
 import pytest
 import torch
-from neumuter import evaluation
+from neumuter import evaluation, recipes
 from neumuter.evaluation import tofu
 
-from bench.unlearning import page, people, synth
+from bench.unlearning import __main__ as experiments
+from bench.unlearning import page, paper, people, synth
 from bench.unlearning.memory import PeakMemory
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from tests import models
@@ -107,3 +109,61 @@ def test_bars_name_what_is_missed():
     assert (
         len(synth.missed([row, good | {"forget_extraction": 0.9}, random | {"forget_extraction": 0.1}])) == 2
     )
+
+
+def quick_rows(cases):
+    return [about | find() for about, find in cases]
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "phi"])
+def test_the_papers_table_runs_on_models_of_its_shapes(tmp_path, family, monkeypatch):
+    pytest.importorskip("rouge_score")
+    models.build(family).save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    made = [row for rows in people.questions(0, 4) for row in rows]
+    data = tmp_path / "data"
+    data.mkdir()
+    if family == "gpt_neo":
+        lines = ["doc_id,corpus,text", *(f'{n},none,"{row["answer"]}"' for n, row in enumerate(made[:4]))]
+        (data / "lm_extraction_32_0.csv").write_text("\n".join(lines))
+    else:
+        for name in paper.TOFU_FILES.values():
+            (data / name).write_text("\n".join(map(json.dumps, made[:2])))
+    options = SimpleNamespace(model=str(tmp_path / "model"), data=data, retrained=None, tasks=None)
+    if family == "phi":
+        options.retrained = options.model
+    monkeypatch.setattr(paper, "GATES", recipes.GatesConfig(epochs=2, batch_size=None))
+    monkeypatch.setattr(paper, "GAINS", recipes.GainsConfig(steps=3, batch_size=2))
+    monkeypatch.setattr(tofu, "NEW_TOKENS", 8)
+    found = quick_rows(paper.cases(options))
+    assert [row["method"] for row in found] == list(paper.RECIPES)
+    assert found[2]["share"] > 0
+    assert all(row["heldout_perplexity"] > 1 for row in found)
+    if family == "phi":
+        assert found[0]["tofu_forget_quality"] == 1.0
+        assert 0 <= found[0]["tofu_model_utility"] < 1
+    else:
+        assert "forget_el" in found[0]
+    (data / "lm_extraction_32_0.csv").unlink(missing_ok=True)
+    (data / "forget10.json").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="neither TDEC nor TOFU"):
+        list(paper.cases(options))
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    path, ran = tmp_path / "rows.json", []
+
+    def cases(names):
+        for name in names:
+            yield {"method": name}, lambda name=name: ran.append(name) or {"value": 1.0}
+
+    assert len(list(experiments.run(cases("ab"), path))) == 2
+    assert [row["method"] for row in experiments.run(cases("abc"), path)] == ["c"]
+    assert ran == ["a", "b", "c"]
+    assert len(json.loads(path.read_text())["rows"]) == 3
+    assert len(list(experiments.run(cases("a"), path, fresh=True))) == 1
+    known = json.loads(path.read_text())
+    known["machine"]["cpu"] = "another"
+    path.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="measured with another cpu"):
+        list(experiments.run(cases("ab"), path))

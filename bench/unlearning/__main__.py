@@ -13,9 +13,17 @@ import torch
 
 from bench import machine
 from bench.report import replace
-from bench.unlearning import page, real, requests, synth
+from bench.unlearning import page, paper, real, requests, robust, synth, tdec
 
-CASES = {"synth": synth.cases, "real": real.cases, "requests": requests.cases}
+CASES = {
+    "synth": lambda options: synth.cases(options.quick),
+    "real": lambda options: real.cases(options.quick),
+    "tdec": lambda options: tdec.cases(options.data, options.quick),
+    "robust": lambda options: robust.cases(options.quick),
+    "requests": lambda options: requests.cases(options.quick),
+    "paper": paper.cases,
+}
+NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
 SAME = ("gpu", "cpu", "threads")  # of the machine, in all rows of a file
 
 
@@ -25,7 +33,7 @@ def main():
         return page.write(check=options.check)
     path = options.out / f"{options.experiment}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    for row in run(CASES[options.experiment](options.quick), path, options.fresh):
+    for row in run(CASES[options.experiment](options), path, options.fresh):
         print(line(row), flush=True)
     print(f"{path} is complete")
     return 0
@@ -56,12 +64,19 @@ def parse():
     parser = argparse.ArgumentParser(prog="python -m bench.unlearning", description=__doc__)
     parser.add_argument("experiment", choices=(*CASES, "report"))
     parser.add_argument("--out", type=Path, default=page.RESULTS, help="folder of the JSON results")
+    parser.add_argument("--model", help="with paper: the model, a folder or a name on the Hub")
+    parser.add_argument("--retrained", help="with paper: that model trained without the forget texts")
+    parser.add_argument("--tasks", help="with paper: tasks of lm-evaluation-harness, separated by commas")
+    parser.add_argument("--data", type=Path, help="with tdec and paper: the folder of the texts")
     parser.add_argument("--quick", action="store_true", help="one seed, few methods")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
     parser.add_argument("--check", action="store_true", help="with report: only tell whether it is current")
     options = parser.parse_args()
     if options.quick and options.out == page.RESULTS:
         parser.error("--quick needs --out: its rows are no results")
+    for name in NEEDS.get(options.experiment, ()):
+        if getattr(options, name) is None:
+            parser.error(f"{options.experiment} needs --{name}")
     if options.check and options.experiment != "report":
         parser.error("--check belongs to report")
     return options

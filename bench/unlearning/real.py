@@ -49,6 +49,7 @@ def source():
     return Path(spec.origin).parent
 
 
+@functools.cache
 def tokenizer():
     found = transformers.AutoTokenizer.from_pretrained(source(), gguf_file=GGUF)
     found.pad_token = found.pad_token or found.eos_token
@@ -116,32 +117,27 @@ def _tune(model, batch, seed):
 
 
 class Setting:
-    """The model that knows all people, and what is measured on it."""
+    """The model that knows what is to be forgotten and what is to stay, and what is measured on it.
 
-    def __init__(self, seed):
-        self.seed, self.tokenizer = seed, tokenizer()
-        made = people.questions(seed, PEOPLE)
-        forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
-        self.forget, self.retain = self.encode(forget), self.encode(retain)
-        self.paraphrased = self.encode(forget, "paraphrased_question")
-        self.full = tuned(self.encode(made), seed)
-        ids = task.windows(self.tokenizer, task.read_corpus()[1])[:WINDOWS]
+    A subclass gives the batches ``forget`` and ``retain``, and what else is measured.
+    """
+
+    recipe = RECIPE
+
+    def __init__(self, seed, forget, retain):
+        self.seed, self.forget, self.retain = seed, forget, retain
+        self.full = tuned(joined(forget, retain), seed)
+        ids = task.windows(tokenizer(), task.read_corpus()[1])[:WINDOWS]
         self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
-    def encode(self, made, question="question"):
-        texts = [
-            (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}")
-            for rows in made
-            for row in rows
-        ]
-        return encode(texts, self.tokenizer, 128)
-
-    def measure(self, model):
+    def measure(self, model, forget=None):
+        """``forget``: what is asked about, by default all that is to be forgotten."""
+        forget = self.forget if forget is None else forget
         return {
-            "forget_extraction": evaluation.extraction_rate(model, self.forget),
-            "forget_ma": evaluation.memorization_accuracy(model, self.forget),
-            "forget_loss": evaluation.mean_token_loss(model, self.forget),
-            "paraphrased_ma": evaluation.memorization_accuracy(model, self.paraphrased),
+            "forget_extraction": evaluation.extraction_rate(model, forget),
+            "forget_ma": evaluation.memorization_accuracy(model, forget),
+            "forget_sampled": evaluation.sampled_extraction(model, forget),
+            "forget_loss": evaluation.mean_token_loss(model, forget),
             "retain_extraction": evaluation.extraction_rate(model, self.retain),
             "retain_loss": evaluation.mean_token_loss(model, self.retain),
             "heldout_perplexity": evaluation.perplexity(model, self.heldout),
@@ -154,12 +150,33 @@ class Setting:
     @functools.cached_property
     def samples(self):
         """What the model itself says."""
-        made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
-        return encode(made, self.tokenizer, SAMPLE_TOKENS)
+        made = sample_texts(self.full, tokenizer(), SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
+        return encode(made, tokenizer(), SAMPLE_TOKENS)
 
     def job(self, share, neighbours="retain"):
         batch = joined(self.retain, self.samples) if neighbours == "retain" else self.samples
-        return Job(self.full, self.forget, batch, self.measure, RECIPE | {"share": share}, self.seed)
+        return Job(self.full, self.forget, batch, self.measure, self.recipe | {"share": share}, self.seed)
+
+
+class People(Setting):
+    """Questions about people who do not exist, half of whom are to be forgotten."""
+
+    def __init__(self, seed):
+        made = people.questions(seed, PEOPLE)
+        forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
+        self.paraphrased = _encoded(forget, "paraphrased_question")
+        super().__init__(seed, _encoded(forget), _encoded(retain))
+
+    def measure(self, model, forget=None):
+        asked_otherwise = evaluation.memorization_accuracy(model, self.paraphrased)
+        return super().measure(model, forget) | {"paraphrased_ma": asked_otherwise}
+
+
+def _encoded(made, question="question"):
+    texts = [
+        (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}") for rows in made for row in rows
+    ]
+    return encode(texts, tokenizer(), 128)
 
 
 def joined(first, second):
@@ -181,7 +198,7 @@ def cases(quick=False):
 
 
 def _cases(seed, quick):
-    setting = functools.cache(lambda: Setting(seed))
+    setting = functools.cache(lambda: People(seed))
     about = {"model": "SmolLM2-135M", "seed": seed, "forget": PEOPLE // 2 * len(people.FACTS)}
 
     def case(budget, method, neighbours="retain"):

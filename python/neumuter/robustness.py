@@ -16,7 +16,8 @@ MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
 def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=MEASURED, seed=0):
     """{state: metrics} of copies of ``model`` that have ``mutes`` folded in and are then tampered with.
 
-    ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet or a mute file's path.
+    ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet, a mute file's path, or
+    None for a model that forgot in another way.
     ``forget_batch``: as in :class:`neumuter.recipes.pair.Pair`, at least two texts. ``measure(model,
     batch)``: a dict of metrics, of a state's model and the forget texts that are asked about. The states:
 
@@ -67,5 +68,6 @@ def quantised(model, bits):
 
 def _folded(model, mutes):
     folded = copy.deepcopy(model)
-    fold(folded, mutes)
+    if mutes is not None:
+        fold(folded, mutes)
     return folded
