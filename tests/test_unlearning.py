@@ -8,10 +8,11 @@ import neumuter
 import pytest
 import torch
 from neumuter import evaluation, recipes
+from neumuter.demo.model import Training
 from neumuter.evaluation import tofu
 
 from bench.unlearning import __main__ as experiments
-from bench.unlearning import page, paper, people, synth
+from bench.unlearning import page, paper, people, real, requests, robust, synth, tdec
 from bench.unlearning.memory import PeakMemory
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from tests import models
@@ -167,3 +168,56 @@ def test_a_stopped_run_goes_on(tmp_path):
     path.write_text(json.dumps(known))
     with pytest.raises(ValueError, match="measured with another cpu"):
         list(experiments.run(cases("ab"), path))
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The experiments' own models in small: SmolLM2 with random weights, learners of one step."""
+    monkeypatch.setenv("NEUMUTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(real, "pretrained", lambda: models.build("llama"))
+    monkeypatch.setattr(real, "tokenizer", models.tokenizer)
+    monkeypatch.setattr(tdec, "tokenizer", models.tokenizer)
+    monkeypatch.setattr(real, "WINDOWS", 2)
+    monkeypatch.setitem(real.TUNING, "most_epochs", 1)
+    monkeypatch.setitem(real.RECIPE, "steps", 2)
+    monkeypatch.setitem(tdec.Texts.recipe, "steps", 2)
+    monkeypatch.setattr(synth, "Training", lambda: Training(steps=1))
+    monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2))
+    return tmp_path
+
+
+def test_real_runs(tiny):
+    found = {row["method"]: row for row in quick_rows(real.cases(quick=True))}
+    assert list(found) == ["before", "retrained", "random", real.OURS]
+    assert found["before"]["forget"] == found["random"]["forget"] == 24
+    assert found[real.OURS]["share"] > 0
+    assert found[real.OURS]["forget_loss"] != found["before"]["forget_loss"]
+
+
+def test_tdec_runs_on_a_folder_of_its_files(tiny):
+    with pytest.raises(FileNotFoundError, match="lm_extraction_32_0"):
+        list(tdec.cases(tiny))
+    for name in tdec.FILES:
+        rows = [["doc_id", "corpus", "text"], *([str(n), "none", f"{name} {n} " * 20] for n in range(9))]
+        (tiny / name).write_text("\n".join(",".join(row) for row in rows))
+    found = quick_rows(tdec.cases(tiny, quick=True))
+    assert [row["method"] for row in found] == ["before", "retrained", "random", tdec.OURS]
+    assert all(0 <= row["forget_el"] <= 1 for row in found)
+    (tiny / tdec.FILES[1]).write_text("doc_id,corpus,text\n0,none,short")
+    with pytest.raises(ValueError, match="has 0 texts of 128 tokens"):
+        quick_rows(tdec.cases(tiny, quick=True))
+
+
+def test_robust_runs(tiny):
+    found = quick_rows(robust.cases(quick=True))
+    assert [row["state"] for row in found] == list(robust.STATES)
+    assert all(row["forget_loss"] > 0 for row in found)
+
+
+def test_requests_run(tiny):
+    found = quick_rows(requests.cases(quick=True))
+    assert [(row["method"], row["requests"]) for row in found] == [
+        ("before", 0), ("alone", 1), ("alone", 2), ("beside", 1), ("beside", 2),
+    ]  # fmt: skip
+    assert found[1]["share"] == found[3]["share"] > 0
+    assert found[4]["share"] == 2 * found[3]["share"]

@@ -14,6 +14,7 @@ from neumuter.robustness import robustness
 from bench.unlearning.methods import MASKS
 from bench.unlearning.real import OURS, SEEDS, People
 
+STATES = ("int8", "int4", "half", "relearned 10", "relearned 30", "relearned 100")
 METHODS = (OURS, "retrained", "npo")
 
 
@@ -26,7 +27,7 @@ def cases(quick=False):
 
 def _cases(method, seed):
     found = functools.cache(lambda: _states(method, People(seed)))
-    for state in ("int8", "int4", "half", "relearned 10", "relearned 30", "relearned 100"):
+    for state in STATES:
         yield {"seed": seed, "method": method, "state": state}, lambda state=state: found()[state]
 
 

@@ -32,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 60, 8  # of unlearn
+DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8  # of unlearn
 SAMPLES = 32  # neighbour texts said by the model itself: so many alone, half as many beside a retain file
 FILE_HELP = (
     "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
