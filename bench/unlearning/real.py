@@ -187,7 +187,7 @@ def joined(first, second):
         parts = [F.pad(b[name], (0, width - b[name].shape[1]), value=value) for b in (first, second)]
         return torch.cat(parts)
 
-    return {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0),
+    return {"input_ids": padded("input_ids", tokenizer().pad_token_id), "attention_mask": padded("attention_mask", 0),
             "labels": padded("labels", IGNORED)}  # fmt: skip
 
 
