@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(neumuter, m) {
   m.def(
       "select_muted(Tensor scores, int[] widths, int? budget, float threshold, float gamma, "
       "float zeta) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mute_(Tensor(a!) hidden, Tensor indptr, Tensor indices, Tensor gains, Tensor? row_ids, "
+      "int layer) -> ()");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets) -> Tensor");
   m.def("kl_divergence_(Tensor(a!) logits, Tensor reference) -> Tensor");
 }

@@ -2,7 +2,8 @@
 
 ``masked_glu`` and ``masked_act`` multiply FFN activations by a neuron mask and give all gradients
 in one backward pass; ``hard_concrete`` makes the gates; ``select_muted`` picks the neurons to mute;
-``cross_entropy_`` and ``kl_divergence_`` turn a chunk of logits into losses and their gradients.
+``mute_`` applies the muted ones of many mute sets; ``cross_entropy_`` and ``kl_divergence_`` turn a chunk of
+logits into losses and their gradients.
 ``python -m neumuter_kernels`` prints what is installed and which backend each op uses.
 """
 
@@ -25,6 +26,7 @@ from neumuter_kernels.ops import (
     kl_divergence_,
     masked_act,
     masked_glu,
+    mute_,
     neuron_budget,
     select_muted,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "kl_divergence_",
     "masked_act",
     "masked_glu",
+    "mute_",
     "neuron_budget",
     "select_muted",
 ]

@@ -28,6 +28,9 @@ def report():
     fused_ops = ("masked_glu", "masked_act", "hard_concrete", "cross_entropy_", "kl_divergence_")
     backends = [(op, f"CPU {cpu}; GPU {fused}") for op in fused_ops]
     backends.append(("select_muted", f"CPU {cpu}; GPU {selection}"))
+    backends.append(
+        ("mute_", f"CPU C++; GPU {'CUDA C++' if built['cuda'] else 'plain PyTorch (built without nvcc)'}")
+    )
     return [
         ("neumuter-kernels", _version("neumuter-kernels")),
         ("Python", platform.python_version()),

@@ -1,11 +1,12 @@
 """The ops on GPU tensors: Triton kernels, imported at the first call.
 
-Importing Triton takes longer than importing this package. ``select_muted`` on the GPU is CUDA C++.
+Importing Triton takes longer than importing this package. ``select_muted`` and ``mute_`` on the GPU are CUDA
+C++.
 """
 
 import torch
 
-from neumuter_kernels import _C
+from neumuter_kernels import _C, reference
 
 _ops = torch.ops.neumuter
 
@@ -96,6 +97,12 @@ def select_muted(scores, widths, budget, threshold, gamma, zeta):
     return tuple(x.to(scores.device) for x in selected)
 
 
+def mute_(hidden, indptr, indices, gains, row_ids, layer):
+    """Without nvcc at build time: in plain PyTorch. Waits for the device; the CUDA kernel does not."""
+    flat = hidden.view(-1, hidden.shape[-1])
+    flat.copy_(reference.mute(flat, indptr, indices, gains, row_ids, layer))
+
+
 TRITON_OPS = (
     masked_glu, masked_glu_backward, masked_glu_backward_,
     masked_glu_packed, masked_glu_packed_backward, masked_glu_packed_backward_,
@@ -119,3 +126,4 @@ for _op in TRITON_OPS:
     _register(_op)
 if not _C.build_info()["cuda"]:
     _register(select_muted)
+    _register(mute_)

@@ -259,6 +259,21 @@ def select_muted(scores, widths, budget=None, threshold=None, stretch=(-0.1, 1.1
     return indptr, indices, gains
 
 
+def mute(hidden, indptr, indices, gains, row_ids=None, layer=0):
+    """``hidden`` [T, F] with the muted neurons of each token's set multiplied; see ``ops.mute_``."""
+    hidden = hidden.clone()
+    tokens, sets = len(hidden), len(indptr)
+    if row_ids is None:
+        row_ids = torch.arange(tokens) // max(tokens // sets, 1)
+    wide = compute_dtype(hidden.dtype)
+    for t, row in enumerate(row_ids.flatten().tolist()):
+        if row >= 0:
+            slots = slice(int(indptr[row, layer]), int(indptr[row, layer + 1]))
+            neurons = indices[slots].long()
+            hidden[t, neurons] = (hidden[t, neurons].to(wide) * gains[slots].to(wide)).to(hidden.dtype)
+    return hidden
+
+
 def logit(probability):
     """ln(p / (1 − p)) of a float."""
     return math.log(probability / (1.0 - probability))

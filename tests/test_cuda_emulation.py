@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from neumuter_kernels import reference
+from tests.test_mute import mute_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
@@ -337,3 +338,33 @@ def test_address_sanitizer_knows_the_bounds_of_shared_memory(emulator_programs, 
     done = emulate(emulator_programs, kernel, ASAN)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+# --- mute_ against the reference ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mute_program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("mute"), "mute_main.cpp", *ASAN)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_mute_in_the_emulator(mute_program, schedule, with_rows):
+    tokens, width, stride, sets, layers, layer = 12, 300, 310, 4, 2, 1
+    indptr, indices, gains = mute_sets(sets, layers, width, share=0.6)  # more than one round of threads
+    rows = torch.randint(-1, sets, (tokens,), generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(tokens, stride, generator=torch.Generator().manual_seed(1))
+    expected = hidden.clone()
+    expected[:, :width] = reference.mute(
+        hidden[:, :width], indptr, indices, gains, rows if with_rows else None, layer
+    )
+    if with_rows:  # what lies outside is skipped
+        rows = torch.where(rows < 0, torch.tensor([-5, sets] * (tokens // 2)), rows)
+    outside = (indices.numpy(), [width, -1])
+    sizes = (tokens, width, stride, sets, layers, layer, len(indices) + 2, int(with_rows))
+    parts = (np.int64(sizes), indptr.numpy(), np.int32(np.concatenate(outside)), gains.numpy())
+    data = b"".join(x.tobytes() for x in (*parts, np.float32([9, 9]), rows.numpy(), hidden.numpy()))
+    found = run(mute_program, schedule, data)
+    assert found.returncode == 0, found.stderr.decode()
+    assert found.stdout == expected.numpy().tobytes()

@@ -113,8 +113,4 @@ def test_barred_texts_are_never_recited():
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": counted}
     assert all(made.startswith(text) for made in sample_texts(model, tokenizer, 4, 20))
     barred = sample_texts(model, tokenizer, 16, 20, barred=batch)
-    assert all(made == "the cod" for made in barred)  # and no further
-    runs = {tuple(ids[0, i - 2 : i + 1].tolist()) for i in range(8, ids.shape[1])}
-    for made in barred:
-        tokens = tokenizer(made)["input_ids"]
-        assert not runs & set(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    assert barred == ["the cod"] * 16  # and no further

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from neumuter import evaluation, recipes
 from neumuter.losses import IGNORED, odds_hinge, token_losses
+from neumuter.recipes import two_phase
 from neumuter.recipes.neurons import Neurons
 
 from neumuter_kernels import reference as reference_ops
@@ -123,8 +124,16 @@ def test_progress_counts_through_both_phases(llama):
     assert seen == [(i, 5, "support" if i < 4 else "gains", share) for i in range(1, 6)]
 
 
-def test_modulated_neurons_are_chosen_from_three_times_as_many(llama):
-    seen = []
+def test_modulated_neurons_are_chosen_from_three_times_as_many(llama, monkeypatch):
+    seen, tried, moved_gains = [], [], []
+    train = two_phase._Gains.train
+
+    def watched(self, support, start, steps):
+        tried.append(support)
+        moved_gains.append(train(self, support, start, steps))
+        return moved_gains[-1]
+
+    monkeypatch.setattr(two_phase._Gains, "train", watched)
     with neumuter.attach(llama) as masked:
         options = dict(gains=QUICK_GAINS, callback=lambda step, total, info: seen.append(info["muted"]))
         mutes = recipes.forget(masked, FORGET, KEEP, 20, **options)
@@ -134,6 +143,9 @@ def test_modulated_neurons_are_chosen_from_three_times_as_many(llama):
         every = neurons.ids(recipes.support_by_fisher(masked, pair, 1, times=1e9))
     assert (len(candidates), len(chosen), len(every)) == (60, 20, neurons.count)
     assert torch.isin(chosen, candidates).all()
+    moved = (moved_gains[0] - 1).abs()
+    assert torch.equal(chosen, tried[0][moved.topk(20).indices].sort().values)
+    assert moved.topk(20).values.min() > moved.median()
     assert [round(share * neurons.count) for share in seen] == [60] * 7 + [20] * 13
     assert mutes.method["recipe"] == "fisher"
     assert mutes.method["gains"]["margin"] == QUICK_GAINS.margin
@@ -157,6 +169,15 @@ def test_a_set_found_beside_another_one_is_fitted_with_it(llama, mode):
     if mode == "modulate":
         assert seen[0] == pytest.approx(losses_under(llama, former)[0], rel=1e-5)
         assert second.method["beside"] == former.method
+    else:
+        untouched, under = evaluation.mean_token_loss(llama, FORGET), losses_under(llama, former)[0]
+        assert under > 2 * untouched
+        assert abs(seen[0] - under) < 0.5 * abs(seen[0] - untouched)
+    with (
+        neumuter.attach(llama, start_layer=1) as masked,
+        pytest.raises(ValueError, match="which is not masked here"),
+    ):
+        recipes.forget(masked, FORGET, KEEP, 0.1, mode, beside=former)
     union = neumuter.combine(llama, [former, second])
     assert union.count == former.count + second.count
 

@@ -105,11 +105,12 @@ def test_bars_name_what_is_missed():
     good = row | {"method": "neumuter, trained support", "forget_extraction": 0.0}
     bad = good | {"retain_extraction": 0.2, "heldout_perplexity": 60.0}
     random = row | {"method": "random"}
-    assert synth.missed([row, good, random]) == []
-    assert len(synth.missed([row, bad, random])) == 2
-    assert (
-        len(synth.missed([row, good | {"forget_extraction": 0.9}, random | {"forget_extraction": 0.1}])) == 2
-    )
+    default = good | {"method": "neumuter, modulate"}
+    assert synth.missed([row, good, default, random]) == []
+    assert len(synth.missed([row, bad, default, random])) == 2
+    assert len(synth.missed([row, good, default | {"retain_extraction": 0.7}, random])) == 1
+    known = good | {"forget_extraction": 0.9}
+    assert len(synth.missed([row, known, default, random | {"forget_extraction": 0.1}])) == 2
 
 
 def quick_rows(cases):
@@ -130,7 +131,9 @@ def test_the_papers_table_runs_on_models_of_its_shapes(tmp_path, family, monkeyp
     else:
         for name in paper.TOFU_FILES.values():
             (data / name).write_text("\n".join(map(json.dumps, made[:2])))
-    options = SimpleNamespace(model=str(tmp_path / "model"), data=data, retrained=None, tasks=None)
+    options = SimpleNamespace(
+        model=str(tmp_path / "model"), data=data, retrained=None, tasks=None, rewrite_with=None
+    )
     if family == "phi":
         options.retrained = options.model
     monkeypatch.setattr(paper, "GATES", recipes.GatesConfig(epochs=2, batch_size=None))
@@ -166,7 +169,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     known = json.loads(path.read_text())
     known["machine"]["cpu"] = "another"
     path.write_text(json.dumps(known))
-    with pytest.raises(ValueError, match="measured with another cpu"):
+    with pytest.raises(ValueError, match="measured with other cpu"):
         list(experiments.run(cases("ab"), path))
 
 

@@ -5,6 +5,7 @@ the file already is not run again, so that a run that was stopped goes on.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ CASES = {
     "paper": paper.cases,
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
-SAME = ("gpu", "cpu", "threads")  # of the machine, in all rows of a file
+SAME = ("gpu", "cpu", "threads", "code")  # in all rows of a file
+CODE = ("python/neumuter/recipes/*.py", "python/neumuter/losses.py", "bench/unlearning/methods.py")
 
 
 def main():
@@ -41,12 +43,12 @@ def main():
 
 def run(cases, path, fresh=False):
     """Yields the row of every case that is not in the file yet, once it is written there."""
-    header = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
+    header = machine.describe("cuda" if torch.cuda.is_available() else "cpu") | {"code": digest()}
     known = json.loads(path.read_text()) if path.exists() and not fresh else {"rows": [], "machine": header}
-    differ = [name for name in SAME if known["machine"][name] != header[name]]
+    differ = [name for name in SAME if known["machine"].get(name) != header[name]]
     if known["rows"] and differ:
         raise ValueError(
-            f"{path} was measured with another {', '.join(differ)}: choose another --out, or --fresh"
+            f"{path} was measured with other {', '.join(differ)}: choose another --out, or --fresh"
         )
     rows = known["rows"]
     for about, find in cases:
@@ -54,6 +56,12 @@ def run(cases, path, fresh=False):
             rows.append(about | find())
             replace(path, json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
             yield rows[-1]
+
+
+def digest():
+    """Of what the methods do: rows of different code do not belong in one table."""
+    paths = sorted(path for pattern in CODE for path in page.ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def line(row):
@@ -67,6 +75,7 @@ def parse():
     parser.add_argument("--model", help="with paper: the model, a folder or a name on the Hub")
     parser.add_argument("--retrained", help="with paper: that model trained without the forget texts")
     parser.add_argument("--tasks", help="with paper: tasks of lm-evaluation-harness, separated by commas")
+    parser.add_argument("--rewrite-with", help="with paper: a masked language model, bert-base-uncased there")
     parser.add_argument("--data", type=Path, help="with tdec and paper: the folder of the texts")
     parser.add_argument("--quick", action="store_true", help="one seed, few methods")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")

@@ -50,7 +50,8 @@ def load():
     """{experiment: what its JSON holds}, and a digest of all."""
     paths = sorted(RESULTS.glob("*.json"))
     found = {p.stem: json.loads(p.read_text()) for p in paths}
-    return found, hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
+    inputs = [*paths, Path(__file__)]
+    return found, hashlib.sha256(b"".join(p.read_bytes() for p in inputs)).hexdigest()[:16]
 
 
 def write(check=False):
@@ -77,8 +78,8 @@ Every figure is the mean over seeds, followed by the lowest and the highest wher
 direction is good. *Extraction* is the share of texts that greedy decoding reproduces exactly, *in 100 samples* the share expected to come
 back at least once in 100 samples at temperature 1, *MA* the share of tokens that are the most likely one. Good is
 what the model *retrained without the texts* shows. Perplexity is that of held-out text on which no model here was
-tuned. Seconds include all that a method does after the model is loaded, and ran beside other work on the same
-machine: they tell orders of magnitude. Peak memory is what the process held beyond the loaded model; methods that
+tuned. Seconds include all that a method does once it has the model and the batches, and ran beside other work on the
+same machine: they tell orders of magnitude. Peak memory is what the process held beyond the loaded model; methods that
 tune weights hold a float32 copy of it, as they would with a bfloat16 checkpoint. Their learning rates (REAL 2e-5,
 SYNTH 1e-3) and numbers of steps (those of ours) were not tuned. Ours was chosen on other seeds of REAL and of the
 first model of SYNTH; only its loss was chosen while looking at seed 0 of REAL, with twice as many people, and seed
@@ -186,8 +187,8 @@ def _robust(rows, machine):
     found = "\n\n".join(parts)
     return f"""## ROBUST: what comes back
 
-REAL's models after they have forgotten, quantised by torchao, or trained (AdamW, 1e-5, 8 answers a step) on every
-other answer that they forgot and asked for the rest. {_seeds(rows)}, on {_on(machine)}.
+REAL's models after they have forgotten, quantised by torchao, or trained (AdamW, 5e-5, 8 answers a step) on a random
+half of the answers that they forgot and asked for the other half, all in float32. {_seeds(rows)}, on {_on(machine)}.
 
 {found}"""
 

@@ -6,6 +6,8 @@ of the repository joeljang/knowledge-unlearning (data/main); each is one run of 
 TOFU (Phi-1.5): ``--model locuslab/tofu_ft_phi-1.5 --data FOLDER``, a folder with the files of the dataset
 locuslab/TOFU that ``TOFU_FILES`` names; with ``--retrained MODEL`` also the forget quality.
 
+``--rewrite-with bert-base-uncased``: neighbours are the forget texts rewritten by that masked language model,
+as the paper has them; otherwise texts that the model says itself. TOFU's have texts of retain90 beside them.
 ``--tasks``: of lm-evaluation-harness, measured before and after.
 """
 
@@ -18,7 +20,7 @@ from neumuter.demo.task import read_corpus
 from neumuter.evaluation import tofu
 from neumuter.masking import NothingSelectedError, attach
 from neumuter.muting import mute
-from neumuter.neighbours import sample_texts
+from neumuter.neighbours import rewrite_texts, sample_texts
 from neumuter.texts import encode, read_texts
 
 TOKENS = 200  # of a TDEC text
@@ -61,13 +63,19 @@ def _load(name):
 
 
 class _Setting:
-    """A model, batches to forget and to keep, and ``measure()``."""
+    """A model, batches to forget and to keep, and ``measure()``. ``texts``: those to forget."""
 
-    def __init__(self, model, tokenizer, forget, neighbours, measure, tasks):
+    def __init__(self, model, tokenizer, texts, forget, neighbours, measure, options):
         self.model, self.forget = model, forget
         length = forget["labels"].shape[1]
-        said = sample_texts(model, tokenizer, SAMPLES, length, barred=forget)
-        self.neighbours = encode(neighbours + said, tokenizer, length)
+        if options.rewrite_with:
+            masked_lm = transformers.AutoModelForMaskedLM.from_pretrained(options.rewrite_with)
+            rewriter = transformers.AutoTokenizer.from_pretrained(options.rewrite_with)
+            made = rewrite_texts(texts, masked_lm.to(model.device).eval(), rewriter)
+        else:
+            made = sample_texts(model, tokenizer, SAMPLES, length, barred=forget)
+        self.neighbours = encode(neighbours + made, tokenizer, length)
+        tasks = options.tasks.split(",") if options.tasks else None
         heldout = encode(read_corpus()[1][:64], tokenizer, length)
 
         def everything():
@@ -78,9 +86,11 @@ class _Setting:
 
 
 def _tdec(path, model, tokenizer, options):
-    forget = encode(read_texts(path), tokenizer, TOKENS)
-    tasks = options.tasks.split(",") if options.tasks else None
-    return _Setting(model, tokenizer, forget, [], lambda: evaluation.text_metrics(model, forget), tasks)
+    texts = read_texts(path)
+    forget = encode(texts, tokenizer, TOKENS)
+    return _Setting(
+        model, tokenizer, texts, forget, [], lambda: evaluation.text_metrics(model, forget), options
+    )
 
 
 def _tofu(folder, model, tokenizer, options):
@@ -92,7 +102,6 @@ def _tofu(folder, model, tokenizer, options):
     ratios = None
     if options.retrained:
         ratios = tofu.truth_ratios(*_load(options.retrained), sets["forget"])
-    tasks = options.tasks.split(",") if options.tasks else None
     batch = encode(forget, tokenizer, tofu.MAX_LENGTH)
 
     def measure():
@@ -101,7 +110,7 @@ def _tofu(folder, model, tokenizer, options):
             "forget_extraction": evaluation.extraction_rate(model, batch),
         }
 
-    return _Setting(model, tokenizer, batch, retain[: 2 * len(forget)], measure, tasks)
+    return _Setting(model, tokenizer, forget, batch, retain[: 2 * len(forget)], measure, options)
 
 
 def _row(setting, recipe):

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save
 from bench.unlearning import people
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
 SEEDS = (0, 1, 2)
@@ -84,7 +85,7 @@ def tuned(batch, seed):
     model = model.bfloat16()
     missing = model.load_state_dict(load_file(path), strict=False)
     assert not missing.unexpected_keys
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def _tune(model, batch, seed):
@@ -92,14 +93,14 @@ def _tune(model, batch, seed):
     count, size = len(batch["labels"]), TUNING["batch_size"]
     queue = shuffled(0, count, torch.Generator().manual_seed(seed))
     steps = -(-count // size)
-    model.train()
+    model.to(DEVICE).train()
     for epoch in range(1, TUNING["most_epochs"] + 1):
         for group in optimizer.param_groups:
             group["lr"] = TUNING["lr"] * min(1.0, epoch / 2)
         for _ in range(steps):
             rows = [next(queue) for _ in range(size)]
-            part = {name: value[rows] for name, value in batch.items()}
-            with torch.autocast("cpu", torch.bfloat16):
+            part = {name: value[rows].to(DEVICE) for name, value in batch.items()}
+            with torch.autocast(DEVICE, torch.bfloat16):
                 logits = model(
                     input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False
                 ).logits
@@ -168,8 +169,10 @@ class People(Setting):
         super().__init__(seed, _encoded(forget), _encoded(retain))
 
     def measure(self, model, forget=None):
-        asked_otherwise = evaluation.memorization_accuracy(model, self.paraphrased)
-        return super().measure(model, forget) | {"paraphrased_ma": asked_otherwise}
+        found = super().measure(model, forget)
+        if forget is None:
+            found["paraphrased_ma"] = evaluation.memorization_accuracy(model, self.paraphrased)
+        return found
 
 
 def _encoded(made, question="question"):
@@ -187,8 +190,8 @@ def joined(first, second):
         parts = [F.pad(b[name], (0, width - b[name].shape[1]), value=value) for b in (first, second)]
         return torch.cat(parts)
 
-    return {"input_ids": padded("input_ids", tokenizer().pad_token_id), "attention_mask": padded("attention_mask", 0),
-            "labels": padded("labels", IGNORED)}  # fmt: skip
+    fill = {"input_ids": tokenizer().pad_token_id, "attention_mask": 0, "labels": IGNORED}
+    return {name: padded(name, value) for name, value in fill.items()}
 
 
 def cases(quick=False):

@@ -1,7 +1,8 @@
 """MANY: ten requests one after another, a mute set each, and what their union does; then one is undone.
 
 Each request names one customer of the demo's model. All others, but those forgotten already, are among the
-neighbours: nobody knows beforehand who will ask next. A set is found beside the former ones, or alone.
+neighbours: nobody knows beforehand who will ask next. A set is found beside the former ones, or alone, on the
+untouched model.
 """
 
 import functools
@@ -33,7 +34,7 @@ def _cases(seed, count):
         if not asked:
             return []
         former = union(method, asked - 1)
-        return [*former, _request(setting(), asked - 1, former if method == "beside" else [])]
+        return [*former, _request(setting(), asked - 1, former if method == "beside" else None)]
 
     def case(method, asked, undone=None):
         about = {"seed": seed, "method": method, "requests": asked, "undone": undone}
@@ -50,8 +51,6 @@ def _cases(seed, count):
 def _request(setting, number, former):
     beside = combine(setting.full, former) if former else None
     others = setting.forget[number + 1 :] + setting.same + setting.other
-    if not former:
-        others = setting.forget[:number] + others
     spread = setting.text[:: len(setting.text) // 8]
     neighbours = task.with_text(setting.encode(others, "continuation"), spread)
     forget = setting.encode([setting.forget[number]], "secret")

@@ -28,7 +28,8 @@ class Texts(Setting):
         super().__init__(seed, *(_texts(folder / name, seed) for name in FILES))
 
     def measure(self, model, forget=None):
-        whole = self.forget | {"labels": self.forget["input_ids"]}
+        forget = self.forget if forget is None else forget
+        whole = forget | {"labels": forget["input_ids"]}
         return super().measure(model, forget) | {
             "forget_ma": evaluation.memorization_accuracy(model, whole),
             "forget_el": evaluation.extraction_likelihood(model, whole),

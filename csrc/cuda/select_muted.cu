@@ -6,9 +6,7 @@
 
 #include "../tensors.h"
 #include "select_muted.cuh"
-
-// Weak: a CUDA build of this library also loads beside a torch without CUDA, where nobody calls it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "stream.h"
 
 namespace neumuter::cuda {
 
@@ -19,9 +17,7 @@ static std::tuple<Tensor, Tensor, Tensor> select_muted_op(Tensor scores_, std::v
                   "scores must be a flat float32 tensor");
   STD_TORCH_CHECK(!budget || *budget >= 0, "budget must not be negative");
   const torch::stable::accelerator::DeviceGuard guard(scores_.get_device());
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(scores_.get_device(), &stream) == AOTI_TORCH_SUCCESS,
-                  "the current CUDA stream is not to be had");
+  const cudaStream_t stream = current_stream(scores_.get_device());
 
   const Tensor scores = torch::stable::contiguous(scores_);
   const int64_t n = scores.numel(), layers = static_cast<int64_t>(widths.size());
@@ -37,7 +33,7 @@ static std::tuple<Tensor, Tensor, Tensor> select_muted_op(Tensor scores_, std::v
                    budget ? *budget : -1, static_cast<float>(threshold), static_cast<float>(gamma),
                    static_cast<float>(zeta), workspace.data_ptr(), static_cast<int32_t*>(indptr.data_ptr()),
                    static_cast<int32_t*>(indices.data_ptr()), static_cast<float*>(gains.data_ptr()), capacity,
-                   static_cast<cudaStream_t>(stream));
+                   stream);
   STD_TORCH_CHECK(error != cudaErrorInvalidValue,
                   "widths must not be negative and must sum to the number of ",
                   "scores, which must be less than 2^31");

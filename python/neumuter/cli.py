@@ -100,7 +100,10 @@ def unlearn(
         typer.Option(help="A masked language model that rewrites the forget texts as further neighbours."),
     ] = None,
     beside: Annotated[
-        Path | None, typer.Option(help="A mute file of a former request that is in force as well.")
+        Path | None,
+        typer.Option(
+            help="A mute file of a former request, in force as well; its texts must not be in --retain."
+        ),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,
     recipe: Annotated[
@@ -152,11 +155,12 @@ def unlearn(
 
     start = time.perf_counter()
     fitted_only = {"beside": beside, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode}
-    if recipe is Recipe.paper and any(value is not None for value in fitted_only.values()):
-        raise typer.BadParameter(f"--recipe paper goes without --{', --'.join(fitted_only)}")
+    given = [f"--{name}" for name, value in fitted_only.items() if value is not None]
+    if recipe is Recipe.paper and given:
+        raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
     share = None if budget == "auto" else _parse_budget(budget or DEFAULT_BUDGET)
     forget_texts = read_texts(forget, column, limit)
-    retain_texts = read_texts(retain, column, limit) if retain else []
+    neighbours = read_texts(retain, column, limit) if retain else []
     former = MuteSet.load(beside) if beside else None
     out.mkdir(parents=True, exist_ok=True)
     network, tokenizer = _load(model, dtype.value, gguf_file)
@@ -166,12 +170,16 @@ def unlearn(
         max_length = positions
     forget_batch = encode(forget_texts, tokenizer, max_length)
     if rewrite_with:
-        retain_texts += _rewritten(forget_texts, rewrite_with, seed, out)
-    retain_texts += _sampled(network, tokenizer, forget_batch, bool(retain_texts), seed, out)
-    if not retain_texts:
-        raise ValueError("the model said nothing when sampled from: give texts that must stay, --retain")
-    retain_batch = encode(retain_texts, tokenizer, max_length)
+        neighbours += _rewritten(forget_texts, rewrite_with, seed, out)
+    if neighbours:
+        encode(
+            neighbours, tokenizer, max_length
+        )  # a text that cannot be read is found before the work begins
     with mute(network, former) if former else nullcontext():
+        neighbours += _sampled(network, tokenizer, forget_batch, neighbours, former, seed, out)
+        if not neighbours:
+            raise ValueError("the model said nothing when sampled from: give texts that must stay, --retain")
+        retain_batch = encode(neighbours, tokenizer, max_length)
         before = _measure("Measuring before", network, forget_batch, retain_batch)
     with attach(network, start_layer) as masked:
         batches = masked, forget_batch, retain_batch
@@ -225,7 +233,8 @@ def evaluate(
     model: Model,
     forget: Annotated[Path, typer.Option(help="Texts to forget; with --suite tofu a file of its questions.")],
     mute: Annotated[
-        Path | None, typer.Option(help="A mute file made for MODEL: shown before and after.")
+        list[Path] | None,
+        typer.Option(help="A mute file made for MODEL, shown before and after; again for their union."),
     ] = None,
     retain: Annotated[Path | None, typer.Option(help="Texts, or questions, that must stay.")] = None,
     heldout: Annotated[Path | None, typer.Option(help="Texts that MODEL never saw.")] = None,
@@ -275,8 +284,9 @@ def evaluate(
         files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
         batches = _batches(tokenizer, files, column, 200 if suite is Suite.tdec else max_length, limit)
     columns, extra = {}, {}
-    with muting.mute(network, mute) if mute else nullcontext() as handle:
-        states = {"original": handle.off, "muted": nullcontext} if mute else {"model": nullcontext}
+    mutes = _union(network, mute) if mute else None
+    with muting.mute(network, mutes) if mutes else nullcontext() as handle:
+        states = {"original": handle.off, "muted": nullcontext} if mutes else {"model": nullcontext}
         for state, context in states.items():
             with context(), console.status(f"Measuring: {state}"):
                 if suite is Suite.tofu:
@@ -291,20 +301,20 @@ def evaluate(
     print_metrics(columns | ({"retrained": reference["metrics"]} if reference else {}))
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
+    last = list(columns)[-1]
+    report = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
+    report |= {"metrics": columns[last], "before": columns.get("original")} | extra
+    _write_json(out, report)
     if robust:
         others = {name: batch for name, batch in batches.items() if name in ("retain", "heldout")}
-        with console.status("Quantising and relearning"):
-            extra["robustness"] = robustness(
-                network, mute, batches["forget"], lambda m, asked: text_metrics(m, asked, **others)
-            )
-        print_robustness(extra["robustness"])
-    last = list(columns)[-1]
-    if out:
-        from neumuter.files import write_atomically
 
-        report = {"model": model, "mute": str(mute) if mute else None, "suite": suite.value}
-        report |= {"metrics": columns[last], "before": columns.get("original")} | extra
-        write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
+        def measure(tampered, asked):
+            return text_metrics(tampered, asked, **others, retrained_auc=auc)
+
+        with console.status("Quantising and relearning"):
+            report["robustness"] = robustness(network, mutes, batches["forget"], measure)
+        print_robustness(report["robustness"])
+        _write_json(out, report)
 
 
 @app.command()
@@ -342,18 +352,17 @@ def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]):
 @app.command()
 def apply(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="A mute file made for MODEL.")],
+    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is folded.")],
     out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must not exist or be empty.")],
     gguf_file: GgufFile = None,
 ):
-    """Fold a mute file into the weights of MODEL and save an ordinary Hugging Face checkpoint."""
+    """Fold mute files into the weights of MODEL and save an ordinary Hugging Face checkpoint."""
     from neumuter.files import new_folder
-    from neumuter.mutes import MuteSet
     from neumuter.muting import fold
 
-    mutes = MuteSet.load(file)
     with new_folder(out) as temporary:
         network, tokenizer = _load(model, "auto", gguf_file)
+        mutes = _union(network, files)
         fold(network, mutes)
         with console.status("Saving the checkpoint"):
             network.save_pretrained(temporary)
@@ -423,26 +432,48 @@ def _rewritten(texts, model, seed, out):
     return cached(out, {"texts": texts, "model": model, "seed": seed}, make)
 
 
-def _sampled(network, tokenizer, forget_batch, beside, seed, out):
-    """Neighbours that the model itself says, kept in the folder ``out``; ``beside``: there are others."""
+def _sampled(network, tokenizer, forget_batch, others, former, seed, out):
+    """Neighbours that the model itself says, kept in the folder ``out``; ``others``: those that there are.
+
+    ``former``: the mute set that is in force, whose texts the model does not say.
+    """
     from neumuter.families import find_ffns
     from neumuter.fingerprint import fingerprint
     from neumuter.neighbours import cached, sample_texts
 
-    if not beside:
+    if others and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        console.print("This tokenizer has no start token, so the model is not sampled from.")
+        return []
+    if not others:
         console.print(
             "No --retain file: the neighbours are texts sampled from the model itself. What the model "
             "knows beside the forget texts is protected less well that way."
         )
-    count, length = SAMPLES // (2 if beside else 1), forget_batch["labels"].shape[1]
+    count, length = SAMPLES // (2 if others else 1), forget_batch["labels"].shape[1]
 
     def make():
         with _progress("Sampling neighbours", count) as advance:
             return sample_texts(network, tokenizer, count, length, seed, advance, barred=forget_batch)
 
     barred = {name: forget_batch[name].tolist() for name in ("input_ids", "labels")}
-    weights = fingerprint(find_ffns(network), {})
+    weights = [fingerprint(find_ffns(network), {}), former and former.fingerprint]
     return cached(out, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
+
+
+def _union(network, paths):
+    """The mute set of a file, or of several together."""
+    from neumuter.mutes import MuteSet
+    from neumuter.muting import combine
+
+    sets = [MuteSet.load(path) for path in paths]
+    return sets[0] if len(sets) == 1 else combine(network, sets)
+
+
+def _write_json(path, value):
+    from neumuter.files import write_atomically
+
+    if path:
+        write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _read_report(path):
@@ -531,8 +562,6 @@ def _measure(description, network, forget, retain):
 
 
 def _write_report(path, model, forget, retain, mutes, seconds, curve):
-    from neumuter.files import write_atomically
-
     report = {
         "model": model,
         "forget": str(forget),
@@ -547,4 +576,4 @@ def _write_report(path, model, forget, retain, mutes, seconds, curve):
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
     }
-    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    _write_json(path, report)

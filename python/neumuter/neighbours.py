@@ -20,8 +20,8 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=
     less than two tokens are dropped. ``callback(done, total)`` after each batch. They stand for what the
     model says most readily, so rarer knowledge is protected less than by texts of one's own.
     ``barred``: a batch (see :mod:`neumuter.losses`) of the texts to forget. Three tokens in a row, of which
-    the last is counted there, are never said, and a sample ends where the model is about to say them: else it
-    would protect what is to be forgotten.
+    the last is counted there, are never said, and a sample ends where the model is about to say them (if its
+    tokenizer has an end token): else it would protect what is to be forgotten.
 
     Raises ValueError if the tokenizer has no start token.
     """
@@ -50,7 +50,7 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
             if callback:
                 callback(done + len(prompt), count)
-    return [text for text in texts if len(tokenizer(text)["input_ids"]) > 1]
+    return [text for text in texts if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 1]
 
 
 class _Bar(transformers.LogitsProcessor):

@@ -9,7 +9,7 @@ from neumuter.recipes.weights import WeightsConfig, tune_weights
 
 BITS = (8, 4)
 GROUP = 32  # input features that share a scale at 4 bits
-RELEARNING = WeightsConfig(method="relearn", steps=100, batch_size=8, lr=1e-5)
+RELEARNING = WeightsConfig(method="relearn", steps=100, batch_size=8, lr=5e-5)
 MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
 
 
@@ -23,21 +23,26 @@ def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=
 
     - "int8", "int4": linear weights rounded to 8 bits per output channel, or to 4 bits per group of 32, by
       torchao; asked about all texts. The output layer is left alone, as is usual.
-    - "half": only folded; asked about every second text.
+    - "half": only folded; asked about half of the texts, drawn with ``seed``.
     - "relearned N": trained for N steps on the other half of the texts, and asked about the same as "half"
-      (Hu et al. 2025, *Unlearning or Obfuscating?*). All weights are trained, in float32.
+      (Hu et al. 2025, *Unlearning or Obfuscating?*). All weights are trained; these and "half" in float32.
 
     One copy is in memory at a time, in training with its gradients and two moments of AdamW.
-    Raises ImportError without torchao, and the errors of ``neumuter.fold``.
+    Raises ImportError without torchao, ValueError for a model without linear layers that it rounds or for
+    ``measured`` beyond the steps, and the errors of ``neumuter.fold``.
     """
     count = len(forget_batch["labels"])
     if count < 2:
         raise ValueError(f"relearning needs two forget texts or more, to learn and to ask about; got {count}")
-    asked, learned = ({k: v[start::2] for k, v in forget_batch.items()} for start in (0, 1))
+    if config.method != "relearn" or not all(0 < step <= config.steps for step in measured):
+        raise ValueError(f"config must be of method 'relearn' with {max(measured)} steps, got {config}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    halves = order.tensor_split([(count + 1) // 2])
+    asked, learned = ({k: v[rows] for k, v in forget_batch.items()} for rows in halves)
     found = {f"int{bits}": measure(quantised(_folded(model, mutes), bits), forget_batch) for bits in BITS}
-    folded = _folded(model, mutes)
+    folded = _folded(model, mutes).float()
     found["half"] = measure(folded, asked)
-    folded = folded.float().requires_grad_(True)
+    folded.requires_grad_(True)
 
     def report(step, total, info):
         if step in measured:
@@ -59,10 +64,17 @@ def quantised(model, bits):
     dtype, granularity = kinds[bits]
     head = model.get_output_embeddings()
 
+    rounded = []
+
     def fits(module, name):
-        return isinstance(module, torch.nn.Linear) and module is not head and module.in_features % GROUP == 0
+        fitting = isinstance(module, torch.nn.Linear) and module is not head
+        if fitting and (bits == 8 or module.in_features % GROUP == 0):
+            rounded.append(name)
+        return name in rounded
 
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity), filter_fn=fits)
+    if not rounded:
+        raise ValueError(f"{type(model).__name__} has no linear layer that torchao rounds to {bits} bits")
     return model
 
 

@@ -34,7 +34,9 @@ def sampled_extraction(model, batch, samples=SAMPLES):
     extraction (Hayes et al. 2025, *Measuring Memorization in Language Models via Probabilistic
     Extraction*). Exact, without drawing anything.
     """
-    chances = torch.stack([(-losses.sum()).exp() for losses in losses_by_sample(model, batch)])
+    chances = torch.stack(
+        [(-losses.sum()).exp() * bool(len(losses)) for losses in losses_by_sample(model, batch)]
+    )
     return -torch.expm1(samples * torch.log1p(-chances.clamp(max=1 - 1e-12))).mean().item()
 
 

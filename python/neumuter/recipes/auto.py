@@ -53,7 +53,7 @@ def smallest_share(
 
     def attempt(share):
         mutes = forget_pair(masked, pair, share, callback=progress, **recipe)
-        with masked.applying(Neurons(masked, beside).masks(mutes)):
+        with masked.applying(neurons.masks(mutes)):
             point = {
                 "share": share,
                 "neurons": mutes.count,
@@ -65,6 +65,8 @@ def smallest_share(
             callback(points[-1])
         return mutes, points[-1]["met"]
 
+    neurons = Neurons(masked, beside)
+    neurons.number(shares[-1])  # before hours are spent on smaller ones
     for share in shares:
         best, met = attempt(share)
         if met:

@@ -22,7 +22,7 @@ def support_by_fisher(masked, pair, share, beside=None, times=1.0, ratios=None):
     neurons = Neurons(masked, beside)
     k = min(int(times * neurons.number(share)), int((~neurons.excluded).sum()))
     ratios = neuron_ratios(masked, pair, beside) if ratios is None else ratios
-    method = {"recipe": "fisher", "share": share, "damping": DAMPING, "margin": MARGIN}
+    method = {"recipe": "fisher", "share": share, "times": times, "damping": DAMPING, "margin": MARGIN}
     return neurons.mute_set(ratios.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
 
 

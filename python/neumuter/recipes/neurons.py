@@ -22,8 +22,17 @@ class Neurons:
         self.excluded = torch.cat(excluded)
         self.start = torch.ones(self.count, device=self.device)
         if beside is not None:
+            self._check(beside)
             self.start = torch.cat(list(self.masks(beside).values()))
             self.excluded[self.ids(beside)] = True
+
+    def _check(self, mutes):
+        other = [path for path in mutes.layers if self.widths.get(path) != mutes.widths[path]]
+        if other:
+            raise ValueError(
+                f"the mute set beside has neurons in {', '.join(other)}, which is not masked here or has "
+                "another width: attach from the same start_layer on, to the same model"
+            )
 
     def by_layer(self, values):
         """One value per neuron, [count], as views per layer: {path: [F]}."""

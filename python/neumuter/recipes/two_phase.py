@@ -44,8 +44,15 @@ class GainsConfig:
     kl_weight: float = 30.0  # η at the start
     kl_weight_range: tuple[float, float] = (1.0, 1000.0)
     kl_weight_rate: float = 0.15  # how fast η follows KL
-    lr: float = 0.1  # of Adam, cosine decay to zero
+    lr: float = 0.1  # of Adam, cosine decay to zero; both start again after the choice
     betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self):
+        if self.steps < 1 or self.candidates < 1 or not 0 < self.choosing < 1:
+            raise ValueError(
+                "steps and candidates must be at least 1 and choosing in (0, 1), got "
+                f"{self.steps}, {self.candidates} and {self.choosing}"
+            )
 
 
 def forget(
@@ -76,6 +83,7 @@ def forget(
     Returns a MuteSet whose ``method`` holds the hyper-parameters; the same arguments give the same set.
     Raises ValueError on a bad argument and RuntimeError if the loss diverged.
     """
+    _check_mode(mode)
     pair = Pair(masked, forget_batch, neighbour_batch)
     return forget_pair(masked, pair, share, mode, support, gains, seed, callback, beside)
 
@@ -93,8 +101,7 @@ def forget_pair(
     ratios=None,
 ):
     """As :func:`forget`, of a :class:`Pair`; ``ratios``: see ``support_by_fisher``."""
-    if mode not in ("mute", "modulate"):
-        raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
+    _check_mode(mode)
     if support is None and mode == "mute":
         support = SupportConfig()
     keep = None if support else Neurons(masked, beside).number(share)
@@ -107,10 +114,15 @@ def forget_pair(
     if support:
         mutes = find_support(masked, pair, share, support, seed, report("support", 0), beside)
     else:
-        mutes = support_by_fisher(masked, pair, keep, beside, gains.candidates, ratios)
+        mutes = support_by_fisher(masked, pair, share, beside, gains.candidates, ratios)
     if mode == "modulate":
         mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), beside, keep)
     return mutes
+
+
+def _check_mode(mode):
+    if mode not in ("mute", "modulate"):
+        raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
 
 
 def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=None, beside=None):
@@ -165,9 +177,9 @@ def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None, 
     support = neurons.ids(mutes)
     gains = torch.full([len(support)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains.clamp_(*config.gain_range)
-    choosing = 0 if keep is None else max(1, round(config.choosing * config.steps))
+    choosing = 0 if keep is None else round(config.choosing * config.steps)
     fit = _Gains(neurons, pair, config, seed, callback)
-    if choosing:
+    if keep is not None:
         gains = fit.train(support, gains, choosing)
         chosen = (gains - 1).abs().topk(keep).indices
         support, gains = support[chosen], gains[chosen]
@@ -196,13 +208,13 @@ class _Gains:
                 mask = neurons.start.index_put((support,), gains)
                 with masked.applying(neurons.by_layer(mask)):
                     losses, kl = self.pair.losses(next(self.ids))
-                    loss = odds_hinge(losses, config.margin) + self.weight * kl
+                    loss = odds_hinge(losses, config.margin) + self.weight.to(kl.device) * kl
                     optimizer.zero_grad()
                     loss.backward()
                 optimizer.step()
                 schedule.step()
                 gains.data.clamp_(*config.gain_range)
-                excess = (kl.detach() / config.kl_target - 1).clamp(-1, 1)
+                excess = (kl.detach().to(self.weight.device) / config.kl_target - 1).clamp(-1, 1)
                 self.weight = (self.weight * (config.kl_weight_rate * excess).exp()).clamp(
                     *config.kl_weight_range
                 )

@@ -1,7 +1,7 @@
 """What mask training is compared with: methods that tune the weights of the model.
 
-All minimise a forget loss plus ``retain_weight`` times the cross-entropy of the retain texts, with AdamW over
-the parameters that require gradients: all of them, or those of a PEFT adapter.
+All minimise a forget loss, most of them plus ``retain_weight`` times the cross-entropy of the retain texts,
+with AdamW over the parameters that require gradients: all of them, or those of a PEFT adapter.
 """
 
 from dataclasses import asdict, dataclass
@@ -54,26 +54,28 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
         raise ValueError(f"retain_batch must be given for method {config.method!r}")
     batches = [_on(model.device, b) for b in ((forget_batch,) if alone else (forget_batch, retain_batch))]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    with torch.no_grad():
-        forget_rows = range(len(batches[0]["labels"]))
-        reference = torch.cat([text_losses(model, _rows(batches[0], [i])) for i in forget_rows])
+    reference = torch.zeros(len(batches[0]["labels"]), device=model.device)
+    if config.method == "npo":
+        with torch.no_grad():
+            reference = torch.cat([text_losses(model, _rows(batches[0], [i])) for i in range(len(reference))])
     generator = torch.Generator().manual_seed(seed)
     queues = [shuffled(0, len(batch["labels"]), generator) for batch in batches]
     for step in range(1, config.steps + 1):
         forget_ids, *retain_ids = ([next(queue) for _ in range(config.batch_size)] for queue in queues)
         losses = text_losses(model, part := _rows(batches[0], forget_ids))
         loss = forget_loss(losses, predicting(part["labels"]).sum(1), reference[forget_ids], config)
-        info = {"forget_loss": losses.sum().item() / int(predicting(part["labels"]).sum())}
+        info = {"forget_loss": losses.detach().sum() / predicting(part["labels"]).sum()}
         if not alone:
             retained = _rows(batches[1], retain_ids[0])
             retain_loss = token_losses(_logits(model, retained), retained["labels"]).mean()
             loss = loss + config.retain_weight * retain_loss
-            info["retain_loss"] = retain_loss.item()
+            info["retain_loss"] = retain_loss.detach()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if callback:
-            callback(step, config.steps, {"loss": loss.item(), **info})
+            callback(step, config.steps, {name: x.item() for name, x in {"loss": loss, **info}.items()})
+    optimizer.zero_grad()
     return asdict(config)
 
 

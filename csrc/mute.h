@@ -1,0 +1,44 @@
+// The checked arguments of mute_, on any device.
+#pragma once
+
+#include <optional>
+
+#include "tensors.h"
+
+namespace neumuter {
+
+struct Mutes {
+  Rows hidden;
+  Tensor indptr, indices, gains;
+  std::optional<Tensor> rows;
+  int64_t sets, layers, layer, pool;
+
+  Mutes(const Tensor& hidden_, const Tensor& indptr_, const Tensor& indices_, const Tensor& gains_,
+        const std::optional<Tensor>& rows_, int64_t layer_)
+      : hidden(hidden_),
+        indptr(torch::stable::contiguous(indptr_)),
+        indices(torch::stable::contiguous(indices_)),
+        gains(torch::stable::contiguous(gains_)),
+        layer(layer_) {
+    STD_TORCH_CHECK(hidden.tensor.data_ptr() == hidden_.data_ptr(), "hidden must have rows of one stride");
+    STD_TORCH_CHECK(indptr.dim() == 2 && indptr.size(1) >= 1 && indptr.scalar_type() == ScalarType::Long,
+                    "indptr must be int64 [S, L + 1]");
+    sets = indptr.size(0);
+    layers = indptr.size(1) - 1;
+    STD_TORCH_CHECK(layer >= 0 && layer < layers, "layer must lie in [0, ", layers, "), got ", layer);
+    STD_TORCH_CHECK(indices.dim() == 1 && indices.scalar_type() == ScalarType::Int, "indices must be int32 [N]");
+    STD_TORCH_CHECK(gains.dim() == 1 && gains.scalar_type() == ScalarType::Float, "gains must be float32 [N]");
+    pool = indices.numel();
+    STD_TORCH_CHECK(gains.numel() == pool, "gains must have one entry per index");
+    if (rows_) {
+      rows = torch::stable::contiguous(*rows_);
+      const ScalarType type = rows->scalar_type();
+      STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "row_ids must be int32 or int64");
+      STD_TORCH_CHECK(rows->numel() == hidden.rows, "row_ids must have one entry per token");
+    } else {
+      STD_TORCH_CHECK(sets > 0 && hidden.rows % sets == 0, "without row_ids the tokens must be equal runs");
+    }
+  }
+};
+
+}  // namespace neumuter
