@@ -1,0 +1,209 @@
+"""Mute sets as PEFT adapters: the weights stay as they are, and whatever loads adapters mutes the model.
+
+Two forms. IA³ (Liu et al. 2022, *Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+In-Context Learning*) multiplies the input of a projection by a vector, which is what muting does. LoRA (Hu
+et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*) adds B·A to a weight W [d, F]. Gains g on
+k neurons add W·diag(g − 1), of rank k at most: row i of A [k, F] is 1 at the i-th muted neuron f and 0
+elsewhere, column i of B [d, k] is (g_f − 1)·W[:, f].
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from transformers.pytorch_utils import Conv1D
+
+from neumuter.families import input_device, unwrapped
+from neumuter.files import new_folder
+from neumuter.modes import without_dropout
+from neumuter.mutes import MuteSet
+from neumuter.muting import FOLDABLE, matching_ffns, mute
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
+FOR_PEFT = "load it with peft.PeftModel.from_pretrained; vLLM needs export_lora with one_rank=True"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter that was written: its folder, and its ``kind``, "ia3" or "lora".
+
+    ``largest_difference``: see the function of that name; None if it was not asked for. ``note``: what to
+    load it with.
+    """
+
+    path: Path
+    kind: str
+    largest_difference: float | None
+    note: str
+
+
+def export_ia3(model, mutes, out, verify=False):
+    """Write a ``MuteSet``, or the mute file at that path, as an IA³ adapter; returns an ``Exported``.
+
+    ``model``: the one it was made for, neither attached nor muted; it stays as it is. ``out``: a folder that
+    does not exist or is empty; it is written whole or not at all. ``verify``: measure
+    ``largest_difference`` with a copy of the model.
+
+    Each down projection with muted neurons gets a vector of float32 [1, F]: the gains, and 1 elsewhere. With
+    bitsandbytes, the IA³ layers of PEFT 0.21 run under torch.autocast only.
+
+    Raises ValueError for experts, for models that have adapters and for sharded ones, MuteMismatchError for
+    the mute set of another model, RuntimeError for a model that is attached or muted, FileExistsError for a
+    folder with something in it, and ImportError without peft; with ``verify`` what ``largest_difference``
+    raises.
+    """
+    peft = _peft()
+    mutes = _loaded(mutes)
+    ffns = _down_projections(model, mutes)
+    tensors = {}
+    for path, ffn in ffns.items():
+        layer = mutes.layers[ffn.path]
+        gains = torch.ones(1, ffn.width)
+        gains[0, layer.indices.long()] = layer.gains
+        tensors[f"{path}.ia3_l"] = gains
+    config = peft.IA3Config(**_common(model, ffns))
+    config.target_modules = config.feedforward_modules = list(ffns)  # PEFT would make sets of them
+    return _write(model, mutes, out, config, tensors, FOR_PEFT, verify)
+
+
+def export_lora(model, mutes, out, one_rank=False, verify=False):
+    """Write a ``MuteSet``, or the mute file at that path, as a LoRA adapter; returns an ``Exported``.
+
+    Arguments are those of ``export_ia3``. Merging the adapter is folding the mute set; unmerged, it takes off
+    again what a muted neuron adds, up to rounding. Each down projection with k muted neurons gets A [k, F]
+    and B [d, k], computed in float32 and rounded to the dtype of its weight.
+
+    ``one_rank``: the form that vLLM loads, which knows one rank for all layers. It is the lowest of RANKS
+    that is enough, the rest of A and B is zero, and ``note`` has the flags of ``vllm serve``.
+
+    Raises what ``export_ia3`` raises, and ValueError if the weights of a down projection cannot be read,
+    being quantised or offloaded, and if with ``one_rank`` one of them has more muted neurons than RANKS
+    allows.
+    """
+    peft = _peft()
+    mutes = _loaded(mutes)
+    ffns = _down_projections(model, mutes)
+    counts = {path: len(mutes.layers[ffn.path].indices) for path, ffn in ffns.items()}
+    highest = max(counts, key=counts.get)
+    rank = _allowed_rank(highest, counts[highest]) if one_rank else counts[highest]
+    own = {} if one_rank else counts
+    tensors = {}
+    for path, ffn in ffns.items():
+        factors = _factors(path, ffn, mutes.layers[ffn.path], own.get(path, rank))
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = factors
+    # PEFT and vLLM multiply B·A by alpha / r.
+    ranks = {"r": rank, "lora_alpha": rank, "rank_pattern": own, "alpha_pattern": own}
+    config = peft.LoraConfig(**ranks, **_common(model, ffns))
+    config.target_modules = list(ffns)
+    flags = f"vllm serve MODEL --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}"
+    return _write(model, mutes, out, config, tensors, flags if one_rank else FOR_PEFT, verify)
+
+
+@torch.no_grad()
+def largest_difference(model, mutes, folder):
+    """The largest absolute difference between the logits of ``model`` muted live and with an adapter.
+
+    ``folder``: of the adapter, which PEFT loads on a deep copy of the model. Both read two sequences of 16
+    random tokens, always the same. The result is a float, NaN if a logit is. Raises ValueError for an
+    offloaded model, where PEFT loads nothing, what ``neumuter.mute`` and PEFT raise, and ImportError without
+    peft.
+    """
+    peft = _peft()
+    model = unwrapped(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("verify: PEFT loads no adapter on an offloaded model; load the model into memory")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(input_device(model))
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    with without_dropout(adapted):
+        actual = adapted(input_ids=ids).logits
+    with mute(model, mutes), without_dropout(model):
+        expected = model(input_ids=ids).logits
+    return (actual.double() - expected.double()).abs().max().item()
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("exporting adapters needs the package peft: pip install peft") from error
+    return peft
+
+
+def _loaded(mutes):
+    return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
+
+
+def _down_projections(model, mutes):
+    """{path of the down projection: FFN} of the FFNs with muted neurons, in model order."""
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ValueError(f"{path} has an adapter already; merge it into the model first")
+        if _is_sharded(module):
+            name = path or type(module).__name__
+            raise ValueError(f"{name} is sharded; load the whole model in one process, and export there")
+    ffns = {path: ffn for path, ffn in matching_ffns(model, mutes).items() if path in mutes.layers}
+    for path, ffn in ffns.items():
+        if not ffn.layout:
+            raise ValueError(
+                f"{path} holds experts, whose neurons no IA³ or LoRA adapter of PEFT can scale; fold the "
+                "mute set, or use neumuter.mute on the live model"
+            )
+    return {f"{path}.{ffn.layout.down}": ffn for path, ffn in ffns.items()}
+
+
+def _is_sharded(module):
+    """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split it: each process would write."""
+    parameters = module.parameters(recurse=False)
+    split = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in parameters)
+    return split or isinstance(module, FSDPModule)  # whose parameters are whole after a forward
+
+
+def _allowed_rank(path, count):
+    """The lowest of RANKS that is enough for ``count`` neurons, those of the down projection at ``path``."""
+    if count > RANKS[-1]:
+        raise ValueError(
+            f"one_rank: {path} has {count} muted neurons, and vLLM's highest rank is {RANKS[-1]}; mute fewer "
+            "neurons of that layer, or fold the mute set"
+        )
+    return next(rank for rank in RANKS if rank >= count)
+
+
+def _factors(path, ffn, layer, rank):
+    """A [rank, F] and B [d, rank] of one down projection, on the CPU in its dtype."""
+    weight = ffn.down_weight
+    if weight is None or weight.dtype not in FOLDABLE:
+        raise ValueError(
+            f"{path} is quantised or offloaded: its weights, of which a LoRA adapter is made, cannot be "
+            "read; use export_ia3, or dequantise the model and load it into memory"
+        )
+    neurons = layer.indices.long()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    columns = weight[:, 0, neurons.to(weight.device)].cpu().to(wide) * (layer.gains.to(wide) - 1)
+    down, up = weight.new_zeros(rank, ffn.width, device="cpu"), columns.new_zeros(len(columns), rank)
+    down[torch.arange(len(neurons)), neurons] = 1
+    up[:, : len(neurons)] = columns
+    return down, up.to(weight.dtype)
+
+
+def _common(model, ffns):
+    """The options that PEFT's configs of both kinds have."""
+    return {
+        "fan_in_fan_out": any(isinstance(ffn.down, Conv1D) for ffn in ffns.values()),
+        "base_model_name_or_path": unwrapped(model).name_or_path,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+
+
+def _write(model, mutes, out, config, tensors, note, verify):
+    named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    with new_folder(out) as temporary:
+        config.save_pretrained(temporary)
+        save_file(named, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        difference = largest_difference(model, mutes, temporary) if verify else None
+    return Exported(Path(out), config.peft_type.value.lower(), difference, note)

@@ -1,0 +1,404 @@
+"""Mute sets folded into checkpoints on disk: the model is never loaded, nor a whole shard.
+
+Folding changes neither shapes nor dtypes, so a shard is copied with its header as it is, and only the bytes
+of the touched down projections are others. Where these are, a model without weights says.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from neumuter.families import FFN, find_ffns
+from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, sketches
+from neumuter.mutes import MutedLayer, MuteSet
+from neumuter.muting import MuteMismatchError, architecture
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PIECE = 1 << 22  # bytes copied at a time
+ROWS = 1024  # rows of a weight compared at a time
+JOURNAL = ".neumuter-journal"
+CARD = "README.md"
+# Weights under other names know what is to be forgotten: they are left behind.
+WEIGHTS = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx",
+    ".onnx_data", ".gguf", ".npz", ".pkl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: bytes ``begin`` to ``end`` of the file ``shard``. ``dtype``: safetensors' name."""
+
+    shard: Path
+    begin: int
+    end: int
+    dtype: str
+    shape: tuple
+
+
+@dataclass(frozen=True)
+class _Down:
+    """The down projection of one FFN, on disk. ``ffn``: of a model on the meta device."""
+
+    ffn: FFN
+    place: _Place
+    layer: MutedLayer | None
+
+    @contextmanager
+    def holding(self, data):
+        """Context: the weight is the bytes ``data``, a bytearray; yields a view of them, [d, E, F]."""
+        holder, name = (self.ffn.down, "weight") if self.ffn.layout else (self.ffn.module, "down_proj")
+        empty = getattr(holder, name)
+        tensor = torch.frombuffer(data, dtype=DTYPES[self.place.dtype]).view(self.place.shape)
+        setattr(holder, name, nn.Parameter(tensor, requires_grad=False))
+        try:
+            yield self.ffn.down_weight
+        finally:
+            setattr(holder, name, empty)
+
+    def read(self, shard):
+        """The weight's bytes in the file ``shard``, the original or a copy of it."""
+        with open(shard, "rb") as file:
+            file.seek(self.place.begin)
+            return _read(file, self.place.end - self.place.begin)
+
+
+def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
+    """Fold a ``MuteSet``, or the mute file at that path, into a copy of a Hugging Face checkpoint.
+
+    ``folder``: with config.json and model.safetensors, or model.safetensors.index.json and its shards.
+    ``out``: the new folder; it holds what ``neumuter.fold`` and ``save_pretrained`` would have written, the
+    other files of ``folder`` but no weights in other formats, and a model card. ``verify``: read each shard
+    back and compare. ``callback(done, total)``: called as bytes of the new shards are written. Memory: two of
+    the down projections, whatever the size of the model.
+
+    All is written to a hidden folder beside ``out``, renamed at the end. After an error, or a kill, that
+    folder stays, and the same call goes on after the shards that are complete in it.
+
+    Before anything is written, raises FileExistsError if ``out`` is there and is not an empty folder,
+    MuteMismatchError if the set was made for another model or is folded already, MuteFileError for a bad mute
+    file, and ValueError for a checkpoint that is damaged, quantised, or stores a down projection under
+    another name than the model's. Later, raises OSError if a shard that was read back is not what was
+    written, and BlockingIOError if another process is writing the same ``out``.
+    """
+    folder, out = Path(folder), Path(out)
+    mutes = mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; name another one or remove it")
+    shards = _find_shards(folder)
+    downs = _find_downs(folder, shards, mutes)
+    _check_fingerprint(downs, mutes)
+    total, done = sum(shard.stat().st_size for shard in shards), 0
+
+    def advance(size):
+        nonlocal done
+        done += size
+        if callback:
+            callback(done, total)
+
+    with _resumable_folder(out, _digest(mutes, shards, verify)) as (temporary, finished, record):
+        for shard in shards:
+            target, touched = temporary / shard.name, [d for d in downs if d.layer and d.place.shard == shard]
+            if target.exists() and finished.get(shard.name) == _sha256(target):
+                advance(shard.stat().st_size)
+                continue
+            written = _write(_folded(shard, touched), target, advance)
+            if verify and (_sha256(target) != written or not all(_is_folded(d, target) for d in touched)):
+                raise OSError(f"{target} reads back other than it was written; is the disk in order?")
+            record(shard.name, written)
+        _copy_others(folder, temporary, shards)
+        card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
+        (temporary / CARD).write_bytes(card + _model_card(mutes).encode())
+
+
+# --- What is there, and whether it fits ------------------------------------------------------
+
+
+def _find_shards(folder):
+    """The safetensors files that transformers would load from ``folder``, a list of Path.
+
+    Raises FileNotFoundError if there are none, and ValueError for an index that names files elsewhere.
+    """
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {index.name}")
+    names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} must name shards in its own folder, it names {names[:4]}")
+    return [folder / name for name in names]
+
+
+def _read_header(shard):
+    """{name: _Place} of a safetensors file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(shard, framework="pt"):
+            pass  # it checks every name, dtype, shape and offset
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is not a valid safetensors file: {error}") from error
+    with open(shard, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: _Place(shard, *(8 + size + at for at in x["data_offsets"]), x["dtype"], tuple(x["shape"]))
+        for name, x in header.items()
+    }
+
+
+def _find_downs(folder, shards, mutes):
+    """The ``_Down`` of every FFN that ``mutes`` was made on.
+
+    Raises MuteMismatchError if the architecture, a module path or an intermediate size differs, and
+    ValueError for weights that cannot be folded where they are.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder} is quantised; fold into the checkpoint it was made from")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    ffns = {ffn.path: ffn for ffn in find_ffns(model)}
+    differences = [
+        f"{key}: mute set {mutes.architecture[key]}, model {value}"
+        for key, value in architecture(model).items()
+        if mutes.architecture[key] != value
+    ]
+    for path, width in mutes.widths.items():
+        if path not in ffns:
+            differences.append(f"{path}: mute set {width} neurons, model has no FFN there")
+        elif ffns[path].width != width:
+            differences.append(f"{path}: mute set {width} neurons, model {ffns[path].width}")
+    _refuse(differences)
+    places = {}
+    for shard in shards:
+        found = _read_header(shard)
+        if twice := places.keys() & found.keys():
+            raise ValueError(f"{shard} holds {min(twice)}, which another shard of {folder} holds too")
+        places.update(found)
+    return [
+        _Down(ffns[path], _locate(ffns[path], places, model.base_model_prefix), mutes.layers.get(path))
+        for path in mutes.widths
+    ]
+
+
+def _locate(ffn, places, prefix):
+    name = f"{ffn.path}.{ffn.layout.down}.weight" if ffn.layout else f"{ffn.path}.down_proj"
+    place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))  # saved without its head
+    if place is None:
+        raise ValueError(
+            f"the checkpoint has no tensor {name}: it is quantised, or stores this weight in another form, "
+            "which transformers converts on loading; load the model, and use neumuter.fold"
+        )
+    shape = tuple((ffn.down.weight if ffn.layout else ffn.module.down_proj).shape)
+    if place.shape != shape:
+        raise ValueError(f"{name} has shape {list(place.shape)}, config.json says {list(shape)}")
+    if place.dtype not in DTYPES:
+        raise ValueError(f"{name} is stored as {place.dtype}: quantised weights cannot be folded into")
+    return place
+
+
+def _check_fingerprint(downs, mutes):
+    """Raise MuteMismatchError unless the weights are those that ``mutes`` was made for."""
+    differences = []
+    for down in downs:
+        path = down.ffn.path
+        with down.holding(down.read(down.place.shard)):
+            parts = sketches(down.ffn, down.layer)
+        for number, (what, actual) in enumerate(parts.items()):
+            expected = mutes.fingerprint[path][number * SKETCHES : (number + 1) * SKETCHES]
+            apart = distance(expected, actual)
+            if not apart <= TOLERANCE:
+                differences.append(
+                    f"{path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding); another "
+                    "checkpoint, or mutes folded already?"
+                )
+    _refuse(differences)
+
+
+def _refuse(differences):
+    if differences:
+        listed = "\n  ".join(differences[:8] + ["..."] * (len(differences) > 8))
+        raise MuteMismatchError(f"this mute set was made for another model:\n  {listed}")
+
+
+# --- Bytes -----------------------------------------------------------------------------------
+
+
+def _folded(shard, touched):
+    """The bytes of ``shard`` with the mutes of ``touched``, of type ``_Down``, folded in; in pieces."""
+    with open(shard, "rb") as file:
+        for down in sorted(touched, key=lambda down: down.place.begin):
+            yield from _pieces(file, down.place.begin - file.tell())
+            data = _read(file, down.place.end - down.place.begin)
+            with down.holding(data) as weight:
+                neurons = down.layer.indices.long()
+                expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                products = weight[:, expert, column].to(wide) * down.layer.gains
+                weight[:, expert, column] = products.to(weight.dtype)
+            yield data
+        yield from _pieces(file, os.fstat(file.fileno()).st_size - file.tell())
+
+
+def _is_folded(down, target):
+    """Whether in the file ``target`` the weight is the original times the gains, rounded once."""
+    before, after = down.read(down.place.shard), down.read(target)
+    with down.holding(before) as source, down.holding(after) as result:
+        gains = torch.ones(source.shape[1:])
+        gains.view(-1)[down.layer.indices.long()] = down.layer.gains
+        return all(
+            torch.equal(rows, (original * gains).to(rows.dtype))  # the product is float32, or float64
+            for original, rows in zip(source.split(ROWS), result.split(ROWS), strict=True)
+        )
+
+
+def _read(file, size):
+    data = bytearray(size)
+    if file.readinto(data) != size:
+        raise OSError(f"{file.name} ends before its header says")
+    return data
+
+
+def _pieces(file, size):
+    while size:
+        piece = _read(file, min(size, PIECE))
+        size -= len(piece)
+        yield piece
+
+
+def _write(pieces, target, advance):
+    """Write ``pieces`` to the file ``target``, for good; returns their SHA-256."""
+    digest = hashlib.sha256()
+    with open(target, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            advance(len(piece))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back what the disk has
+    return digest.hexdigest()
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in _pieces(file, os.fstat(file.fileno()).st_size):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# --- The new folder --------------------------------------------------------------------------
+
+
+@contextmanager
+def _resumable_folder(out, digest):
+    """Fill the hidden folder ``.NAME.folding`` beside ``out``, renamed to ``out`` at the end.
+
+    Yields (that folder, {file name: its SHA-256} of what ``record(name, sha256)`` was called for earlier, by
+    a call with the same ``digest``, ``record``). On an exception the folder stays; what it holds for another
+    ``digest`` is removed. Raises BlockingIOError if another process fills it.
+    """
+    temporary = out.parent / f".{out.name}.folding"
+    temporary.mkdir(parents=True, exist_ok=True)
+    with open(temporary / JOURNAL, "a+") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by any death of this process
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing {out}") from None
+        journal.seek(0)
+        first, *lines = journal.read().split("\n")
+        if first != digest:
+            for entry in temporary.iterdir():
+                if entry.name != JOURNAL:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            lines = []
+            journal.truncate(0)
+            _append(journal, digest)
+
+        def record(name, sha256):
+            _append(journal, f"\n{name}\t{sha256}")  # on a line of its own, if a kill cut the last one short
+
+        finished = dict(line.split("\t") for line in lines if "\t" in line)
+        yield temporary, finished, record
+        os.unlink(temporary / JOURNAL)
+        os.replace(temporary, out)
+
+
+def _append(file, text):
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _digest(mutes, shards, verify):
+    layers = {path: (i.tolist(), g.tolist()) for path, (i, g) in mutes.layers.items()}
+    files = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+    return hashlib.sha256(json.dumps([layers, files, verify]).encode()).hexdigest()
+
+
+def _copy_others(folder, target, shards):
+    """Copy what is no weight, and the index of ``shards``."""
+    others = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
+    index = shards != [folder / SAFE_WEIGHTS_NAME] and folder / SAFE_WEIGHTS_INDEX_NAME
+    for file in others:
+        if file.is_file() and (file == index or not file.name.endswith(WEIGHTS)):
+            copy = target / file.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _model_card(mutes):
+    """What was done to a checkpoint that ``mutes`` is folded into, a section in Markdown."""
+    counts = {path: len(layer.indices) for path, layer in mutes.layers.items()}
+    layers = [
+        (f"`{path}`", counts.get(path, 0), width, f"{counts.get(path, 0) / width:.2%}")
+        for path, width in mutes.widths.items()
+    ]
+    before, after = (mutes.metrics.get(when) or {} for when in ("before", "after"))
+    metrics = [(_code(key), _code(before.get(key)), _code(after.get(key))) for key in {**before, **after}]
+    low, high = mutes.gain_range
+    return "\n".join(
+        [
+            "# Made to forget with NeuMuter",
+            "",
+            "FFN neurons of this model are multiplied by gains, folded into its down projections, so that it",
+            "no longer says given texts. This suppresses the texts; it does not prove that they are deleted",
+            "from the weights.",
+            "",
+            f"- Mode: {mutes.mode}, gains from {low:g} to {high:g}",
+            f"- Neurons: {mutes.count} of {sum(mutes.widths.values())} ({mutes.share:.2%})",
+            f"- Seed: {mutes.seed}",
+            "",
+            *_table(("FFN", "neurons", "of", "share"), layers),
+            *(_table(("metric", "before", "after"), metrics) if metrics else []),
+            "Method:",
+            "",
+            "```json",
+            json.dumps(mutes.method, indent=2),
+            "```",
+            "",
+        ]
+    )
+
+
+def _table(names, rows):
+    rows = (names, ["---"] * len(names), *rows)
+    return [*(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
+
+
+def _code(value):
+    """JSON that stays one cell of a table and means nothing else in Markdown, whoever wrote it."""
+    return "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"

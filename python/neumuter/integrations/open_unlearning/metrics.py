@@ -1,0 +1,51 @@
+"""open-unlearning's metrics ``extraction_likelihood`` and ``memorization_accuracy``.
+
+Functions of a model and of what that framework makes of a metric's configuration: ``data``, a dataset of
+samples with ``input_ids``, ``labels`` and ``index``; ``collators``, one collator; ``batch_size``. They return
+{"agg_value": the mean, "value_by_index": {index: {"score": value}}}; a value is None where it is not defined,
+and the mean leaves it out.
+"""
+
+import torch
+
+from neumuter.evaluation import extraction_likelihood as mean_extraction_likelihood
+from neumuter.evaluation.passes import hits
+from neumuter.integrations.open_unlearning.batches import batch_of
+
+
+def extraction_likelihood(model, data, collators, batch_size, n=10, **_):
+    """EL_n (Jang et al. 2023) of each sample, see ``neumuter.evaluation``; None up to n tokens.
+
+    Of all tokens of the sample, prompts and chat templates included.
+    """
+
+    def scores(batch):
+        rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+        return [
+            mean_extraction_likelihood(model, row, n) if row["attention_mask"].sum() > n else None
+            for row in rows
+        ]
+
+    return _by_index(data, collators, batch_size, scores)
+
+
+def memorization_accuracy(model, data, collators, batch_size, **_):
+    """MA (Jang et al. 2023) of each sample's counted tokens, see ``neumuter.evaluation``; None if none."""
+
+    def scores(batch):
+        counted, right = (found.sum(1).tolist() for found in hits(model, batch, batch_size))
+        return [hit / count if count else None for hit, count in zip(right, counted, strict=True)]
+
+    return _by_index(data, collators, batch_size, scores)
+
+
+def _by_index(data, collator, batch_size, scores):
+    samples = [data[i] for i in range(len(data))]
+    found = {}
+    for start in range(0, len(samples), batch_size):
+        some = samples[start : start + batch_size]
+        for sample, score in zip(some, scores(batch_of(some, collator)), strict=True):
+            found[int(sample["index"])] = {"score": score}
+    defined = [value["score"] for value in found.values() if value["score"] is not None]
+    mean = torch.tensor(defined, dtype=torch.float64).mean().item()  # NaN without any, as theirs
+    return {"agg_value": mean, "value_by_index": found}

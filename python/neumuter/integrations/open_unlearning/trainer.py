@@ -1,0 +1,111 @@
+"""open-unlearning's trainer ``NeuMuter``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import TrainOutput
+
+from neumuter.integrations.open_unlearning.batches import batch_of
+from neumuter.losses import predicting
+from neumuter.masking import attach
+from neumuter.muting import fold
+from neumuter.recipes import GainsConfig, forget
+from neumuter.trainer import NeuMuterConfig, NeuMuterTrainer
+
+MUTES = "mutes.safetensors"  # in the output folder
+SHARED = ("output_dir", "seed", "logging_steps", "report_to", "disable_tqdm", "use_cpu")
+
+
+class Muting:
+    """What makes a trainer of open-unlearning NeuMuter's; ``register`` puts it before FinetuneTrainer.
+
+    Training finds neurons and folds them into the weights, so what is then saved and evaluated is the muted
+    model. The samples come from ``train_dataset.forget`` and ``train_dataset.retain``, through the collator.
+
+    The method's arguments (``trainer.method_args``) are ``recipe``: "paper", NeuMuter's own inside
+    ``NeuMuterTrainer``, or "fitted", ``recipes.forget`` with its fitted gains. ``start_layer``: the first
+    FFN that gets gates. ``neighbours``: how many of the retain samples serve, drawn by the seed; None: all.
+    ``paper``: fields of ``NeuMuterConfig``. ``fitted``: ``share`` and fields of ``GainsConfig``. The learning
+    rate, epochs and batch size of ``trainer.args`` are for weights and are not read: only ``SHARED`` are.
+    All other arguments go to the base class, whichever of its two names the tokenizer has.
+
+    Raises ValueError for another recipe.
+    """
+
+    def __init__(
+        self, *args, recipe="paper", start_layer=1, neighbours=None, paper=None, fitted=None, tokenizer=None,
+        processing_class=None, **options,
+    ):  # fmt: skip
+        recipes = {"paper": (self._paper, paper), "fitted": (self._fitted, fitted)}
+        if recipe not in recipes:
+            raise ValueError(f'method_args.recipe must be "paper" or "fitted", got {recipe!r}')
+        self._recipe, settings = recipes[recipe]
+        self._settings = {key: _plain(value) for key, value in (settings or {}).items()}
+        self._start_layer, self._neighbours = start_layer, neighbours
+        given = processing_class if tokenizer is None else tokenizer
+        super().__init__(*args, processing_class=given, **options)
+        self.tokenizer = given  # which FinetuneTrainer.evaluate reads, and transformers 5 has no more
+
+    def train(self):
+        """Find the neurons, write their mute file to the output folder and fold them; a TrainOutput.
+
+        Raises ValueError for a dataset without forget or retain samples, what the recipe raises if no neuron
+        is found, and what ``fold`` raises. No weight is changed then.
+        """
+        forget_batch = self._batch("forget")
+        neighbour_batch = self._batch("retain", self._neighbours)
+        mutes, output = self._recipe(forget_batch, neighbour_batch)
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            mutes.save(Path(self.args.output_dir) / MUTES)
+        fold(self.model, mutes)
+        return output
+
+    def _batch(self, split, count=None):
+        """The samples of a split that count a token, or ``count`` of them, as a batch."""
+        data = getattr(self.train_dataset, split, None)
+        if not data:
+            raise ValueError(
+                f"the trainer NeuMuter needs forget and retain samples; there is no {split} data"
+            )
+        order = list(range(len(data)))
+        if count is not None:
+            generator = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(data), generator=generator)[:count].tolist()
+        batch = batch_of([data[i] for i in order], self.data_collator)
+        counting = predicting(batch["labels"]).any(1)  # their tokenisation may leave an answer no token
+        return {key: value[counting] for key, value in batch.items()}
+
+    def _paper(self, forget_batch, neighbour_batch):
+        shared = {name: getattr(self.args, name) for name in SHARED}
+        config = NeuMuterConfig(
+            **shared | {"start_layer": self._start_layer, "save_strategy": "no"} | self._settings
+        )
+        inner = NeuMuterTrainer(self.model, config, forget_batch, neighbour_batch)
+        with inner.masked:
+            output = inner.train()
+            self.state = inner.state
+            return inner.mute_set(), output
+
+    def _fitted(self, forget_batch, neighbour_batch):
+        settings = {"share": 0.01} | self._settings
+        share, losses = settings.pop("share"), []
+
+        def report(step, total, info):
+            losses.append(info["loss"])
+            self.state.global_step = step
+            if step % self.args.logging_steps == 0:
+                self.log({name: info[name] for name in ("loss", "forget_loss", "kl", "muted")})
+
+        with attach(self.model, self._start_layer) as masked:
+            mutes = forget(
+                masked, forget_batch, neighbour_batch, share, gains=GainsConfig(**settings),
+                seed=self.args.seed, callback=report,
+            )  # fmt: skip
+        return mutes, TrainOutput(len(losses), sum(losses) / len(losses), {})
+
+
+def _plain(value):
+    """Lists of Hydra's as tuples, which mute files can record."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,152 @@
+"""Silenced neurons taken out of the weights: a smaller model that computes the same."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from neumuter.families import find_ffns, unwrapped
+from neumuter.mutes import MuteSet
+from neumuter.muting import FOLDABLE, fold, matching_ffns
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What ``shrink`` did. ``widths``: {FFN path: (neurons before, after)}. Bytes: of all parameters."""
+
+    widths: dict
+    bytes_before: int
+    bytes_after: int
+
+
+@torch.no_grad()
+def shrink(model, mutes, multiple=64):
+    """Remove the neurons with gain 0 of a ``MuteSet``, or of the mute file at that path, and fold the others.
+
+    In place, for dense FFNs with plain weights. The configs of transformers have one width for all FFNs, and
+    so that ``save_pretrained`` works, all get the same: as many neurons as the FFN that keeps most, rounded
+    up to ``multiple``; silenced neurons fill up the others. In a model without a config each FFN has a width
+    of its own, rounded likewise. The logits are those of the muted model, up to rounding. Returns ``Shrunk``.
+
+    Nothing is changed on an error: those of ``neumuter.fold``, and ValueError for experts and quantised
+    weights, for a config that has no attribute for the width, and if nothing can be removed, as is always so
+    with one width for all and an FFN that the mute set leaves out.
+    """
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple must be an integer of at least 1, got {multiple!r}")
+    mutes = mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
+    matching_ffns(model, mutes)
+    ffns = find_ffns(model)
+    for ffn in ffns:
+        _check_plain(ffn)
+    silent = {path: layer.indices[layer.gains == 0].tolist() for path, layer in mutes.layers.items()}
+    before = {ffn.path: ffn.width for ffn in ffns}
+    kept = {path: width - len(silent.get(path, [])) for path, width in before.items()}
+    config = getattr(unwrapped(model), "config", None)
+    shared = isinstance(config, PreTrainedConfig)
+    needed = dict.fromkeys(kept, max(kept.values())) if shared else kept
+    after = {path: max(1, -(-count // multiple)) * multiple for path, count in needed.items()}
+    after = {path: min(width, before[path]) for path, width in after.items()}
+    if after == before:
+        path = (max if shared else min)(kept, key=kept.get)
+        raise ValueError(
+            f"nothing can be removed: {path} keeps {kept[path]} of its {before[path]} neurons, and widths "
+            f"are multiples of {multiple}{', the same for all FFNs' if shared else ''}"
+        )
+    if shared:
+        attribute, reference = _resized(unwrapped(model), ffns, after[ffns[0].path])
+    bytes_before = _bytes(model)
+    fold(model, mutes)
+    for ffn in ffns:
+        removed = silent.get(ffn.path, [])[: before[ffn.path] - after[ffn.path]]
+        keep = torch.ones(ffn.width, dtype=torch.bool)
+        keep[removed] = False
+        _keep(ffn, keep.nonzero()[:, 0])
+    if shared:
+        setattr(config.get_text_config(), attribute, after[ffns[0].path])
+        for ffn, resized in zip(ffns, reference, strict=True):
+            sizes = {name: value for name, value in vars(resized.module).items() if type(value) is int}
+            vars(ffn.module).update(sizes)
+    return Shrunk({path: (before[path], after[path]) for path in before}, bytes_before, _bytes(model))
+
+
+def _projections(ffn):
+    names = (ffn.layout.gate, ffn.layout.up, ffn.layout.gate_up, ffn.layout.down)
+    return [getattr(ffn.module, name) for name in names if name]
+
+
+def _check_plain(ffn):
+    if not ffn.layout:
+        raise ValueError(f"{ffn.path} has experts; only dense FFNs can be shrunk")
+    for module in (projections := _projections(ffn)):
+        weight = getattr(module, "weight", None)
+        plain = type(module) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and not weight.is_meta
+        if not plain or weight.dtype not in FOLDABLE:
+            raise ValueError(
+                f"cannot shrink {ffn.path}: a {type(module).__name__} in it is quantised, adapted, sharded "
+                "or offloaded; dequantise the model or merge its adapters first, gather it on one device"
+            )
+    known = {id(p) for module in projections for p in module.parameters()}
+    for name, parameter in ffn.module.named_parameters():
+        if id(parameter) not in known and ffn.width in parameter.shape:
+            raise ValueError(f"cannot shrink {ffn.path}: its {name} depends on all of the neurons")
+
+
+def _resized(model, ffns, width):
+    """The name of the config's attribute that makes all FFNs ``width`` wide and changes nothing else, and the
+    FFNs of such a model, without weights. Found by trying. Raises ValueError if there is none."""
+    old = ffns[0].width
+    for name, value in model.config.get_text_config().to_dict().items():
+        unset = value is None and any(word in name for word in ("intermediate", "inner", "ffn"))
+        if value != old and not unset:
+            continue
+        config = copy.deepcopy(model.config)
+        try:
+            setattr(config.get_text_config(), name, width)
+            with torch.device("meta"):
+                other = type(model)(config)
+            resized = find_ffns(other)
+        except Exception:  # another size than the FFNs', which does not take every value
+            continue
+        same = _other_shapes(other, resized) == _other_shapes(model, ffns)
+        if same and all(ffn.width == width for ffn in resized):
+            return name, resized
+    raise ValueError(
+        f"no attribute of {type(model.config).__name__} makes all FFNs {width} instead of {old} neurons wide "
+        "and leaves the rest of the model as it is, so the result could not be saved"
+    )
+
+
+def _other_shapes(model, ffns):
+    inside = {id(p) for ffn in ffns for module in _projections(ffn) for p in module.parameters()}
+    return {name: p.shape for name, p in model.named_parameters() if id(p) not in inside}
+
+
+def _keep(ffn, neurons):
+    """Keep these of an FFN's neurons, integers [n] ascending."""
+    width = ffn.width
+    for module in _projections(ffn):
+        if module is ffn.down:
+            _take(module, neurons, outputs=False)
+        else:
+            both = torch.cat([neurons, neurons + width]) if ffn.layout.gate_up else neurons
+            _take(module, both, outputs=True)
+
+
+def _take(module, indices, outputs):
+    """Reduce the outputs, or else the inputs, of an nn.Linear or Conv1D to those at ``indices``."""
+    transposed = isinstance(module, Conv1D)
+    dim = int(outputs == transposed)  # an nn.Linear has [outputs, inputs]
+    for name, along in [("weight", dim), ("bias", 0)][: 1 + outputs]:
+        if (old := getattr(module, name)) is not None:
+            new = old.index_select(along, indices.to(old.device))
+            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    size = ("nx", "nf") if transposed else ("in_features", "out_features")
+    setattr(module, size[outputs], len(indices))
+
+
+def _bytes(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())

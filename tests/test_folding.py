@@ -1,0 +1,418 @@
+"""Mute sets folded into checkpoints on disk, beside the same done to the loaded model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import neumuter
+import pytest
+import torch
+from neumuter import folding
+from neumuter.folding import fold_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.models import WIDTH, batch, build, tokenizer
+
+SHARD = "30KB"
+INDEX = "model.safetensors.index.json"
+
+
+def some_mutes(model):
+    with neumuter.attach(model, start_layer=0) as masked:
+        paths = list(masked.scores)
+        neurons = {paths[0]: ([5], [0.0]), paths[2]: ([0, 2, 17, WIDTH - 1], [-2.0, 0.3, 0.0, 1.75])}
+        return masked.mute_set(neurons, mode="modulate", gain_range=(-2, 2))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A llama in several shards, and a mute set for it."""
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model", max_shard_size=SHARD)
+    return tmp_path / "model", some_mutes(model)
+
+
+def weights(folder):
+    return {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if file.suffix == ".safetensors" or file.name == INDEX
+    }
+
+
+def expected_weights(mutes, folder):
+    model = build("llama")
+    neumuter.fold(model, mutes)
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    return weights(folder)
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("shard", [SHARD, "1GB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo", "gpt_oss"])
+def test_the_same_bytes_as_folding_the_loaded_model(tmp_path, name, dtype, shard):
+    model = build(name, dtype)
+    model.save_pretrained(tmp_path / "model", max_shard_size=shard)
+    before = weights(tmp_path / "model")
+    mutes = some_mutes(model)
+    mutes.save(tmp_path / "mutes.safetensors")
+    fold_checkpoint(tmp_path / "model", tmp_path / "mutes.safetensors", tmp_path / "out")
+    neumuter.fold(model, mutes)
+    model.save_pretrained(tmp_path / "expected", max_shard_size=shard)
+    assert len(before) == 1 if shard == "1GB" else len(before) > 2
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected") != before
+    assert weights(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_result_loads_and_is_the_muted_model(tmp_path, name):
+    model, ids = build(name), batch()
+    model.save_pretrained(tmp_path / "model", max_shard_size=SHARD)
+    mutes = some_mutes(model)
+    fold_checkpoint(tmp_path / "model", mutes, tmp_path / "out")
+    untouched = model(ids).logits
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    assert (expected - untouched).abs().max() > 0.01
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_was_saved_without_its_head(tmp_path):
+    """GPT-2 on the Hub has h.0.mlp, not transformer.h.0.mlp."""
+    model, ids = build("gpt2"), batch()
+    model.transformer.save_pretrained(tmp_path / "model")
+    assert "h.0.mlp.c_proj.weight" in load_file(tmp_path / "model/model.safetensors")
+    mutes = some_mutes(model)
+    fold_checkpoint(tmp_path / "model", mutes, tmp_path / "out")
+    neumuter.fold(model, mutes)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_other_files_come_along_but_no_other_weights(saved, tmp_path):
+    folder, mutes = saved
+    tokenizer().save_pretrained(folder)
+    left = ["pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json"]
+    for name in left:
+        (folder / name).write_bytes(b"weights")
+    (folder / folding.CHAT_TEMPLATE_DIR).mkdir()
+    (folder / folding.CHAT_TEMPLATE_DIR / "tool.jinja").write_text("{{ messages }}")
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    files, copies = (
+        {file.relative_to(where).as_posix() for file in where.rglob("*") if file.is_file()}
+        for where in (folder, tmp_path / "out")
+    )
+    assert copies == files - set(left) | {"README.md"}
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "additional_chat_templates/tool.jinja",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_model_card(saved, tmp_path):
+    folder, mutes = saved
+    card = "---\nlicense: mit\n---\n\n# A model\n"
+    (folder / "README.md").write_text(card)
+    metrics = {"before": {"forget_ma": 0.98}, "after": {"forget_ma": 0.21, "x|`y`": {"z": None}}}
+    mutes = replace(mutes, method={"recipe": "gains"}, seed=7, metrics=metrics)
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert text.startswith(card)
+    for line in (
+        "- Mode: modulate, gains from -2 to 2",
+        "- Neurons: 5 of 216 (2.31%)",
+        "- Seed: 7",
+        "| `model.layers.0.mlp` | 1 | 72 | 1.39% |",
+        "| `model.layers.1.mlp` | 0 | 72 | 0.00% |",
+        '| `"forget_ma"` | `0.98` | `0.21` |',
+        '| `"x\\|\'y\'"` | `null` | `{"z": null}` |',
+        '  "recipe": "gains"',
+    ):
+        assert line in text.splitlines()
+    assert "suppresses the texts; it does not prove that they are deleted" in " ".join(text.split())
+
+
+# --- What can go wrong on the way ------------------------------------------------------------
+
+
+def run(folder, mutes, out):
+    """Fold, and die without a word after half of the bytes."""
+
+    def callback(done, total):
+        if done > total / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fold_checkpoint(folder, mutes, out, callback=callback)
+
+
+def interrupted(folder, mutes, out):
+    """Fold until half of the bytes; returns the hidden folder, which stays."""
+
+    def callback(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fold_checkpoint(folder, mutes, out, callback=callback)
+    assert not out.exists()
+    return out.with_name(f".{out.name}.folding")
+
+
+def finished(hidden):
+    return [line.split("\t")[0] for line in (hidden / folding.JOURNAL).read_text().splitlines()[1:]]
+
+
+def test_a_killed_fold_goes_on(saved, tmp_path):
+    folder, mutes = saved
+    mutes.save(tmp_path / "mutes.safetensors")
+    arguments = [str(folder), str(tmp_path / "mutes.safetensors"), str(tmp_path / "out")]
+    code = "import sys; from tests.test_folding import run; run(*sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    assert result.returncode == -signal.SIGKILL
+    hidden = tmp_path / ".out.folding"
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "mutes.safetensors", hidden.name}
+    times = {name: (hidden / name).stat().st_mtime_ns for name in finished(hidden)}
+    assert 0 < len(times) < len(shards(folder))
+    calls = []
+    fold_checkpoint(*arguments, callback=lambda done, total: calls.append((done, total)))
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times
+    size = sum(file.stat().st_size for file in shards(folder))
+    assert calls[-1] == (size, size)
+    assert calls == sorted(calls)
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "mutes.safetensors", "out"}
+    assert not (tmp_path / "out" / folding.JOURNAL).exists()
+    assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
+
+
+def test_a_finished_shard_that_was_tampered_with_is_made_anew(saved, tmp_path):
+    folder, mutes = saved
+    hidden = interrupted(folder, mutes, tmp_path / "out")
+    flip(hidden / finished(hidden)[0], -5)
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
+
+
+def test_a_journal_that_was_cut_short(saved, tmp_path):
+    folder, mutes = saved
+    hidden = interrupted(folder, mutes, tmp_path / "out")
+    journal = hidden / folding.JOURNAL
+    journal.write_text(journal.read_text()[:-9])
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
+
+
+@pytest.mark.parametrize("changed", ["mutes", "source"])
+def test_what_was_made_of_other_sources_is_not_used(saved, tmp_path, changed):
+    folder, mutes = saved
+    hidden = interrupted(folder, mutes, tmp_path / "out")
+    (hidden / "stray").mkdir()
+    model = build("llama")
+    if changed == "mutes":
+        with neumuter.attach(model, start_layer=0) as masked:
+            mutes = masked.mute_set({"model.layers.0.mlp": ([6], [0.0])})
+    else:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(2)
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    neumuter.fold(model, mutes)
+    model.save_pretrained(tmp_path / "expected", max_shard_size=SHARD)
+    assert weights(tmp_path / "out") == weights(tmp_path / "expected")
+    assert not (tmp_path / "out/stray").exists()
+
+
+def test_a_disk_that_loses_bits_is_noticed(saved, tmp_path, monkeypatch):
+    folder, mutes = saved
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "posix_fadvise", lambda file, *_: os.pwrite(file, b"\xff\xff", 20000))
+        with pytest.raises(OSError, match="reads back other than it was written"):
+            fold_checkpoint(folder, mutes, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
+
+
+def forget_them(weight):
+    weight[:] = build("llama").model.layers[0].mlp.down_proj.weight
+
+
+def round_again(weight):
+    weight[:] = weight.bfloat16()
+
+
+def touch_another(weight):
+    weight[:, 30] = 0
+
+
+@pytest.mark.parametrize("spoil", [forget_them, round_again, touch_another])
+def test_a_wrong_product_is_noticed(saved, tmp_path, monkeypatch, spoil):
+    """The columns are compared with the original too, not only the bytes with what was to be written."""
+    folder, mutes = saved
+    folded = folding._folded
+
+    def spoilt(shard, touched):
+        for piece in folded(shard, touched):
+            if len(piece) == 32 * WIDTH * 4:
+                with torch.no_grad():
+                    spoil(torch.frombuffer(piece, dtype=torch.float32).view(32, WIDTH))
+            yield piece
+
+    monkeypatch.setattr(folding, "_folded", spoilt)
+    with pytest.raises(OSError, match="reads back other"):
+        fold_checkpoint(folder, mutes, tmp_path / "out")
+    fold_checkpoint(folder, mutes, tmp_path / "out", verify=False)
+
+
+def test_two_at_a_time_are_refused(saved, tmp_path):
+    folder, mutes = saved
+    refused = []
+
+    def callback(done, total):
+        if not refused:
+            with pytest.raises(BlockingIOError, match="another process"):
+                fold_checkpoint(folder, mutes, tmp_path / "out")
+            refused.append(done)
+
+    fold_checkpoint(folder, mutes, tmp_path / "out", callback=callback)
+    assert refused
+    assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
+
+
+def measure(folder, mutes, small, small_mutes):
+    """Print by how many bytes the resident memory grows at most; ``small`` has everything imported first."""
+    fold_checkpoint(small, small_mutes, f"{small}-out")
+
+    def status(key):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = status("VmRSS")
+    fold_checkpoint(folder, mutes, f"{folder}-out")
+    print(status("VmHWM") - before)
+
+
+def test_memory_is_that_of_a_few_tensors(saved, tmp_path):
+    small, small_mutes = saved
+    small_mutes.save(tmp_path / "small.safetensors")
+    model = build("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    some_mutes(model).save(tmp_path / "mutes.safetensors")
+    folder = tmp_path / "large"
+    model.save_pretrained(folder, max_shard_size="40MB")
+    size = sum(len(data) for data in weights(folder).values())
+    assert size > 120e6
+    arguments = map(str, [folder, tmp_path / "mutes.safetensors", small, tmp_path / "small.safetensors"])
+    code = "import sys; from tests.test_folding import measure; measure(*sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE)
+    assert int(result.stdout.split()[-1]) < size / 3
+
+
+# --- What is refused -------------------------------------------------------------------------
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def rewrite(folder, name, change):
+    """Replace the tensor ``name`` in its shard by ``change(it)``."""
+    shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+REFUSED = {
+    "other weights": (lambda f: build("llama", seed=1).save_pretrained(f), "weights differ by 1"),
+    "one other layer": (lambda f: rewrite(f, DOWN, lambda w: w * 1.05), r"layers.1.mlp: .* differ by 5.0%"),
+    "NaN": (lambda f: rewrite(f, DOWN, lambda w: w * float("nan")), r"layers.1.mlp: .* differ by nan"),
+    "other class": (
+        lambda f: build("qwen2").save_pretrained(f),
+        "class: mute set LlamaForCausalLM, model Qwen2ForCausalLM\n  model_type: mute set llama, model qwen2",
+    ),
+    "other width": (
+        lambda f: build("llama", intermediate_size=80).save_pretrained(f),
+        "layers.2.mlp: mute set 72 neurons, model 80",
+    ),
+    "fewer layers": (
+        lambda f: build("llama", num_hidden_layers=2).save_pretrained(f),
+        "layers.2.mlp: mute set 72 neurons, model has no FFN there",
+    ),
+    "quantised": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantised",
+    ),
+    "integers": (lambda f: rewrite(f, DOWN, lambda w: w.to(torch.int8)), f"{DOWN} is stored as I8"),
+    "shape": (
+        lambda f: rewrite(f, DOWN, lambda w: w.T),
+        r"has shape \[72, 32\], config.json says \[32, 72\]",
+    ),
+    "damaged shard": (
+        lambda f: os.truncate(shards(f)[1], 9000),
+        r"model-00002-of-\d+.safetensors is not a valid safetensors file",
+    ),
+    "elsewhere": (
+        lambda f: edit(f / INDEX, weight_map={DOWN: "../model-00001-of-00007.safetensors"}),
+        "must name shards in its own folder",
+    ),
+    "twice": (
+        lambda f: shards(f)[0].write_bytes(shards(f)[1].read_bytes()),
+        "which another shard of .* holds too",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_anything_is_written(saved, tmp_path, spoil, message):
+    folder, mutes = saved
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        fold_checkpoint(folder, mutes, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_set_that_is_folded_already_is_refused(tmp_path):
+    """One neuron of thousands moves the down projection by less than the tolerance."""
+    model = build("llama", intermediate_size=4096)
+    model.save_pretrained(tmp_path / "model")
+    with neumuter.attach(model, start_layer=0) as masked:
+        mutes = masked.mute_set({"model.layers.1.mlp": ([7], [-0.5])}, mode="modulate", gain_range=(-2, 2))
+    fold_checkpoint(tmp_path / "model", mutes, tmp_path / "once")
+    with pytest.raises(neumuter.MuteMismatchError, match="muted columns"):
+        fold_checkpoint(tmp_path / "once", mutes, tmp_path / "twice")
+
+
+def test_experts_that_are_stored_one_by_one_are_refused(tmp_path):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has no tensor model.layers.0.mlp.experts.down_proj"):
+        fold_checkpoint(tmp_path / "model", some_mutes(model), tmp_path / "out")
+
+
+def test_folders_that_cannot_be_used(saved, tmp_path):
+    folder, mutes = saved
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        fold_checkpoint(folder, mutes, folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor"):
+        fold_checkpoint(folder, mutes, tmp_path / "out")
