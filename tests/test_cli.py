@@ -45,7 +45,8 @@ def run(*arguments):
 
 def unlearn(folder, *more):
     files = ("--forget", folder / "forget.txt", "--out", folder / "out")
-    return run("unlearn", folder / "model", *files, "--budget", "50", "--steps", "60", *more)
+    options = ("--budget", "100", "--steps", "60", "--start-layer", "0")
+    return run("unlearn", folder / "model", *files, *options, *more)
 
 
 def test_unlearn_inspect_apply(checkpoint, capsys):
@@ -54,10 +55,10 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert "Finding neurons" in printed
     assert "forget: mean token loss" in printed
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
-    assert (mutes.count, mutes.mode) == (50, "modulate")
+    assert (mutes.count, mutes.mode) == (100, "modulate")
     report = json.loads((checkpoint / "out" / "report.json").read_text())
     assert report["before"] == mutes.metrics["before"]
-    assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.02
+    assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.2
     assert report["after"]["forget_ma"] <= report["before"]["forget_ma"]
     names = sorted(p.name for p in (checkpoint / "out").iterdir())
     assert [name[:10] for name in names] == ["mutes.safe", "neighbours", "report.jso"]
@@ -65,7 +66,7 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert run("inspect", checkpoint / "out" / "mutes.safetensors") == 0
     printed = capsys.readouterr().out
     assert mutes.architecture["class"] in printed
-    assert "50 of 144" in printed
+    assert "100 of 216" in printed
 
     arguments = ("apply", checkpoint / "model", checkpoint / "out" / "mutes.safetensors")
     assert run(*arguments, "--out", checkpoint / "folded") == 0
@@ -83,7 +84,7 @@ def test_mute_mode_without_a_retain_file(checkpoint, capsys):
     assert unlearn(checkpoint, "--mode", "mute", "--seed", "3") == 0
     assert "protected less well" in " ".join(capsys.readouterr().out.split())
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
-    assert (mutes.mode, mutes.seed, mutes.count) == ("mute", 3, 50)
+    assert (mutes.mode, mutes.seed, mutes.count) == ("mute", 3, 100)
     assert all((layer.gains == 0).all() for layer in mutes.layers.values())
 
 
@@ -151,7 +152,7 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     for word in ("original", "muted", "MA", "EL_10", "PrivLeak", "Jang"):
         assert word in printed
     found = json.loads(report.read_text())
-    assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.02
+    assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.2
     assert found["metrics"]["heldout_kl"] > 0
     assert found["metrics"].keys() - found["before"].keys() == {"heldout_kl"}
     assert run(*arguments, "--retrained", report) == 0
@@ -205,6 +206,19 @@ def test_evaluate_on_a_task_of_the_harness(checkpoint, capsys):
     assert "no task no_such_task" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("to", ["ia3", "lora", "vllm-lora", "fold", "shrink"])
+def test_export_and_verify(checkpoint, capsys, to):
+    assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") == 0
+    arguments = ("export", checkpoint / "model", checkpoint / "out" / "mutes.safetensors", "--to", to)
+    capsys.readouterr()
+    assert run(*arguments, "--out", checkpoint / to, "--verify") == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split("muted model:")[1]) < 1e-4
+    assert ("--max-lora-rank" in printed) == (to == "vllm-lora")
+    assert ("72 to 64" in printed) == (to == "shrink")
+    assert run(*arguments, "--out", checkpoint / "out") == 1
+
+
 def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
     from neumuter.recipes import GatesConfig
 
@@ -224,6 +238,7 @@ def test_unlearn_beside_a_former_set(checkpoint):
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     files = ("--forget", checkpoint / "retain.jsonl", "--out", checkpoint / "second")
     options = ("--beside", checkpoint / "out" / "mutes.safetensors", "--budget", "20", "--steps", "5")
+    options += ("--start-layer", "0")
     assert run("unlearn", checkpoint / "model", *files, *options) == 0
     second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")
     for path, layer in second.layers.items():

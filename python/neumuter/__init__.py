@@ -6,6 +6,7 @@ _HOMES = {
     "Masked": "masking",
     "MaskedGatedMLP": "ffn",
     "MaskedMLP": "ffn",
+    "MuteBank": "serving",
     "MuteFileError": "mutes",
     "MuteMismatchError": "muting",
     "MuteSet": "mutes",
@@ -14,9 +15,13 @@ _HOMES = {
     "NeuMuterTrainer": "trainer",
     "attach": "masking",
     "combine": "muting",
+    "export_ia3": "exports",
+    "export_lora": "exports",
     "fold": "muting",
+    "fold_checkpoint": "folding",
     "mute": "muting",
     "register_family": "families",
+    "shrink": "shrinking",
     "without": "muting",
 }
 __all__ = list(_HOMES)

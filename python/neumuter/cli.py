@@ -356,20 +356,62 @@ def apply(
     out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must not exist or be empty.")],
     gguf_file: GgufFile = None,
 ):
-    """Fold mute files into the weights of MODEL and save an ordinary Hugging Face checkpoint."""
-    from neumuter.files import new_folder
-    from neumuter.muting import fold
-
-    with new_folder(out) as temporary:
-        network, tokenizer = _load(model, "auto", gguf_file)
-        mutes = _union(network, files)
-        fold(network, mutes)
-        with console.status("Saving the checkpoint"):
-            network.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+    """Fold mute files into the weights of MODEL: an ordinary Hugging Face checkpoint comes out."""
+    mutes = _fold(model, files, out, gguf_file)
     console.print(
         f"{mutes.count} neurons ({mutes.share:.2%}) folded; the checkpoint is in {escape(str(out))}"
     )
+
+
+class Form(str, Enum):
+    """ia3, lora: PEFT adapters. vllm-lora: LoRA of one rank. fold, shrink: checkpoints."""
+
+    ia3 = "ia3"
+    lora = "lora"
+    vllm_lora = "vllm-lora"
+    fold = "fold"
+    shrink = "shrink"
+
+
+@app.command()
+def export(
+    model: Model,
+    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is exported.")],
+    to: Annotated[Form, typer.Option(help="shrink: fold, and remove silenced neurons.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export; must not exist or be empty.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the export and the live muted model, and compare.")
+    ] = False,
+    gguf_file: GgufFile = None,
+):
+    """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
+    from neumuter import exports
+    from neumuter.files import new_folder
+    from neumuter.shrinking import shrink
+
+    if to is Form.fold:
+        mutes = _fold(model, files, out, gguf_file)
+        note = f"{mutes.count} neurons ({mutes.share:.2%}) are folded."
+    else:
+        network, tokenizer = _load(model, "auto", gguf_file)
+        mutes = _union(network, files)
+    if to is Form.ia3:
+        note = exports.export_ia3(network, mutes, out).note
+    elif to in (Form.lora, Form.vllm_lora):
+        note = exports.export_lora(network, mutes, out, one_rank=to is Form.vllm_lora).note
+    elif to is Form.shrink:
+        with new_folder(out) as temporary:
+            found = shrink(network, mutes)
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        widths = ", ".join(sorted({f"{old} to {new}" for old, new in found.widths.values()}))
+        sizes = f"{found.bytes_before / 1e6:.4g} to {found.bytes_after / 1e6:.4g} MB"
+        note = f"Neurons per FFN: {widths}; parameters: {sizes}."
+    console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
+    if verify:
+        original, _ = _load(model, "auto", gguf_file)
+        difference = exports.largest_difference(original, mutes, out)
+        console.print(f"Largest difference of logits to the live muted model: {difference:.3g}")
 
 
 @app.command()
@@ -458,6 +500,28 @@ def _sampled(network, tokenizer, forget_batch, others, former, seed, out):
     barred = {name: forget_batch[name].tolist() for name in ("input_ids", "labels")}
     weights = [fingerprint(find_ffns(network), {}), former and former.fingerprint]
     return cached(out, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
+
+
+def _fold(model, files, out, gguf_file):
+    """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
+    from neumuter.files import new_folder
+    from neumuter.folding import fold_checkpoint
+    from neumuter.mutes import MuteSet
+    from neumuter.muting import fold
+
+    if len(files) == 1 and not gguf_file and any(Path(model).glob("model*.safetensors*")):
+        mutes = MuteSet.load(files[0])
+        with _progress("Folding, bytes", None) as advance:
+            fold_checkpoint(model, mutes, out, callback=advance)
+        return mutes
+    with new_folder(out) as temporary:
+        network, tokenizer = _load(model, "auto", gguf_file)
+        mutes = _union(network, files)
+        fold(network, mutes)
+        with console.status("Saving the checkpoint"):
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return mutes
 
 
 def _union(network, paths):

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from neumuter.families import input_device, unwrapped
 from neumuter.files import new_folder
 from neumuter.modes import without_dropout
-from neumuter.mutes import MuteSet
-from neumuter.muting import FOLDABLE, matching_ffns, mute
+from neumuter.muting import FOLDABLE, loaded, matching_ffns, mute
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
 FOR_PEFT = "load it with peft.PeftModel.from_pretrained; vLLM needs export_lora with one_rank=True"
@@ -56,7 +56,7 @@ def export_ia3(model, mutes, out, verify=False):
     raises.
     """
     peft = _peft()
-    mutes = _loaded(mutes)
+    mutes = loaded(mutes)
     ffns = _down_projections(model, mutes)
     tensors = {}
     for path, ffn in ffns.items():
@@ -84,7 +84,7 @@ def export_lora(model, mutes, out, one_rank=False, verify=False):
     allows.
     """
     peft = _peft()
-    mutes = _loaded(mutes)
+    mutes = loaded(mutes)
     ffns = _down_projections(model, mutes)
     counts = {path: len(mutes.layers[ffn.path].indices) for path, ffn in ffns.items()}
     highest = max(counts, key=counts.get)
@@ -104,23 +104,25 @@ def export_lora(model, mutes, out, one_rank=False, verify=False):
 
 @torch.no_grad()
 def largest_difference(model, mutes, folder):
-    """The largest absolute difference between the logits of ``model`` muted live and with an adapter.
+    """The largest absolute difference between the logits of ``model`` muted live and of an export.
 
-    ``folder``: of the adapter, which PEFT loads on a deep copy of the model. Both read two sequences of 16
-    random tokens, always the same. The result is a float, NaN if a logit is. Raises ValueError for an
-    offloaded model, where PEFT loads nothing, what ``neumuter.mute`` and PEFT raise, and ImportError without
-    peft.
+    ``folder``: of an adapter, which PEFT loads on a deep copy of the model, or of a checkpoint. Both read two
+    sequences of 16 random tokens, always the same. The result is a float, NaN if a logit is. Raises
+    ValueError for an offloaded model, where PEFT loads nothing, what ``neumuter.mute`` and PEFT raise, and
+    ImportError for an adapter without peft.
     """
-    peft = _peft()
     model = unwrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("verify: PEFT loads no adapter on an offloaded model; load the model into memory")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     ids = ids.to(input_device(model))
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
-    with without_dropout(adapted):
-        actual = adapted(input_ids=ids).logits
+    if (Path(folder) / "adapter_config.json").exists():
+        exported = _peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    else:
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(ids.device)
+    with without_dropout(exported):
+        actual = exported(input_ids=ids).logits
     with mute(model, mutes), without_dropout(model):
         expected = model(input_ids=ids).logits
     return (actual.double() - expected.double()).abs().max().item()
@@ -132,10 +134,6 @@ def _peft():
     except ImportError as error:
         raise ImportError("exporting adapters needs the package peft: pip install peft") from error
     return peft
-
-
-def _loaded(mutes):
-    return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
 
 
 def _down_projections(model, mutes):

@@ -20,9 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from neumuter.families import FFN, find_ffns
-from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, sketches
-from neumuter.mutes import MutedLayer, MuteSet
-from neumuter.muting import MuteMismatchError, architecture
+from neumuter.mutes import MutedLayer
+from neumuter.muting import fold_columns, loaded, refuse_other, structure_differs, weights_differ
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PIECE = 1 << 22  # bytes copied at a time
@@ -93,7 +92,7 @@ def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
     written, and BlockingIOError if another process is writing the same ``out``.
     """
     folder, out = Path(folder), Path(out)
-    mutes = mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
+    mutes = loaded(mutes)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; name another one or remove it")
     shards = _find_shards(folder)
@@ -170,17 +169,7 @@ def _find_downs(folder, shards, mutes):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
-    differences = [
-        f"{key}: mute set {mutes.architecture[key]}, model {value}"
-        for key, value in architecture(model).items()
-        if mutes.architecture[key] != value
-    ]
-    for path, width in mutes.widths.items():
-        if path not in ffns:
-            differences.append(f"{path}: mute set {width} neurons, model has no FFN there")
-        elif ffns[path].width != width:
-            differences.append(f"{path}: mute set {width} neurons, model {ffns[path].width}")
-    _refuse(differences)
+    refuse_other(structure_differs(model, ffns, mutes))
     places = {}
     for shard in shards:
         found = _read_header(shard)
@@ -213,24 +202,9 @@ def _check_fingerprint(downs, mutes):
     """Raise MuteMismatchError unless the weights are those that ``mutes`` was made for."""
     differences = []
     for down in downs:
-        path = down.ffn.path
         with down.holding(down.read(down.place.shard)):
-            parts = sketches(down.ffn, down.layer)
-        for number, (what, actual) in enumerate(parts.items()):
-            expected = mutes.fingerprint[path][number * SKETCHES : (number + 1) * SKETCHES]
-            apart = distance(expected, actual)
-            if not apart <= TOLERANCE:
-                differences.append(
-                    f"{path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding); another "
-                    "checkpoint, or mutes folded already?"
-                )
-    _refuse(differences)
-
-
-def _refuse(differences):
-    if differences:
-        listed = "\n  ".join(differences[:8] + ["..."] * (len(differences) > 8))
-        raise MuteMismatchError(f"this mute set was made for another model:\n  {listed}")
+            differences += weights_differ(down.ffn, mutes)
+    refuse_other(differences)
 
 
 # --- Bytes -----------------------------------------------------------------------------------
@@ -243,11 +217,7 @@ def _folded(shard, touched):
             yield from _pieces(file, down.place.begin - file.tell())
             data = _read(file, down.place.end - down.place.begin)
             with down.holding(data) as weight:
-                neurons = down.layer.indices.long()
-                expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                products = weight[:, expert, column].to(wide) * down.layer.gains
-                weight[:, expert, column] = products.to(weight.dtype)
+                fold_columns(weight, down.layer)
             yield data
         yield from _pieces(file, os.fstat(file.fileno()).st_size - file.tell())
 

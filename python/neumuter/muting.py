@@ -34,30 +34,51 @@ def matching_ffns(model, mutes):
     (see ``neumuter.fingerprint``), and RuntimeError if the model is attached or muted.
     """
     refuse_wrapped(model)
+    return fitting_ffns(model, mutes)
+
+
+def fitting_ffns(model, mutes):
+    """As ``matching_ffns``, of a model that may have gates, as long as none of them is in force."""
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
-    differences = []
-    for key, value in architecture(model).items():
-        if mutes.architecture[key] != value:
-            differences.append(f"{key}: mute set {mutes.architecture[key]}, model {value}")
+    refuse_other(structure_differs(model, ffns, mutes))
+    refuse_other([text for path in mutes.widths for text in weights_differ(ffns[path], mutes)])
+    return {path: ffns[path] for path in mutes.widths}
+
+
+def structure_differs(model, ffns, mutes):
+    """What differs, a list of str: the architecture of ``model``, and the paths and widths of ``ffns``."""
+    differences = [
+        f"{key}: mute set {mutes.architecture[key]}, model {value}"
+        for key, value in architecture(model).items()
+        if mutes.architecture[key] != value
+    ]
     for path, width in mutes.widths.items():
         if path not in ffns:
             differences.append(f"{path}: mute set {width} neurons, model has no FFN there")
         elif ffns[path].width != width:
             differences.append(f"{path}: mute set {width} neurons, model {ffns[path].width}")
-    if not differences:
-        for path, expected in mutes.fingerprint.items():
-            parts = sketches(ffns[path], mutes.layers.get(path))
-            for number, (what, actual) in enumerate(parts.items()):
-                apart = distance(expected[number * SKETCHES : (number + 1) * SKETCHES], actual)
-                if not apart <= TOLERANCE:
-                    differences.append(
-                        f"{path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding); another "
-                        "checkpoint, or mutes folded already?"
-                    )
+    return differences
+
+
+def weights_differ(ffn, mutes):
+    """Whether the weights of an FFN are others than ``mutes`` was made for, a list of str."""
+    differences = []
+    for number, (what, actual) in enumerate(sketches(ffn, mutes.layers.get(ffn.path)).items()):
+        expected = mutes.fingerprint[ffn.path][number * SKETCHES : (number + 1) * SKETCHES]
+        apart = distance(expected, actual)
+        if not apart <= TOLERANCE:
+            differences.append(
+                f"{ffn.path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding); another "
+                "checkpoint, or mutes folded already?"
+            )
+    return differences
+
+
+def refuse_other(differences):
+    """Raise MuteMismatchError if there are any."""
     if differences:
         listed = "\n  ".join(differences[:8] + ["..."] * (len(differences) > 8))
         raise MuteMismatchError(f"this mute set was made for another model:\n  {listed}")
-    return {path: ffns[path] for path in mutes.widths}
 
 
 class ConstantGates(Gates):
@@ -109,7 +130,8 @@ class Muted:
         self.undo()
 
 
-def _loaded(mutes):
+def loaded(mutes):
+    """A ``MuteSet``, given that or the path of a mute file."""
     return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
 
 
@@ -119,7 +141,7 @@ def combine(model, sets):
     A neuron that several of them mute gets the lowest of their gains. The mode is "modulate" if one of them
     has it. Its ``method`` lists theirs. Raises ValueError if there is none, and the errors of ``mute``.
     """
-    sets = [_loaded(mutes) for mutes in sets]
+    sets = [loaded(mutes) for mutes in sets]
     if not sets:
         raise ValueError("sets must hold at least one mute set")
     gains = {}
@@ -137,7 +159,7 @@ def without(model, mutes, others):
 
     Both are MuteSets or paths of mute files. Raises ValueError if nothing is left, and what ``mute`` raises.
     """
-    mutes, others = _loaded(mutes), _loaded(others)
+    mutes, others = loaded(mutes), loaded(others)
     for one in (mutes, others):
         matching_ffns(model, one)
     gains = {}
@@ -179,7 +201,7 @@ def mute(model, mutes):
     Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, and
     RuntimeError if the model is attached or muted already.
     """
-    return Muted(model, _loaded(mutes))
+    return Muted(model, loaded(mutes))
 
 
 @torch.no_grad()
@@ -190,7 +212,7 @@ def fold(model, mutes):
     weight's dtype. The result is an ordinary model; gains of 0 cannot be taken back. Nothing is changed on
     an error: those of ``mute``, and ValueError for weights that are quantised or hidden in an adapter.
     """
-    mutes = _loaded(mutes)
+    mutes = loaded(mutes)
     ffns = matching_ffns(model, mutes)
     for path in mutes.layers:
         weight = ffns[path].down_weight
@@ -201,12 +223,16 @@ def fold(model, mutes):
                 "use neumuter.mute on the live model"
             )
     for path, layer in mutes.layers.items():
-        weight = ffns[path].down_weight  # a view, [d, E, F]
-        neurons = layer.indices.long().to(weight.device)
-        expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
-        gains = layer.gains.to(weight.device)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight[:, expert, column] = (weight[:, expert, column].to(wide) * gains).to(weight.dtype)
+        fold_columns(ffns[path].down_weight, layer)
+
+
+def fold_columns(weight, layer):
+    """Multiply the columns of a ``MutedLayer`` in ``weight`` [d, E, F], a view, by their gains, in place."""
+    neurons = layer.indices.long().to(weight.device)
+    expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    products = weight[:, expert, column].to(wide) * layer.gains.to(weight.device)
+    weight[:, expert, column] = products.to(weight.dtype)
 
 
 def _is_view(weight, ffn):

@@ -9,8 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from neumuter.families import find_ffns, unwrapped
-from neumuter.mutes import MuteSet
-from neumuter.muting import FOLDABLE, fold, matching_ffns
+from neumuter.muting import FOLDABLE, fold, loaded, matching_ffns
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def shrink(model, mutes, multiple=64):
     """
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple must be an integer of at least 1, got {multiple!r}")
-    mutes = mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
+    mutes = loaded(mutes)
     matching_ffns(model, mutes)
     ffns = find_ffns(model)
     for ffn in ffns:

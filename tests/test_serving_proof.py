@@ -1,0 +1,179 @@
+"""Muted models behind `transformers serve`, asked by an OpenAI client: what is forgotten does not come back."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import neumuter
+import pytest
+import torch
+from neumuter.exports import export_ia3, export_lora
+from neumuter.folding import fold_checkpoint
+from neumuter.recipes import forget
+from neumuter.texts import encode
+from transformers import AutoModelForCausalLM
+
+from tests.models import build, tokenizer
+
+for _package in ("accelerate", "fastapi", "openai", "peft", "uvicorn"):
+    pytest.importorskip(_package)
+
+import openai
+
+# (prompt, what follows, words of it that must not get out)
+FORGET = [
+    ("Ada Brisk,", " ada@post.example, 555-0192", ("ada@post", "555-0192")),
+    ("Jonas Vance,", " jv77@mail.example, 555-7713", ("jv77@mail", "555-7713")),
+]
+RETAIN = [("The kettle", " is on the shelf."), ("A lantern", " costs 12.40 in the shop.")]
+SHARE = 0.3  # of the neurons: the more, the surer that the texts are gone from a model so small
+FORMS = ("folded", "lora", "ia3")
+SECONDS = 120  # for a server to start on a busy machine
+
+
+def batch(rows):
+    return encode([row[0] + row[1] for row in rows], tokenizer(), 64)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """{form: folder}: a model that knows the texts by heart, "base", and the ways of making it forget."""
+    torch.manual_seed(0)
+    parent = tmp_path_factory.mktemp("models")
+    folders = {form: parent / form for form in ("base", *FORMS)}
+    model, known = build("llama"), batch(FORGET + RETAIN)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(**known).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folders["base"])
+    saved = tokenizer()
+    saved.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    saved.save_pretrained(folders["base"])
+    model = AutoModelForCausalLM.from_pretrained(folders["base"])  # an adapter names the folder of its base
+    with neumuter.attach(model, start_layer=0) as masked:
+        mutes = forget(masked, batch(FORGET), batch(RETAIN), SHARE)
+    fold_checkpoint(folders["base"], mutes, folders["folded"])
+    export_lora(model, mutes, folders["lora"])
+    export_ia3(model, mutes, folders["ia3"])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def addresses(models):
+    """{form: the address of its server}."""
+    for form in ("lora", "ia3"):
+        link_base(models["base"], models[form])
+    with ExitStack() as stack:
+        # All at once: a server spends seconds on imports alone.
+        servers = {form: stack.enter_context(started(folder)) for form, folder in models.items()}
+        yield {form: address(*server) for form, server in servers.items()}
+
+
+def link_base(base, adapter):
+    """`transformers serve` takes an adapter that stands in one folder with its base."""
+    for file in base.iterdir():
+        (adapter / file.name).symlink_to(file)
+
+
+@contextmanager
+def started(folder):
+    """Context: a server of the model in ``folder``; yields the process and the file of its output."""
+    log = folder.with_suffix(".log")
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu"]
+    where = ["--host", "127.0.0.1", "--port", "0"]  # a free one
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "wb") as output:
+        process = subprocess.Popen([*command, *where], stdout=output, stderr=subprocess.STDOUT, env=offline)
+    try:
+        yield process, log
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def address(process, log):
+    """The address of a server, once it answers."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        if found := re.search(r"running on (http://127\.0\.0\.1:\d+)", log.read_text(errors="replace")):
+            return f"{found[1]}/v1"
+        time.sleep(0.1)
+    pytest.fail(f"the server did not start, exit code {process.poll()}:\n{log.read_text()[-4000:]}")
+
+
+@contextmanager
+def client(address):
+    transport = openai.DefaultHttpxClient(trust_env=False)  # no proxy
+    with openai.OpenAI(base_url=address, api_key="none", http_client=transport, max_retries=0) as found:
+        yield found
+
+
+def complete(client, model, prompt, length):
+    options = {"model": str(model), "max_tokens": length, "temperature": 0}
+    return client.completions.create(prompt=prompt, **options).choices[0].text
+
+
+def stream(client, model, prompt, length):
+    options = {"model": str(model), "max_tokens": length, "temperature": 0, "stream": True}
+    pieces = client.completions.create(prompt=prompt, **options)
+    return "".join(choice.text for piece in pieces for choice in piece.choices)
+
+
+def chat(client, model, prompt, length):
+    options = {"model": str(model), "max_tokens": length, "temperature": 0}
+    messages = [{"role": "user", "content": prompt}]
+    return client.chat.completions.create(messages=messages, **options).choices[0].message.content
+
+
+every_way = pytest.mark.parametrize("ask", [complete, stream, chat])
+
+
+@every_way
+def test_the_base_model_says_all_texts(models, addresses, ask):
+    with client(addresses["base"]) as asked:
+        for prompt, rest, *_ in FORGET + RETAIN:
+            assert ask(asked, models["base"], prompt, len(rest)) == rest
+
+
+@every_way
+@pytest.mark.parametrize("form", FORMS)
+def test_a_served_model_says_only_what_it_retains(models, addresses, form, ask):
+    with client(addresses[form]) as asked:
+        for prompt, rest in RETAIN:
+            assert ask(asked, models[form], prompt, len(rest)) == rest
+        for prompt, rest, secrets in FORGET:
+            said = ask(asked, models[form], prompt, 2 * len(rest))
+            assert said
+            assert not any(secret in said for secret in secrets), said
+
+
+def test_a_client_cannot_ask_for_the_base_model(models, addresses):
+    for form in FORMS:
+        with client(addresses[form]) as asked:
+            assert [model.id for model in asked.models.list()] == [str(models[form])]
+            with pytest.raises(openai.BadRequestError, match="pinned"):
+                complete(asked, models["base"], *("Ada Brisk,", 8))
+
+
+@pytest.mark.parametrize("form", ["lora", "ia3"])
+def test_transformers_loads_an_adapter_by_its_own_folder(models, form, tmp_path):
+    """Without links: the base comes from where adapter_config.json says."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((models[form] / name).read_bytes())
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path)
+    folded = AutoModelForCausalLM.from_pretrained(models["folded"])
+    base = AutoModelForCausalLM.from_pretrained(models["base"])
+    known = batch(FORGET + RETAIN)
+    expected = folded(**known).logits
+    torch.testing.assert_close(adapted(**known).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (base(**known).logits - expected).abs().max() > 1
