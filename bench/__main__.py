@@ -13,7 +13,7 @@ from bench import machine, report
 from bench.timing import FULL, QUICK, keep_freed_memory
 
 # Each module has rows(device, effort, small), which yields one row of results after another.
-MEASURED = ("kernels", "step", "select", "decode")
+MEASURED = ("kernels", "step", "select", "decode", "serve")
 
 
 def main():

@@ -1,0 +1,157 @@
+"""Generation with mute sets: what one costs, and many in one batch against the ways that others have.
+
+A Llama of SmolLM2-135M's shape with random weights, sets of 1 % of its neurons.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import peft
+import torch
+from neumuter.exports import export_lora
+from neumuter.masking import attach
+from neumuter.muting import fold, mute
+from neumuter.recipes import mute_random
+from neumuter.serving import MuteBank
+
+from bench import step
+from bench.timing import Contender, compare
+
+PROMPT, NEW, SHARE = 32, 16, 0.01
+BATCHES = (1, 8)
+ROWS = 16  # of a batch of many tenants
+TENANTS = (1, 4, 16, 100, 1000)  # sets in memory, of which each row of a batch uses another
+MOST_ADAPTERS = 16  # of PEFT's in memory
+
+
+def rows(device, effort, small=False):
+    """Yields one row of results after another."""
+    shape = "tiny" if small else "135M"
+    for dtype in (torch.float32, torch.bfloat16) if device == "cpu" and not small else (torch.bfloat16,):
+        model = step.build(shape, dtype, device)[0]
+        for batch in BATCHES[:1] if small else BATCHES:
+            row = compare(cost(model, batch), None, device, effort)
+            overhead = 100 * (1 / row["ratio"] - 1) if "ratio" in row else None
+            yield _row("generation, one set", batch, dtype, row) | {"overhead_percent": overhead}
+        for tenants in TENANTS[:2] if small else TENANTS:
+            with tempfile.TemporaryDirectory() as folder:
+                contenders = many(model, tenants, Path(folder))
+                row = compare(contenders, None, device, effort)
+            yield _row(f"generation, {tenants} tenants", ROWS, dtype, row)
+
+
+def _row(op, batch, dtype, row):
+    for entry in row["contenders"]:
+        if "median_us" in entry:
+            entry["tokens_per_s"] = batch * NEW / entry["median_us"] * 1e6
+    name = str(dtype).removeprefix("torch.")
+    return {"op": op, "pass": f"{NEW} tokens", "shape": [batch, PROMPT], "dtype": name, **row}
+
+
+def cost(model, batch):
+    """One set on a live model, through a bank, and none."""
+    (mutes,) = sets_of(model, 1)
+    ids = prompts(model, batch)
+    live, shared, plain = (step.sharing_weights(model) for _ in range(3))
+    mute(live, mutes)
+    bank = bank_of(shared, [mutes])
+
+    def through_bank(x):
+        with bank.using("0"):
+            return shared(input_ids=x).logits
+
+    return [
+        Contender("MuteBank", lambda _: generate(shared, ids, mute_sets="0"),
+                  check=lambda: wrong(through_bank(ids), model, [mutes], ids)),
+        Contender("untouched", lambda _: generate(plain, ids)),
+        Contender("neumuter.mute", lambda _: generate(live, ids), counts=False,
+                  check=lambda: wrong(live(input_ids=ids).logits, model, [mutes], ids)),
+    ]  # fmt: skip
+
+
+def many(model, tenants, folder):
+    """A batch whose rows use the sets of different tenants: mixed, one batch per set, and PEFT's LoRA."""
+    used = min(tenants, ROWS)
+    sets = sets_of(model, used)
+    ids = prompts(model, ROWS)
+    names = [str(row % used) for row in range(ROWS)]
+    mixed = step.sharing_weights(model)
+    bank = bank_of(mixed, sets, tenants)
+
+    def logits(x):
+        with bank.using(names):
+            return mixed(input_ids=x).logits
+
+    def apart():
+        for number in range(used):
+            generate(mixed, ids[number::used], mute_sets=str(number))
+
+    by_row = [sets[row % used] for row in range(ROWS)]
+    found = [
+        Contender("MuteBank, mixed", lambda _: generate(mixed, ids, mute_sets=names),
+                  check=lambda: wrong(logits(ids), model, by_row, ids)),
+        Contender("one set per batch", lambda _: apart()),
+    ]  # fmt: skip
+    if tenants <= MOST_ADAPTERS:
+        adapted = _adapted(model, sets, folder)
+
+        def adapted_logits(x):
+            return adapted(input_ids=x, adapter_names=names).logits
+
+        found.append(
+            Contender("PEFT LoRA, mixed", lambda _: generate(adapted, ids, adapter_names=names),
+                      check=lambda: wrong(adapted_logits(ids), model, by_row, ids))
+        )  # fmt: skip
+    return found
+
+
+def _adapted(model, sets, folder):
+    for number, mutes in enumerate(sets):
+        export_lora(model, mutes, folder / str(number))
+    adapted = peft.PeftModel.from_pretrained(step.sharing_weights(model), folder / "0", adapter_name="0")
+    for number in range(1, len(sets)):
+        adapted.load_adapter(folder / str(number), adapter_name=str(number))
+    return adapted.eval()
+
+
+def sets_of(model, count):
+    with attach(model, start_layer=0) as masked:
+        return [mute_random(masked, SHARE, seed) for seed in range(count)]
+
+
+def bank_of(model, sets, count=None):
+    """A bank of ``count`` tenants who have these sets in turn."""
+    count = count or len(sets)
+    bank = MuteBank(model, count, count * sets[0].count)
+    for number in range(count):
+        bank.add(str(number), sets[number % len(sets)])
+    return bank
+
+
+def prompts(model, batch):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, model.config.vocab_size, (batch, PROMPT), generator=generator).to(model.device)
+
+
+def generate(model, ids, **options):
+    """NEW tokens for each row, greedily."""
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+        do_sample=False, pad_token_id=0, **options,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def wrong(logits, model, by_row, ids):
+    """How far ``logits`` are from those of copies with the sets of the rows folded in; None: near enough."""
+    expected = logits.clone()
+    for mutes in {id(mutes): mutes for mutes in by_row}.values():
+        folded = copy.deepcopy(model)
+        fold(folded, mutes)
+        chosen = [row for row in range(len(ids)) if by_row[row % len(by_row)] is mutes]
+        expected[chosen] = folded(input_ids=ids[chosen]).logits
+    error = ((logits.float() - expected.float()).norm() / expected.float().norm()).item()
+    return (
+        None if error <= (1e-4 if logits.dtype == torch.float32 else 3e-2) else f"logits: error {error:.1e}"
+    )
