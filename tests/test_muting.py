@@ -4,6 +4,8 @@ import neumuter
 import pytest
 import torch
 from neumuter.families import find_ffns
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.models import SMALL, WIDTH, batch, build
 
@@ -266,3 +268,17 @@ def test_sets_of_other_models_are_not_combined():
             attempt()
     with pytest.raises(ValueError, match="at least one mute set"):
         neumuter.combine(model, [])
+
+
+def test_a_model_sharded_by_fsdp_is_not_folded_into(tmp_path):
+    """Its weights are whole for a while after a forward pass, but what is written there is lost."""
+    model = build("llama")
+    mutes = some_mutes(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model(input_ids=batch())
+        with pytest.raises(ValueError, match="cannot fold"):
+            neumuter.fold(model, mutes)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,9 +1,10 @@
-"""Muted models behind `transformers serve`, asked by an OpenAI client: what is forgotten does not come back."""
+"""Muted models behind `transformers serve`, asked by an OpenAI client: what is forgotten stays away."""
 
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,10 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import build, tokenizer
 
-for _package in ("accelerate", "fastapi", "openai", "peft", "uvicorn"):
+openai = pytest.importorskip("openai")
+for _package in ("accelerate", "fastapi", "peft", "uvicorn"):
     pytest.importorskip(_package)
-
-import openai
 
 # (prompt, what follows, words of it that must not get out)
 FORGET = [
@@ -32,6 +32,7 @@ FORGET = [
 RETAIN = [("The kettle", " is on the shelf."), ("A lantern", " costs 12.40 in the shop.")]
 SHARE = 0.3  # of the neurons: the more, the surer that the texts are gone from a model so small
 FORMS = ("folded", "lora", "ia3")
+PINNED = ("folded", "lora")  # a server each; another one serves whatever model it is asked for
 SECONDS = 120  # for a server to start on a busy machine
 
 
@@ -71,8 +72,9 @@ def addresses(models):
         link_base(models["base"], models[form])
     with ExitStack() as stack:
         # All at once: a server spends seconds on imports alone.
-        servers = {form: stack.enter_context(started(folder)) for form, folder in models.items()}
-        yield {form: address(*server) for form, server in servers.items()}
+        servers = {form: stack.enter_context(started(models[form])) for form in PINNED}
+        anything = stack.enter_context(started())
+        yield {form: address(*servers.get(form, anything)) for form in models}
 
 
 def link_base(base, adapter):
@@ -82,23 +84,22 @@ def link_base(base, adapter):
 
 
 @contextmanager
-def started(folder):
-    """Context: a server of the model in ``folder``; yields the process and the file of its output."""
-    log = folder.with_suffix(".log")
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--device", "cpu"]
+def started(*folder):
+    """Context: a server, of the model in ``folder`` alone; yields the process and the file of its output."""
+    command = [Path(sys.executable).with_name("transformers"), "serve", *folder, "--device", "cpu"]
     where = ["--host", "127.0.0.1", "--port", "0"]  # a free one
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "wb") as output:
-        process = subprocess.Popen([*command, *where], stdout=output, stderr=subprocess.STDOUT, env=offline)
-    try:
-        yield process, log
-    finally:
-        process.terminate()
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen([*command, *where], stdout=log, stderr=subprocess.STDOUT, env=offline)
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield process, Path(log.name)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def address(process, log):
@@ -157,12 +158,13 @@ def test_a_served_model_says_only_what_it_retains(models, addresses, form, ask):
             assert not any(secret in said for secret in secrets), said
 
 
-def test_a_client_cannot_ask_for_the_base_model(models, addresses):
-    for form in FORMS:
-        with client(addresses[form]) as asked:
-            assert [model.id for model in asked.models.list()] == [str(models[form])]
-            with pytest.raises(openai.BadRequestError, match="pinned"):
-                complete(asked, models["base"], *("Ada Brisk,", 8))
+@pytest.mark.parametrize("form", PINNED)
+def test_a_server_of_one_model_refuses_the_base_model(models, addresses, form):
+    with client(addresses[form]) as asked:
+        assert [model.id for model in asked.models.list()] == [str(models[form])]
+        with pytest.raises(openai.BadRequestError) as error:
+            complete(asked, models["base"], "Ada Brisk,", 8)
+    assert "pinned" in error.value.response.text
 
 
 @pytest.mark.parametrize("form", ["lora", "ia3"])

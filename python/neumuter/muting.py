@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from neumuter.families import find_ffns, unwrapped
 from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
@@ -214,9 +215,10 @@ def fold(model, mutes):
     """
     mutes = loaded(mutes)
     ffns = matching_ffns(model, mutes)
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # or whole for a while
     for path in mutes.layers:
         weight = ffns[path].down_weight
-        if weight is None or weight.dtype not in FOLDABLE or not _is_view(weight, ffns[path]):
+        if sharded or weight is None or weight.dtype not in FOLDABLE or not _is_view(weight, ffns[path]):
             raise ValueError(
                 f"cannot fold into the down projection of {path}: it is quantised, adapted, sharded or "
                 "offloaded; dequantise the model or merge its adapters first, gather it on one device, or "

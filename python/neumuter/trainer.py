@@ -102,7 +102,11 @@ class NeuMuterTrainer(Trainer):
 
     def __init__(self, model, args, forget_batch, neighbour_batch, callbacks=(), **options):
         self.masked = attach(model, args.start_layer)
-        self.pair = Pair(self.masked, forget_batch, neighbour_batch)
+        try:
+            self.pair = Pair(self.masked, forget_batch, neighbour_batch)
+        except BaseException:
+            self.masked.detach()
+            raise
         self.batches = {"forget": forget_batch, "retain": neighbour_batch}
         self._sums = {}
         data = _Indices(self.pair.forget_count, self.pair.neighbour_count)
