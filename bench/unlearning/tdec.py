@@ -16,7 +16,7 @@ from bench.unlearning.real import OURS, RECIPE, SEEDS, Setting, tokenizer
 
 FILES = ("lm_extraction_32_0.csv", "lm_extraction_32_1.csv")  # to forget, to stay
 TEXTS, TOKENS, PROMPT = 8, 128, 32
-METHODS = ("random", "paper", OURS, "difference", "npo", "simnpo")
+METHODS = ("random", "paper", OURS, "npo")
 
 
 class Texts(Setting):

@@ -505,7 +505,7 @@ def _sampled(network, tokenizer, forget_batch, others, former, seed, out):
 def _fold(model, files, out, gguf_file):
     """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
     from neumuter.files import new_folder
-    from neumuter.folding import fold_checkpoint
+    from neumuter.folding import CARD, fold_checkpoint, model_card
     from neumuter.mutes import MuteSet
     from neumuter.muting import fold
 
@@ -521,6 +521,7 @@ def _fold(model, files, out, gguf_file):
         with console.status("Saving the checkpoint"):
             network.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            (temporary / CARD).write_text(model_card(mutes), encoding="utf-8")
     return mutes
 
 

@@ -118,7 +118,7 @@ def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
             record(shard.name, written)
         _copy_others(folder, temporary, shards)
         card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
-        (temporary / CARD).write_bytes(card + _model_card(mutes).encode())
+        (temporary / CARD).write_bytes(card + model_card(mutes).encode())
 
 
 # --- What is there, and whether it fits ------------------------------------------------------
@@ -330,7 +330,7 @@ def _copy_others(folder, target, shards):
             shutil.copyfile(file, copy)
 
 
-def _model_card(mutes):
+def model_card(mutes):
     """What was done to a checkpoint that ``mutes`` is folded into, a section in Markdown."""
     counts = {path: len(layer.indices) for path, layer in mutes.layers.items()}
     layers = [
