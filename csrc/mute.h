@@ -7,6 +7,11 @@
 
 namespace neumuter {
 
+inline void check_device(const Tensor& hidden, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda() == hidden.is_cuda() && x.get_device() == hidden.get_device(),
+                  "all tensors must be on the device of hidden");
+}
+
 struct Mutes {
   Rows hidden;
   Tensor indptr, indices, gains;
@@ -20,18 +25,24 @@ struct Mutes {
         indices(torch::stable::contiguous(indices_)),
         gains(torch::stable::contiguous(gains_)),
         layer(layer_) {
-    STD_TORCH_CHECK(hidden.tensor.data_ptr() == hidden_.data_ptr(), "hidden must have rows of one stride");
+    STD_TORCH_CHECK(hidden.tensor.data_ptr() == hidden_.data_ptr() &&
+                        (hidden.rows <= 1 || hidden.stride >= hidden.columns),
+                    "hidden must have rows of one stride that do not overlap");
+    for (const Tensor& x : {indptr, indices, gains}) check_device(hidden_, x);
     STD_TORCH_CHECK(indptr.dim() == 2 && indptr.size(1) >= 1 && indptr.scalar_type() == ScalarType::Long,
                     "indptr must be int64 [S, L + 1]");
     sets = indptr.size(0);
     layers = indptr.size(1) - 1;
     STD_TORCH_CHECK(layer >= 0 && layer < layers, "layer must lie in [0, ", layers, "), got ", layer);
-    STD_TORCH_CHECK(indices.dim() == 1 && indices.scalar_type() == ScalarType::Int, "indices must be int32 [N]");
-    STD_TORCH_CHECK(gains.dim() == 1 && gains.scalar_type() == ScalarType::Float, "gains must be float32 [N]");
+    STD_TORCH_CHECK(indices.dim() == 1 && indices.scalar_type() == ScalarType::Int,
+                    "indices must be int32 [N]");
+    STD_TORCH_CHECK(gains.dim() == 1 && gains.scalar_type() == ScalarType::Float,
+                    "gains must be float32 [N]");
     pool = indices.numel();
     STD_TORCH_CHECK(gains.numel() == pool, "gains must have one entry per index");
     if (rows_) {
       rows = torch::stable::contiguous(*rows_);
+      check_device(hidden_, *rows);
       const ScalarType type = rows->scalar_type();
       STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "row_ids must be int32 or int64");
       STD_TORCH_CHECK(rows->numel() == hidden.rows, "row_ids must have one entry per token");

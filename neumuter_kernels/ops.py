@@ -278,7 +278,7 @@ def mute_(hidden, indptr, indices, gains, row_ids=None, layer=0):
         indices: int32 [N], neurons in [0, F), each at most once per set and layer.
         gains: float32 [N].
         row_ids: int32 or int64, the set of each token; −1: none. None: the tokens are S equal
-            consecutive runs. On the CPU what lies outside raises; on a GPU, where a check would wait
+            consecutive runs. On the CPU what lies outside raises; in CUDA C++, where a check would wait
             for the device, it is skipped.
         layer: int in [0, L).
 

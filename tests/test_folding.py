@@ -172,8 +172,12 @@ def interrupted(folder, mutes, out):
     return out.with_name(f".{out.name}.folding")
 
 
-def finished(hidden):
-    return [line.split("\t")[0] for line in (hidden / folding.JOURNAL).read_text().splitlines()[1:]]
+def journal_of(out):
+    return out.with_name(f".{out.name}{folding.JOURNAL}")
+
+
+def finished(out):
+    return [line.split("\t")[0] for line in journal_of(out).read_text().splitlines()[1:]]
 
 
 def test_a_killed_fold_goes_on(saved, tmp_path):
@@ -183,9 +187,10 @@ def test_a_killed_fold_goes_on(saved, tmp_path):
     code = "import sys; from tests.test_folding import run; run(*sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
     assert result.returncode == -signal.SIGKILL
-    hidden = tmp_path / ".out.folding"
-    assert {file.name for file in tmp_path.iterdir()} == {"model", "mutes.safetensors", hidden.name}
-    times = {name: (hidden / name).stat().st_mtime_ns for name in finished(hidden)}
+    hidden, journal = tmp_path / ".out.folding", journal_of(tmp_path / "out")
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"model", "mutes.safetensors", hidden.name, journal.name}
+    times = {name: (hidden / name).stat().st_mtime_ns for name in finished(tmp_path / "out")}
     assert 0 < len(times) < len(shards(folder))
     calls = []
     fold_checkpoint(*arguments, callback=lambda done, total: calls.append((done, total)))
@@ -194,25 +199,49 @@ def test_a_killed_fold_goes_on(saved, tmp_path):
     assert calls[-1] == (size, size)
     assert calls == sorted(calls)
     assert {file.name for file in tmp_path.iterdir()} == {"model", "mutes.safetensors", "out"}
-    assert not (tmp_path / "out" / folding.JOURNAL).exists()
     assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
 
 
 def test_a_finished_shard_that_was_tampered_with_is_made_anew(saved, tmp_path):
     folder, mutes = saved
     hidden = interrupted(folder, mutes, tmp_path / "out")
-    flip(hidden / finished(hidden)[0], -5)
+    flip(hidden / finished(tmp_path / "out")[0], -5)
     fold_checkpoint(folder, mutes, tmp_path / "out")
     assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
 
 
 def test_a_journal_that_was_cut_short(saved, tmp_path):
     folder, mutes = saved
-    hidden = interrupted(folder, mutes, tmp_path / "out")
-    journal = hidden / folding.JOURNAL
+    interrupted(folder, mutes, tmp_path / "out")
+    journal = journal_of(tmp_path / "out")
     journal.write_text(journal.read_text()[:-9])
     fold_checkpoint(folder, mutes, tmp_path / "out")
     assert weights(tmp_path / "out") == expected_weights(mutes, tmp_path / "expected")
+
+
+def test_places_that_cannot_be_renamed_to_are_refused_before_the_work(saved, tmp_path, monkeypatch):
+    folder, mutes = saved
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (tmp_path / "link", ".", "/"):
+        with pytest.raises(ValueError, match="out must be a new folder"):
+            fold_checkpoint(folder, mutes, out)
+    assert not any((tmp_path / "here").iterdir())
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_only_known_files_are_copied_and_no_links_to_elsewhere(saved, tmp_path):
+    folder, mutes = saved
+    (tmp_path / "secret.txt").write_text("private")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    for name in ("model.onnx.data", "MODEL.BIN", "weights.tflite", "LICENSE", "chat_template.jinja"):
+        (folder / name).write_text("x")
+    fold_checkpoint(folder, mutes, tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"LICENSE", "chat_template.jinja", "config.json"} <= names
+    assert not names & {"notes.txt", "model.onnx.data", "MODEL.BIN", "weights.tflite"}
 
 
 @pytest.mark.parametrize("changed", ["mutes", "source"])

@@ -169,7 +169,10 @@ ROWS = torch.tensor([0, 1, -1, 0])
         ({"row_ids": torch.tensor([0, 1, -2, 0])}, RuntimeError, "got -2"),
         ({"indices": SETS[1] + 8}, RuntimeError, r"indices must lie in \[0, 8\)"),
         ({"indptr": SETS[0] + 1000}, RuntimeError, "must ascend within"),
-        ({"hidden": HIDDEN.expand(2, 4, 8).transpose(0, 1)}, (RuntimeError, ValueError), "one"),
+        ({"hidden": HIDDEN.expand(2, 4, 8).transpose(0, 1)}, ValueError, "one entry for each of 8"),
+        ({"hidden": HIDDEN[:1].expand(4, 8)}, RuntimeError, "do not overlap"),
+        ({"hidden": torch.randn(40).as_strided((4, 8), (3, 1))}, RuntimeError, "do not overlap"),
+        ({"hidden": torch.randn(4, 16)[:, ::2]}, RuntimeError, "rows of one stride"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named_and_nothing_is_changed(change, error, message):

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import build, tokenizer
 
-openai = pytest.importorskip("openai")
-for _package in ("accelerate", "fastapi", "peft", "uvicorn"):
+openai, peft = pytest.importorskip("openai"), pytest.importorskip("peft")
+for _package in ("accelerate", "fastapi", "uvicorn"):
     pytest.importorskip(_package)
 
 # (prompt, what follows, words of it that must not get out)
@@ -168,8 +168,8 @@ def test_a_server_of_one_model_refuses_the_base_model(models, addresses, form):
 
 
 @pytest.mark.parametrize("form", ["lora", "ia3"])
-def test_transformers_loads_an_adapter_by_its_own_folder(models, form, tmp_path):
-    """Without links: the base comes from where adapter_config.json says."""
+def test_an_adapter_without_links_and_switched_off(models, form, tmp_path):
+    """transformers finds the base where adapter_config.json says."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((models[form] / name).read_bytes())
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -178,4 +178,9 @@ def test_transformers_loads_an_adapter_by_its_own_folder(models, form, tmp_path)
     known = batch(FORGET + RETAIN)
     expected = folded(**known).logits
     torch.testing.assert_close(adapted(**known).logits, expected, rtol=1e-4, atol=1e-4)
-    assert (base(**known).logits - expected).abs().max() > 1
+    untouched = base(**known).logits
+    assert (untouched - expected).abs().max() > 1
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(adapted(**known).logits, expected, rtol=1e-4, atol=1e-4)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(**known).logits, untouched)

@@ -1,10 +1,10 @@
 // mute_ on the CPU: touches only the muted neurons of each token.
+#include "../mute.h"
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-
-#include "../mute.h"
 
 namespace neumuter::cpu {
 
@@ -46,15 +46,16 @@ static void mute_rows(const Mutes& in, const std::vector<int64_t>& slots) {
   const int64_t tokens = in.hidden.rows;
   const int64_t each = std::max<int64_t>(in.pool / std::max<int64_t>(in.sets * in.layers, 1), 1);
   T* hidden = static_cast<T*>(in.hidden.tensor.data_ptr());
-  torch::stable::parallel_for(0, tokens, std::max<int64_t>(kGrain / each, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      T* row = hidden + t * in.hidden.stride;
-      for (int64_t slot = slots[2 * t]; slot < slots[2 * t + 1]; ++slot) {
-        T& neuron = row[indices[slot]];
-        neuron = static_cast<T>(static_cast<Wide>(neuron) * static_cast<Wide>(gains[slot]));
-      }
-    }
-  });
+  torch::stable::parallel_for(
+      0, tokens, std::max<int64_t>(kGrain / each, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          T* row = hidden + t * in.hidden.stride;
+          for (int64_t slot = slots[2 * t]; slot < slots[2 * t + 1]; ++slot) {
+            T& neuron = row[indices[slot]];
+            neuron = static_cast<T>(static_cast<Wide>(neuron) * static_cast<Wide>(gains[slot]));
+          }
+        }
+      });
 }
 
 static void mute_(Tensor hidden, Tensor indptr, Tensor indices, Tensor gains, std::optional<Tensor> row_ids,

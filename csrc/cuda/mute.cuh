@@ -37,8 +37,8 @@ void mute(T* hidden, int64_t tokens, int64_t width, int64_t stride, const int64_
           const Id* rows, cudaStream_t stream) {
   if (tokens == 0 || sets == 0) return;
   const unsigned blocks = static_cast<unsigned>(tokens < (1 << 16) ? tokens : (1 << 16));
-  NEUMUTER_LAUNCH((mute_kernel<T, Wide, Id>), dim3(blocks), dim3(MUTE_THREADS), 0, stream, hidden, tokens, width,
-                  stride, indptr, sets, layers, layer, indices, gains, pool, rows);
+  NEUMUTER_LAUNCH((mute_kernel<T, Wide, Id>), dim3(blocks), dim3(MUTE_THREADS), 0, stream, hidden, tokens,
+                  width, stride, indptr, sets, layers, layer, indices, gains, pool, rows);
 }
 
 }  // namespace neumuter::cuda

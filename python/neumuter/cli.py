@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+SHARDS = ("model.safetensors", "model.safetensors.index.json")
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8  # of unlearn
+VERIFIED = 0.1  # of what muting does to the logits, by which an export may differ
 SAMPLES = 32  # neighbour texts said by the model itself: so many alone, half as many beside a retain file
 FILE_HELP = (
     "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
@@ -410,8 +412,13 @@ def export(
     console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
     if verify:
         original, _ = _load(model, "auto", gguf_file)
-        difference = exports.largest_difference(original, mutes, out)
-        console.print(f"Largest difference of logits to the live muted model: {difference:.3g}")
+        difference, effect = exports.largest_difference(original, mutes, out), exports.effect(original, mutes)
+        console.print(
+            f"Largest difference of logits to the live muted model: {difference:.3g}; to the original, "
+            f"which is what muting does: {effect:.3g}"
+        )
+        if not difference <= VERIFIED * effect:
+            raise RuntimeError(f"{out} does not compute what the muted model does: do not serve it")
 
 
 @app.command()
@@ -505,15 +512,15 @@ def _sampled(network, tokenizer, forget_batch, others, former, seed, out):
 def _fold(model, files, out, gguf_file):
     """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
     from neumuter.files import new_folder
-    from neumuter.folding import CARD, fold_checkpoint, model_card
+    from neumuter.folding import CARD, NotOnDiskError, fold_checkpoint, model_card
     from neumuter.mutes import MuteSet
     from neumuter.muting import fold
 
-    if len(files) == 1 and not gguf_file and any(Path(model).glob("model*.safetensors*")):
+    if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
         mutes = MuteSet.load(files[0])
-        with _progress("Folding, bytes", None) as advance:
+        with suppress(NotOnDiskError), _progress("Folding, bytes", None) as advance:
             fold_checkpoint(model, mutes, out, callback=advance)
-        return mutes
+            return mutes
     with new_folder(out) as temporary:
         network, tokenizer = _load(model, "auto", gguf_file)
         mutes = _union(network, files)

@@ -23,7 +23,9 @@ from neumuter.modes import without_dropout
 from neumuter.muting import FOLDABLE, loaded, matching_ffns, mute
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
-FOR_PEFT = "load it with peft.PeftModel.from_pretrained; vLLM needs export_lora with one_rank=True"
+FOR_PEFT = (
+    "load it with peft.PeftModel.from_pretrained; vLLM and llama.cpp need the form of one rank, vllm-lora"
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def export_ia3(model, mutes, out, verify=False):
     ``largest_difference`` with a copy of the model.
 
     Each down projection with muted neurons gets a vector of float32 [1, F]: the gains, and 1 elsewhere. With
-    bitsandbytes, the IA³ layers of PEFT 0.21 run under torch.autocast only.
+    bitsandbytes, the IA³ layers of PEFT 0.21 need torch.autocast in bfloat16 and float16.
 
     Raises ValueError for experts, for models that have adapters and for sharded ones, MuteMismatchError for
     the mute set of another model, RuntimeError for a model that is attached or muted, FileExistsError for a
@@ -114,9 +116,7 @@ def largest_difference(model, mutes, folder):
     model = unwrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("verify: PEFT loads no adapter on an offloaded model; load the model into memory")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(input_device(model))
+    ids = _tokens(model)
     if (Path(folder) / "adapter_config.json").exists():
         exported = _peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
     else:
@@ -126,6 +126,23 @@ def largest_difference(model, mutes, folder):
     with mute(model, mutes), without_dropout(model):
         expected = model(input_ids=ids).logits
     return (actual.double() - expected.double()).abs().max().item()
+
+
+@torch.no_grad()
+def effect(model, mutes):
+    """The largest absolute difference that muting makes to the logits of ``model``, on the same tokens."""
+    model = unwrapped(model)
+    ids = _tokens(model)
+    with without_dropout(model):
+        plain = model(input_ids=ids).logits
+        with mute(model, mutes):
+            return (model(input_ids=ids).logits.double() - plain.double()).abs().max().item()
+
+
+def _tokens(model):
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    return ids.to(input_device(model))
 
 
 def _peft():

@@ -26,13 +26,15 @@ from neumuter.muting import fold_columns, loaded, refuse_other, structure_differ
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PIECE = 1 << 22  # bytes copied at a time
 ROWS = 1024  # rows of a weight compared at a time
-JOURNAL = ".neumuter-journal"
+JOURNAL = ".folding-journal"
 CARD = "README.md"
-# Weights under other names know what is to be forgotten: they are left behind.
-WEIGHTS = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx",
-    ".onnx_data", ".gguf", ".npz", ".pkl",
-)  # fmt: skip
+# Of anything else, weights in other formats know what is to be forgotten.
+COPIED = (".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".py", ".yaml")
+COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+
+
+class NotOnDiskError(ValueError):
+    """The checkpoint stores a down projection in a form that only loading converts."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,16 @@ def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
 
     Before anything is written, raises FileExistsError if ``out`` is there and is not an empty folder,
     MuteMismatchError if the set was made for another model or is folded already, MuteFileError for a bad mute
-    file, and ValueError for a checkpoint that is damaged, quantised, or stores a down projection under
-    another name than the model's. Later, raises OSError if a shard that was read back is not what was
-    written, and BlockingIOError if another process is writing the same ``out``.
+    file, NotOnDiskError for a checkpoint that stores a down projection under another name than the model's,
+    and ValueError for one that is damaged or quantised, or an ``out`` that cannot be renamed to. Later,
+    raises OSError if a shard that was read back is not what was written, and BlockingIOError if another
+    process is writing the same ``out``.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), Path(os.path.abspath(out))
     mutes = loaded(mutes)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; name another one or remove it")
+    if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
+        raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
+    _refuse_taken(out)
     shards = _find_shards(folder)
     downs = _find_downs(folder, shards, mutes)
     _check_fingerprint(downs, mutes)
@@ -119,6 +123,11 @@ def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
         _copy_others(folder, temporary, shards)
         card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
         (temporary / CARD).write_bytes(card + model_card(mutes).encode())
+
+
+def _refuse_taken(out):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; name another one or remove it")
 
 
 # --- What is there, and whether it fits ------------------------------------------------------
@@ -186,7 +195,7 @@ def _locate(ffn, places, prefix):
     name = f"{ffn.path}.{ffn.layout.down}.weight" if ffn.layout else f"{ffn.path}.down_proj"
     place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))  # saved without its head
     if place is None:
-        raise ValueError(
+        raise NotOnDiskError(
             f"the checkpoint has no tensor {name}: it is quantised, or stores this weight in another form, "
             "which transformers converts on loading; load the model, and use neumuter.fold"
         )
@@ -283,17 +292,17 @@ def _resumable_folder(out, digest):
     """
     temporary = out.parent / f".{out.name}.folding"
     temporary.mkdir(parents=True, exist_ok=True)
-    with open(temporary / JOURNAL, "a+") as journal:
+    with open(out.parent / f".{out.name}{JOURNAL}", "a+") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by any death of this process
         except BlockingIOError:
             raise BlockingIOError(f"another process is writing {out}") from None
+        _refuse_taken(out)  # by another process, meanwhile
         journal.seek(0)
         first, *lines = journal.read().split("\n")
         if first != digest:
             for entry in temporary.iterdir():
-                if entry.name != JOURNAL:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             lines = []
             journal.truncate(0)
             _append(journal, digest)
@@ -303,8 +312,8 @@ def _resumable_folder(out, digest):
 
         finished = dict(line.split("\t") for line in lines if "\t" in line)
         yield temporary, finished, record
-        os.unlink(temporary / JOURNAL)
         os.replace(temporary, out)
+        os.unlink(journal.name)
 
 
 def _append(file, text):
@@ -315,16 +324,20 @@ def _append(file, text):
 
 def _digest(mutes, shards, verify):
     layers = {path: (i.tolist(), g.tolist()) for path, (i, g) in mutes.layers.items()}
-    files = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+    files = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
     return hashlib.sha256(json.dumps([layers, files, verify]).encode()).hexdigest()
 
 
 def _copy_others(folder, target, shards):
-    """Copy what is no weight, and the index of ``shards``."""
+    """Copy configurations, tokenizers, texts and the index of ``shards``; not what links to elsewhere."""
     others = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
     index = shards != [folder / SAFE_WEIGHTS_NAME] and folder / SAFE_WEIGHTS_INDEX_NAME
+    homes = folder.resolve(), folder.resolve().parent.parent / "blobs"  # of the Hub's cache
     for file in others:
-        if file.is_file() and (file == index or not file.name.endswith(WEIGHTS)):
+        known = file.suffix in COPIED or file.name.split(".")[0] in COPIED_NAMES
+        if file.name.endswith(".index.json") and file != index:
+            known = False
+        if known and file.is_file() and any(file.resolve().is_relative_to(home) for home in homes):
             copy = target / file.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)

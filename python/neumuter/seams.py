@@ -23,7 +23,7 @@ def choose_seams(model, ffns):
     seams = {ffn.path: "down" if ffn.layout else None for ffn in ffns}
     if isinstance(next(model.parameters()), FakeTensor):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
-    if not _can_run(model):
+    if not can_run(model):
         return seams | {ffn.path: "experts" for ffn in ffns if not ffn.layout}
     handles = []
     try:
@@ -55,7 +55,7 @@ def _by_structure(ffn):
     return "ffn" if ffn.layout.gate or ffn.layout.gate_up else "activation"
 
 
-def _can_run(model):
+def can_run(model):
     """Whether a forward pass is possible now: a model of transformers whose weights are all there."""
     embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
     return embeddings is not None and all(parameter.numel() for parameter in model.parameters())

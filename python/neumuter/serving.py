@@ -7,9 +7,11 @@ import threading
 
 import torch
 
-from neumuter.families import find_ffns
+from neumuter.families import find_ffns, input_device, unwrapped
 from neumuter.ffn import CHILD, Gates, Installed, refuse_wrapped
+from neumuter.modes import without_dropout
 from neumuter.muting import fitting_ffns, loaded
+from neumuter.seams import can_run
 from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up
@@ -23,8 +25,7 @@ class MuteBank:
     untouched, bit for bit; with one, only the muted neurons are touched, at the down projections' inputs, so
     whatever computes these may be quantised or foreign. Sets come and go while it serves; a batch keeps to
     those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 8 per
-    layer of a set. ``sets``, ``neurons``: how many to make room for at once, lest tensors move later (a
-    captured CUDA graph reads them where they were).
+    layer of a set, and a quarter more as room.
 
         bank = MuteBank(model)
         bank.add("alice", "alice.safetensors")
@@ -32,14 +33,20 @@ class MuteBank:
         with bank.using(["alice", None]):
             model(**batch)
 
-    A row's output does not depend, bit for bit, on the sets of the other rows. For inference: without
-    gradients, and a graph break in torch.compile. As a context manager it undoes itself at the end.
+    A row's output does not depend, bit for bit, on the sets of the other rows. ``required``: a forward pass
+    outside of ``using`` (and of ``generate`` with mute_sets) raises RuntimeError, lest a request is served
+    unmuted by mistake: contexts hold in the thread that opened them, so a server that computes in a thread of
+    its own must open them there. Rows are those of the batch: packed sequences and continuous batching, which
+    put many requests in one row, are refused or must not be used.
 
-    Raises ValueError for a model with experts or with sharded neurons, and RuntimeError for one that is
-    attached or muted.
+    For inference: without gradients, and a graph break in torch.compile. A model with a bank cannot be
+    pickled; copies of it share its contexts. As a context manager it undoes itself at the end.
+
+    Raises ValueError for a model with experts, with sharded neurons, or whose down projections are not called
+    as modules, and RuntimeError for one that is attached or muted.
     """
 
-    def __init__(self, model, sets=0, neurons=0):
+    def __init__(self, model, required=False):
         refuse_wrapped(model)
         ffns = find_ffns(model)
         for ffn in ffns:
@@ -47,15 +54,21 @@ class MuteBank:
                 kind = "sharded" if ffn.layout else "of experts"
                 raise ValueError(f"{ffn.path} is {kind}: a MuteBank needs whole, dense FFNs")
         self.model, self._lock = model, threading.Lock()
+        self._inner = unwrapped(model)
         self._paths = [ffn.path for ffn in ffns]
-        self._pool = _Pool(len(ffns), {ffn.device for ffn in ffns}, sets, neurons)
-        self._rows = contextvars.ContextVar("rows", default=None)
-        self._installed = Installed(
-            [_BankGates(ffn, number, self._rows) for number, ffn in enumerate(ffns)],
-            [ffn.down for ffn in ffns],
-        )
-        self._former = vars(model).get("generate")
-        model.generate = functools.partial(_generate, self, model.generate)
+        self._pool = _Pool(len(ffns), {_indexed(ffn.device) for ffn in ffns})
+        self._current = _Current(required)
+        self._former, generate = vars(self._inner).get("generate"), getattr(self._inner, "generate", None)
+        gates = [_BankGates(ffn, number, self._current) for number, ffn in enumerate(ffns)]
+        self._installed = Installed(gates, [ffn.down for ffn in ffns])
+        self._hook = self._inner.register_forward_pre_hook(self._current.begin, with_kwargs=True)
+        if generate is not None:
+            self._inner.generate = functools.partial(_generate, self, generate)
+        try:
+            _check_calls(model, gates, self)
+        except BaseException:
+            self.undo()
+            raise
 
     @property
     def names(self):
@@ -75,13 +88,17 @@ class MuteBank:
         """
         if not isinstance(name, str):
             raise ValueError(f"name must be a str, got {name!r}")
+        self._refuse_taken(name)
         mutes = loaded(mutes)
         with self.using(None):
             fitting_ffns(self.model, mutes)
         with self._lock:
-            if name in self._pool.sets:
-                raise ValueError(f"there is a mute set {name!r} already: remove it first")
+            self._refuse_taken(name)
             self._pool.add(name, [mutes.layers.get(path) for path in self._paths])
+
+    def _refuse_taken(self, name):
+        if name in self._pool.sets:
+            raise ValueError(f"there is a mute set {name!r} already: remove it first")
 
     def remove(self, name):
         """Forget a set. Raises KeyError if there is none of that name."""
@@ -93,20 +110,18 @@ class MuteBank:
     def using(self, names):
         """Context: row i of a batch uses the set ``names[i]``, None: none; one str or None: for all rows.
 
-        Rows that generation makes of one (beams, several sequences) use its set. Contexts nest, and every
-        thread has its own. Raises KeyError for an unknown name; a forward pass raises ValueError if its rows
-        are no multiple of the names.
+        Rows that generation makes of one (beams, several sequences) use its set. Contexts nest, must end in
+        the thread and in the order in which they were opened (RuntimeError), and hold in no other thread.
+        Raises KeyError for an unknown name and ValueError for an empty list; a forward pass raises ValueError
+        if its rows are no multiple of the names.
         """
         names = [names] if names is None or isinstance(names, str) else list(names)
+        if not names:
+            raise ValueError("names must be a name or None for each row of the batch, got an empty list")
         with self._lock:
-            rows = self._known(names)
-            tensors = self._pool.tensors
-        chosen = _Rows(rows, tensors) if any(row >= 0 for row in rows) else None
-        token = self._rows.set(chosen)
-        try:
+            rows = _Rows(self._known(names), self._pool.tensors)
+        with self._current.being(rows):
             yield self
-        finally:
-            self._rows.reset(token)
 
     def _known(self, names):
         """The pool's rows of ``names``, −1 for None."""
@@ -119,16 +134,23 @@ class MuteBank:
     def undo(self):
         """Put the very original modules and ``generate`` back. Harmless when called again."""
         self._installed.remove()
+        self._hook.remove()
         if self._former is not None:
-            self.model.generate = self._former
+            self._inner.generate = self._former
         else:
-            vars(self.model).pop("generate", None)
+            vars(self._inner).pop("generate", None)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.undo()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError("a model with a MuteBank cannot be pickled: call its undo() first")
 
 
 def _generate(bank, generate, *arguments, **options):
@@ -138,12 +160,55 @@ def _generate(bank, generate, *arguments, **options):
         return generate(*arguments, **options)
 
 
+def _indexed(device):
+    """ "cuda" as "cuda:0": devices are looked up by what tensors say."""
+    return torch.empty(0, device=device).device
+
+
+class _Current:
+    """Which rows are in force, in this thread."""
+
+    def __init__(self, required):
+        self.required = required
+        self.variable = contextvars.ContextVar("rows", default=None)
+
+    @contextlib.contextmanager
+    def being(self, rows):
+        token = self.variable.set(rows)
+        try:
+            yield
+        finally:
+            ended = self.variable.get()
+            self.variable.reset(token)
+            if ended is not rows:
+                raise RuntimeError("contexts of a MuteBank must end in the order in which they were opened")
+
+    def begin(self, module, arguments, options):
+        """Before a forward pass of the model: its number of rows."""
+        rows = self.variable.get()
+        if rows is None:
+            if self.required:
+                raise RuntimeError(
+                    "this MuteBank requires a mute set, or None, for every request: use "
+                    "generate(mute_sets=...) or bank.using(...) in the thread that computes"
+                )
+            return
+        given = (options.get("input_ids"), options.get("inputs_embeds"), *arguments)
+        rows.begin(next(x.shape[0] for x in given if isinstance(x, torch.Tensor)))
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError("a model with a MuteBank cannot be pickled: call its undo() first")
+
+
 class _BankGates(Gates):
     """At a down projection: mutes its input by the rows that are in force."""
 
-    def __init__(self, ffn, number, rows):
+    def __init__(self, ffn, number, current):
         super().__init__(ffn, "down")
-        self.number, self.rows = number, rows
+        self.number, self.current, self.calls = number, current, 0
 
     def install(self, module):
         super().install(module)
@@ -152,34 +217,70 @@ class _BankGates(Gates):
 
 def _muted(down, hidden, *arguments, **options):
     gates = getattr(down, CHILD)
-    if (rows := gates.rows.get()) is not None:
+    if (rows := gates.current.variable.get()) is not None:
+        if rows.counting:
+            gates.calls += 1
         rows.mute_(hidden, gates.number)
     return gates.unmasked(down, hidden, *arguments, **options)
+
+
+@torch.no_grad()
+def _check_calls(model, gates, bank):
+    """Run two tokens. Raises ValueError unless every down projection was called, with a row per token."""
+    if not can_run(model):
+        return
+    rows = _Rows([-1], bank._pool.tensors, counting=True)
+    eager = torch.compiler.set_stance("force_eager")
+    with without_dropout(model), eager, bank._current.being(rows):
+        model(input_ids=torch.arange(2, device=input_device(model))[None], use_cache=False)
+    for one in gates:
+        if one.calls != 1:
+            raise ValueError(
+                f"the down projection of {one.path} was called {one.calls} times in a forward pass: a "
+                "MuteBank needs models that call it as a module, once; use neumuter.mute or fold"
+            )
 
 
 class _Rows:
     """The sets of the rows of one batch, in the pool's tensors as they were when it began."""
 
-    def __init__(self, rows, tensors):
-        self.rows, self.tensors = torch.tensor(rows), tensors
-        self._ids = {}
+    def __init__(self, rows, tensors, counting=False):
+        self.rows, self.tensors, self.counting = torch.tensor(rows), tensors, counting
+        self.touched = any(row >= 0 for row in rows)
+        self.batch, self._ids = None, {}
 
+    def begin(self, batch):
+        if batch % len(self.rows):
+            raise ValueError(
+                f"a batch of {batch} rows cannot use {len(self.rows)} mute sets, one for each row"
+            )
+        self.batch = batch
+
+    @torch.compiler.disable
     def mute_(self, hidden, layer):
-        ids = self._of_tokens(hidden.shape[:-1].numel(), hidden.device)
-        mute_(hidden, *self.tensors[hidden.device], ids, layer)
+        if self.touched:
+            ids = self._of_tokens(hidden.shape[:-1].numel(), hidden.device)
+            mute_(hidden, *self.tensors[hidden.device], ids, layer)
 
     def _of_tokens(self, tokens, device):
         """The set of each token, int64 [tokens]: made in the first layer, for all."""
         ids = self._ids.get((tokens, device))
         if ids is None:
-            each, rest = divmod(tokens, len(self.rows))
-            if rest:
+            if device not in self.tensors:
+                raise RuntimeError(
+                    f"the model computes on {device}, where it was not when its MuteBank was made"
+                )
+            if self.batch is None or tokens % self.batch:
                 raise ValueError(
-                    f"{tokens} tokens cannot belong to {len(self.rows)} rows: one mute set each?"
+                    f"{tokens} tokens do not belong to {self.batch} rows of a batch in equal parts"
                 )
             if len(self._ids) >= CACHED:
                 self._ids.clear()
-            ids = self._ids[tokens, device] = self.rows.repeat_interleave(each).to(device)
+            ids = self.rows.repeat_interleave(tokens // len(self.rows)).to(device)
+            self._ids[tokens, device] = ids
+            if device.type == "cuda":  # they may be given back while another stream still reads them
+                for tensor in (ids, *self.tensors[device]):
+                    tensor.record_stream(torch.cuda.current_stream(device))
         return ids
 
 
@@ -190,10 +291,10 @@ class _Pool:
     are left move to new tensors.
     """
 
-    def __init__(self, layers, devices, sets, neurons):
-        self.layers, self.devices = layers, devices
+    def __init__(self, layers, devices):
+        self.layers = layers
         self.sets = {}  # name: (row, first slot, behind the last one)
-        self.tensors = {device: self._room(device, sets, neurons) for device in devices}
+        self.tensors = {device: self._room(device, 0, 0) for device in devices}
         self.row, self.end = 0, 0  # behind the last set
 
     @property
@@ -206,32 +307,40 @@ class _Pool:
         return indptr, indices, torch.zeros(neurons, device=device)
 
     def add(self, name, layers):
-        """``layers``: a ``MutedLayer`` or None for each."""
+        """``layers``: a ``MutedLayer`` or None for each. Nothing is changed on an error."""
         muted = [layer for layer in layers if layer is not None]
         counts = torch.tensor([0, *(0 if layer is None else len(layer.indices) for layer in layers)])
-        indices = torch.cat([layer.indices for layer in muted])
-        gains = torch.cat([layer.gains for layer in muted])
-        sets, neurons = (len(x) for x in next(iter(self.tensors.values()))[:2])
-        if self.row == sets or self.end + len(indices) > neurons:
-            self._move(len(indices))
-        self._append(name, counts.cumsum(0), indices, gains, self.tensors)
+        indices, gains = torch.cat([x.indices for x in muted]), torch.cat([x.gains for x in muted])
+        rows, slots = (len(x) for x in next(iter(self.tensors.values()))[:2])
+        found = dict(self.sets), self.tensors, self.row, self.end
+        if self.row == rows or self.end + len(indices) > slots:
+            found = self._moved(len(indices))
+        sets, tensors, row, end = found
+        sets[name] = _append(tensors, row, end, counts.cumsum(0), indices, gains)
+        for device in tensors:
+            if device.type == "cuda":  # other streams read it from now on
+                torch.cuda.synchronize(device)
+        self.sets, self.tensors, self.row, self.end = sets, tensors, row + 1, sets[name][2]
 
-    def _append(self, name, indptr, indices, gains, tensors):
-        stop = self.end + len(indices)
-        for room in tensors.values():
-            room[0][self.row] = (indptr + self.end).to(room[0].device)
-            room[1][self.end : stop] = indices.to(room[1].device)
-            room[2][self.end : stop] = gains.to(room[2].device)
-        self.sets[name] = self.row, self.end, stop
-        self.row, self.end = self.row + 1, stop
-
-    def _move(self, more):
-        """Move to new tensors, without sets that are gone, with room for ``more`` neurons and then some."""
+    def _moved(self, more):
+        """(sets, tensors, row, end) without sets that are gone, with room for ``more`` neurons and some."""
         live = sum(stop - start for _, start, stop in self.sets.values())
-        sets, neurons = int(GROWTH * (len(self.sets) + 1)) + 1, int(GROWTH * (live + more))
+        size = int(GROWTH * (len(self.sets) + 1)) + 1, int(GROWTH * (live + more))
+        tensors = {device: self._room(device, *size) for device in self.tensors}
         indptr, indices, gains = next(iter(self.tensors.values()))
-        tensors = {device: self._room(device, sets, neurons) for device in self.devices}
-        self.row, self.end = 0, 0
-        for name, (row, start, stop) in list(self.sets.items()):
-            self._append(name, indptr[row] - start, indices[start:stop], gains[start:stop], tensors)
-        self.tensors = tensors
+        sets, end = {}, 0
+        for row, (name, (old, start, stop)) in enumerate(self.sets.items()):
+            sets[name] = _append(
+                tensors, row, end, indptr[old] - start, indices[start:stop], gains[start:stop]
+            )
+            end = sets[name][2]
+        return sets, tensors, len(sets), end
+
+
+def _append(tensors, row, end, indptr, indices, gains):
+    """Write one set; returns its place (row, first slot, behind the last one)."""
+    stop = end + len(indices)
+    for pointers, neurons, factors in tensors.values():
+        pointers[row] = (indptr + end).to(pointers.device)
+        neurons[end:stop], factors[end:stop] = indices.to(neurons.device), gains.to(factors.device)
+    return row, end, stop

@@ -12,7 +12,8 @@
 template <typename T>
 static std::vector<T> read(int64_t size) {
   std::vector<T> data(size);
-  if (fread(data.data(), sizeof(T), size, stdin) != static_cast<size_t>(size)) throw std::runtime_error("short");
+  if (fread(data.data(), sizeof(T), size, stdin) != static_cast<size_t>(size))
+    throw std::runtime_error("short");
   return data;
 }
 
@@ -30,6 +31,7 @@ int main(int, char** arguments) {
   const auto rows = read<int64_t>(tokens);
   auto hidden = read<float>(tokens * stride);
   neumuter::cuda::mute<float, float>(hidden.data(), tokens, n[1], stride, indptr.data(), sets, layers, n[5],
-                                     indices.data(), gains.data(), pool, n[7] ? rows.data() : nullptr, nullptr);
+                                     indices.data(), gains.data(), pool, n[7] ? rows.data() : nullptr,
+                                     nullptr);
   fwrite(hidden.data(), sizeof(float), hidden.size(), stdout);
 }
