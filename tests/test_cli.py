@@ -61,7 +61,10 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.2
     assert report["after"]["forget_ma"] <= report["before"]["forget_ma"]
     names = sorted(p.name for p in (checkpoint / "out").iterdir())
-    assert [name[:10] for name in names] == ["mutes.safe", "neighbours", "report.jso"]
+    assert [name[:10] for name in names] == ["mutes.safe", "neighbours", "report.htm", "report.jso"]
+    page = (checkpoint / "out" / "report.html").read_text()
+    assert FORGET[0][len(FORGET[0]) // 3 :] in page
+    assert page.count("<svg") >= 3
 
     assert run("inspect", checkpoint / "out" / "mutes.safetensors") == 0
     printed = capsys.readouterr().out

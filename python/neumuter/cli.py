@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 SHARDS = ("model.safetensors", "model.safetensors.index.json")
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8  # of unlearn
+SHOWN, SHOWN_TOKENS = 4, 64  # texts in the report, and tokens of each
 VERIFIED = 0.1  # of what muting does to the logits, by which an export may differ
 SAMPLES = 32  # neighbour texts said by the model itself: so many alone, half as many beside a retain file
 FILE_HELP = (
@@ -148,6 +150,7 @@ def unlearn(
     gguf_file: GgufFile = None,
 ):
     """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
+    from neumuter.html_report import write_report
     from neumuter.masking import attach
     from neumuter.mutes import MuteSet
     from neumuter.muting import combine, mute
@@ -186,8 +189,10 @@ def unlearn(
     with attach(network, start_layer) as masked:
         batches = masked, forget_batch, retain_batch
         with _progress("Finding neurons", None, "loss", "muted") as advance:
+            history = []
 
             def progress(step, total, info):
+                history.append({"step": step, **info})
                 advance(step, total, loss=f"{info['loss']:.3f}", muted=f"{info['muted']:.2%}")
 
             curve = None
@@ -213,12 +218,16 @@ def unlearn(
     path = out / "mutes.safetensors"
     mutes.save(path)  # before anything else can fail
     mutes = MuteSet.load(path)
+    samples = _continued(network, tokenizer, forget_texts, "before")
     with mute(network, combine(network, [former, mutes]) if former else mutes):
         after = _measure("Measuring after", network, forget_batch, retain_batch)
+        samples = _continued(network, tokenizer, forget_texts, "after", samples)
     mutes = dataclasses.replace(mutes, metrics={"before": before, "after": after})
     mutes.save(path)
     seconds = time.perf_counter() - start
-    _write_report(out / "report.json", model, forget, retain, mutes, seconds, curve)
+    report = _report(model, forget, retain, mutes, seconds, curve)
+    _write_json(out / "report.json", report)
+    write_report(out / "report.html", report | {"history": history}, mutes, samples)
     print_outcome(mutes, path, seconds)
 
 
@@ -306,7 +315,7 @@ def evaluate(
     last = list(columns)[-1]
     report = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
     report |= {"metrics": columns[last], "before": columns.get("original")} | extra
-    _write_json(out, report)
+    _write_evaluation(out, report, mutes)
     if robust:
         others = {name: batch for name, batch in batches.items() if name in ("retain", "heldout")}
 
@@ -316,7 +325,7 @@ def evaluate(
         with console.status("Quantising and relearning"):
             report["robustness"] = robustness(network, mutes, batches["forget"], measure)
         print_robustness(report["robustness"])
-        _write_json(out, report)
+        _write_evaluation(out, report, mutes)
 
 
 @app.command()
@@ -541,6 +550,14 @@ def _union(network, paths):
     return sets[0] if len(sets) == 1 else combine(network, sets)
 
 
+def _write_evaluation(out, report, mutes):
+    from neumuter.html_report import write_report
+
+    _write_json(out, report)
+    if out:
+        write_report(out.with_suffix(".html"), report, mutes)
+
+
 def _write_json(path, value):
     from neumuter.files import write_atomically
 
@@ -633,8 +650,37 @@ def _measure(description, network, forget, retain):
         }
 
 
-def _write_report(path, model, forget, retain, mutes, seconds, curve):
-    report = {
+def _continued(network, tokenizer, texts, state, samples=None):
+    """The first texts, dicts of "prompt", "truth" and, under the key ``state``, what greedy decoding says."""
+    import torch
+
+    if samples is None:
+        samples = []
+        for text in texts[:SHOWN]:
+            prompt, truth = (
+                (text[: len(text) // 3], text[len(text) // 3 :]) if isinstance(text, str) else text
+            )
+            samples.append({"prompt": prompt, "truth": truth})
+    for sample in samples:
+        ids = tokenizer(sample["prompt"], return_tensors="pt", truncation=True)["input_ids"].to(
+            network.device
+        )
+        if not ids.shape[1]:
+            continue
+        wanted = len(tokenizer(sample["truth"], add_special_tokens=False)["input_ids"])
+        made = network.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max(wanted, 1), SHOWN_TOKENS),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        sample[state] = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return samples
+
+
+def _report(model, forget, retain, mutes, seconds, curve):
+    return {
         "model": model,
         "forget": str(forget),
         "retain": str(retain) if retain else None,
@@ -647,5 +693,5 @@ def _write_report(path, model, forget, retain, mutes, seconds, curve):
         **mutes.metrics,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
+        "command": shlex.join(["neumuter", *sys.argv[1:]]),
     }
-    _write_json(path, report)

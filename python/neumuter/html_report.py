@@ -25,8 +25,8 @@ from neumuter.files import write_atomically
 COLUMNS, BARS = 64, 32  # of the heat map, at most, and of the histogram
 KEYS = ("forget_extraction", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity")
 STATES = (
-    "<p>int8, int4: the muted model, folded and quantised. half: of every second text. relearned N: of the "
-    "same, after N steps of training on the other texts.</p>\n"
+    "<p>int8, int4: the muted model, folded and quantised. half: of a random half of the texts. relearned N: "
+    "of the same, after N steps of training on the other half.</p>\n"
 )
 # As wide as a phone, so that the letters in a picture are nearly as large there as those around it.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 206, 52, 338, 26, 166

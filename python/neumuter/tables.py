@@ -38,8 +38,8 @@ def print_robustness(states):
             table.add_row(metric.title, *(f"{metrics[name]:.4g}" for metrics in states.values()))
     console.print(table)
     console.print(
-        "int8, int4: muted, folded and quantised. half: of every second text. relearned N: of the same, "
-        "after N steps of training on the other texts."
+        "int8, int4: muted, folded and quantised. half: of a random half of the texts. relearned N: of the "
+        "same, after N steps of training on the other half."
     )
 
 
