@@ -28,12 +28,11 @@ static std::tuple<Tensor, Tensor, Tensor> select_muted_op(Tensor scores_, std::v
   Tensor gains = torch::stable::new_empty(scores, shape);
   const int64_t bytes = static_cast<int64_t>(select_muted_workspace(n, layers));
   Tensor workspace = torch::stable::new_empty(scores, {bytes}, ScalarType::Byte);
-  const cudaError_t error =
-      select_muted(static_cast<const float*>(scores.data_ptr()), widths.data(), layers, n,
-                   budget ? *budget : -1, static_cast<float>(threshold), static_cast<float>(gamma),
-                   static_cast<float>(zeta), workspace.data_ptr(), static_cast<int32_t*>(indptr.data_ptr()),
-                   static_cast<int32_t*>(indices.data_ptr()), static_cast<float*>(gains.data_ptr()), capacity,
-                   stream);
+  const cudaError_t error = select_muted(
+      static_cast<const float*>(scores.data_ptr()), widths.data(), layers, n, budget ? *budget : -1,
+      static_cast<float>(threshold), static_cast<float>(gamma), static_cast<float>(zeta),
+      workspace.data_ptr(), static_cast<int32_t*>(indptr.data_ptr()),
+      static_cast<int32_t*>(indices.data_ptr()), static_cast<float*>(gains.data_ptr()), capacity, stream);
   STD_TORCH_CHECK(error != cudaErrorInvalidValue,
                   "widths must not be negative and must sum to the number of ",
                   "scores, which must be less than 2^31");
