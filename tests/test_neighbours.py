@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 import torch
-from neumuter.cli import _rewritten
+from neumuter.jobs import rewritten
 from neumuter.losses import IGNORED
 from neumuter.neighbours import cached, rewrite_texts, sample_texts
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
@@ -91,10 +91,10 @@ def test_the_cache_makes_things_once(tmp_path):
 def test_the_command_line_rewrites_and_keeps(bert, tmp_path, capsys):
     for part in bert:
         part.save_pretrained(tmp_path / "bert")
-    made = _rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path)
+    made = rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path)
     assert made == rewrite_texts(["w1 w2 w3"], *bert, seed=1)
     (tmp_path / "bert").rename(tmp_path / "gone")
-    assert _rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path) == made
+    assert rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path) == made
 
 
 def test_barred_texts_are_never_recited():

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +14,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from neumuter.jobs import (
+    batches_of,
+    continued,
+    fold_files,
+    load,
+    measure,
+    measure_tofu,
+    progress_bar,
+    rewritten,
+    sampled,
+    union_of,
+)
 from neumuter.tables import (
     console,
     peak_memory,
@@ -33,11 +44,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-SHARDS = ("model.safetensors", "model.safetensors.index.json")
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8  # of unlearn
-SHOWN, SHOWN_TOKENS = 4, 64  # texts in the report, and tokens of each
 VERIFIED = 0.1  # of what muting does to the logits, by which an export may differ
-SAMPLES = 32  # neighbour texts said by the model itself: so many alone, half as many beside a retain file
 FILE_HELP = (
     "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
     "or plain text with paragraphs separated by blank lines."
@@ -168,27 +176,27 @@ def unlearn(
     neighbours = read_texts(retain, column, limit) if retain else []
     former = MuteSet.load(beside) if beside else None
     out.mkdir(parents=True, exist_ok=True)
-    network, tokenizer = _load(model, dtype.value, gguf_file)
+    network, tokenizer = load(model, dtype.value, gguf_file)
     positions = getattr(network.config, "max_position_embeddings", None) or max_length
     if max_length > positions:
         console.print(f"This model has {positions} positions: texts are cut to {positions} tokens.")
         max_length = positions
     forget_batch = encode(forget_texts, tokenizer, max_length)
     if rewrite_with:
-        neighbours += _rewritten(forget_texts, rewrite_with, seed, out)
+        neighbours += rewritten(forget_texts, rewrite_with, seed, out)
     if neighbours:
         encode(
             neighbours, tokenizer, max_length
         )  # a text that cannot be read is found before the work begins
     with mute(network, former) if former else nullcontext():
-        neighbours += _sampled(network, tokenizer, forget_batch, neighbours, former, seed, out)
+        neighbours += sampled(network, tokenizer, forget_batch, neighbours, former, seed, out)
         if not neighbours:
             raise ValueError("the model said nothing when sampled from: give texts that must stay, --retain")
         retain_batch = encode(neighbours, tokenizer, max_length)
-        before = _measure("Measuring before", network, forget_batch, retain_batch)
+        before = measure("Measuring before", network, forget_batch, retain_batch)
     with attach(network, start_layer) as masked:
         batches = masked, forget_batch, retain_batch
-        with _progress("Finding neurons", None, "loss", "muted") as advance:
+        with progress_bar("Finding neurons", None, "loss", "muted") as advance:
             history = []
 
             def progress(step, total, info):
@@ -218,10 +226,10 @@ def unlearn(
     path = out / "mutes.safetensors"
     mutes.save(path)  # before anything else can fail
     mutes = MuteSet.load(path)
-    samples = _continued(network, tokenizer, forget_texts, "before")
+    samples = continued(network, tokenizer, forget_texts, "before")
     with mute(network, combine(network, [former, mutes]) if former else mutes):
-        after = _measure("Measuring after", network, forget_batch, retain_batch)
-        samples = _continued(network, tokenizer, forget_texts, "after", samples)
+        after = measure("Measuring after", network, forget_batch, retain_batch)
+        samples = continued(network, tokenizer, forget_texts, "after", samples)
     mutes = dataclasses.replace(mutes, metrics={"before": before, "after": after})
     mutes.save(path)
     seconds = time.perf_counter() - start
@@ -286,22 +294,22 @@ def evaluate(
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
-    network, tokenizer = _load(model, "auto", gguf_file)
+    network, tokenizer = load(model, "auto", gguf_file)
     if suite is Suite.tofu:
         files = {
             "forget": forget, "retain": retain, "real_authors": real_authors, "world_facts": world_facts,
         }  # fmt: skip
     else:
         files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
-        batches = _batches(tokenizer, files, column, 200 if suite is Suite.tdec else max_length, limit)
+        batches = batches_of(tokenizer, files, column, 200 if suite is Suite.tdec else max_length, limit)
     columns, extra = {}, {}
-    mutes = _union(network, mute) if mute else None
+    mutes = union_of(network, mute) if mute else None
     with muting.mute(network, mutes) if mutes else nullcontext() as handle:
         states = {"original": handle.off, "muted": nullcontext} if mutes else {"model": nullcontext}
         for state, context in states.items():
             with context(), console.status(f"Measuring: {state}"):
                 if suite is Suite.tofu:
-                    columns[state], extra = _tofu(network, tokenizer, files, limit, reference)
+                    columns[state], extra = measure_tofu(network, tokenizer, files, limit, reference)
                 else:
                     original = handle.off if state == "muted" else None
                     columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
@@ -319,11 +327,11 @@ def evaluate(
     if robust:
         others = {name: batch for name, batch in batches.items() if name in ("retain", "heldout")}
 
-        def measure(tampered, asked):
+        def tampered_metrics(tampered, asked):
             return text_metrics(tampered, asked, **others, retrained_auc=auc)
 
         with console.status("Quantising and relearning"):
-            report["robustness"] = robustness(network, mutes, batches["forget"], measure)
+            report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
         print_robustness(report["robustness"])
         _write_evaluation(out, report, mutes)
 
@@ -368,7 +376,7 @@ def apply(
     gguf_file: GgufFile = None,
 ):
     """Fold mute files into the weights of MODEL: an ordinary Hugging Face checkpoint comes out."""
-    mutes = _fold(model, files, out, gguf_file)
+    mutes = fold_files(model, files, out, gguf_file)
     console.print(
         f"{mutes.count} neurons ({mutes.share:.2%}) folded; the checkpoint is in {escape(str(out))}"
     )
@@ -401,11 +409,11 @@ def export(
     from neumuter.shrinking import shrink
 
     if to is Form.fold:
-        mutes = _fold(model, files, out, gguf_file)
+        mutes = fold_files(model, files, out, gguf_file)
         note = f"{mutes.count} neurons ({mutes.share:.2%}) are folded."
     else:
-        network, tokenizer = _load(model, "auto", gguf_file)
-        mutes = _union(network, files)
+        network, tokenizer = load(model, "auto", gguf_file)
+        mutes = union_of(network, files)
     if to is Form.ia3:
         note = exports.export_ia3(network, mutes, out).note
     elif to in (Form.lora, Form.vllm_lora):
@@ -420,7 +428,7 @@ def export(
         note = f"Neurons per FFN: {widths}; parameters: {sizes}."
     console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
     if verify:
-        original, _ = _load(model, "auto", gguf_file)
+        original, _ = load(model, "auto", gguf_file)
         difference, effect = exports.largest_difference(original, mutes, out), exports.effect(original, mutes)
         console.print(
             f"Largest difference of logits to the live muted model: {difference:.3g}; to the original, "
@@ -472,84 +480,6 @@ def main(arguments=None):
         sys.exit(1)
 
 
-def _rewritten(texts, model, seed, out):
-    """Neighbours by a masked language model, kept in the folder ``out``."""
-    import torch
-    import transformers
-
-    from neumuter.neighbours import cached, rewrite_texts
-
-    def make():
-        with console.status(f"Loading {escape(model)}"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-            network = transformers.AutoModelForMaskedLM.from_pretrained(model).eval()
-        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-        with _progress("Rewriting texts", len(texts)) as advance:
-            return rewrite_texts(texts, network, tokenizer, seed=seed, callback=advance)
-
-    return cached(out, {"texts": texts, "model": model, "seed": seed}, make)
-
-
-def _sampled(network, tokenizer, forget_batch, others, former, seed, out):
-    """Neighbours that the model itself says, kept in the folder ``out``; ``others``: those that there are.
-
-    ``former``: the mute set that is in force, whose texts the model does not say.
-    """
-    from neumuter.families import find_ffns
-    from neumuter.fingerprint import fingerprint
-    from neumuter.neighbours import cached, sample_texts
-
-    if others and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        console.print("This tokenizer has no start token, so the model is not sampled from.")
-        return []
-    if not others:
-        console.print(
-            "No --retain file: the neighbours are texts sampled from the model itself. What the model "
-            "knows beside the forget texts is protected less well that way."
-        )
-    count, length = SAMPLES // (2 if others else 1), forget_batch["labels"].shape[1]
-
-    def make():
-        with _progress("Sampling neighbours", count) as advance:
-            return sample_texts(network, tokenizer, count, length, seed, advance, barred=forget_batch)
-
-    barred = {name: forget_batch[name].tolist() for name in ("input_ids", "labels")}
-    weights = [fingerprint(find_ffns(network), {}), former and former.fingerprint]
-    return cached(out, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
-
-
-def _fold(model, files, out, gguf_file):
-    """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
-    from neumuter.files import new_folder
-    from neumuter.folding import CARD, NotOnDiskError, fold_checkpoint, model_card
-    from neumuter.mutes import MuteSet
-    from neumuter.muting import fold
-
-    if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
-        mutes = MuteSet.load(files[0])
-        with suppress(NotOnDiskError), _progress("Folding, bytes", None) as advance:
-            fold_checkpoint(model, mutes, out, callback=advance)
-            return mutes
-    with new_folder(out) as temporary:
-        network, tokenizer = _load(model, "auto", gguf_file)
-        mutes = _union(network, files)
-        fold(network, mutes)
-        with console.status("Saving the checkpoint"):
-            network.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / CARD).write_text(model_card(mutes), encoding="utf-8")
-    return mutes
-
-
-def _union(network, paths):
-    """The mute set of a file, or of several together."""
-    from neumuter.mutes import MuteSet
-    from neumuter.muting import combine
-
-    sets = [MuteSet.load(path) for path in paths]
-    return sets[0] if len(sets) == 1 else combine(network, sets)
-
-
 def _write_evaluation(out, report, mutes):
     from neumuter.html_report import write_report
 
@@ -577,26 +507,6 @@ def _read_report(path):
     raise ValueError(f"--retrained: {path} is not a report of neumuter evaluate")
 
 
-def _batches(tokenizer, files, column, length, limit):
-    from neumuter.texts import encode, read_texts
-
-    given = {name: file for name, file in files.items() if file}
-    return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}
-
-
-def _tofu(network, tokenizer, files, limit, reference):
-    import torch
-
-    from neumuter.evaluation import tofu, tofu_metrics
-
-    sets = {name: tofu.read_questions(file, limit) for name, file in files.items() if file}
-    if reference and "truth_ratios" not in reference:
-        raise ValueError("--retrained is a report of another suite than tofu")
-    ratios = torch.tensor(reference["truth_ratios"], dtype=torch.float64) if reference else None
-    metrics, ratios = tofu_metrics(network, tokenizer, sets, ratios)
-    return metrics, {"truth_ratios": ratios.tolist()}
-
-
 def _parse_budget(text):
     try:
         return float(text) if "." in text or "e" in text.lower() else int(text)
@@ -604,79 +514,6 @@ def _parse_budget(text):
         raise typer.BadParameter(
             f"--budget must be a share (0.01), a number (300) or auto, got {text!r}"
         ) from None
-
-
-def _load(model, dtype, gguf_file):
-    path = Path(model)
-    if not path.exists() and (path.is_absolute() or model.startswith(".") or len(path.parts) > 2):
-        raise FileNotFoundError(f"no such folder: {model}")  # before it is looked for on the Hub
-    with console.status("Importing transformers"):
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-    with console.status(f"Loading {escape(model)}"):
-        where = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
-        if gguf_file and hasattr(transformers, "GgufConfig"):  # older versions always unpack the weights
-            where["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where)
-        if gguf_file and getattr(network, "hf_quantizer", None) is not None:
-            network.hf_quantizer.remove_quantization_config(network)  # the weights are ordinary ones now
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-@contextmanager
-def _progress(description, total, *fields):
-    """A progress bar with the time left; yields advance(step, total, **fields), each field a str."""
-    columns = [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
-    left = TimeRemainingColumn()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, left, console=console
-    ) as bars:
-        task = bars.add_task(description, total=total, **dict.fromkeys(fields, "–"))
-        yield lambda step, total, **values: bars.update(task, completed=step, total=total, **values)
-
-
-def _measure(description, network, forget, retain):
-    """MA of the forget batch, and the mean token loss of both, in nats."""
-    from neumuter.evaluation import mean_token_loss, memorization_accuracy
-
-    with console.status(description):
-        return {
-            "forget_loss": mean_token_loss(network, forget),
-            "forget_ma": memorization_accuracy(network, forget),
-            "retain_loss": mean_token_loss(network, retain),
-        }
-
-
-def _continued(network, tokenizer, texts, state, samples=None):
-    """The first texts, dicts of "prompt", "truth" and, under the key ``state``, what greedy decoding says."""
-    import torch
-
-    if samples is None:
-        samples = []
-        for text in texts[:SHOWN]:
-            prompt, truth = (
-                (text[: len(text) // 3], text[len(text) // 3 :]) if isinstance(text, str) else text
-            )
-            samples.append({"prompt": prompt, "truth": truth})
-    for sample in samples:
-        ids = tokenizer(sample["prompt"], return_tensors="pt", truncation=True)["input_ids"].to(
-            network.device
-        )
-        if not ids.shape[1]:
-            continue
-        wanted = len(tokenizer(sample["truth"], add_special_tokens=False)["input_ids"])
-        made = network.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(max(wanted, 1), SHOWN_TOKENS),
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-        )
-        sample[state] = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-    return samples
 
 
 def _report(model, forget, retain, mutes, seconds, curve):
