@@ -169,7 +169,7 @@ A pretrained model (46,080 neurons, bfloat16) fine-tuned on questions about peop
 decoding gives back the answers; half of the people are to be forgotten, the others to stay. {_seeds(rows)}, on
 {_on(machine)}; a method with fewer says so. Neighbours of the mask methods, and what the weight methods retain: the
 questions to keep, and 16 texts that the model made up. The paper's recipe has its own constants but 3 epochs instead
-of 200: a truncated run, at half of our time.
+of 200: a truncated run.
 
 {main}
 

@@ -21,13 +21,10 @@ from matplotlib.ticker import MaxNLocator
 
 from neumuter.evaluation import METRICS
 from neumuter.files import write_atomically
+from neumuter.robustness import EXPLAINED
 
 COLUMNS, BARS = 64, 32  # of the heat map, at most, and of the histogram
 KEYS = ("forget_extraction", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity")
-STATES = (
-    "<p>int8, int4: the muted model, folded and quantised. half: of a random half of the texts. relearned N: "
-    "of the same, after N steps of training on the other half.</p>\n"
-)
 # As wide as a phone, so that the letters in a picture are nearly as large there as those around it.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 206, 52, 338, 26, 166
 # Control characters, halves of surrogate pairs and non-characters: not allowed in HTML.
@@ -87,7 +84,9 @@ def write_report(path, report, mutes=None, samples=None):
         "What was found": _found(report, mutes),
         "What the model knows": _metrics("Measured on the model", states) + _definitions(states),
         "What the model says": "".join(map(_sample, count(1), samples or [])),
-        "Does it stay forgotten?": _wrap("", STATES, _metrics("After tampering", tampered)),
+        "Does it stay forgotten?": _wrap(
+            "", f"<p>{_text(EXPLAINED)}</p>\n", _metrics("After tampering", tampered)
+        ),
         "How many neurons it takes": _curve(curve),
         "What it cost": _cost(report),
         "Provenance": _provenance(report, mutes),

@@ -10,6 +10,10 @@ from neumuter.recipes.weights import WeightsConfig, tune_weights
 BITS = (8, 4)
 GROUP = 32  # input features that share a scale at 4 bits
 RELEARNING = WeightsConfig(method="relearn", steps=100, batch_size=8, lr=5e-5)
+EXPLAINED = (
+    "int8, int4: the muted model, folded and quantised. half: of a random half of the texts. relearned N: of "
+    "the same, after N steps of training on the other half."
+)
 MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
 
 

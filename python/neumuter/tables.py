@@ -31,16 +31,14 @@ def print_metrics(columns):
 def print_robustness(states):
     """One line per metric, a column per state of ``neumuter.robustness``."""
     from neumuter.evaluation import METRICS
+    from neumuter.robustness import EXPLAINED
 
     table = Table("metric", *states)
     for name, metric in METRICS.items():
         if name in states["half"]:
             table.add_row(metric.title, *(f"{metrics[name]:.4g}" for metrics in states.values()))
     console.print(table)
-    console.print(
-        "int8, int4: muted, folded and quantised. half: of a random half of the texts. relearned N: of the "
-        "same, after N steps of training on the other half."
-    )
+    console.print(EXPLAINED)
 
 
 def print_curve(curve):
