@@ -2,7 +2,7 @@
 
 Each request names one customer of the demo's model. All others, but those forgotten already, are among the
 neighbours: nobody knows beforehand who will ask next. A set is found beside the former ones, or alone, on the
-untouched model.
+untouched model; or one set is found anew for all who have asked so far, whose texts must then be kept.
 """
 
 import functools
@@ -34,37 +34,47 @@ def _cases(seed, count):
         if not asked:
             return []
         former = union(method, asked - 1)
-        return [*former, _request(setting(), asked - 1, former if method == "beside" else None)]
+        gone = range(asked - 1)
+        return [*former, _found(setting(), [asked - 1], gone, former if method == "beside" else [])]
 
     def case(method, asked, undone=None):
         about = {"seed": seed, "method": method, "requests": asked, "undone": undone}
-        return about, lambda: _row(setting(), count, union(method, asked), undone)
+
+        def find():
+            chosen = [n for n in range(asked) if n != undone]
+            if method == "anew":
+                sets = [_found(setting(), chosen, [], [])]
+            else:
+                sets = [union(method, asked)[n] for n in chosen]
+            return _row(setting(), count, chosen, sets)
+
+        return about, find
 
     yield case("before", 0)
-    for method in ("alone", "beside"):
+    for method in ("alone", "beside", "anew"):
         for asked in range(1, count + 1):
             yield case(method, asked)
         if count > UNDONE:
             yield case(method, count, UNDONE)
 
 
-def _request(setting, number, former):
-    beside = combine(setting.full, former) if former else None
-    others = setting.forget[number + 1 :] + setting.same + setting.other
+def _found(setting, numbers, gone, former):
+    """A set for the requests ``numbers`` after the requests ``gone``, found beside the sets ``former``."""
+    others = [r for n, r in enumerate(setting.forget) if n not in {*numbers, *gone}]
+    others += setting.same + setting.other
     spread = setting.text[:: len(setting.text) // 8]
     neighbours = task.with_text(setting.encode(others, "continuation"), spread)
-    forget = setting.encode([setting.forget[number]], "secret")
+    forget = setting.encode([setting.forget[n] for n in numbers], "secret")
+    beside = combine(setting.full, former) if former else None
+    seed, share = setting.seed + max(numbers), SHARE * len(numbers)
     with attach(setting.full, start_layer=0) as masked:
-        return recipes.forget(
-            masked, forget, neighbours, SHARE, gains=GAINS, seed=setting.seed + number, beside=beside
-        )
+        return recipes.forget(masked, forget, neighbours, share, gains=GAINS, seed=seed, beside=beside)
 
 
-def _row(setting, count, sets, undone):
-    chosen = [n for n in range(len(sets)) if n != undone]
-    if not chosen:
+def _row(setting, count, chosen, sets):
+    if not sets:
         return {"share": 0.0} | _measure(setting, count, chosen)
-    union = combine(setting.full, [sets[n] for n in chosen])
+    union = combine(setting.full, sets)
     with mute(setting.full, union):
         return {"share": union.share} | _measure(setting, count, chosen)
 
