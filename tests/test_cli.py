@@ -247,6 +247,19 @@ def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
     assert "--recipe paper goes without" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("unlearn", "m", "--forget", "f", "--out", "o", "--goal-ma", "0.5"),
+        ("evaluate", "m", "--forget", "f", "--suite", "tofu", "--paraphrased", "p"),
+        ("evaluate", "m", "--forget", "f", "--world-facts", "w"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
+    assert run(*arguments) == 2
+    assert arguments[-2] in capsys.readouterr().err
+
+
 def test_unlearn_beside_a_former_set(checkpoint):
     assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")

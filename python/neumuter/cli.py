@@ -135,8 +135,11 @@ def unlearn(
         ),
     ] = None,
     goal_extraction: Annotated[
-        float, typer.Option(min=0, max=1, help="With --budget auto: share of texts still extractable.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --budget auto: share of texts still extractable, at most. Default: 0."
+        ),
+    ] = None,
     goal_ma: Annotated[
         float | None, typer.Option(min=0, max=1, help="With --budget auto: MA of the texts, at most.")
     ] = None,
@@ -172,6 +175,8 @@ def unlearn(
     if recipe is Recipe.paper and given:
         raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
     share = None if budget == "auto" else _parse_budget(budget or DEFAULT_BUDGET)
+    if share is not None and (goal_extraction, goal_ma) != (None, None):
+        raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
     forget_texts = read_texts(forget, column, limit)
     neighbours = read_texts(retain, column, limit) if retain else []
     former = MuteSet.load(beside) if beside else None
@@ -217,7 +222,7 @@ def unlearn(
                     "beside": former,
                 }
                 if share is None:
-                    goals = Goals(goal_extraction, goal_ma)
+                    goals = Goals(goal_extraction or 0.0, goal_ma)
                     mutes, curve = smallest_share(*batches, goals, progress=progress, **config)
                 else:
                     mutes = run_recipe(*batches, share, callback=progress, **config)
@@ -292,6 +297,11 @@ def evaluate(
 
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
+    of_texts = {"heldout": heldout, "paraphrased": paraphrased, "column": column}
+    of_questions = {"real-authors": real_authors, "world-facts": world_facts}
+    others = of_texts if suite is Suite.tofu else of_questions
+    if given := [f"--{name}" for name, value in others.items() if value is not None]:
+        raise typer.BadParameter(f"--suite {suite.value} goes without {', '.join(given)}")
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
     network, tokenizer = load(model, "auto", gguf_file)

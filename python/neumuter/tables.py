@@ -93,9 +93,10 @@ def print_outcome(mutes, path, seconds):
         table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
     console.print(table)
     if after["forget_loss"] <= before["forget_loss"]:
+        papers = mutes.method.get("recipe") == "gates"
+        advice = "--recipe fitted" if papers else "more --steps or a larger --budget"
         console.print(
-            "[bold yellow]The forget texts are as likely as before:[/] nothing was forgotten. Try more "
-            "--steps or a larger --budget."
+            f"[bold yellow]The forget texts are as likely as before:[/] nothing was forgotten. Try {advice}."
         )
     console.print(
         f"{mutes.count} neurons ({mutes.share:.2%}), mode {mutes.mode}, {seconds:.0f} s, peak memory "
