@@ -9,14 +9,14 @@ import torch
 from neumuter_kernels import _C
 
 
-def _version(package):
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def report():
+def report() -> list[tuple[str, str]]:
     """Pairs of (what, value) about the installation, the machine and the backends, as strings."""
     built = _C.build_info()
     cuda_code = f"{built['cuda']} for {built['cuda_architectures']}" if built["cuda"] else "not built"

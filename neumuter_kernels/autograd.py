@@ -6,20 +6,28 @@ Python around it, and at a few hundred tokens the call itself weighs as much as 
 
 import functools
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _ops = torch.ops.neumuter
 _library = torch.library.Library("neumuter", "IMPL", "Autograd")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
+# What _register wants from its ``gradients``.
+Gradients = Callable[
+    [Tensor, Sequence[Tensor], tuple[Any, ...], Sequence[bool], bool], tuple[Tensor | None, ...]
+]
+
 # {op name: function of the op's arguments}: the op, whose backward pass may write the gradients of
 # the activations into their memory where nobody else holds it.
-reusing = {}
+reusing: dict[str, Callable[..., Tensor]] = {}
 
 
-def _register(name, tensors, gradients):
+def _register(name: str, tensors: int, gradients: Gradients) -> None:
     """Make the op ``name`` differentiable.
 
     ``tensors``: how many of its arguments, the first ones, are tensors (or None). ``gradients``:
@@ -27,17 +35,17 @@ def _register(name, tensors, gradients):
     (is its gradient needed?) and whether it may reuse the memory of the activations; returns a
     gradient or None per tensor.
     """
-    op = getattr(_ops, name).default
+    op: Callable[..., Tensor] = getattr(_ops, name).default
 
     @once_differentiable
-    def once(ctx, grad):
+    def once(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[1 : 1 + tensors]
         wanted = gradients(grad, ctx.saved_tensors, ctx.options, needed, ctx.reuse)
         return None, *wanted, *[None] * len(ctx.options)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, reuse, *arguments):
+        def forward(ctx: Any, reuse: bool, *arguments: Any) -> Tensor:
             ctx.reuse = reuse
             ctx.save_for_backward(*arguments[:tensors])
             ctx.options = arguments[tensors:]
@@ -45,16 +53,17 @@ def _register(name, tensors, gradients):
                 return op(*arguments)
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             if torch.is_grad_enabled():  # create_graph=True
                 # once_differentiable only looks at the gradients that come in; the saved tensors
                 # would be taken for constants, silently.
                 grad = grad.detach().requires_grad_()
             return once(ctx, grad)
 
-    def kernel(*arguments, reuse=False):
+    def kernel(*arguments: Any, reuse: bool = False) -> Tensor:
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
-            return Differentiable.apply(reuse, *arguments)
+            output: Tensor = Differentiable.apply(reuse, *arguments)
+            return output
         with _below_autograd():
             return op(*arguments)
 
@@ -62,28 +71,29 @@ def _register(name, tensors, gradients):
     reusing[name] = functools.partial(kernel, reuse=True)
 
 
-def _holders(tensors, i):
+def _holders(tensors: Sequence[Tensor], i: int) -> tuple[int, int, int]:
     """Numbers that grow with whatever holds tensor i: the graph and C++, other tensors, Python."""
     storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
-    return tensors[i]._use_count(), storage, sys.getrefcount(tensors[i])
+    uses: int = tensors[i]._use_count()  # type: ignore[attr-defined]  # not in torch's stubs
+    return uses, storage, sys.getrefcount(tensors[i])
 
 
 @functools.cache
-def _holders_of_an_unshared_tensor():
+def _holders_of_an_unshared_tensor() -> tuple[int, int, int]:
     """What ``_holders`` gives in a backward pass for a tensor that only the pass itself holds.
 
     Measured, since the ways of counting are Python's and PyTorch's own affair.
     """
-    count = None
+    count = (0, 0, 0)
 
     class Probe(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             ctx.save_for_backward(x)
             return x.clone()
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             nonlocal count
             count = _holders(ctx.saved_tensors, 0)
             return grad
@@ -93,7 +103,7 @@ def _holders_of_an_unshared_tensor():
     return count
 
 
-def _unshared(tensors, indices):
+def _unshared(tensors: Sequence[Tensor], indices: Iterable[int]) -> bool:
     """Whether nothing but the backward pass that is under way can see the memory of these tensors."""
     if not hasattr(torch.Tensor, "_use_count"):  # an old torch, in which there is no telling
         return False
@@ -101,11 +111,13 @@ def _unshared(tensors, indices):
     return all(tensors[i].is_contiguous() and _holders(tensors, i) == alone for i in indices)
 
 
-def _ffn(name, inputs):
+def _ffn(name: str, inputs: int) -> Gradients:
     """The gradients of a masked FFN whose first ``inputs`` tensors are its activations."""
     backward, backward_in_place = getattr(_ops, f"{name}_backward"), getattr(_ops, f"{name}_backward_")
 
-    def gradients(grad, tensors, options, needed, reuse):
+    def gradients(
+        grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool], reuse: bool
+    ) -> tuple[Tensor | None, ...]:
         *inputs_needed, mask, _ = needed
         if reuse and all(inputs_needed) and _unshared(tensors, range(inputs)):
             grad_mask = backward_in_place(grad, *tensors, *options, mask)
@@ -119,7 +131,9 @@ def _ffn(name, inputs):
     return gradients
 
 
-def _hard_concrete(grad, tensors, options, needed, reuse):
+def _hard_concrete(
+    grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool], reuse: bool
+) -> tuple[Tensor | None, ...]:
     return _ops.hard_concrete_backward(grad, *tensors, *options), None, None
 
 

@@ -1,71 +1,141 @@
 """Fake kernels: the shapes and dtypes that each op returns, for torch.compile and meta tensors."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from neumuter_kernels.reference import compute_dtype
 
 
-def _empty(x, wanted=True):
+def _empty(x: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty(x.shape if wanted else (0,))
 
 
 @torch.library.register_fake("neumuter::masked_glu")
-def _(gate, up, mask, row_ids, activation):
+def _(gate: Tensor, up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
     return _empty(gate)
 
 
 @torch.library.register_fake("neumuter::masked_glu_backward")
-def _(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad):
+def _(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    input_grad: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(gate, input_grad), _empty(gate, input_grad), _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::masked_glu_packed")
-def _(gate_up, mask, row_ids, activation, interleaved):
+def _(gate_up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, interleaved: bool) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @torch.library.register_fake("neumuter::masked_glu_packed_backward")
-def _(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
+def _(
+    grad: Tensor,
+    gate_up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    interleaved: bool,
+    input_grad: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor]:
     return _empty(gate_up, input_grad), _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::masked_act")
-def _(hidden, mask, row_ids, activation):
+def _(hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
     return _empty(hidden)
 
 
 @torch.library.register_fake("neumuter::masked_act_backward")
-def _(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    input_grad: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor]:
     return _empty(hidden, input_grad), _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::masked_glu_backward_")
-def _(grad, gate, up, mask, row_ids, activation, mask_grad):
+def _(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    mask_grad: bool,
+) -> Tensor:
     return _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::masked_glu_packed_backward_")
-def _(grad, gate_up, mask, row_ids, activation, interleaved, mask_grad):
+def _(
+    grad: Tensor,
+    gate_up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    interleaved: bool,
+    mask_grad: bool,
+) -> Tensor:
     return _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::masked_act_backward_")
-def _(grad, hidden, mask, row_ids, activation, mask_grad):
+def _(
+    grad: Tensor, hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, mask_grad: bool
+) -> Tensor:
     return _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::hard_concrete")
-def _(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+def _(
+    scores: Tensor,
+    sample_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+    training: bool,
+) -> Tensor:
     return scores.new_empty((sample_ids.shape[0], scores.shape[0]))
 
 
 @torch.library.register_fake("neumuter::hard_concrete_backward")
-def _(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+def _(
+    grad: Tensor,
+    scores: Tensor,
+    sample_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+    training: bool,
+) -> Tensor:
     return _empty(scores)
 
 
 @torch.library.register_fake("neumuter::select_muted")
-def _(scores, widths, budget, threshold, gamma, zeta):
+def _(
+    scores: Tensor, widths: Sequence[int], budget: int | None, threshold: float, gamma: float, zeta: float
+) -> tuple[Tensor, Tensor, Tensor]:
     n = scores.shape[0]
     capacity = n if budget is None else min(budget, n)
     return (
@@ -76,11 +146,13 @@ def _(scores, widths, budget, threshold, gamma, zeta):
 
 
 @torch.library.register_fake("neumuter::mute_")
-def _(hidden, indptr, indices, gains, row_ids, layer):
+def _(
+    hidden: Tensor, indptr: Tensor, indices: Tensor, gains: Tensor, row_ids: Tensor | None, layer: int
+) -> None:
     pass
 
 
 @torch.library.register_fake("neumuter::cross_entropy_")
 @torch.library.register_fake("neumuter::kl_divergence_")
-def _(logits, _):
+def _(logits: Tensor, _: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))

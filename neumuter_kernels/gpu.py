@@ -4,100 +4,176 @@ Importing Triton takes longer than importing this package. ``select_muted`` and 
 C++.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from neumuter_kernels import _C, reference
 
 _ops = torch.ops.neumuter
 
 
-def _masked_ffn():
-    from neumuter_kernels.triton import masked_ffn
+def masked_glu(gate: Tensor, up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
+    from neumuter_kernels.triton import masked_ffn as kernels
 
-    return masked_ffn
-
-
-def _hard_concrete():
-    from neumuter_kernels.triton import hard_concrete
-
-    return hard_concrete
+    return kernels.forward(gate, up, mask, row_ids, activation)
 
 
-def _token_losses():
-    from neumuter_kernels.triton import token_losses
+def masked_glu_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    input_grad: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from neumuter_kernels.triton import masked_ffn as kernels
 
-    return token_losses
-
-
-def masked_glu(gate, up, mask, row_ids, activation):
-    return _masked_ffn().forward(gate, up, mask, row_ids, activation)
-
-
-def masked_glu_backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad):
-    return _masked_ffn().backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad)
-
-
-def masked_glu_backward_(grad, gate, up, mask, row_ids, activation, mask_grad):
-    return _masked_ffn().backward(grad, gate, up, mask, row_ids, activation, True, mask_grad, in_place=True)[
-        2
-    ]
+    return kernels.backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad)
 
 
-def masked_glu_packed(gate_up, mask, row_ids, activation, interleaved):
-    return _masked_ffn().forward(gate_up, None, mask, row_ids, activation, True, interleaved)
+def masked_glu_backward_(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    mask_grad: bool,
+) -> Tensor:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.backward(grad, gate, up, mask, row_ids, activation, True, mask_grad, in_place=True)[2]
 
 
-def masked_glu_packed_backward(grad, gate_up, mask, row_ids, activation, interleaved, input_grad, mask_grad):
-    return _masked_ffn().backward(
+def masked_glu_packed(
+    gate_up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, interleaved: bool
+) -> Tensor:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.forward(gate_up, None, mask, row_ids, activation, True, interleaved)
+
+
+def masked_glu_packed_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    interleaved: bool,
+    input_grad: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, ...]:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.backward(
         grad, gate_up, None, mask, row_ids, activation, input_grad, mask_grad, True, interleaved
     )[::2]
 
 
-def masked_glu_packed_backward_(grad, gate_up, mask, row_ids, activation, interleaved, mask_grad):
-    return _masked_ffn().backward(
+def masked_glu_packed_backward_(
+    grad: Tensor,
+    gate_up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    interleaved: bool,
+    mask_grad: bool,
+) -> Tensor:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.backward(
         grad, gate_up, None, mask, row_ids, activation, True, mask_grad, True, interleaved, in_place=True
     )[2]
 
 
-def masked_act(hidden, mask, row_ids, activation):
-    return _masked_ffn().forward(hidden, None, mask, row_ids, activation)
+def masked_act(hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.forward(hidden, None, mask, row_ids, activation)
 
 
-def masked_act_backward(grad, hidden, mask, row_ids, activation, input_grad, mask_grad):
-    return _masked_ffn().backward(grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad)[::2]
+def masked_act_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    input_grad: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, ...]:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.backward(grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad)[::2]
 
 
-def masked_act_backward_(grad, hidden, mask, row_ids, activation, mask_grad):
-    return _masked_ffn().backward(
-        grad, hidden, None, mask, row_ids, activation, True, mask_grad, in_place=True
-    )[2]
+def masked_act_backward_(
+    grad: Tensor, hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, mask_grad: bool
+) -> Tensor:
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    return kernels.backward(grad, hidden, None, mask, row_ids, activation, True, mask_grad, in_place=True)[2]
 
 
-def hard_concrete(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
-    return _hard_concrete().forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training)
+def hard_concrete(
+    scores: Tensor,
+    sample_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+    training: bool,
+) -> Tensor:
+    from neumuter_kernels.triton import hard_concrete as kernels
+
+    return kernels.forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training)
 
 
-def hard_concrete_backward(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
-    return _hard_concrete().backward(
-        grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training
-    )
+def hard_concrete_backward(
+    grad: Tensor,
+    scores: Tensor,
+    sample_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+    training: bool,
+) -> Tensor:
+    from neumuter_kernels.triton import hard_concrete as kernels
+
+    return kernels.backward(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training)
 
 
-def cross_entropy_(logits, targets):
-    return _token_losses().cross_entropy_(logits, targets)
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    from neumuter_kernels.triton import token_losses as kernels
+
+    return kernels.cross_entropy_(logits, targets)
 
 
-def kl_divergence_(logits, reference):
-    return _token_losses().kl_divergence_(logits, reference)
+def kl_divergence_(logits: Tensor, reference: Tensor) -> Tensor:
+    from neumuter_kernels.triton import token_losses as kernels
+
+    return kernels.kl_divergence_(logits, reference)
 
 
-def select_muted(scores, widths, budget, threshold, gamma, zeta):
+def select_muted(
+    scores: Tensor, widths: Sequence[int], budget: int | None, threshold: float, gamma: float, zeta: float
+) -> tuple[Tensor, ...]:
     """Without nvcc at build time: select on the CPU. Waits for the device; the CUDA kernel does not."""
     selected = _ops.select_muted(scores.cpu(), widths, budget, threshold, gamma, zeta)
     return tuple(x.to(scores.device) for x in selected)
 
 
-def mute_(hidden, indptr, indices, gains, row_ids, layer):
+def mute_(
+    hidden: Tensor, indptr: Tensor, indices: Tensor, gains: Tensor, row_ids: Tensor | None, layer: int
+) -> None:
     """Without nvcc at build time: in plain PyTorch. Waits for the device; the CUDA kernel does not."""
     flat = hidden.view(-1, hidden.shape[-1])
     flat.copy_(reference.mute(flat, indptr, indices, gains, row_ids, layer))
@@ -114,8 +190,8 @@ TRITON_OPS = (
 _library = torch.library.Library("neumuter", "IMPL", "CUDA")
 
 
-def _register(op):
-    def on_device(x, *rest):
+def _register(op: Callable[..., object]) -> None:
+    def on_device(x: Tensor, *rest: object) -> object:
         with torch.cuda.device(x.device):  # Triton launches on the current device
             return op(x, *rest)
 

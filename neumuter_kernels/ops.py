@@ -8,9 +8,11 @@ G the number of mask rows.
 """
 
 import os
-from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from neumuter_kernels import autograd, reference
 from neumuter_kernels.reference import ACTIVATIONS, logit
@@ -18,29 +20,34 @@ from neumuter_kernels.reference import ACTIVATIONS, logit
 _ops = torch.ops.neumuter
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-MutedNeurons = namedtuple("MutedNeurons", ["indptr", "indices", "gains"])
-MutedNeurons.__doc__ = """Selected neurons in compressed-row form.
 
-indptr: int32 [L + 1]; the neurons of layer l are slots indptr[l] … indptr[l + 1] − 1.
-indices: int32 [capacity]; ascending within a layer; −1 in the slots from indptr[L] on.
-gains: float32 [capacity]; the evaluation gate of each neuron; 1 in the slots from indptr[L] on.
-"""
+class MutedNeurons(NamedTuple):
+    """Selected neurons in compressed-row form.
+
+    indptr: int32 [L + 1]; the neurons of layer l are slots indptr[l] … indptr[l + 1] − 1.
+    indices: int32 [capacity]; ascending within a layer; −1 in the slots from indptr[L] on.
+    gains: float32 [capacity]; the evaluation gate of each neuron; 1 in the slots from indptr[L] on.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    gains: Tensor
 
 
 # --- Public functions ------------------------------------------------------------------------
 
 
 def masked_glu(
-    gate=None,
-    up=None,
-    mask=None,
-    row_ids=None,
-    activation="silu",
+    gate: Tensor | None = None,
+    up: Tensor | None = None,
+    mask: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    activation: str = "silu",
     *,
-    gate_up=None,
-    interleaved=False,
-    reuse_inputs=False,
-):
+    gate_up: Tensor | None = None,
+    interleaved: bool = False,
+    reuse_inputs: bool = False,
+) -> Tensor:
     """The gated FFN activation times the neuron mask: h[t, f] = φ(gate[t, f]) · up[t, f] · mask[r(t), f].
 
     One pass forward and one backward, which gives the gradients of gate, up and mask. Only the
@@ -84,7 +91,7 @@ def masked_glu(
         return _op("masked_glu_packed", reuse_inputs)(gate_up, mask, row_ids, number, interleaved)
     if interleaved:
         raise TypeError("interleaved describes gate_up; gate and up were given")
-    _check_activations("gate", gate)
+    gate = _check_activations("gate", gate)
     if not isinstance(up, torch.Tensor):
         raise TypeError(f"up must be a tensor like gate, got {_describe(up)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
@@ -93,7 +100,14 @@ def masked_glu(
     return _op("masked_glu", reuse_inputs)(gate, up, mask, row_ids, number)
 
 
-def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh", *, reuse_inputs=False):
+def masked_act(
+    hidden: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None = None,
+    activation: str = "gelu_tanh",
+    *,
+    reuse_inputs: bool = False,
+) -> Tensor:
     """The plain FFN activation times the neuron mask: h[t, f] = φ(hidden[t, f]) · mask[r(t), f].
 
     Args, rounding and errors as for ``masked_glu``; hidden is [..., F].
@@ -108,16 +122,16 @@ def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh", *, reuse_inpu
 
 
 def hard_concrete(
-    scores,
-    rows,
-    seed,
-    step,
-    layer,
-    sample_ids=None,
-    temperature=1 / 3,
-    stretch=(-0.1, 1.1),
-    training=True,
-):
+    scores: Tensor,
+    rows: int,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    sample_ids: Tensor | None = None,
+    temperature: float = 1 / 3,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    training: bool = True,
+) -> Tensor:
     """Hard-concrete gates of FFN neurons: samples in training, noiseless otherwise.
 
     Training: z = clamp(σ((logit ν + s)/β)·(ζ − γ) + γ, 0, 1), ν uniform in (1e-4, 1 − 1e-4);
@@ -166,10 +180,16 @@ def hard_concrete(
     elif sample_ids.shape != (rows,):
         raise ValueError(f"sample_ids must have shape [{rows}], one per row, got {tuple(sample_ids.shape)}")
     sample_ids = sample_ids.to(scores.device)
-    return _ops.hard_concrete(scores, sample_ids, step, seed, layer, temperature, *stretch, training)
+    gates: Tensor = _ops.hard_concrete(scores, sample_ids, step, seed, layer, temperature, *stretch, training)
+    return gates
 
 
-def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
+def select_muted(
+    scores: Tensor | Sequence[Tensor],
+    budget: int | float | None = None,
+    threshold: float | None = None,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+) -> MutedNeurons:
     """Select the neurons to mute and compact them: exact, stable, without waiting for the device.
 
     Args:
@@ -209,16 +229,16 @@ def select_muted(scores, budget=None, threshold=None, stretch=(-0.1, 1.1)):
         raise ValueError("scores contain NaN")
     if (budget is None) == (threshold is None):
         raise TypeError("select_muted needs exactly one of budget and threshold")
-    if threshold is not None:
-        if not isinstance(threshold, float) or not 0 < threshold < 1:
-            raise ValueError(f"threshold must be a float in (0, 1), got {threshold!r}")
+    if budget is not None:
+        budget, cut = neuron_budget(budget, flat.numel()), 0.0
+    elif isinstance(threshold, float) and 0 < threshold < 1:
         cut = logit(threshold)
     else:
-        budget, cut = neuron_budget(budget, flat.numel()), 0.0
+        raise ValueError(f"threshold must be a float in (0, 1), got {threshold!r}")
     return MutedNeurons(*_ops.select_muted(flat, widths, budget, cut, *stretch))
 
 
-def cross_entropy_(logits, targets):
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy in nats of each token; its gradients with respect to the logits replace the logits.
 
     One read and one write of the logits, where log_softmax, gather and their backward make several
@@ -244,10 +264,11 @@ def cross_entropy_(logits, targets):
             f"targets must be [{logits.shape[0]}] on {logits.device}, one per row of logits, "
             f"got {_describe(targets)}"
         )
-    return _ops.cross_entropy_(logits, targets)
+    losses: Tensor = _ops.cross_entropy_(logits, targets)
+    return losses
 
 
-def kl_divergence_(logits, reference):
+def kl_divergence_(logits: Tensor, reference: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_v p·(ln p − ln q) in nats of each token; the gradients q − p replace the logits of q.
 
     Args:
@@ -261,10 +282,18 @@ def kl_divergence_(logits, reference):
         raise TypeError(f"reference must be a {logits.dtype} tensor like logits, got {_describe(reference)}")
     if reference.shape != logits.shape or reference.device != logits.device:
         raise ValueError(f"reference must match logits, {_describe(logits)}, got {_describe(reference)}")
-    return _ops.kl_divergence_(logits, reference)
+    losses: Tensor = _ops.kl_divergence_(logits, reference)
+    return losses
 
 
-def mute_(hidden, indptr, indices, gains, row_ids=None, layer=0):
+def mute_(
+    hidden: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    gains: Tensor,
+    row_ids: Tensor | None = None,
+    layer: int = 0,
+) -> Tensor:
     """Multiply the muted neurons of one layer by their gains, in place; every token with a set of its own.
 
     Touches nothing but these neurons: of about 1 % muted ones, 1 % of ``hidden``. For serving many mute
@@ -324,7 +353,7 @@ def mute_(hidden, indptr, indices, gains, row_ids=None, layer=0):
     return hidden
 
 
-def neuron_budget(budget, neurons):
+def neuron_budget(budget: int | float, neurons: int) -> int:
     """The number of neurons that a budget (an int, or a float share in (0, 1]) means out of ``neurons``.
 
     Raises TypeError for another type and ValueError for a number out of range.
@@ -340,43 +369,45 @@ def neuron_budget(budget, neurons):
     return budget
 
 
-def _op(name, reuse_inputs):
+def _op(name: str, reuse_inputs: bool) -> Callable[..., Tensor]:
     if reuse_inputs and not torch.compiler.is_compiling():
         return autograd.reusing[name]
-    return getattr(_ops, name)
+    op: Callable[..., Tensor] = getattr(_ops, name)
+    return op
 
 
 # --- Checks ----------------------------------------------------------------------------------
 
 
-def _describe(x):
+def _describe(x: object) -> str:
     """A value for an error message."""
     if not isinstance(x, torch.Tensor):
         return type(x).__name__
     return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
-def _check_int(name, value, limit):
+def _check_int(name: str, value: object, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {_describe(value)}")
     if not 0 <= value < limit:
         raise ValueError(f"{name} must lie in [0, {limit}), got {value}")
 
 
-def _activation_number(activation):
+def _activation_number(activation: str) -> int:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return ACTIVATIONS.index(activation)
 
 
-def _check_activations(name, x):
+def _check_activations(name: str, x: object) -> Tensor:
     if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {_describe(x)}")
     if x.dim() < 1:
         raise ValueError(f"{name} must have shape [..., F], got a scalar")
+    return x
 
 
-def _check_logits(logits):
+def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, torch.Tensor) or logits.dtype not in _FLOATS:
         raise TypeError(
             f"logits must be a float32, bfloat16, float16 or float64 tensor, got {_describe(logits)}"
@@ -389,7 +420,7 @@ def _check_logits(logits):
         raise ValueError("logits require grad, and their gradients would replace them: detach them")
 
 
-def _check_mask(mask, x, width, row_ids):
+def _check_mask(mask: Tensor | None, x: Tensor, width: int, row_ids: Tensor | None) -> Tensor:
     """The mask as [G, F], after checking it and row_ids against the activations x."""
     wanted = reference.compute_dtype(x.dtype)
     if not isinstance(mask, torch.Tensor) or mask.dtype != wanted:

@@ -6,14 +6,16 @@ the number of mask rows.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 
-def activate(x, activation):
+def activate(x: Tensor, activation: str) -> Tensor:
     """φ(x), rounded to the dtype of ``x`` as an eager PyTorch module rounds it."""
     if activation == "silu":
         return F.silu(x)
@@ -30,12 +32,12 @@ def activate(x, activation):
     raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def compute_dtype(dtype):
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 (so that gradcheck can be exact), float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def expand_mask(mask, row_ids, tokens):
+def expand_mask(mask: Tensor, row_ids: Tensor | None, tokens: int) -> Tensor:
     """The mask of each token, [tokens, F].
 
     ``row_ids`` None: token t uses row t // (tokens / G). Otherwise token t uses row row_ids[t],
@@ -47,14 +49,18 @@ def expand_mask(mask, row_ids, tokens):
     return torch.where((ids < 0)[:, None], 1.0, mask[ids.clamp(min=0)])
 
 
-def masked_act(hidden, mask, row_ids=None, activation="gelu_tanh"):
+def masked_act(
+    hidden: Tensor, mask: Tensor, row_ids: Tensor | None = None, activation: str = "gelu_tanh"
+) -> Tensor:
     """h[t, f] = φ(a[t, f]) · m[r(t), f], the activation rounded to the input dtype first."""
     rows = expand_mask(mask, row_ids, hidden.numel() // max(hidden.shape[-1], 1)).view(hidden.shape)
     wide = compute_dtype(hidden.dtype)
     return (activate(hidden, activation).to(wide) * rows.to(wide)).to(hidden.dtype)
 
 
-def masked_glu(gate, up, mask, row_ids=None, activation="silu"):
+def masked_glu(
+    gate: Tensor, up: Tensor, mask: Tensor, row_ids: Tensor | None = None, activation: str = "silu"
+) -> Tensor:
     """h[t, f] = φ(g[t, f]) · u[t, f] · m[r(t), f], φ(g) rounded to the input dtype first.
 
     That is the rounding order of Hugging Face's eager MLP, and autograd through this function
@@ -66,14 +72,21 @@ def masked_glu(gate, up, mask, row_ids=None, activation="silu"):
     return (product * rows.to(wide)).to(gate.dtype)
 
 
-def unpack(gate_up, interleaved):
+def unpack(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views of gate and up, [..., F] each, in a packed [..., 2F] tensor."""
     if interleaved:
         return gate_up[..., 0::2], gate_up[..., 1::2]
-    return gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate, up
 
 
-def masked_glu_packed(gate_up, mask, row_ids=None, activation="silu", interleaved=False):
+def masked_glu_packed(
+    gate_up: Tensor,
+    mask: Tensor,
+    row_ids: Tensor | None = None,
+    activation: str = "silu",
+    interleaved: bool = False,
+) -> Tensor:
     """``masked_glu`` of the two halves (or the even and odd columns) of ``gate_up``."""
     return masked_glu(*unpack(gate_up, interleaved), mask, row_ids, activation)
 
@@ -94,14 +107,14 @@ LOG_P = (0.06915368139743805, -0.11789807677268982, 0.11872976273298264, -0.1238
 NOISE_MARGIN = 1e-4
 
 
-def _horner(x, coefficients):
+def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     result = torch.full_like(x, coefficients[0])
     for c in coefficients[1:]:
         result = result * x + c
     return result
 
 
-def exact_exp(x):
+def exact_exp(x: Tensor) -> Tensor:
     """exp of float32 ``x`` clamped to ±87, within 2 ulp, the same bits on every backend."""
     x = x.clamp(-87.0, 87.0)
     n = (x * LOG2_E + ROUND_TO_INTEGER) - ROUND_TO_INTEGER
@@ -110,7 +123,7 @@ def exact_exp(x):
     return y * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def exact_log(x):
+def exact_log(x: Tensor) -> Tensor:
     """log of a normal positive float32 ``x``, within 2 ulp, the same bits on every backend."""
     bits = x.contiguous().view(torch.int32)
     e = (bits - 0x3F3504F3) >> 23  # 0x3F3504F3 is √½
@@ -122,15 +135,17 @@ def exact_log(x):
     return (t + y) + e * LN2_HI
 
 
-def _log(x):
+def _log(x: Tensor) -> Tensor:
     return exact_log(x) if x.dtype == torch.float32 else torch.log(x)
 
 
-def _sigmoid(x):
+def _sigmoid(x: Tensor) -> Tensor:
     return 1.0 / (1.0 + (exact_exp(-x) if x.dtype == torch.float32 else torch.exp(-x)))
 
 
-def philox_4x32(counter, key):
+def philox_4x32(
+    counter: Sequence[Tensor | int], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4x32-10 (Salmon et al. 2011, Random123).
 
     ``counter``: four int64 tensors (or ints) of 32-bit words, broadcast together; ``key``: two
@@ -146,7 +161,14 @@ def philox_4x32(counter, key):
     return c0, c1, c2, c3
 
 
-def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
+def gate_noise(
+    sample_ids: Tensor,
+    neurons: int,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """logit(ν) for ν uniform in (1e-4, 1 − 1e-4), [samples, neurons].
 
     Word f mod 4 of Philox at the counter (f div 4, sample id, layer, step) under the key ``seed``
@@ -165,13 +187,22 @@ def gate_noise(sample_ids, neurons, seed, step, layer, dtype=torch.float32):
     return _log(nu) - _log((1.0 - uniform) * width + NOISE_MARGIN)
 
 
-def stretch_span(stretch, dtype):
+def stretch_span(stretch: tuple[float, float], dtype: torch.dtype) -> float:
     """ζ − γ, subtracted in the dtype of the scores."""
     low, high = torch.tensor(stretch, dtype=dtype)
     return float(high - low)
 
 
-def _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training):
+def _stretched(
+    scores: Tensor,
+    sample_ids: Tensor,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    temperature: float,
+    stretch: tuple[float, float],
+    training: bool,
+) -> tuple[Tensor, Tensor]:
     """σ and the unclamped gate, [rows, F]."""
     x = scores.expand(len(sample_ids), -1)
     if training:
@@ -182,8 +213,15 @@ def _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, trai
 
 
 def hard_concrete(
-    scores, sample_ids, seed, step, layer, temperature=1 / 3, stretch=(-0.1, 1.1), training=True
-):
+    scores: Tensor,
+    sample_ids: Tensor,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    temperature: float = 1 / 3,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    training: bool = True,
+) -> Tensor:
     """Hard-concrete gates (Louizos et al. 2018, eq. 10–12), [rows, F], one row per sample id.
 
     Training: z = clamp(σ((logit ν + s)/β)·(ζ − γ) + γ, 0, 1); otherwise z = clamp(σ(s)·(ζ − γ) +
@@ -194,8 +232,16 @@ def hard_concrete(
 
 
 def hard_concrete_backward(
-    grad, scores, sample_ids, seed, step, layer, temperature=1 / 3, stretch=(-0.1, 1.1), training=True
-):
+    grad: Tensor,
+    scores: Tensor,
+    sample_ids: Tensor,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    temperature: float = 1 / 3,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    training: bool = True,
+) -> Tensor:
     """The gradient of the scores, [F], for ``grad`` [rows, F]: the sum over the rows."""
     sigma, raw = _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training)
     scale = stretch_span(stretch, scores.dtype) * (1.0 / temperature if training else 1.0)
@@ -206,14 +252,14 @@ def hard_concrete_backward(
 # --- Losses of tokens ------------------------------------------------------------------------
 
 
-def cross_entropy(logits, targets):
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """−ln softmax(logits)[target] in nats of each token, [N], and its gradient softmax − one-hot, [N, V]."""
     log_q = logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
     losses = -log_q.gather(1, targets[:, None])[:, 0]
     return losses, (log_q.exp() - F.one_hot(targets, logits.shape[1])).to(logits.dtype)
 
 
-def kl_divergence(logits, reference):
+def kl_divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_v p·(ln p − ln q) in nats of each token, [N], and its gradient q − p over the logits of q, [N, V].
 
     q and p are the softmax of ``logits`` and ``reference``, [N, V]; where p is 0 nothing is added.
@@ -227,7 +273,13 @@ def kl_divergence(logits, reference):
 # --- Selection -------------------------------------------------------------------------------
 
 
-def select_muted(scores, widths, budget=None, threshold=None, stretch=(-0.1, 1.1)):
+def select_muted(
+    scores: Tensor,
+    widths: Sequence[int],
+    budget: int | None = None,
+    threshold: float = 0.0,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+) -> tuple[Tensor, Tensor, Tensor]:
     """Select neurons to mute among flat ``scores`` [N] of layers of the given ``widths``.
 
     ``budget`` k: the k lowest scores, ties by lower layer, then lower neuron. ``threshold``: all
@@ -259,7 +311,14 @@ def select_muted(scores, widths, budget=None, threshold=None, stretch=(-0.1, 1.1
     return indptr, indices, gains
 
 
-def mute(hidden, indptr, indices, gains, row_ids=None, layer=0):
+def mute(
+    hidden: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    gains: Tensor,
+    row_ids: Tensor | None = None,
+    layer: int = 0,
+) -> Tensor:
     """``hidden`` [T, F] with the muted neurons of each token's set multiplied; see ``ops.mute_``."""
     hidden = hidden.clone()
     tokens, sets = len(hidden), len(indptr)
@@ -274,6 +333,6 @@ def mute(hidden, indptr, indices, gains, row_ids=None, layer=0):
     return hidden
 
 
-def logit(probability):
+def logit(probability: float) -> float:
     """ln(p / (1 − p)) of a float."""
     return math.log(probability / (1.0 - probability))

@@ -7,6 +7,7 @@ multiplications with additions.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from neumuter_kernels.reference import stretch_span
 from neumuter_kernels.triton.activations import reduced_exponential
@@ -112,7 +113,9 @@ def hard_concrete_backward_kernel(
     tl.store(grad_scores + f, sums, mask=f < F)
 
 
-def _scalars(scores, seed, layer, temperature, gamma, zeta):
+def _scalars(
+    scores: Tensor, seed: int, layer: int, temperature: float, gamma: float, zeta: float
+) -> dict[str, float]:
     """The scalar arguments of both kernels, by name."""
     return {
         "seed_low": seed & 0xFFFFFFFF,
@@ -124,7 +127,17 @@ def _scalars(scores, seed, layer, temperature, gamma, zeta):
     }
 
 
-def forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+def forward(
+    scores: Tensor,
+    sample_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+    training: bool,
+) -> Tensor:
     """Gates [rows, F] of scores [F] for sample_ids int64 [rows] and step, one int64."""
     F, rows = scores.numel(), sample_ids.numel()
     out = scores.new_empty(rows, F)
@@ -137,7 +150,18 @@ def forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, tra
     return out
 
 
-def backward(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training):
+def backward(
+    grad: Tensor,
+    scores: Tensor,
+    sample_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+    training: bool,
+) -> Tensor:
     """The gradient of the scores [F] for grad [rows, F]."""
     F, rows = scores.numel(), sample_ids.numel()
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)

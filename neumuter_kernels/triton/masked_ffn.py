@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from neumuter_kernels.triton.activations import activation
 
@@ -148,7 +149,7 @@ def sum_partials_kernel(partial, first_chunks, grad_mask, F, chunks_per_mask,
     tl.store(grad_mask + g * F + f, sums, mask=valid)
 
 
-def _rows(x):
+def _rows(x: Tensor) -> Tensor:
     """``x`` [..., columns] as [rows, columns] of one row stride with adjacent columns."""
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -166,7 +167,15 @@ class _Input:
     F: int
 
     @classmethod
-    def of(cls, gate, up, mask, row_ids, packed=False, interleaved=False):
+    def of(
+        cls,
+        gate: Tensor,
+        up: Tensor | None,
+        mask: Tensor,
+        row_ids: Tensor | None,
+        packed: bool = False,
+        interleaved: bool = False,
+    ) -> "_Input":
         gate = _rows(gate)
         F = gate.shape[1] // 2 if packed else gate.shape[1]
         if packed:
@@ -180,19 +189,27 @@ class _Input:
         return cls(gate, up, _rows(mask), row_ids, layout, F)
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         return self.gate.shape[0]
 
     @property
-    def block(self):
-        return min(BLOCK_F, triton.next_power_of_2(self.F))
+    def block(self) -> int:
+        return min(BLOCK_F, int(triton.next_power_of_2(self.F)))
 
     @property
-    def tokens_per_mask(self):
+    def tokens_per_mask(self) -> int:
         return max(self.tokens // max(self.mask.shape[0], 1), 1)
 
 
-def forward(gate, up, mask, row_ids, activation, packed=False, interleaved=False):
+def forward(
+    gate: Tensor,
+    up: Tensor | None,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    packed: bool = False,
+    interleaved: bool = False,
+) -> Tensor:
     """h [..., F] of gate [..., F] (or packed [..., 2F]), up (None: plain FFN) and mask [G, F]."""
     x = _Input.of(gate, up, mask, row_ids, packed, interleaved)
     out = torch.empty((*gate.shape[:-1], x.F), dtype=gate.dtype, device=gate.device)
@@ -206,7 +223,7 @@ def forward(gate, up, mask, row_ids, activation, packed=False, interleaved=False
     return out
 
 
-def _ragged_chunks(row_ids, G):
+def _ragged_chunks(row_ids: Tensor, G: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tokens sorted by mask row, cut into chunks of one row; nothing waits for the device.
 
     Returns order [T], and of each chunk its row (G: unmasked, G + 1: no tokens), first and last
@@ -227,18 +244,18 @@ def _ragged_chunks(row_ids, G):
 
 
 def backward(
-    grad,
-    gate,
-    up,
-    mask,
-    row_ids,
-    activation,
-    input_grad,
-    mask_grad,
-    packed=False,
-    interleaved=False,
-    in_place=False,
-):
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    mask: Tensor,
+    row_ids: Tensor | None,
+    activation: int,
+    input_grad: bool,
+    mask_grad: bool,
+    packed: bool = False,
+    interleaved: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """grad_gate (or grad_gate_up), grad_up and grad_mask [G, F]; those not wanted are empty.
 
     ``in_place``: the gradients take the place of gate and up, which must be contiguous.
@@ -257,12 +274,10 @@ def backward(
     if x.tokens == 0 or F == 0:
         return grad_gate, grad_up, grad_mask.zero_()
 
-    ragged = row_ids is not None
     chunks_per_mask = triton.cdiv(x.tokens_per_mask, CHUNK)
-    order, chunk_rows, chunk_starts, chunk_ends, first_chunks = (
-        _ragged_chunks(x.row_ids, G) if ragged else (None,) * 5
-    )
-    chunks = chunk_rows.numel() if ragged else G * chunks_per_mask
+    ragged = None if x.row_ids is None else _ragged_chunks(x.row_ids, G)
+    order, chunk_rows, chunk_starts, chunk_ends, first_chunks = ragged or (None,) * 5
+    chunks = G * chunks_per_mask if chunk_rows is None else chunk_rows.numel()
     partial = torch.empty((chunks, F) if mask_grad else 0, dtype=mask.dtype, device=mask.device)
     p_grad_up = grad_gate.view(-1, 2 * F)[:, F:] if packed and input_grad and not interleaved else grad_up
     masked_ffn_backward_kernel[(chunks * triton.cdiv(F, x.block),)](
@@ -270,11 +285,11 @@ def backward(
         grad_gate, p_grad_up, partial,
         F, G, x.tokens_per_mask, chunks_per_mask,
         grad.stride(0), x.gate.stride(0), x.up.stride(0), x.mask.stride(0), x.gate.shape[1],
-        ACTIVATION=activation, LAYOUT=x.layout, RAGGED=ragged,
+        ACTIVATION=activation, LAYOUT=x.layout, RAGGED=ragged is not None,
         INPUT_GRAD=input_grad, MASK_GRAD=mask_grad, CHUNK=CHUNK, BLOCK=x.block,
     )  # fmt: skip
     if mask_grad:
         sum_partials_kernel[(G * triton.cdiv(F, x.block),)](
-            partial, first_chunks, grad_mask, F, chunks_per_mask, RAGGED=ragged, BLOCK=x.block
+            partial, first_chunks, grad_mask, F, chunks_per_mask, RAGGED=ragged is not None, BLOCK=x.block
         )
     return grad_gate, grad_up, grad_mask

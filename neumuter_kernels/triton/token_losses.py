@@ -4,8 +4,11 @@ The first walk keeps a maximum and scaled sums per lane, so that lanes meet only
 second writes the gradients over the logits, mostly out of the L2 cache.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from neumuter_kernels.reference import compute_dtype
 from neumuter_kernels.triton.activations import exponential
@@ -13,7 +16,7 @@ from neumuter_kernels.triton.activations import exponential
 WARPS = 8
 
 
-def block(element_size):
+def block(element_size: int) -> int:
     """Logits a turn: one access of 16 bytes for each of the 256 threads."""
     return 4096 // element_size
 
@@ -114,7 +117,7 @@ def kl_divergence_kernel(logits, reference, losses, V, BLOCK: tl.constexpr):
         tl.store(row + f, q - p, mask=f < V)
 
 
-def _launch(kernel, logits, other):
+def _launch(kernel: Any, logits: Tensor, other: Tensor) -> Tensor:
     """Losses [N] of logits [N, V], whose gradients replace them."""
     tokens, vocabulary = logits.shape
     losses = logits.new_empty(tokens, dtype=compute_dtype(logits.dtype))
@@ -130,11 +133,11 @@ def _launch(kernel, logits, other):
     return losses
 
 
-def cross_entropy_(logits, targets):
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """For targets int64 [N]."""
     return _launch(cross_entropy_kernel, logits, targets)
 
 
-def kl_divergence_(logits, reference):
+def kl_divergence_(logits: Tensor, reference: Tensor) -> Tensor:
     """For reference logits [N, V]."""
     return _launch(kl_divergence_kernel, logits, reference)
