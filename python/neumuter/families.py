@@ -7,9 +7,11 @@ found by the attributes of transformers' experts interface. ``register_family`` 
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +29,7 @@ ACTIVATION_NAMES = {
 }
 
 
-def activation_name(module):
+def activation_name(module: object) -> str | None:
     """The kernels' name of an activation module: silu, gelu, gelu_tanh, relu or relu2; None for others."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
@@ -46,14 +48,20 @@ class Layout:
     activation: str | None = None
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         return [n for n in (self.gate, self.up, self.gate_up, self.down, self.activation) if n]
 
 
-REGISTERED = []
+REGISTERED: list[Layout] = []
 
 
-def register_family(down, up=None, gate=None, gate_up=None, activation=None):
+def register_family(
+    down: str,
+    up: str | None = None,
+    gate: str | None = None,
+    gate_up: str | None = None,
+    activation: str | None = None,
+) -> None:
     """Describe an FFN that is not found by its structure: every module with children of these names is one.
 
     ``down``, ``up``, ``gate``: the projections. ``gate_up``: one projection that makes both, the gate in the
@@ -65,6 +73,17 @@ def register_family(down, up=None, gate=None, gate_up=None, activation=None):
     if (up is None) == (gate_up is None) or (gate and gate_up):
         raise ValueError("give up, or gate and up, or gate_up alone, beside down")
     REGISTERED.append(Layout(down, up, gate, gate_up, activation))
+
+
+class Experts(Protocol):
+    """What modules have that follow transformers' experts interface."""
+
+    num_experts: int
+    down_proj: Tensor
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
 
 
 @dataclass(frozen=True)
@@ -83,26 +102,32 @@ class FFN:
     dtype: torch.dtype  # of the hidden states
 
     @property
-    def experts(self):
+    def experts(self) -> int:
         """The number of experts; 1 for a dense FFN."""
-        return 1 if self.layout else self.module.num_experts
+        return 1 if self.layout else self._experts.num_experts
 
     @property
-    def down(self):
+    def _experts(self) -> "Experts":
+        return cast(Experts, self.module)
+
+    @property
+    def down(self) -> nn.Module:
         """The down projection of a dense FFN, a module."""
-        return getattr(self.module, self.layout.down)
+        assert self.layout is not None
+        down: nn.Module = getattr(self.module, self.layout.down)
+        return down
 
     @property
-    def width(self):
+    def width(self) -> int:
         """The number of neurons: F, or E·F for E experts. Read from the projection, not from the config."""
         if self.layout:
-            return features(self.down)[0]
-        return self.module.down_proj.shape[1 if self.module.is_transposed else 2] * self.experts
+            return cast(tuple[int, int], features(self.down))[0]
+        return self._experts.down_proj.shape[1 if self._experts.is_transposed else 2] * self.experts
 
     @property
-    def mesh(self):
+    def mesh(self) -> DeviceMesh | None:
         """The device mesh over which tensor parallelism splits the neurons, or None."""
-        weight = getattr(self.down, "weight", None) if self.layout else self.module.down_proj
+        weight: Any = getattr(self.down, "weight", None) if self.layout else self._experts.down_proj
         splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
         if not splits or splits == [0]:  # FSDP splits along dimension 0, and gathers before a forward
             return None
@@ -110,27 +135,28 @@ class FFN:
             raise ValueError(
                 f"the neurons of {self.path} are split in a way that masks cannot follow: {splits}"
             )
-        return weight.device_mesh
+        mesh: DeviceMesh = weight.device_mesh
+        return mesh
 
     @property
     def device(self) -> torch.device:
         """Where the neurons are computed."""
-        places = self.down.parameters() if self.layout else [self.module.down_proj]
+        places = self.down.parameters() if self.layout else [self._experts.down_proj]
         tensors = [*places, *(self.down.buffers() if self.layout else [])]
         found = next((t.device for t in tensors if t.device.type != "meta"), None)
         hook = getattr(self.down if self.layout else self.module, "_hf_hook", None)  # of Accelerate
         return found or torch.device(getattr(hook, "execution_device", None) or "cpu")
 
     @property
-    def down_weight(self):
+    def down_weight(self) -> Tensor | None:
         """A view of the down projection's weight as [d, E, F], or None if it is not one plain matrix.
 
         d is the hidden size, E the number of experts (1 if dense), F the intermediate size. Quantised
         weights, adapters around a projection, and weights that are offloaded have no such view.
         """
         if not self.layout:
-            weight = _plain(self.module.down_proj)
-            order = (2, 0, 1) if self.module.is_transposed else (1, 0, 2)
+            weight = _plain(self._experts.down_proj)
+            order = (2, 0, 1) if self._experts.is_transposed else (1, 0, 2)
             return None if weight is None else weight.permute(order)
         if not isinstance(self.down, nn.Linear | Conv1D) or hasattr(self.down, "base_layer"):
             return None
@@ -140,34 +166,37 @@ class FFN:
         return (weight.T if isinstance(self.down, Conv1D) else weight)[:, None]
 
 
-def _plain(weight):
+def _plain(weight: Any) -> Tensor | None:
     """A floating-point tensor in memory, detached; gathered if it is sharded; None for anything else."""
+    plain: Tensor
     if hasattr(weight, "full_tensor"):
-        return weight.detach().full_tensor()
+        plain = weight.detach().full_tensor()
+        return plain
     if hasattr(weight, "ds_id"):  # of DeepSpeed's ZeRO-3
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([weight]):
-            return weight.detach().clone()
+            plain = weight.detach().clone()
+            return plain
     usual = type(weight) in (torch.Tensor, nn.Parameter)
     return weight.detach() if usual and weight.is_floating_point() and not weight.is_meta else None
 
 
-def features(module):
+def features(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear projection of any kind, plain, quantised or adapted; else None."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return found if all(type(n) is int for n in found) else None
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (inputs, outputs) if type(inputs) is int and type(outputs) is int else None
 
 
-def _is_activation(module):
+def _is_activation(module: nn.Module) -> bool:
     return type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation") and (
         not isinstance(module, nn.MultiheadAttention)
     )
 
 
-def infer_layout(module):
+def infer_layout(module: nn.Module) -> Layout | None:
     """The Layout of a module that is an FFN by its children, else None."""
     children = dict(module.named_children())
     for layout in REGISTERED:
@@ -195,39 +224,43 @@ def infer_layout(module):
 EXPERTS = ("num_experts", "down_proj", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
-def _is_experts(module):
+def _is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in EXPERTS) and isinstance(module.down_proj, torch.Tensor)
 
 
-def unwrapped(model):
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside what PEFT, torch.compile and data parallelism put around it."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
-            inner = model.module
-        if inner is None and hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            inner = model.get_base_model()
+        outer: Any = model
+        inner: nn.Module | None = getattr(outer, "_orig_mod", None)
+        if inner is None and type(outer).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
+            inner = outer.module
+        if inner is None and hasattr(outer, "get_base_model") and hasattr(outer, "peft_config"):
+            inner = outer.get_base_model()
         if inner is None:
             return model
         model = inner
 
 
-def find_ffns(model):
+def find_ffns(model: nn.Module) -> list[FFN]:
     """All FFNs of ``model`` in model order, a list of ``FFN``; those of a vision or audio tower are not.
 
     Raises ValueError, naming the module, if one looks like an FFN or like experts but is not understood; and
     if there is none.
     """
     model = unwrapped(model)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
     dtype = getattr(model, "dtype", torch.float32)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; only causal ones can be masked"
         )
-    parents = Counter(child for module in model.modules() for child in set(module.children()))
-    found, unknown = {}, {}
+    parents: Counter[nn.Module | None] = Counter(
+        child for module in model.modules() for child in set(module.children())
+    )
+    found: dict[str, tuple[nn.Module, Layout | None, str | None]] = {}
+    unknown: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if module not in inside:
             continue
@@ -265,16 +298,17 @@ def find_ffns(model):
     ]
 
 
-def input_device(model):
+def input_device(model: nn.Module) -> torch.device:
     """Where token ids go."""
-    weight = unwrapped(model).get_input_embeddings().weight
+    embeddings = cast(Any, unwrapped(model)).get_input_embeddings()
+    weight: Tensor = embeddings.weight
     if not weight.is_meta:
         return weight.device
-    hook = getattr(unwrapped(model).get_input_embeddings(), "_hf_hook", None)  # of Accelerate: offloaded
+    hook = getattr(embeddings, "_hf_hook", None)  # of Accelerate: offloaded
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
-def _looks_like_ffn(module):
+def _looks_like_ffn(module: nn.Module) -> bool:
     """Whether its projections expand and contract again, as an FFN's do."""
     sizes = [size for child in module.children() if (size := features(child))]
     if len(sizes) not in (2, 3) or any(w in type(module).__name__ for w in ("Attention", "Mamba", "Mixer")):
@@ -286,13 +320,13 @@ def _looks_like_ffn(module):
     return False
 
 
-def _gates_plainly(experts):
+def _gates_plainly(experts: nn.Module) -> bool:
     """Whether act_fn(gate)·up is all that happens between the projections."""
     apply = getattr(type(experts), "_apply_gate", None)
     return not experts.has_gate or getattr(apply, "__name__", "") == "_default_apply_gate"
 
 
-def _refuse_unknown_experts(path, module):
+def _refuse_unknown_experts(path: str, module: nn.Module) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1:
             raise ValueError(
@@ -302,6 +336,6 @@ def _refuse_unknown_experts(path, module):
             )
 
 
-def _classes(model):
+def _classes(model: nn.Module) -> str:
     names = {type(m).__name__ for m in model.modules() if any(features(c) for c in m.children())}
     return ", ".join(sorted(names)[:12]) or "(it has no linear projections)"

@@ -11,16 +11,19 @@ The projections are called as the modules that they are: quantised, adapted, sha
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import GPTNeoConfig, PreTrainedConfig
 from transformers.integrations.moe import _grouped_linear
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from neumuter.families import activation_name
+from neumuter.families import FFN, activation_name
 from neumuter_kernels import masked_act, masked_glu
 
 CHILD = "neumuter"  # the name of the Gates among a seam's children
@@ -34,9 +37,9 @@ class Mask(NamedTuple):
 
     values: torch.Tensor
     row_ids: torch.Tensor | None = None
-    mesh: object = None
+    mesh: DeviceMesh | None = None
 
-    def fitting(self, activations, width):
+    def fitting(self, activations: Tensor, width: int) -> Tensor:
         """The values as the kernels need them for ``activations`` of ``width`` neurons of this process."""
         values = self.values
         if self.mesh is not None and values.shape[1] != width:
@@ -47,19 +50,19 @@ class Mask(NamedTuple):
         return values.to(activations.device, wide)
 
 
-def masked_act_of(hidden, activation, mask):
+def masked_act_of(hidden: Tensor, activation: str, mask: Mask) -> Tensor:
     """φ(hidden)·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_act``."""
     values = mask.fitting(hidden, hidden.shape[-1])
     return masked_act(hidden, values, mask.row_ids, activation, reuse_inputs=True)
 
 
-def masked_glu_of(gate, up, activation, mask):
+def masked_glu_of(gate: Tensor, up: Tensor, activation: str, mask: Mask) -> Tensor:
     """φ(gate)·up·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_glu``."""
     values = mask.fitting(gate, gate.shape[-1])
     return masked_glu(gate, up, values, mask.row_ids, activation, reuse_inputs=True)
 
 
-def masked_packed_of(gate_up, activation, mask):
+def masked_packed_of(gate_up: Tensor, activation: str, mask: Mask) -> Tensor:
     """As ``masked_glu_of`` for gate and up in the halves of one tensor, [..., 2F]."""
     values = mask.fitting(gate_up, gate_up.shape[-1] // 2)
     return masked_glu(
@@ -70,26 +73,40 @@ def masked_packed_of(gate_up, activation, mask):
 # --- The seams: functions of the module that they replace the forward of --------------------
 
 
-def masked_activation(activation, gates, mask, hidden):
+def masked_activation(activation: nn.Module, gates: "FFN | Gates", mask: Mask, hidden: Tensor) -> Tensor:
+    assert gates.activation is not None
     return masked_act_of(hidden, gates.activation, mask)
 
 
-def masked_ffn(ffn, gates, mask, hidden_states):
+def masked_ffn(ffn: nn.Module, gates: "FFN | Gates", mask: Mask, hidden_states: Tensor) -> Tensor:
     layout = gates.layout
+    assert layout is not None
+    assert gates.activation is not None
     if layout.gate_up:
         gate_up = getattr(ffn, layout.gate_up)(hidden_states)
         hidden = masked_packed_of(gate_up, gates.activation, mask)
     else:
+        assert layout.gate is not None
+        assert layout.up is not None
         gate, up = getattr(ffn, layout.gate)(hidden_states), getattr(ffn, layout.up)(hidden_states)
         hidden = masked_glu_of(gate, up, gates.activation, mask)
-    return getattr(ffn, layout.down)(hidden)
+    output: Tensor = getattr(ffn, layout.down)(hidden)
+    return output
 
 
-def masked_down(down, gates, mask, hidden):
-    return gates.unmasked(down, masked_act_of(hidden, "identity", mask))
+def masked_down(down: nn.Module, gates: "Gates", mask: Mask, hidden: Tensor) -> Tensor:
+    output: Tensor = gates.unmasked(down, masked_act_of(hidden, "identity", mask))
+    return output
 
 
-def masked_experts(experts, gates, mask, hidden_states, top_k_index, top_k_weights):
+def masked_experts(
+    experts: Any,
+    gates: "FFN | Gates",
+    mask: Mask,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     """As transformers' grouped_mm_experts_forward: hidden_states and output [T, d], the others [T, k]."""
     tokens, k = top_k_index.shape
     number = experts.num_experts
@@ -98,7 +115,7 @@ def masked_experts(experts, gates, mask, hidden_states, top_k_index, top_k_weigh
     ends = torch.searchsorted(expert, torch.arange(number, device=expert.device), right=True, out_int32=True)
     mask = Mask(*_by_expert(mask, token, expert, tokens, number))
 
-    def project(x, name):
+    def project(x: Tensor, name: str) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
         return _project(x, getattr(experts, name), ends, bias, experts.is_transposed)
 
@@ -118,16 +135,18 @@ def masked_experts(experts, gates, mask, hidden_states, top_k_index, top_k_weigh
     return restored.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
 
-def _project(x, weight, ends, bias, is_transposed):
+def _project(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
     """The rows of x up to ends[e], from ends[e − 1] on, through the weight and bias of expert e."""
     if x.dtype != torch.float64:
         return _grouped_linear(x, weight, offs=ends, bias=bias, is_transposed=is_transposed)
     weight = weight if is_transposed else weight.transpose(-2, -1)
-    product = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)  # torch's has no float64
+    product: Tensor = torch.ops.transformers.grouped_mm_fallback(
+        x, weight, offs=ends
+    )  # torch's has no float64
     return product if bias is None else product + bias
 
 
-def _by_expert(mask, token, expert, tokens, number):
+def _by_expert(mask: Mask, token: Tensor, expert: Tensor, tokens: int, number: int) -> tuple[Tensor, Tensor]:
     """A mask [G, E·F] as [G·E, F], and the row of each pair of token and expert."""
     values, row_ids, _ = mask
     rows = len(values)
@@ -138,13 +157,21 @@ def _by_expert(mask, token, expert, tokens, number):
     return values.view(rows * number, -1), torch.where(row < 0, -1, row * number + expert)
 
 
-SEAMS = {"activation": masked_activation, "ffn": masked_ffn, "experts": masked_experts, "down": masked_down}
+SEAMS: dict[str, Callable[..., Tensor]] = {
+    "activation": masked_activation,
+    "ffn": masked_ffn,
+    "experts": masked_experts,
+    "down": masked_down,
+}
 
 
-def seam_module(ffn, seam):
+def seam_module(ffn: FFN, seam: str) -> nn.Module:
     """The module whose forward that seam of an ``FFN`` replaces."""
     if seam == "activation":
-        return getattr(ffn.module, ffn.layout.activation)
+        assert ffn.layout is not None
+        assert ffn.layout.activation is not None
+        activation: nn.Module = getattr(ffn.module, ffn.layout.activation)
+        return activation
     return ffn.down if seam == "down" else ffn.module
 
 
@@ -158,37 +185,38 @@ class Gates(nn.Module):
     which mask applies, and keep tensors of their own in float32 whatever dtype the model is moved to.
     """
 
-    def __init__(self, ffn, seam):
+    def __init__(self, ffn: FFN, seam: str) -> None:
         super().__init__()
         self.path, self.layer, self.width, self.experts = ffn.path, ffn.layer, ffn.width, ffn.experts
         self.layout, self.activation, self.mesh, self.seam = ffn.layout, ffn.activation, ffn.mesh, seam
         self.former = None
 
-    def mask(self, hidden_states):
+    def mask(self, hidden_states: Tensor) -> Mask | None:
         """The ``Mask`` of this forward, or None. hidden_states: [B, S, d] or [T, d]."""
         raise NotImplementedError
 
-    def install(self, module):
+    def install(self, module: nn.Module) -> None:
         self.former = vars(module).get("forward")  # somebody else's, such as Accelerate's
         module.add_module(CHILD, self)
         module.forward = functools.partial(_forward, module)  # copies and pickles with the module
 
-    def remove(self, module):
+    def remove(self, module: nn.Module) -> None:
         if self.former is None:
             del module.forward
         else:
             module.forward = self.former
         delattr(module, CHILD)
 
-    def unmasked(self, module, *arguments, **options):
+    def unmasked(self, module: nn.Module, *arguments: Any, **options: Any) -> Any:
         """What the seam computes without us."""
         if self.former is None:
             return type(module).forward(module, *arguments, **options)
         return self.former(*arguments, **options)
 
-    def _apply(self, fn, recurse=True):
-        kept = {name: tensor.detach() for name, tensor in (self._parameters | self._buffers).items()}
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Gates":
+        tensors = (self._parameters | self._buffers).items()
+        kept = {name: tensor.detach() for name, tensor in tensors if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, tensor in kept.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:  # model.half() and the like: move, but do not round
@@ -198,7 +226,9 @@ class Gates(nn.Module):
         return self
 
 
-def run_seam(seam, module, gates, mask, *arguments, **options):
+def run_seam(
+    seam: str, module: nn.Module, gates: "FFN | Gates", mask: Mask, *arguments: Any, **options: Any
+) -> Any:
     """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
     mask = mask._replace(mesh=gates.mesh)
     hook = getattr(module, "_hf_hook", None) if seam != "down" else None  # Gates.unmasked has it, there
@@ -208,7 +238,7 @@ def run_seam(seam, module, gates, mask, *arguments, **options):
     return hook.post_forward(module, SEAMS[seam](module, gates, mask, *arguments, **options))
 
 
-def _forward(module, *arguments, **options):
+def _forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     """The forward of a module that has Gates."""
     gates = getattr(module, CHILD)
     mask = gates.mask((*arguments, *options.values())[0])
@@ -217,10 +247,13 @@ def _forward(module, *arguments, **options):
     return run_seam(gates.seam, module, gates, mask, *arguments, **options)
 
 
-class Installed:
+Kind = TypeVar("Kind", bound=Gates)
+
+
+class Installed(Generic[Kind]):
     """Gates on the FFNs of one model instance, until ``remove``."""
 
-    def __init__(self, gates, modules):
+    def __init__(self, gates: Sequence[Kind], modules: Sequence[nn.Module]) -> None:
         self.gates, self._modules = gates, modules
         try:
             for one, module in zip(gates, modules, strict=True):
@@ -229,14 +262,14 @@ class Installed:
             self.remove()
             raise
 
-    def remove(self):
+    def remove(self) -> None:
         """Put everything back as it was. Harmless when called again."""
         for gates, module in zip(self.gates, self._modules, strict=True):
             if getattr(module, CHILD, None) is gates:
                 gates.remove(module)
 
 
-def refuse_wrapped(model):
+def refuse_wrapped(model: nn.Module) -> None:
     """Raise RuntimeError if some FFN of ``model`` is already attached or muted."""
     for module in model.modules():
         if isinstance(module, Gates):
@@ -249,18 +282,20 @@ def refuse_wrapped(model):
 # --- Drop-in modules ------------------------------------------------------------------------
 
 
-def _as_mask(mask, row_ids):
+def _as_mask(mask: Tensor, row_ids: Tensor | None) -> Mask:
     return Mask(mask[None] if mask.dim() == 1 else mask, row_ids)
 
 
 class MaskedGatedMLP(LlamaMLP):
     """transformers' ``LlamaMLP`` with a mask on its neurons; constructor and state_dict are the same."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[no-untyped-call]  # transformers'
         self.activation = _known(self.act_fn, "act_fn")
 
-    def forward(self, hidden_states, mask=None, row_ids=None):
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None
+    ) -> Tensor:
         """The FFN of ``hidden_states``, [B, S, d] or [T, d], with its neurons multiplied by ``mask``.
 
         ``mask``: [F] or [G, F], float32. ``row_ids``: integers, one mask row per token, −1 = unmasked;
@@ -268,9 +303,11 @@ class MaskedGatedMLP(LlamaMLP):
         ``mask`` this is exactly ``LlamaMLP.forward``.
         """
         if mask is None:
-            return super().forward(hidden_states)
+            plain: Tensor = super().forward(hidden_states)  # type: ignore[no-untyped-call]
+            return plain
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return self.down_proj(masked_glu_of(gate, up, self.activation, _as_mask(mask, row_ids)))
+        masked: Tensor = self.down_proj(masked_glu_of(gate, up, self.activation, _as_mask(mask, row_ids)))
+        return masked
 
 
 class MaskedMLP(GPTNeoMLP):
@@ -279,22 +316,26 @@ class MaskedMLP(GPTNeoMLP):
     ``MaskedMLP(config)`` takes the intermediate size from ``config`` (by default 4 · hidden size).
     """
 
-    def __init__(self, intermediate_size, config=None):
+    def __init__(self, intermediate_size: int | GPTNeoConfig, config: GPTNeoConfig | None = None) -> None:
         if config is None:
-            config = intermediate_size
+            config = cast(GPTNeoConfig, intermediate_size)
             intermediate_size = config.intermediate_size or 4 * config.hidden_size
-        super().__init__(intermediate_size, config)
+        super().__init__(intermediate_size, config)  # type: ignore[no-untyped-call]  # transformers'
         self.activation = _known(self.act, "act")
 
-    def forward(self, hidden_states, mask=None, row_ids=None):
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None
+    ) -> Tensor:
         """As ``MaskedGatedMLP.forward``; without ``mask`` this is exactly ``GPTNeoMLP.forward``."""
         if mask is None:
-            return super().forward(hidden_states)
+            plain: Tensor = super().forward(hidden_states)  # type: ignore[no-untyped-call]
+            return plain
         hidden = masked_act_of(self.c_fc(hidden_states), self.activation, _as_mask(mask, row_ids))
-        return self.dropout(self.c_proj(hidden))
+        masked: Tensor = self.dropout(self.c_proj(hidden))
+        return masked
 
 
-def _known(activation, name):
+def _known(activation: object, name: str) -> str:
     found = activation_name(activation)
     if found is None:
         raise ValueError(

@@ -3,11 +3,14 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PathLike = str | os.PathLike[str]
 
-def write_atomically(path, data):
+
+def write_atomically(path: PathLike, data: bytes) -> None:
     """Write the bytes ``data`` to ``path`` through a temporary file in the same folder.
 
     Whatever happens, ``path`` holds either its former content or all of ``data``. Raises OSError.
@@ -27,7 +30,7 @@ def write_atomically(path, data):
 
 
 @contextmanager
-def new_folder(path):
+def new_folder(path: PathLike) -> Iterator[Path]:
     """Fill a temporary folder beside ``path`` (the value of ``with``), renamed to ``path`` at the end.
 
     Raises FileExistsError if ``path`` is there and is not an empty folder. On an exception the
@@ -47,7 +50,7 @@ def new_folder(path):
         raise
 
 
-def _umask():
+def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

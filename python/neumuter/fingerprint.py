@@ -11,13 +11,22 @@ The muted columns alone have a sketch of their own, since folding them moves the
 be seen.
 """
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from neumuter.modes import without_dropout
 from neumuter_kernels.reference import philox_4x32
+
+if TYPE_CHECKING:
+    from neumuter.families import FFN
+    from neumuter.mutes import MutedLayer
 
 SKETCHES = 32
 TOLERANCE = 0.02
@@ -26,7 +35,7 @@ _ROWS = 1024  # rows of W converted to float32 at a time
 
 
 @functools.lru_cache(maxsize=16)
-def _signs(size, side):
+def _signs(size: int, side: int) -> Tensor:
     """±1 float32 [SKETCHES, size], drawn from Philox at the counter (element div 4, j, side, 0)."""
     block = torch.arange((size + 3) // 4)[None]
     words = philox_4x32((block, torch.arange(SKETCHES)[:, None], side, 0), _KEY)
@@ -34,7 +43,7 @@ def _signs(size, side):
     return 1.0 - 2.0 * bits.float()
 
 
-def sketch(weight, columns=None):
+def sketch(weight: Tensor, columns: Tensor | None = None) -> list[float]:
     """The sketch of ``weight`` [d, E, F] (any floating dtype, any device): 32 floats of 6 significant digits.
 
     Neuron f of expert e has the sign number e·F + f. ``columns``: integers [n]; these neurons alone.
@@ -51,7 +60,7 @@ def sketch(weight, columns=None):
 
 
 @torch.no_grad()
-def sketch_through(ffn, columns=None):
+def sketch_through(ffn: FFN, columns: Tensor | None = None) -> list[float]:
     """``sketch`` of a down projection that has no plain weight: W·b_j is what the module makes of b_j.
 
     Exact up to the rounding of the module's dtype, whatever the weight is stored as.
@@ -68,11 +77,11 @@ def sketch_through(ffn, columns=None):
     return _rounded((left.double() * products).sum(1))
 
 
-def _rounded(values):
+def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
-def sketches(ffn, layer=None):
+def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]]:
     """{what: sketch} of an FFN's down projection and, if there is a ``MutedLayer``, of its muted columns.
 
     Raises ValueError for experts whose weights are quantised.
@@ -83,7 +92,7 @@ def sketches(ffn, layer=None):
             f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
         )
 
-    def of(columns):
+    def of(columns: Tensor | None) -> list[float]:
         return sketch_through(ffn, columns) if weight is None else sketch(weight, columns)
 
     parts = {"the down projection's weights": of(None)}
@@ -92,13 +101,13 @@ def sketches(ffn, layer=None):
     return parts
 
 
-def fingerprint(ffns, layers):
+def fingerprint(ffns: Iterable[FFN], layers: Mapping[str, MutedLayer]) -> dict[str, list[float]]:
     """{path: the sketches, one after the other} for each ``FFN``; ``layers``: {path: MutedLayer}."""
     return {
         ffn.path: [x for part in sketches(ffn, layers.get(ffn.path)).values() for x in part] for ffn in ffns
     }
 
 
-def distance(expected, actual):
+def distance(expected: Sequence[float], actual: Sequence[float]) -> float:
     """The estimated relative distance of the weights behind two sketches (0 = equal)."""
     return math.dist(expected, actual) / (math.hypot(*expected) or 1.0)

@@ -1,14 +1,16 @@
 """Trainable gates on the FFN neurons of a frozen model, and the way back."""
 
 import math
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from neumuter.families import find_ffns
+from neumuter.families import FFN, find_ffns
 from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
 from neumuter.fingerprint import fingerprint
 from neumuter.mutes import MutedLayer, MuteSet, check_layer
@@ -30,7 +32,7 @@ class _Sampling:
     sample_ids: torch.Tensor
     row_ids: torch.Tensor | None
 
-    def mask(self, gates, hidden_states):
+    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
         rows = self.sample_ids.shape[0]
         _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
         device = gates.scores.device
@@ -44,7 +46,7 @@ class _Sampling:
 
 @dataclass(frozen=True)
 class _Evaluating:
-    def mask(self, gates, hidden_states):
+    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
         return Mask(
             hard_concrete(gates.scores, 1, 0, 0, gates.layer, None, TEMPERATURE, STRETCH, training=False)
         )
@@ -52,10 +54,10 @@ class _Evaluating:
 
 @dataclass(frozen=True)
 class _Applying:
-    masks: dict
+    masks: dict[str, Tensor]
     row_ids: torch.Tensor | None
 
-    def mask(self, gates, hidden_states):
+    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask | None:
         mask = self.masks.get(gates.path)
         if mask is None:
             return None
@@ -63,11 +65,13 @@ class _Applying:
         return Mask(mask.to(hidden_states.device), _moved(self.row_ids, hidden_states.device))
 
 
-def _moved(tensor, device):
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 
-def _check_rows(rows, row_ids, hidden_states, name, one_for_all=True):
+def _check_rows(
+    rows: int, row_ids: Tensor | None, hidden_states: Tensor, name: str, one_for_all: bool = True
+) -> None:
     tokens = hidden_states.shape[:-1].numel()
     if row_ids is not None:
         if row_ids.numel() != tokens:
@@ -84,15 +88,18 @@ def _check_rows(rows, row_ids, hidden_states, name, one_for_all=True):
         )
 
 
+_Source = _Sampling | _Evaluating | _Applying
+
+
 class TrainableGates(Gates):
     """A trainable score per neuron. ``source`` says which mask it makes of them; None: none."""
 
-    def __init__(self, ffn, seam):
+    def __init__(self, ffn: FFN, seam: str) -> None:
         super().__init__(ffn, seam)
         self.scores = nn.Parameter(torch.full((self.width,), INITIAL_SCORE, device=ffn.device))
-        self.source = None
+        self.source: _Source | None = None
 
-    def mask(self, hidden_states):
+    def mask(self, hidden_states: Tensor) -> Mask | None:
         return None if self.source is None else self.source.mask(self, hidden_states)
 
 
@@ -109,7 +116,7 @@ class Masked:
     checkpointing, which runs the forward again.
     """
 
-    def __init__(self, model, start_layer):
+    def __init__(self, model: nn.Module, start_layer: int) -> None:
         refuse_wrapped(model)
         found = find_ffns(model)
         if type(start_layer) is not int or not 0 <= start_layer < len(found):
@@ -132,7 +139,7 @@ class Masked:
         self._attached = True
 
     @property
-    def scores(self):
+    def scores(self) -> dict[str, nn.Parameter]:
         """{FFN module path: float32 Parameter [F]} in model order: the log-odds of each neuron's gate.
 
         Of E experts it is [E·F], expert after expert.
@@ -140,7 +147,7 @@ class Masked:
         return {gates.path: gates.scores for gates in self._installed.gates}
 
     @torch.no_grad()
-    def full_scores(self):
+    def full_scores(self) -> dict[str, Tensor]:
         """``scores`` as plain tensors, [F] each, gathered from all processes where they are sharded.
 
         Collective: where it gathers, every process must call it.
@@ -148,11 +155,17 @@ class Masked:
         return {path: _gathered(score) for path, score in self.scores.items()}
 
     @property
-    def seams(self):
+    def seams(self) -> dict[str, str]:
         """{FFN module path: where the mask comes in}, see ``neumuter.ffn``; "down" is not fused."""
         return {gates.path: gates.seam for gates in self._installed.gates}
 
-    def sampling(self, seed, step, sample_ids, row_ids=None):
+    def sampling(
+        self,
+        seed: int,
+        step: int | Tensor,
+        sample_ids: Tensor | Sequence[int],
+        row_ids: Tensor | Sequence[int] | None = None,
+    ) -> AbstractContextManager["Masked"]:
         """Context: training gates, one row of hard-concrete samples per sample of the batch.
 
         The noise depends on ``seed``, ``step``, the layer, the neuron and the sample's own id alone, not on
@@ -170,11 +183,13 @@ class Masked:
         step = torch.tensor(int(step), device=device)
         return self._using(_Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids))))
 
-    def evaluating(self):
+    def evaluating(self) -> AbstractContextManager["Masked"]:
         """Context: the gates without noise, one row for all samples."""
         return self._using(_Evaluating())
 
-    def applying(self, masks, row_ids=None):
+    def applying(
+        self, masks: Mapping[str, Tensor], row_ids: Tensor | Sequence[int] | None = None
+    ) -> AbstractContextManager["Masked"]:
         """Context: explicit masks, {path: float32 [F] or [G, F]}, G = 1 or the batch size; differentiable.
 
         FFNs that are not named run unmasked. ``row_ids``: as in ``sampling``, the mask row of each token,
@@ -199,12 +214,12 @@ class Masked:
             raise ValueError(f"with row_ids all masks must have as many rows, got {sorted(rows)}")
         return self._using(_Applying(checked, _checked(row_ids, max(rows, default=0))))
 
-    def off(self):
+    def off(self) -> AbstractContextManager["Masked"]:
         """Context: the untouched model, bit for bit."""
         return self._using(None)
 
     @contextmanager
-    def _using(self, source):
+    def _using(self, source: "_Source | None") -> Iterator["Masked"]:
         if not self._attached:
             raise RuntimeError("this handle is detached; attach the model again")
         previous = [gates.source for gates in self._installed.gates]
@@ -217,7 +232,7 @@ class Masked:
                 gates.source = former
 
     @torch.no_grad()
-    def keep_unreached_open(self, forward):
+    def keep_unreached_open(self, forward: Callable[[], object]) -> None:
         """Exclude the neurons of experts that no token of the forget texts is routed to.
 
         ``forward()`` runs the model on these texts, with gates off. The scores of experts that got no token
@@ -229,8 +244,8 @@ class Masked:
             return
         reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
 
-        def record(path):
-            def hook(module, arguments, options):
+        def record(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
                 chosen = (*arguments, *options.values())[1].reshape(-1)
                 reached[path][chosen[chosen < len(reached[path])]] = True
 
@@ -249,7 +264,13 @@ class Masked:
             by_expert[by_expert.isinf()] = INITIAL_SCORE
             by_expert[~reached[ffn.path]] = torch.inf
 
-    def select(self, budget=None, threshold=None, method=None, seed=0):
+    def select(
+        self,
+        budget: int | float | None = None,
+        threshold: float | None = None,
+        method: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> MuteSet:
         """The ``MuteSet`` of the neurons with the lowest scores; their gains are the evaluation gates.
 
         Give one of ``budget``, a share of the masked neurons (float in (0, 1], rounded down, at least one
@@ -262,7 +283,9 @@ class Masked:
         selection = {"budget": budget} if threshold is None else {"threshold": threshold}
         return self.mute_set(neurons, "mute", (0.0, 1.0), (method or {}) | {"selection": selection}, seed)
 
-    def selected(self, budget=None, threshold=None):
+    def selected(
+        self, budget: int | float | None = None, threshold: float | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """What ``select`` puts into a mute set: {path: (indices int32 [n], gains float32 [n])}, on the CPU.
 
         Raises ValueError (TypeError for a wrong type) for bad arguments and for NaN scores; and
@@ -303,14 +326,21 @@ class Masked:
         runs = [slice(start, end) for start, end in pairwise(ends)]
         return {path: (indices[run], gains[run]) for path, run in zip(scores, runs, strict=True)}
 
-    def mute_set(self, neurons, mode="mute", gain_range=(0.0, 1.0), method=None, seed=0):
+    def mute_set(
+        self,
+        neurons: Mapping[str, tuple[Tensor, Tensor]],
+        mode: str = "mute",
+        gain_range: tuple[float, float] = (0.0, 1.0),
+        method: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> MuteSet:
         """A ``MuteSet`` of explicit neurons, {path: (indices [n] integers ascending, gains [n])}.
 
         ``gain_range``: what the mode allows. ``method``: hyper-parameters, JSON values. Raises ValueError
         if something does not fit the model, or if no neuron is given.
         """
         widths = {ffn.path: ffn.width for ffn in self.ffns}
-        gain_range = tuple(float(g) for g in gain_range)
+        gain_range = (float(gain_range[0]), float(gain_range[1]))
         layers = {}
         for path, (indices, gains) in neurons.items():
             if path not in widths:
@@ -334,7 +364,7 @@ class Masked:
             seed=seed,
         )
 
-    def detach(self):
+    def detach(self) -> None:
         """Put the very original modules and requires_grad flags back. Harmless when called again."""
         if self._attached:
             self._installed.remove()
@@ -343,25 +373,26 @@ class Masked:
                     parameter.requires_grad_(True)
             self._attached = False
 
-    def __enter__(self):
+    def __enter__(self) -> "Masked":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.detach()
 
 
-def _gathered(score):
+def _gathered(score: Any) -> Tensor:
+    whole: Tensor = score.detach()
     if hasattr(score, "full_tensor"):  # sharded by FSDP or tensor parallelism
-        return score.detach().full_tensor()
+        whole = score.detach().full_tensor()
     if hasattr(score, "ds_id"):  # sharded by DeepSpeed's ZeRO-3
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([score]):
-            return score.detach().clone()
-    return score.detach()
+            whole = score.detach().clone()
+    return whole
 
 
-def _checked(row_ids, rows):
+def _checked(row_ids: Tensor | Sequence[int] | None, rows: int) -> Tensor | None:
     if row_ids is None:
         return None
     ids = torch.as_tensor(row_ids)
@@ -373,7 +404,7 @@ def _checked(row_ids, rows):
     return ids
 
 
-def neuron_count(budget, total):
+def neuron_count(budget: int | float, total: int) -> int:
     """``budget`` as a number of neurons out of ``total``: a float in (0, 1] is a share, rounded down but at
     least one; an int is the count. Raises TypeError or ValueError for anything else."""
     count = neuron_budget(budget, total)
@@ -384,7 +415,7 @@ def neuron_count(budget, total):
     return count
 
 
-def attach(model, start_layer=1):
+def attach(model: nn.Module, start_layer: int = 1) -> Masked:
     """Put gates on the neurons of ``model``'s FFNs and freeze everything else; returns a ``Masked`` handle.
 
     ``model``: a causal language model of transformers, dense or with experts, quantised, adapted by PEFT,

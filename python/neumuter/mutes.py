@@ -7,13 +7,13 @@ import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from neumuter.files import write_atomically
+from neumuter.files import PathLike, write_atomically
 from neumuter.fingerprint import SKETCHES
 
 FORMAT = 1
@@ -49,17 +49,17 @@ class MuteSet:
     Raises ValueError if anything in it is not as described.
     """
 
-    layers: dict
-    widths: dict
-    architecture: dict
-    fingerprint: dict
+    layers: dict[str, MutedLayer]
+    widths: dict[str, int]
+    architecture: dict[str, str]
+    fingerprint: dict[str, list[float]]
     mode: str = "mute"
-    gain_range: tuple = (0.0, 1.0)
-    method: dict = field(default_factory=dict)
+    gain_range: tuple[float, float] = (0.0, 1.0)
+    method: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    metrics: dict = field(default_factory=lambda: {"before": {}, "after": {}})
+    metrics: dict[str, Any] = field(default_factory=lambda: {"before": {}, "after": {}})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_metadata(self)
         for path, layer in self.layers.items():
             if path not in self.widths:
@@ -69,16 +69,16 @@ class MuteSet:
             raise ValueError("no neuron is muted: layers is empty")
 
     @property
-    def count(self):
+    def count(self) -> int:
         """The number of muted neurons."""
         return sum(len(layer.indices) for layer in self.layers.values())
 
     @property
-    def share(self):
+    def share(self) -> float:
         """Muted neurons as a share of all neurons of the masked FFNs."""
         return self.count / sum(self.widths.values())
 
-    def save(self, path):
+    def save(self, path: PathLike) -> None:
         """Write the mute file, whole or not at all; equal content gives equal bytes. Raises OSError."""
         tensors = {}
         for name, layer in self.layers.items():
@@ -105,7 +105,7 @@ class MuteSet:
         write_atomically(path, to_safetensors(tensors, metadata={"neumuter": _dumps(metadata)}))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: PathLike) -> "MuteSet":
         """Read and fully validate a mute file.
 
         Raises MuteFileError for a file that is anything but a mute file of this format, and OSError
@@ -123,7 +123,7 @@ class MuteSet:
             raise MuteFileError(f"{path} is not a valid mute file: {error}") from error
 
     @classmethod
-    def _read(cls, file):
+    def _read(cls, file: Any) -> "MuteSet":
         text = (file.metadata() or {}).get("neumuter")
         if text is None:
             raise ValueError("its header has no entry 'neumuter'")
@@ -165,7 +165,10 @@ class MuteSet:
         )
 
 
-def _check_metadata(mutes):
+MuteSource = MuteSet | PathLike  # or the path of a mute file
+
+
+def _check_metadata(mutes: MuteSet) -> None:
     if not isinstance(mutes.architecture, dict):
         raise ValueError(f"architecture must be a dict, got {type(mutes.architecture).__name__}")
     _check_keys("architecture", mutes.architecture, "class model_type")
@@ -203,7 +206,7 @@ def _check_metadata(mutes):
             raise ValueError(f"{name} must hold JSON values only: {error}") from None
 
 
-def check_layer(path, layer, width, gain_range):
+def check_layer(path: str, layer: MutedLayer, width: int, gain_range: tuple[float, float]) -> None:
     """Raise ValueError, naming ``path``, unless ``layer`` fits an FFN of ``width`` neurons."""
     indices, gains = layer
     for name, tensor, dtype in (("indices", indices, torch.int32), ("gains", gains, torch.float32)):
@@ -223,15 +226,15 @@ def check_layer(path, layer, width, gain_range):
         raise ValueError(f"{path}.gains must lie within {low} to {high}")
 
 
-def _dumps(value):
+def _dumps(value: object) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
-def _is_finite(value):
+def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
 
 
-def _without_nan(value):
+def _without_nan(value: Any) -> Any:
     """``value`` with non-finite floats replaced by None: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
@@ -240,17 +243,17 @@ def _without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_keys(what, value, keys):
+def _check_keys(what: str, value: object, keys: str) -> None:
     if not isinstance(value, dict) or set(value) != set(keys.split()):
         raise ValueError(f"{what} must have exactly the entries {keys}")
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("its header names an entry twice")
     return result
 
 
-def _no_constant(name):
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"its header holds {name}")

@@ -1,14 +1,17 @@
 """Mute sets on models: applied to a live model, or folded into its weights."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from neumuter.families import find_ffns, unwrapped
+from neumuter.families import FFN, find_ffns, unwrapped
 from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
 from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
-from neumuter.mutes import MutedLayer, MuteSet
+from neumuter.mutes import MutedLayer, MuteSet, MuteSource
 from neumuter.seams import choose_seams
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +21,7 @@ class MuteMismatchError(ValueError):
     """A mute set that was made for another model; the message lists what differs."""
 
 
-def architecture(model):
+def architecture(model: nn.Module) -> dict[str, str]:
     """{"class": the model's class name, "model_type": that of its config, "none" without one}."""
     model = unwrapped(model)
     own = next(
@@ -28,7 +31,7 @@ def architecture(model):
     return {"class": own.__name__, "model_type": model_type or "none"}
 
 
-def matching_ffns(model, mutes):
+def matching_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     """The FFNs of ``model`` that ``mutes`` was made on, {path: FFN}.
 
     Raises MuteMismatchError if the architecture, a module path, an intermediate size or the weights differ
@@ -38,7 +41,7 @@ def matching_ffns(model, mutes):
     return fitting_ffns(model, mutes)
 
 
-def fitting_ffns(model, mutes):
+def fitting_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     """As ``matching_ffns``, of a model that may have gates, as long as none of them is in force."""
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
@@ -46,7 +49,7 @@ def fitting_ffns(model, mutes):
     return {path: ffns[path] for path in mutes.widths}
 
 
-def structure_differs(model, ffns, mutes):
+def structure_differs(model: nn.Module, ffns: Mapping[str, FFN], mutes: MuteSet) -> list[str]:
     """What differs, a list of str: the architecture of ``model``, and the paths and widths of ``ffns``."""
     differences = [
         f"{key}: mute set {mutes.architecture[key]}, model {value}"
@@ -61,7 +64,7 @@ def structure_differs(model, ffns, mutes):
     return differences
 
 
-def weights_differ(ffn, mutes):
+def weights_differ(ffn: FFN, mutes: MuteSet) -> list[str]:
     """Whether the weights of an FFN are others than ``mutes`` was made for, a list of str."""
     differences = []
     for number, (what, actual) in enumerate(sketches(ffn, mutes.layers.get(ffn.path)).items()):
@@ -75,7 +78,7 @@ def weights_differ(ffn, mutes):
     return differences
 
 
-def refuse_other(differences):
+def refuse_other(differences: list[str]) -> None:
     """Raise MuteMismatchError if there are any."""
     if differences:
         listed = "\n  ".join(differences[:8] + ["..."] * (len(differences) > 8))
@@ -85,21 +88,23 @@ def refuse_other(differences):
 class ConstantGates(Gates):
     """Neurons multiplied by constants."""
 
-    def __init__(self, ffn, seam, layer):
+    gains: Tensor
+
+    def __init__(self, ffn: FFN, seam: str, layer: MutedLayer) -> None:
         super().__init__(ffn, seam)
         gains = torch.ones(1, self.width)
         gains[0, layer.indices.long()] = layer.gains
         self.register_buffer("gains", gains.to(ffn.device), persistent=False)
         self.on = True
 
-    def mask(self, hidden_states):
+    def mask(self, hidden_states: Tensor) -> Mask | None:
         return Mask(self.gains) if self.on else None
 
 
 class Muted:
     """A mute set on a live model, made by ``mute``. As a context manager it undoes itself at the end."""
 
-    def __init__(self, model, mutes):
+    def __init__(self, model: nn.Module, mutes: MuteSet) -> None:
         self.model, self.mutes = model, mutes
         matching = matching_ffns(model, mutes)
         ffns = [matching[path] for path in mutes.layers]
@@ -110,7 +115,7 @@ class Muted:
         )
 
     @contextmanager
-    def off(self):
+    def off(self) -> Iterator["Muted"]:
         """Context: the untouched model, bit for bit."""
         for gates in self._installed.gates:
             gates.on = False
@@ -120,42 +125,42 @@ class Muted:
             for gates in self._installed.gates:
                 gates.on = True
 
-    def undo(self):
+    def undo(self) -> None:
         """Put the very original modules back. Harmless when called again."""
         self._installed.remove()
 
-    def __enter__(self):
+    def __enter__(self) -> "Muted":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.undo()
 
 
-def loaded(mutes):
+def loaded(mutes: MuteSource) -> MuteSet:
     """A ``MuteSet``, given that or the path of a mute file."""
     return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
 
 
-def combine(model, sets):
+def combine(model: nn.Module, sets: Iterable[MuteSource]) -> MuteSet:
     """The union of ``MuteSet``s, or of the mute files at these paths, as a new ``MuteSet`` of ``model``.
 
     A neuron that several of them mute gets the lowest of their gains. The mode is "modulate" if one of them
     has it. Its ``method`` lists theirs. Raises ValueError if there is none, and the errors of ``mute``.
     """
-    sets = [loaded(mutes) for mutes in sets]
-    if not sets:
+    found = [loaded(mutes) for mutes in sets]
+    if not found:
         raise ValueError("sets must hold at least one mute set")
-    gains = {}
-    for mutes in sets:
+    gains: dict[str, dict[int, float]] = {}
+    for mutes in found:
         matching_ffns(model, mutes)
         for path, layer in mutes.layers.items():
             known = gains.setdefault(path, {})
             for neuron, gain in zip(layer.indices.tolist(), layer.gains.tolist(), strict=True):
                 known[neuron] = min(gain, known.get(neuron, gain))
-    return _remade(model, sets, gains, {"combined": [mutes.method for mutes in sets]})
+    return _remade(model, found, gains, {"combined": [mutes.method for mutes in found]})
 
 
-def without(model, mutes, others):
+def without(model: nn.Module, mutes: MuteSource, others: MuteSource) -> MuteSet:
     """``mutes`` without the neurons that ``others`` mutes, as a new ``MuteSet`` of ``model``.
 
     Both are MuteSets or paths of mute files. Raises ValueError if nothing is left, and what ``mute`` raises.
@@ -171,7 +176,12 @@ def without(model, mutes, others):
     return _remade(model, [mutes], gains, {"without": others.method, "of": mutes.method})
 
 
-def _remade(model, sets, gains, method):
+def _remade(
+    model: nn.Module,
+    sets: Sequence[MuteSet],
+    gains: Mapping[str, Mapping[int, float]],
+    method: dict[str, Any],
+) -> MuteSet:
     """A MuteSet of {path: {neuron: gain}} over all FFNs that ``sets`` masked."""
     ffns = [ffn for ffn in find_ffns(model) if any(ffn.path in mutes.widths for mutes in sets)]
     layers = {}
@@ -193,7 +203,7 @@ def _remade(model, sets, gains, method):
     )
 
 
-def mute(model, mutes):
+def mute(model: nn.Module, mutes: MuteSource) -> Muted:
     """Apply a ``MuteSet``, or the mute file at that path, to a live model; returns a ``Muted`` handle.
 
     Only FFNs with muted neurons are touched, in this model instance only. The weights and the state_dict
@@ -206,7 +216,7 @@ def mute(model, mutes):
 
 
 @torch.no_grad()
-def fold(model, mutes):
+def fold(model: nn.Module, mutes: MuteSource) -> None:
     """Multiply the gains of a ``MuteSet``, or of the mute file at that path, into the weights, in place.
 
     Neuron f's column of the down projection is multiplied by its gain, in float32, and rounded to the
@@ -225,10 +235,10 @@ def fold(model, mutes):
                 "use neumuter.mute on the live model"
             )
     for path, layer in mutes.layers.items():
-        fold_columns(ffns[path].down_weight, layer)
+        fold_columns(cast(Tensor, ffns[path].down_weight), layer)
 
 
-def fold_columns(weight, layer):
+def fold_columns(weight: Tensor, layer: MutedLayer) -> None:
     """Multiply the columns of a ``MutedLayer`` in ``weight`` [d, E, F], a view, by their gains, in place."""
     neurons = layer.indices.long().to(weight.device)
     expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
@@ -237,6 +247,6 @@ def fold_columns(weight, layer):
     weight[:, expert, column] = products.to(weight.dtype)
 
 
-def _is_view(weight, ffn):
+def _is_view(weight: Tensor, ffn: FFN) -> bool:
     parameters = [ffn.down.weight] if ffn.layout else [ffn.module.down_proj]
     return any(weight.data_ptr() == p.data_ptr() for p in parameters if type(p) is torch.nn.Parameter)

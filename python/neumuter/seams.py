@@ -1,16 +1,21 @@
 """Which seam each FFN of a model gets: the fused one where it computes what the model does."""
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from collections.abc import Sequence
+from typing import Any
 
-from neumuter.families import input_device, unwrapped
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
+
+from neumuter.families import FFN, input_device, unwrapped
 from neumuter.ffn import Mask, masked_act_of, run_seam
 from neumuter.modes import without_dropout
 
 SCALES = (1.0, 30.0, 1000.0)  # of random inputs, so that a clamp shows
 
 
-def choose_seams(model, ffns):
+def choose_seams(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, str]:
     """{path: "activation", "ffn", "experts" or "down"} for each ``FFN``.
 
     The model runs once on two tokens, in evaluation mode. Where a fused seam with a mask of ones gives what
@@ -20,7 +25,7 @@ def choose_seams(model, ffns):
 
     Raises ValueError for experts that compute something else.
     """
-    seams = {ffn.path: "down" if ffn.layout else None for ffn in ffns}
+    seams = {ffn.path: "down" for ffn in ffns if ffn.layout}
     if isinstance(next(model.parameters()), FakeTensor):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not can_run(model):
@@ -37,7 +42,7 @@ def choose_seams(model, ffns):
         for handle in handles:
             handle.remove()
     for ffn in ffns:
-        if seams[ffn.path] is None:
+        if ffn.path not in seams:
             raise ValueError(
                 f"{ffn.path}, a {type(ffn.module).__name__}, has the attributes of transformers' experts but "
                 "computes something else than down(activation(gate)·up) or down(activation(up)) of the "
@@ -46,7 +51,7 @@ def choose_seams(model, ffns):
     return seams
 
 
-def _by_structure(ffn):
+def _by_structure(ffn: FFN) -> str:
     """The seam that an FFN gets if it computes what its children suggest: of models without values."""
     if not ffn.layout:
         return "experts"
@@ -55,18 +60,20 @@ def _by_structure(ffn):
     return "ffn" if ffn.layout.gate or ffn.layout.gate_up else "activation"
 
 
-def can_run(model):
+def can_run(model: nn.Module) -> bool:
     """Whether a forward pass is possible now: a model of transformers whose weights are all there."""
     embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
     return embeddings is not None and all(parameter.numel() for parameter in model.parameters())
 
 
-def _watch(ffn, seams):
+def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:
     """Hooks on one FFN that write into ``seams`` if a fused seam gives the same; their handles."""
     ones = Mask(torch.ones(1, ffn.width, device=ffn.device))
 
-    def whole(seam):
-        def hook(module, arguments, options, output):
+    def whole(seam: str) -> list[RemovableHandle]:
+        def hook(
+            module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: object
+        ) -> None:
             given = (*arguments, *options.values())
             if seam == "ffn" and len(given) != 1:
                 return
@@ -87,21 +94,24 @@ def _watch(ffn, seams):
         return []
     if _by_structure(ffn) == "ffn":
         return whole("ffn") if {n for n, _ in ffn.module.named_children()} == set(ffn.layout.names) else []
-    acted = []
+    name, child = ffn.activation, ffn.layout.activation
+    assert name is not None
+    assert child is not None
+    acted: list[Tensor] = []
 
-    def plain(module, arguments, output):
-        if _close(masked_act_of(arguments[0], ffn.activation, ones._replace(mesh=ffn.mesh)), output):
+    def plain(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if _close(masked_act_of(arguments[0], name, ones._replace(mesh=ffn.mesh)), output):
             acted.append(output)
 
-    def down(module, arguments):
+    def down(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if len(acted) == 1 and torch.equal(acted[0], arguments[0]):
             seams[ffn.path] = "activation"
 
-    activation = getattr(ffn.module, ffn.layout.activation)
+    activation = getattr(ffn.module, child)
     return [activation.register_forward_hook(plain), ffn.down.register_forward_pre_hook(down)]
 
 
-def _close(actual, expected):
+def _close(actual: Tensor, expected: object) -> bool:
     if not isinstance(expected, torch.Tensor) or actual.shape != expected.shape:
         return False
     if not expected.isfinite().all():  # the scale is too large for its dtype
