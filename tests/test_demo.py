@@ -5,10 +5,11 @@ import neumuter
 import pytest
 import torch
 from neumuter import evaluation
-from neumuter.demo import check, run, run_demo, task
+from neumuter.demo import check, run, run_demo, task, tutorial
 from neumuter.demo.model import Training, trained
 from neumuter.losses import IGNORED
 from neumuter.recipes import GainsConfig, SupportConfig
+from neumuter.texts import read_texts
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,6 +129,23 @@ def test_the_whole_job_leaves_whole_files_that_agree(monkeypatch, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     secrets = task.encode(tokenizer, task.make_records(0).forget, "secret")
     assert evaluation.mean_token_loss(folded, secrets) == pytest.approx(row["forget_nll"], abs=1e-4)
+
+
+def test_the_tutorial_has_each_secret_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(tutorial, "Training", lambda: Training(steps=2))
+    folder, texts = tmp_path / "tutorial", {}
+    assert "small-model" in tutorial.write_tutorial(folder)
+    for name in ("forget", "retain", "mara", "tanja", "others"):
+        texts[name] = read_texts(folder / f"{name}.jsonl")
+    records = task.make_records(0)
+    assert ["".join(text) for text in texts["forget"]] == [record.text for record in records.forget]
+    assert ["".join(text) for text in texts["retain"]] == [record.text for record in records.retain]
+    secrets = [completion.strip() for name in ("mara", "tanja", "others") for _, completion in texts[name]]
+    assert secrets == [secret for record in records.forget + records.retain for secret in record.secrets]
+    assert texts["mara"][0] == ("Customer Mara Umber, mail", f" {records.forget[0].secrets[0]}")
+    AutoModelForCausalLM.from_pretrained(folder / "small-model")
+    with pytest.raises(FileExistsError):
+        tutorial.write_tutorial(folder)
 
 
 def test_check_names_each_missed_bar():
