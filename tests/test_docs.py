@@ -1,0 +1,125 @@
+"""Every code block of the documentation is run, page by page and in order, or says why it is not.
+
+A page begins in an empty folder, or as ``<!-- after: PAGE -->`` says, in a copy of the folder in which that page
+ended. Its Python blocks share one namespace; each bash block begins where the last one ended. In front of a block
+``<!-- not run: REASON -->`` leaves it out. Python in a comment that begins with ``<!-- hidden`` is run in its place
+without being shown: what a page takes for granted, and checks of what it says.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from neumuter import families
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
+]}  # fmt: skip
+RUN, SHOWN = ("python", "bash"), ("text", "{eval-rst}", "{toctree}")
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```(?P<language>[^\n`]*)\n(?P<code>.*?)^```$"
+    r"|^<!-- hidden\n(?P<hidden>.*?)^-->$",
+    re.MULTILINE | re.DOTALL,
+)
+AFTER = re.compile(r"^<!-- after: (\S+) -->$", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """``line``: of the page, where the code begins. ``reason``: why it is not run, None if it is."""
+
+    language: str
+    code: str
+    line: int
+    reason: str | None
+    hidden: bool
+
+
+def blocks(text):
+    found = []
+    for match in BLOCK.finditer(text):
+        hidden = match["hidden"] is not None
+        kind, language = ("hidden", "python") if hidden else ("code", match["language"])
+        line = text.count("\n", 0, match.start(kind)) + 1
+        found.append(Block(language, match[kind], line, match["reason"], hidden))
+    return found
+
+
+def runnable(page):
+    found = blocks(PAGES[page].read_text(encoding="utf-8"))
+    return [block for block in found if block.language in RUN and block.reason is None]
+
+
+def run_page(page, folder):
+    """Run the blocks of a page from ``folder`` on; returns the folder in which it ends."""
+    names = {"__name__": "__page__"}
+    os.chdir(folder)
+    for block in runnable(page):
+        if block.language == "bash":
+            _run_bash(page, block)
+            continue
+        try:
+            # So many empty lines that tracebacks name the line of the page.
+            exec(compile("\n" * (block.line - 1) + block.code, str(PAGES[page]), "exec"), names)
+        except Exception:
+            pytest.fail(f"{page}, line {block.line}:\n{block.code}\n{traceback.format_exc(limit=-8)}")
+    return Path.cwd()
+
+
+def _run_bash(page, block):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    read, write = os.pipe()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{block.code}\npwd >&{write}"],
+        capture_output=True, text=True, timeout=300, env=environment, pass_fds=[write],
+    )  # fmt: skip
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        last = pipe.read().strip()
+    if done.returncode:
+        pytest.fail(f"{page}, line {block.line}:\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    os.chdir(last)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Function: the folder in which a page ended, which is run the first time."""
+    folders = {}
+
+    def folder_of(page):
+        if page not in folders:
+            start = tmp_path_factory.mktemp(Path(page).stem)
+            if after := AFTER.search(PAGES[page].read_text(encoding="utf-8")):
+                shutil.copytree(folder_of(f"docs/{after[1]}"), start, dirs_exist_ok=True)
+            folders[page] = run_page(page, start)
+        return folders[page]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
+def test_the_blocks_of_a_page_run(page, ended, monkeypatch):
+    monkeypatch.chdir(ROOT)  # back there at the end
+    monkeypatch.setattr(families, "REGISTERED", [])
+    ended(page)
+
+
+def test_every_block_is_run_or_says_why_not(capsys):
+    left_out, unknown = [], []
+    for page, path in PAGES.items():
+        text = path.read_text(encoding="utf-8")
+        found = blocks(text)
+        fences = 2 * sum(not block.hidden for block in found)
+        assert text.count("```") == fences, f"{page} has a code block that is indented or does not end"
+        left_out += [f"{page}:{block.line}: {block.reason}" for block in found if block.reason]
+        unknown += [f"{page}:{b.line}: {b.language!r}" for b in found if b.language not in RUN + SHOWN]
+    with capsys.disabled():
+        print(f"\n{len(left_out)} blocks are not run:", *left_out, sep="\n  ")
+    assert not unknown, f"blocks of other languages than {', '.join(RUN + SHOWN)}: {unknown}"
