@@ -6,10 +6,11 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,6 +38,12 @@ from neumuter.tables import (
     print_plan,
     print_robustness,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from neumuter.mutes import MuteSet
+    from neumuter.types import Batch
 
 app = typer.Typer(
     help="Make a trained language model forget given texts by muting the few FFN neurons that hold them.",
@@ -91,7 +98,7 @@ def demo(
     short: Annotated[
         bool, typer.Option("--short", help="Fewer comparisons, for continuous integration.")
     ] = False,
-):
+) -> None:
     """The whole job on made-up records, in three minutes: train a small model, make it forget, measure."""
     from neumuter.demo import run_demo
 
@@ -159,7 +166,7 @@ def unlearn(
     seed: Annotated[int, typer.Option(min=0, help="Of the masks, and of sampled neighbours.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     gguf_file: GgufFile = None,
-):
+) -> None:
     """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
     from neumuter.html_report import write_report
     from neumuter.masking import attach
@@ -204,7 +211,7 @@ def unlearn(
         with progress_bar("Finding neurons", None, "loss", "muted") as advance:
             history = []
 
-            def progress(step, total, info):
+            def progress(step: int, total: int, info: dict[str, Any]) -> None:
                 history.append({"step": step, **info})
                 advance(step, total, loss=f"{info['loss']:.3f}", muted=f"{info['muted']:.2%}")
 
@@ -214,7 +221,7 @@ def unlearn(
             else:
                 steps, batch_size = steps or DEFAULT_STEPS, batch_size or DEFAULT_BATCH_SIZE
                 support = SupportConfig(steps=steps, batch_size=batch_size)
-                config = {
+                config: dict[str, Any] = {
                     "mode": (mode or Mode.modulate).value,
                     "support": support if mode is Mode.mute else None,
                     "gains": GainsConfig(steps=steps, batch_size=batch_size),
@@ -289,7 +296,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
     ] = None,
     gguf_file: GgufFile = None,
-):
+) -> None:
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
     from neumuter import muting
     from neumuter.evaluation import harness_metrics, text_metrics
@@ -305,6 +312,7 @@ def evaluate(
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
     network, tokenizer = load(model, "auto", gguf_file)
+    files: dict[str, Path | None]
     if suite is Suite.tofu:
         files = {
             "forget": forget, "retain": retain, "real_authors": real_authors, "world_facts": world_facts,
@@ -312,16 +320,18 @@ def evaluate(
     else:
         files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
         batches = batches_of(tokenizer, files, column, 200 if suite is Suite.tdec else max_length, limit)
-    columns, extra = {}, {}
+    columns: dict[str, dict[str, float]] = {}
+    extra: dict[str, Any] = {}
     mutes = union_of(network, mute) if mute else None
     with muting.mute(network, mutes) if mutes else nullcontext() as handle:
-        states = {"original": handle.off, "muted": nullcontext} if mutes else {"model": nullcontext}
+        states: dict[str, Callable[[], AbstractContextManager[object]]]
+        states = {"original": handle.off, "muted": nullcontext} if handle else {"model": nullcontext}
         for state, context in states.items():
             with context(), console.status(f"Measuring: {state}"):
                 if suite is Suite.tofu:
                     columns[state], extra = measure_tofu(network, tokenizer, files, limit, reference)
                 else:
-                    original = handle.off if state == "muted" else None
+                    original = handle.off if handle and state == "muted" else None
                     columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
                 if tasks:
                     columns[state] |= harness_metrics(
@@ -331,14 +341,16 @@ def evaluate(
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
     last = list(columns)[-1]
-    report = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
+    report: dict[str, Any] = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
     report |= {"metrics": columns[last], "before": columns.get("original")} | extra
     _write_evaluation(out, report, mutes)
     if robust:
-        others = {name: batch for name, batch in batches.items() if name in ("retain", "heldout")}
+        kept: dict[str, Any] = {
+            name: batch for name, batch in batches.items() if name in ("retain", "heldout")
+        }
 
-        def tampered_metrics(tampered, asked):
-            return text_metrics(tampered, asked, **others, retrained_auc=auc)
+        def tampered_metrics(tampered: "nn.Module", asked: "Batch") -> dict[str, float]:
+            return text_metrics(tampered, asked, **kept, retrained_auc=auc)
 
         with console.status("Quantising and relearning"):
             report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
@@ -347,7 +359,7 @@ def evaluate(
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]):
+def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
     """Show what a mute file holds: the model it is for, the neurons, the method, the metrics."""
     from neumuter.mutes import MuteSet
 
@@ -384,7 +396,7 @@ def apply(
     files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is folded.")],
     out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must not exist or be empty.")],
     gguf_file: GgufFile = None,
-):
+) -> None:
     """Fold mute files into the weights of MODEL: an ordinary Hugging Face checkpoint comes out."""
     mutes = fold_files(model, files, out, gguf_file)
     console.print(
@@ -412,7 +424,7 @@ def export(
         bool, typer.Option("--verify", help="Run the export and the live muted model, and compare.")
     ] = False,
     gguf_file: GgufFile = None,
-):
+) -> None:
     """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
     from neumuter import exports
     from neumuter.files import new_folder
@@ -460,7 +472,7 @@ def plan(
     context: Annotated[int, typer.Option(min=1, help="Tokens of a served sequence.")] = 8192,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
-):
+) -> None:
     """What mask training and serving of a model would cost, and how it fits, from its config alone."""
     import torch
 
@@ -476,7 +488,7 @@ def plan(
     print_plan(found, gpus, memory, card, (samples, tokens), (sequences, context))
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one message on stderr and exit code 1 (2 for wrong usage)."""
     # A polite kill unwinds the stack, which removes temporary files; kill -9 can leave them, under
     # hidden names of their own.
@@ -490,7 +502,7 @@ def main(arguments=None):
         sys.exit(1)
 
 
-def _write_evaluation(out, report, mutes):
+def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: "MuteSet | None") -> None:
     from neumuter.html_report import write_report
 
     _write_json(out, report)
@@ -498,18 +510,18 @@ def _write_evaluation(out, report, mutes):
         write_report(out.with_suffix(".html"), report, mutes)
 
 
-def _write_json(path, value):
+def _write_json(path: Path | None, value: object) -> None:
     from neumuter.files import write_atomically
 
     if path:
         write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _read_report(path):
+def _read_report(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        report = json.loads(path.read_text())
+        report: dict[str, Any] = json.loads(path.read_text())
         if isinstance(report["metrics"], dict):
             return report
     except (ValueError, KeyError, TypeError):
@@ -517,7 +529,7 @@ def _read_report(path):
     raise ValueError(f"--retrained: {path} is not a report of neumuter evaluate")
 
 
-def _parse_budget(text):
+def _parse_budget(text: str) -> int | float:
     try:
         return float(text) if "." in text or "e" in text.lower() else int(text)
     except ValueError:
@@ -526,7 +538,14 @@ def _parse_budget(text):
         ) from None
 
 
-def _report(model, forget, retain, mutes, seconds, curve):
+def _report(
+    model: str,
+    forget: Path,
+    retain: Path | None,
+    mutes: "MuteSet",
+    seconds: float,
+    curve: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
     return {
         "model": model,
         "forget": str(forget),

@@ -8,18 +8,22 @@ elsewhere, column i of B [d, k] is (g_f − 1)·W[:, f].
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from neumuter.families import input_device, unwrapped
-from neumuter.files import new_folder
+from neumuter.families import FFN, input_device, unwrapped
+from neumuter.files import PathLike, new_folder
 from neumuter.modes import without_dropout
+from neumuter.mutes import MutedLayer, MuteSet, MuteSource
 from neumuter.muting import FOLDABLE, loaded, matching_ffns, mute
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
@@ -42,7 +46,7 @@ class Exported:
     note: str
 
 
-def export_ia3(model, mutes, out, verify=False):
+def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike, verify: bool = False) -> Exported:
     """Write a ``MuteSet``, or the mute file at that path, as an IA³ adapter; returns an ``Exported``.
 
     ``model``: the one it was made for, neither attached nor muted; it stays as it is. ``out``: a folder that
@@ -71,7 +75,9 @@ def export_ia3(model, mutes, out, verify=False):
     return _write(model, mutes, out, config, tensors, FOR_PEFT, verify)
 
 
-def export_lora(model, mutes, out, one_rank=False, verify=False):
+def export_lora(
+    model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bool = False, verify: bool = False
+) -> Exported:
     """Write a ``MuteSet``, or the mute file at that path, as a LoRA adapter; returns an ``Exported``.
 
     Arguments are those of ``export_ia3``. Merging the adapter is folding the mute set; unmerged, it takes off
@@ -89,7 +95,7 @@ def export_lora(model, mutes, out, one_rank=False, verify=False):
     mutes = loaded(mutes)
     ffns = _down_projections(model, mutes)
     counts = {path: len(mutes.layers[ffn.path].indices) for path, ffn in ffns.items()}
-    highest = max(counts, key=counts.get)
+    highest = max(counts, key=counts.__getitem__)
     rank = _allowed_rank(highest, counts[highest]) if one_rank else counts[highest]
     own = {} if one_rank else counts
     tensors = {}
@@ -105,7 +111,7 @@ def export_lora(model, mutes, out, one_rank=False, verify=False):
 
 
 @torch.no_grad()
-def largest_difference(model, mutes, folder):
+def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) -> float:
     """The largest absolute difference between the logits of ``model`` muted live and of an export.
 
     ``folder``: of an adapter, which PEFT loads on a deep copy of the model, or of a checkpoint. Both read two
@@ -120,32 +126,35 @@ def largest_difference(model, mutes, folder):
     if (Path(folder) / "adapter_config.json").exists():
         exported = _peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
     else:
-        exported = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(ids.device)
+        exported = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).to(ids.device)
     with without_dropout(exported):
         actual = exported(input_ids=ids).logits
     with mute(model, mutes), without_dropout(model):
         expected = model(input_ids=ids).logits
-    return (actual.double() - expected.double()).abs().max().item()
+    difference: float = (actual.double() - expected.double()).abs().max().item()
+    return difference
 
 
 @torch.no_grad()
-def effect(model, mutes):
+def effect(model: nn.Module, mutes: MuteSource) -> float:
     """The largest absolute difference that muting makes to the logits of ``model``, on the same tokens."""
     model = unwrapped(model)
     ids = _tokens(model)
     with without_dropout(model):
         plain = model(input_ids=ids).logits
         with mute(model, mutes):
-            return (model(input_ids=ids).logits.double() - plain.double()).abs().max().item()
+            muted = model(input_ids=ids).logits
+    difference: float = (muted.double() - plain.double()).abs().max().item()
+    return difference
 
 
-def _tokens(model):
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def _tokens(model: nn.Module) -> Tensor:
+    vocabulary: int = cast(Any, model).get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return ids.to(input_device(model))
 
 
-def _peft():
+def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
@@ -153,7 +162,7 @@ def _peft():
     return peft
 
 
-def _down_projections(model, mutes):
+def _down_projections(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     """{path of the down projection: FFN} of the FFNs with muted neurons, in model order."""
     for path, module in model.named_modules():
         if hasattr(module, "base_layer"):
@@ -162,23 +171,25 @@ def _down_projections(model, mutes):
             name = path or type(module).__name__
             raise ValueError(f"{name} is sharded; load the whole model in one process, and export there")
     ffns = {path: ffn for path, ffn in matching_ffns(model, mutes).items() if path in mutes.layers}
+    found = {}
     for path, ffn in ffns.items():
         if not ffn.layout:
             raise ValueError(
                 f"{path} holds experts, whose neurons no IA³ or LoRA adapter of PEFT can scale; fold the "
                 "mute set, or use neumuter.mute on the live model"
             )
-    return {f"{path}.{ffn.layout.down}": ffn for path, ffn in ffns.items()}
+        found[f"{path}.{ffn.layout.down}"] = ffn
+    return found
 
 
-def _is_sharded(module):
+def _is_sharded(module: nn.Module) -> bool:
     """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split it: each process would write."""
     parameters = module.parameters(recurse=False)
     split = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in parameters)
     return split or isinstance(module, FSDPModule)  # whose parameters are whole after a forward
 
 
-def _allowed_rank(path, count):
+def _allowed_rank(path: str, count: int) -> int:
     """The lowest of RANKS that is enough for ``count`` neurons, those of the down projection at ``path``."""
     if count > RANKS[-1]:
         raise ValueError(
@@ -188,7 +199,7 @@ def _allowed_rank(path, count):
     return next(rank for rank in RANKS if rank >= count)
 
 
-def _factors(path, ffn, layer, rank):
+def _factors(path: str, ffn: FFN, layer: MutedLayer, rank: int) -> tuple[Tensor, Tensor]:
     """A [rank, F] and B [d, rank] of one down projection, on the CPU in its dtype."""
     weight = ffn.down_weight
     if weight is None or weight.dtype not in FOLDABLE:
@@ -205,7 +216,7 @@ def _factors(path, ffn, layer, rank):
     return down, up.to(weight.dtype)
 
 
-def _common(model, ffns):
+def _common(model: nn.Module, ffns: Mapping[str, FFN]) -> dict[str, Any]:
     """The options that PEFT's configs of both kinds have."""
     return {
         "fan_in_fan_out": any(isinstance(ffn.down, Conv1D) for ffn in ffns.values()),
@@ -215,7 +226,15 @@ def _common(model, ffns):
     }
 
 
-def _write(model, mutes, out, config, tensors, note, verify):
+def _write(
+    model: nn.Module,
+    mutes: MuteSet,
+    out: PathLike,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    note: str,
+    verify: bool,
+) -> Exported:
     named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
     with new_folder(out) as temporary:
         config.save_pretrained(temporary)

@@ -9,18 +9,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
+from typing import TextIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from neumuter.families import FFN, find_ffns
-from neumuter.mutes import MutedLayer
+from neumuter.files import PathLike
+from neumuter.mutes import MutedLayer, MuteSet, MuteSource
 from neumuter.muting import fold_columns, loaded, refuse_other, structure_differs, weights_differ
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -45,7 +50,7 @@ class _Place:
     begin: int
     end: int
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,25 +62,31 @@ class _Down:
     layer: MutedLayer | None
 
     @contextmanager
-    def holding(self, data):
+    def holding(self, data: bytearray) -> Iterator[Tensor]:
         """Context: the weight is the bytes ``data``, a bytearray; yields a view of them, [d, E, F]."""
         holder, name = (self.ffn.down, "weight") if self.ffn.layout else (self.ffn.module, "down_proj")
         empty = getattr(holder, name)
         tensor = torch.frombuffer(data, dtype=DTYPES[self.place.dtype]).view(self.place.shape)
         setattr(holder, name, nn.Parameter(tensor, requires_grad=False))
         try:
-            yield self.ffn.down_weight
+            yield cast(Tensor, self.ffn.down_weight)
         finally:
             setattr(holder, name, empty)
 
-    def read(self, shard):
+    def read(self, shard: Path) -> bytearray:
         """The weight's bytes in the file ``shard``, the original or a copy of it."""
         with open(shard, "rb") as file:
             file.seek(self.place.begin)
             return _read(file, self.place.end - self.place.begin)
 
 
-def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
+def fold_checkpoint(
+    folder: PathLike,
+    mutes: MuteSource,
+    out: PathLike,
+    verify: bool = True,
+    callback: Callable[[int, int], object] | None = None,
+) -> None:
     """Fold a ``MuteSet``, or the mute file at that path, into a copy of a Hugging Face checkpoint.
 
     ``folder``: with config.json and model.safetensors, or model.safetensors.index.json and its shards.
@@ -104,7 +115,7 @@ def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
     _check_fingerprint(downs, mutes)
     total, done = sum(shard.stat().st_size for shard in shards), 0
 
-    def advance(size):
+    def advance(size: int) -> None:
         nonlocal done
         done += size
         if callback:
@@ -125,7 +136,7 @@ def fold_checkpoint(folder, mutes, out, verify=True, callback=None):
         (temporary / CARD).write_bytes(card + model_card(mutes).encode())
 
 
-def _refuse_taken(out):
+def _refuse_taken(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; name another one or remove it")
 
@@ -133,7 +144,7 @@ def _refuse_taken(out):
 # --- What is there, and whether it fits ------------------------------------------------------
 
 
-def _find_shards(folder):
+def _find_shards(folder: Path) -> list[Path]:
     """The safetensors files that transformers would load from ``folder``, a list of Path.
 
     Raises FileNotFoundError if there are none, and ValueError for an index that names files elsewhere.
@@ -149,7 +160,7 @@ def _find_shards(folder):
     return [folder / name for name in names]
 
 
-def _read_header(shard):
+def _read_header(shard: Path) -> dict[str, _Place]:
     """{name: _Place} of a safetensors file. Raises ValueError if it is damaged."""
     try:
         with safe_open(shard, framework="pt"):
@@ -161,12 +172,13 @@ def _read_header(shard):
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return {
-        name: _Place(shard, *(8 + size + at for at in x["data_offsets"]), x["dtype"], tuple(x["shape"]))
+        name: _Place(shard, 8 + size + begin, 8 + size + end, x["dtype"], tuple(x["shape"]))
         for name, x in header.items()
+        for begin, end in [x["data_offsets"]]
     }
 
 
-def _find_downs(folder, shards, mutes):
+def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_Down]:
     """The ``_Down`` of every FFN that ``mutes`` was made on.
 
     Raises MuteMismatchError if the architecture, a module path or an intermediate size differs, and
@@ -179,7 +191,7 @@ def _find_downs(folder, shards, mutes):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
-    places = {}
+    places: dict[str, _Place] = {}
     for shard in shards:
         found = _read_header(shard)
         if twice := places.keys() & found.keys():
@@ -191,7 +203,7 @@ def _find_downs(folder, shards, mutes):
     ]
 
 
-def _locate(ffn, places, prefix):
+def _locate(ffn: FFN, places: dict[str, _Place], prefix: str) -> _Place:
     name = f"{ffn.path}.{ffn.layout.down}.weight" if ffn.layout else f"{ffn.path}.down_proj"
     place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))  # saved without its head
     if place is None:
@@ -199,7 +211,8 @@ def _locate(ffn, places, prefix):
             f"the checkpoint has no tensor {name}: it is quantised, or stores this weight in another form, "
             "which transformers converts on loading; load the model, and use neumuter.fold"
         )
-    shape = tuple((ffn.down.weight if ffn.layout else ffn.module.down_proj).shape)
+    weight = ffn.down.weight if ffn.layout else ffn.module.down_proj
+    shape = tuple(cast(Tensor, weight).shape)
     if place.shape != shape:
         raise ValueError(f"{name} has shape {list(place.shape)}, config.json says {list(shape)}")
     if place.dtype not in DTYPES:
@@ -207,7 +220,7 @@ def _locate(ffn, places, prefix):
     return place
 
 
-def _check_fingerprint(downs, mutes):
+def _check_fingerprint(downs: Iterable[_Down], mutes: MuteSet) -> None:
     """Raise MuteMismatchError unless the weights are those that ``mutes`` was made for."""
     differences = []
     for down in downs:
@@ -219,45 +232,46 @@ def _check_fingerprint(downs, mutes):
 # --- Bytes -----------------------------------------------------------------------------------
 
 
-def _folded(shard, touched):
+def _folded(shard: Path, touched: Iterable[_Down]) -> Iterator[bytearray]:
     """The bytes of ``shard`` with the mutes of ``touched``, of type ``_Down``, folded in; in pieces."""
     with open(shard, "rb") as file:
         for down in sorted(touched, key=lambda down: down.place.begin):
             yield from _pieces(file, down.place.begin - file.tell())
             data = _read(file, down.place.end - down.place.begin)
             with down.holding(data) as weight:
-                fold_columns(weight, down.layer)
+                fold_columns(weight, cast(MutedLayer, down.layer))
             yield data
         yield from _pieces(file, os.fstat(file.fileno()).st_size - file.tell())
 
 
-def _is_folded(down, target):
+def _is_folded(down: _Down, target: Path) -> bool:
     """Whether in the file ``target`` the weight is the original times the gains, rounded once."""
     before, after = down.read(down.place.shard), down.read(target)
     with down.holding(before) as source, down.holding(after) as result:
         gains = torch.ones(source.shape[1:])
-        gains.view(-1)[down.layer.indices.long()] = down.layer.gains
+        layer = cast(MutedLayer, down.layer)
+        gains.view(-1)[layer.indices.long()] = layer.gains
         return all(
             torch.equal(rows, (original * gains).to(rows.dtype))  # the product is float32, or float64
             for original, rows in zip(source.split(ROWS), result.split(ROWS), strict=True)
         )
 
 
-def _read(file, size):
+def _read(file: BufferedReader, size: int) -> bytearray:
     data = bytearray(size)
     if file.readinto(data) != size:
         raise OSError(f"{file.name} ends before its header says")
     return data
 
 
-def _pieces(file, size):
+def _pieces(file: BufferedReader, size: int) -> Iterator[bytearray]:
     while size:
         piece = _read(file, min(size, PIECE))
         size -= len(piece)
         yield piece
 
 
-def _write(pieces, target, advance):
+def _write(pieces: Iterable[bytearray], target: Path, advance: Callable[[int], None]) -> str:
     """Write ``pieces`` to the file ``target``, for good; returns their SHA-256."""
     digest = hashlib.sha256()
     with open(target, "wb") as file:
@@ -271,7 +285,7 @@ def _write(pieces, target, advance):
     return digest.hexdigest()
 
 
-def _sha256(path):
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for piece in _pieces(file, os.fstat(file.fileno()).st_size):
@@ -283,7 +297,9 @@ def _sha256(path):
 
 
 @contextmanager
-def _resumable_folder(out, digest):
+def _resumable_folder(
+    out: Path, digest: str
+) -> Iterator[tuple[Path, dict[str, str], Callable[[str, str], None]]]:
     """Fill the hidden folder ``.NAME.folding`` beside ``out``, renamed to ``out`` at the end.
 
     Yields (that folder, {file name: its SHA-256} of what ``record(name, sha256)`` was called for earlier, by
@@ -307,7 +323,7 @@ def _resumable_folder(out, digest):
             journal.truncate(0)
             _append(journal, digest)
 
-        def record(name, sha256):
+        def record(name: str, sha256: str) -> None:
             _append(journal, f"\n{name}\t{sha256}")  # on a line of its own, if a kill cut the last one short
 
         finished = dict(line.split("\t") for line in lines if "\t" in line)
@@ -316,19 +332,19 @@ def _resumable_folder(out, digest):
         os.unlink(journal.name)
 
 
-def _append(file, text):
+def _append(file: TextIO, text: str) -> None:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
 
 
-def _digest(mutes, shards, verify):
+def _digest(mutes: MuteSet, shards: Sequence[Path], verify: bool) -> str:
     layers = {path: (i.tolist(), g.tolist()) for path, (i, g) in mutes.layers.items()}
     files = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
     return hashlib.sha256(json.dumps([layers, files, verify]).encode()).hexdigest()
 
 
-def _copy_others(folder, target, shards):
+def _copy_others(folder: Path, target: Path, shards: Sequence[Path]) -> None:
     """Copy configurations, tokenizers, texts and the index of ``shards``; not what links to elsewhere."""
     others = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
     index = shards != [folder / SAFE_WEIGHTS_NAME] and folder / SAFE_WEIGHTS_INDEX_NAME
@@ -343,7 +359,7 @@ def _copy_others(folder, target, shards):
             shutil.copyfile(file, copy)
 
 
-def model_card(mutes):
+def model_card(mutes: MuteSet) -> str:
     """What was done to a checkpoint that ``mutes`` is folded into, a section in Markdown."""
     counts = {path: len(layer.indices) for path, layer in mutes.layers.items()}
     layers = [
@@ -377,11 +393,11 @@ def model_card(mutes):
     )
 
 
-def _table(names, rows):
+def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     rows = (names, ["---"] * len(names), *rows)
     return [*(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
-def _code(value):
+def _code(value: object) -> str:
     """JSON that stays one cell of a table and means nothing else in Markdown, whoever wrote it."""
     return "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"

@@ -9,12 +9,18 @@ is trained, and a reference distribution is kept as hidden states, V/d times sma
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import neumuter_kernels as nk
 from neumuter.families import unwrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_BYTES = 1 << 25  # of one chunk's logits in float32
 
@@ -29,8 +35,8 @@ class Head:
     """
 
     @torch.no_grad()
-    def __init__(self, model, input_ids=None):
-        self.model = unwrapped(model)
+    def __init__(self, model: nn.Module, input_ids: Tensor | None = None) -> None:
+        self.model = cast("PreTrainedModel", unwrapped(model))
         self.base, self.projection = self.model.base_model, self.model.get_output_embeddings()
         if input_ids is None:
             self.is_projection, self.vocabulary = True, self.projection.out_features
@@ -51,7 +57,7 @@ class Head:
                 f"its {type(self.base).__name__}; only such causal language models can be trained"
             )
 
-    def hidden(self, input_ids, through=None):
+    def hidden(self, input_ids: Tensor, through: nn.Module | None = None) -> Tensor:
         """The last hidden states [B, T, d] of ``input_ids``, int64 [B, T], padded on the right.
 
         Causal attention never looks right, so no attention mask is needed; without it the attention
@@ -59,8 +65,9 @@ class Head:
         ``through``: the model as something has wrapped it that must see its own forward, such as DDP.
         """
         if through is None or through is self.model:
-            return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
-        found = []
+            hidden: Tensor = self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+            return hidden
+        found: list[Tensor] = []
         handle = self.base.register_forward_hook(
             lambda _, args, output: found.append(output.last_hidden_state)
         )
@@ -71,42 +78,49 @@ class Head:
             handle.remove()
         return found[0]
 
-    def logits(self, hidden):
+    def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [N, V] for last hidden states [N, d]."""
+        logits: Tensor
         if self.is_projection:
-            return self.projection(hidden)
+            logits = self.projection(hidden)
+            return logits
         former = vars(self.base).get("forward")
         self.base.forward = lambda *_, **__: self.output_type(last_hidden_state=hidden[None])
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-            return self.model(input_ids=ids, use_cache=False).logits[0]
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            return logits
         finally:
             del self.base.forward
             if former is not None:
                 self.base.forward = former
 
-    def token_losses(self, hidden, targets):
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of ``targets``, int64 [N], as predicted at ``hidden`` [N, d]: float32 [N]."""
-        return _TokenLosses.apply(hidden, targets, self, nk.cross_entropy_)
+        losses: Tensor = _TokenLosses.apply(hidden, targets, self, nk.cross_entropy_)
+        return losses
 
-    def kl_divergences(self, hidden, reference):
+    def kl_divergences(self, hidden: Tensor, reference: Tensor) -> Tensor:
         """KL(reference ‖ hidden) = Σ_v p·(ln p − ln q) in nats of each token, float32 [N].
 
         p and q are the distributions at ``reference`` and ``hidden``, [N, d]; only the latter gets a
         gradient.
         """
 
-        def loss(logits, reference):
+        def loss(logits: Tensor, reference: Tensor) -> Tensor:
             return nk.kl_divergence_(logits, self.logits(reference))
 
-        return _TokenLosses.apply(hidden, reference.detach(), self, loss)
+        losses: Tensor = _TokenLosses.apply(hidden, reference.detach(), self, loss)
+        return losses
 
 
 class _TokenLosses(torch.autograd.Function):
     """Saves each token's gradient with respect to its hidden state; what arrives scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, others, head, loss):
+    def forward(
+        ctx: Any, hidden: Tensor, others: Tensor, head: Head, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden) if wanted else None
@@ -121,13 +135,13 @@ class _TokenLosses(torch.autograd.Function):
             # A product needs nothing of its output; what a model does after it (soft-capping) may.
             slopes = logits.detach() if head.is_projection else logits.detach().clone()
             losses[chunk] = loss(slopes, others[chunk])
-            if wanted:
+            if gradients is not None:
                 (gradients[chunk],) = torch.autograd.grad(logits, part, slopes)
         ctx.save_for_backward(gradients)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, weights):
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
         return (gradients * weights[:, None]).to(gradients.dtype), None, None, None

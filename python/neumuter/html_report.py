@@ -10,18 +10,25 @@ import json
 import math
 import platform
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 from importlib.metadata import version
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from neumuter.evaluation import METRICS
-from neumuter.files import write_atomically
+from neumuter.files import PathLike, write_atomically
+from neumuter.mutes import MuteSet
 from neumuter.robustness import EXPLAINED
+
+States = Mapping[str, Mapping[str, Any]]  # metrics by state of the model
+Points = Sequence[Mapping[str, Any]]  # of a curve
 
 COLUMNS, BARS = 64, 32  # of the heat map, at most, and of the histogram
 KEYS = ("forget_extraction", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity")
@@ -61,7 +68,12 @@ details::details-content{content-visibility:visible;display:block}}
 """
 
 
-def write_report(path, report, mutes=None, samples=None):
+def write_report(
+    path: PathLike,
+    report: Mapping[str, Any],
+    mutes: MuteSet | None = None,
+    samples: Sequence[Mapping[str, str]] | None = None,
+) -> None:
     """Write an HTML report of one run to ``path``, whole or not at all; equal input gives equal bytes.
 
     ``report``: what ``neumuter unlearn`` or ``neumuter evaluate`` write as JSON; what is missing is left out.
@@ -74,7 +86,7 @@ def write_report(path, report, mutes=None, samples=None):
     """
     if mutes:
         told = {"mode": mutes.mode, "method": mutes.method, "seed": mutes.seed}
-        report = told | {"muted_neurons": mutes.count, "muted_share": mutes.share} | report
+        report = {**told, "muted_neurons": mutes.count, "muted_share": mutes.share, **report}
     before, after = report.get("before"), report.get("after") or report.get("metrics") or {}
     states = {"before": before, "after": after} if before else {"measured": after}
     tampered, curve = report.get("robustness") or {}, report.get("curve") or []
@@ -111,7 +123,7 @@ def write_report(path, report, mutes=None, samples=None):
 # The sections: HTML, empty where there is nothing to show.
 
 
-def _keys(report, states):
+def _keys(report: Mapping[str, Any], states: States) -> str:
     facts = [(title, " → ".join(values), f"good: {good}") for title, *values, good in _rows(states, KEYS)]
     if "muted_share" in report:
         facts.insert(0, ("muted", f"{report['muted_share']:.2%}", "of the neurons"))
@@ -120,7 +132,7 @@ def _keys(report, states):
     return _wrap('<dl class="keys">', "</dl>\n", *html)
 
 
-def _asked(report):
+def _asked(report: Mapping[str, Any]) -> str:
     named = {"model": "model", "texts to forget": "forget", "texts to keep": "retain", "mode": "mode"}
     facts = {title: report.get(name) for title, name in named.items()}
     facts |= {"mute files": ", ".join(report.get("mute") or []), "suite": report.get("suite")}
@@ -129,7 +141,7 @@ def _asked(report):
     return _facts(facts) + _wrap(opening, "</pre></details>\n", method)
 
 
-def _found(report, mutes):
+def _found(report: Mapping[str, Any], mutes: MuteSet | None) -> str:
     points, losses = report.get("history") or [], {"loss": "loss", "forget_loss": "forget loss"}
     history = _grid(
         _lines("Loss while the neurons were sought", points, "step", losses),
@@ -144,7 +156,7 @@ def _found(report, mutes):
     }
     rows = []
     for path, width in mutes.widths.items():
-        gains = mutes.layers[path].gains if path in mutes.layers else ()
+        gains = mutes.layers[path].gains if path in mutes.layers else torch.zeros(0)
         span = f"{gains.min():.2f} to {gains.max():.2f}" if len(gains) else ""
         rows.append((path, width, len(gains), f"{len(gains) / width:.2%}", span))
     table = _table("All FFNs", ("FFN", "neurons", "muted", "share", "gains"), rows)
@@ -152,7 +164,7 @@ def _found(report, mutes):
     return _facts(facts) + _grid(_heat_map(mutes), _histogram(mutes)) + details + history
 
 
-def _rows(states, names):
+def _rows(states: States, names: Iterable[str]) -> list[tuple[str, ...]]:
     """(title, a value per state, which direction is good) of those ``names`` that were measured."""
     rows = []
     for name in names:
@@ -164,31 +176,31 @@ def _rows(states, names):
     return rows
 
 
-def _metrics(caption, states):
+def _metrics(caption: str, states: States) -> str:
     tasks = [name for state in states.values() for name in state if "/" in name]
     rows = _rows(states, dict.fromkeys([*METRICS, *tasks]))
     return _table(caption, ("metric", *states, "good"), rows)
 
 
-def _definitions(states):
+def _definitions(states: States) -> str:
     known = [metric for name, metric in METRICS.items() if any(name in state for state in states.values())]
     return _facts({m.title: f"{m.definition} ({m.source})" if m.source else m.definition for m in known})
 
 
-def _sample(number, sample):
-    truth, columns = sample["truth"].split(), []
+def _sample(number: int, sample: Mapping[str, str]) -> str:
+    words, columns = sample["truth"].split(), []
     for state in ("before", "after"):
         parts = re.split(r"(\s+)", sample[state])  # words at the even places
-        blocks = SequenceMatcher(None, truth, parts[::2], autojunk=False).get_matching_blocks()
+        blocks = SequenceMatcher(None, words, parts[::2], autojunk=False).get_matching_blocks()
         back = {2 * (first + k) for _, first, size in blocks for k in range(size)}
         html = (f"<mark>{_text(p)}</mark>" if k in back else _text(p) for k, p in enumerate(parts))
-        note = f"<small>{len(back)} of {len(truth)} words of the truth come back</small>"
+        note = f"<small>{len(back)} of {len(words)} words of the truth come back</small>"
         columns.append(f'<div class="pair"><b>{state}</b>{_said("".join(html))}{note}</div>\n')
     prompt, truth = (f"<dt>{key}</dt><dd>{_said(_text(sample[key]))}</dd>" for key in ("prompt", "truth"))
     return f'<h3>Sample {number}</h3>\n<dl class="facts">{prompt}{truth}</dl>\n{_grid(*columns)}'
 
 
-def _curve(points):
+def _curve(points: Points) -> str:
     series = {name: METRICS[name].title for name in ("forget_extraction", "forget_ma")}
     rows = []
     for point in points:
@@ -198,13 +210,13 @@ def _curve(points):
     return _lines("What is left, over the share of neurons muted", points, "share", series) + table
 
 
-def _cost(report):
+def _cost(report: Mapping[str, Any]) -> str:
     seconds, peak, energy = (report.get(key) for key in ("seconds", "peak_memory_bytes", "energy_joules"))
     time, memory = seconds and f"{seconds:.4g} s", peak and f"{peak / 2**30:.2f} GiB"
     return _facts({"time": time, "peak memory": memory, "energy": energy and f"{energy:.4g} J"})
 
 
-def _provenance(report, mutes):
+def _provenance(report: Mapping[str, Any], mutes: MuteSet | None) -> str:
     facts = {"model": report.get("model"), "seed": report.get("seed")}
     if mutes:
         fingerprint = json.dumps(mutes.fingerprint, sort_keys=True).encode()
@@ -219,7 +231,7 @@ def _provenance(report, mutes):
 # The pictures.
 
 
-def _heat_map(mutes):
+def _heat_map(mutes: MuteSet) -> str:
     shares = {}
     for path, width in mutes.widths.items():
         columns = min(COLUMNS, width)
@@ -245,7 +257,7 @@ def _heat_map(mutes):
     return _svg(y + height + 4, label, caption, body)
 
 
-def _histogram(mutes):
+def _histogram(mutes: MuteSet) -> str:
     gains = np.concatenate([layer.gains.double().numpy() for layer in mutes.layers.values()])
     _, (low, *_, high) = _axis(mutes.gain_range, LEFT, RIGHT)
     bars = ((gains - low) / (high - low) * BARS).astype(int).clip(0, BARS - 1)
@@ -258,7 +270,7 @@ def _histogram(mutes):
     return _svg(HEIGHT, label, "How many of the neurons have which gain", body)
 
 
-def _lines(caption, points, x_name, series):
+def _lines(caption: str, points: Points, x_name: str, series: Mapping[str, str]) -> str:
     """A line per entry of ``series``, {name in ``points``: what to call it}, through its finite values."""
     lines = {}
     for name, title in series.items():
@@ -276,7 +288,9 @@ def _lines(caption, points, x_name, series):
     return _svg(HEIGHT, f"{caption}: {', '.join(spans)}", caption, body)
 
 
-def _axes(xs, ys, label):
+def _axes(
+    xs: tuple[float, float], ys: tuple[float, float], label: str
+) -> tuple[Callable[[float], float], Callable[[float], float], str]:
     """(x, y, body): where in the picture a value lies, and the axes around the ranges ``xs`` and ``ys``."""
     (x, x_ticks), (y, y_ticks) = _axis(xs, LEFT, RIGHT), _axis(ys, BOTTOM, TOP)
     body = "".join(_label(x(tick), BOTTOM + 16, f"{tick:.6g}", "middle") for tick in x_ticks)
@@ -286,26 +300,28 @@ def _axes(xs, ys, label):
     return x, y, body + _label((LEFT + RIGHT) / 2, BOTTOM + 34, label, "middle")
 
 
-def _axis(values, start, end):
+def _axis(
+    values: tuple[float, float], start: float, end: float
+) -> tuple[Callable[[float], float], NDArray[np.float64]]:
     """(where between ``start`` and ``end`` a value lies, round numbers around the range ``values``)."""
     low, high = values
     room = 0.5 * (max(abs(low), abs(high)) or 1) if math.isclose(low, high) else 0
-    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low - room, high + room)
+    ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low - room, high + room))
     ticks = (ticks / (ticks[1] - ticks[0])).round() * (ticks[1] - ticks[0])  # 0 is not 1e-17
     return lambda value: start + (end - start) * (value - ticks[0]) / (ticks[-1] - ticks[0]), ticks + 0.0
 
 
-def _label(x, y, text, anchor="start"):
+def _label(x: float, y: float, text: object, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_text(text)}</text>'
 
 
-def _rect(kind, x, y, width, height, share=1):
+def _rect(kind: str, x: float, y: float, width: float, height: float, share: float = 1) -> str:
     opacity = 0.2 + 0.8 * share  # one muted neuron among thousands must still be seen
     place = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
     return f'<rect class="{kind}" {place} fill-opacity="{opacity:.2f}"/>'
 
 
-def _svg(height, label, caption, body):
+def _svg(height: float, label: str, caption: str, body: str) -> str:
     box = f'role="img" aria-label="{_text(label)}" viewBox="0 0 {WIDTH} {height:.0f}"'
     return f"<figure><svg {box}>{body}</svg><figcaption>{_text(caption)}</figcaption></figure>\n"
 
@@ -313,37 +329,37 @@ def _svg(height, label, caption, body):
 # HTML. What takes text escapes it; what takes HTML is named html.
 
 
-def _text(value):
+def _text(value: object) -> str:
     return escape(_FORBIDDEN.sub("\ufffd", str(value)))
 
 
-def _wrap(before, after, *html):
+def _wrap(before: str, after: str, *html: str) -> str:
     """All of it in a row; empty if ``html`` is."""
     inner = "".join(html)
     return inner and f"{before}{inner}{after}"
 
 
-def _grid(*html):
+def _grid(*html: str) -> str:
     return _wrap('<div class="grid">\n', "</div>\n", *html)
 
 
-def _said(html):
+def _said(html: str) -> str:
     return f'<p class="said" lang="" dir="auto">{html}</p>'  # in a language that is not known
 
 
-def _facts(facts):
+def _facts(facts: Mapping[str, object]) -> str:
     """A list of terms and what they are, without those that are not known."""
     known = ((_text(name), _text(value)) for name, value in facts.items() if value not in (None, ""))
     return _wrap('<dl class="facts">', "</dl>\n", *(f"<dt>{a}</dt><dd>{b}</dd>\n" for a, b in known))
 
 
-def _table(caption, head, rows):
+def _table(caption: str, head: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in a box that scrolls; the first cell of a row names it."""
     caption, head = _text(caption), "".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
     before = f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table>'
     before += f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>\n"
     html = ""
     for first, *cells in rows:
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-        html += f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>\n'
+        others = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
+        html += f'<tr><th scope="row">{_text(first)}</th>{others}</tr>\n'
     return _wrap(before, "</tbody></table></div>\n", html)

@@ -3,20 +3,30 @@
 Heavy imports are inside the functions, as in ``neumuter.cli``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from neumuter.tables import console
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from neumuter.mutes import MuteSet
+    from neumuter.types import Batch, Text
+
 SHARDS = ("model.safetensors", "model.safetensors.index.json")
 SHOWN, SHOWN_TOKENS = 4, 64  # texts in the report, and tokens of each
 SAMPLES = 32  # neighbour texts said by the model itself: so many alone, half as many beside a retain file
 
 
-def load(model, dtype, gguf_file):
+def load(model: str, dtype: str, gguf_file: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(model)
     if not path.exists() and (path.is_absolute() or model.startswith(".") or len(path.parts) > 2):
         raise FileNotFoundError(f"no such folder: {model}")  # before it is looked for on the Hub
@@ -26,43 +36,50 @@ def load(model, dtype, gguf_file):
 
         transformers.utils.logging.disable_progress_bar()
     with console.status(f"Loading {escape(model)}"):
-        where = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
+        where: dict[str, Any] = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
         if gguf_file and hasattr(transformers, "GgufConfig"):  # older versions always unpack the weights
             where["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where)
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where)
         if gguf_file and getattr(network, "hf_quantizer", None) is not None:
             network.hf_quantizer.remove_quantization_config(network)  # the weights are ordinary ones now
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 @contextmanager
-def progress_bar(description, total, *fields):
+def progress_bar(description: str, total: int | None, *fields: str) -> Iterator[Callable[..., None]]:
     """A progress bar with the time left; yields advance(step, total, **fields), each field a str."""
     columns = [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
     left = TimeRemainingColumn()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, left, console=console
     ) as bars:
-        task = bars.add_task(description, total=total, **dict.fromkeys(fields, "–"))
+        unknown: dict[str, Any] = dict.fromkeys(fields, "–")
+        task = bars.add_task(description, total=total, **unknown)
         yield lambda step, total, **values: bars.update(task, completed=step, total=total, **values)
 
 
-def batches_of(tokenizer, files, column, length, limit):
+def batches_of(
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, Path | None],
+    column: str | None,
+    length: int,
+    limit: int | None,
+) -> dict[str, Batch]:
     from neumuter.texts import encode, read_texts
 
     given = {name: file for name, file in files.items() if file}
     return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}
 
 
-def rewritten(texts, model, seed, out):
+def rewritten(texts: Sequence[Text], model: str, seed: int, out: Path) -> Sequence[Text]:
     """Neighbours by a masked language model, kept in the folder ``out``."""
     import torch
     import transformers
 
     from neumuter.neighbours import cached, rewrite_texts
 
-    def make():
+    def make() -> Sequence[Text]:
         with console.status(f"Loading {escape(model)}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
             network = transformers.AutoModelForMaskedLM.from_pretrained(model).eval()
@@ -73,7 +90,15 @@ def rewritten(texts, model, seed, out):
     return cached(out, {"texts": texts, "model": model, "seed": seed}, make)
 
 
-def sampled(network, tokenizer, forget_batch, others, former, seed, out):
+def sampled(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget_batch: Batch,
+    others: Sequence[Text],
+    former: MuteSet | None,
+    seed: int,
+    out: Path,
+) -> Sequence[Text]:
     """Neighbours that the model itself says, kept in the folder ``out``; ``others``: those that there are.
 
     ``former``: the mute set that is in force, whose texts the model does not say.
@@ -92,7 +117,7 @@ def sampled(network, tokenizer, forget_batch, others, former, seed, out):
         )
     count, length = SAMPLES // (2 if others else 1), forget_batch["labels"].shape[1]
 
-    def make():
+    def make() -> list[str]:
         with progress_bar("Sampling neighbours", count) as advance:
             return sample_texts(network, tokenizer, count, length, seed, advance, barred=forget_batch)
 
@@ -102,7 +127,7 @@ def sampled(network, tokenizer, forget_batch, others, former, seed, out):
     return cached(out, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
 
 
-def measure(description, network, forget, retain):
+def measure(description: str, network: PreTrainedModel, forget: Batch, retain: Batch) -> dict[str, float]:
     """MA of the forget batch, and the mean token loss of both, in nats."""
     from neumuter.evaluation import mean_token_loss, memorization_accuracy
 
@@ -114,7 +139,13 @@ def measure(description, network, forget, retain):
         }
 
 
-def continued(network, tokenizer, texts, state, samples=None):
+def continued(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    state: str,
+    samples: list[dict[str, str]] | None = None,
+) -> list[dict[str, str]]:
     """The first texts, dicts of "prompt", "truth" and, under the key ``state``, what greedy decoding says."""
     import torch
 
@@ -132,18 +163,24 @@ def continued(network, tokenizer, texts, state, samples=None):
         if not ids.shape[1]:
             continue
         wanted = len(tokenizer(sample["truth"], add_special_tokens=False)["input_ids"])
-        made = network.generate(
+        made = cast(Any, network).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(max(wanted, 1), SHOWN_TOKENS),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
-        sample[state] = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        sample[state] = cast(str, tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     return samples
 
 
-def measure_tofu(network, tokenizer, files, limit, reference):
+def measure_tofu(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, Path | None],
+    limit: int | None,
+    reference: Mapping[str, Any] | None,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     import torch
 
     from neumuter.evaluation import tofu, tofu_metrics
@@ -156,7 +193,7 @@ def measure_tofu(network, tokenizer, files, limit, reference):
     return metrics, {"truth_ratios": ratios.tolist()}
 
 
-def union_of(network, paths):
+def union_of(network: PreTrainedModel, paths: Sequence[Path]) -> MuteSet:
     """The mute set of a file, or of several together."""
     from neumuter.mutes import MuteSet
     from neumuter.muting import combine
@@ -165,7 +202,7 @@ def union_of(network, paths):
     return sets[0] if len(sets) == 1 else combine(network, sets)
 
 
-def fold_files(model, files, out, gguf_file):
+def fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> MuteSet:
     """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
     from neumuter.files import new_folder
     from neumuter.folding import CARD, NotOnDiskError, fold_checkpoint, model_card

@@ -2,18 +2,31 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from neumuter.files import write_atomically
+from neumuter.files import PathLike, write_atomically
 from neumuter.losses import IGNORED
+from neumuter.types import Batch, Text
 
 BATCH = 8
 
 
-def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=None):
+def sample_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int = 0,
+    callback: Callable[[int, int], object] | None = None,
+    barred: Batch | None = None,
+) -> list[str]:
     """At most ``count`` texts (str) of up to ``length`` new tokens, drawn from the model itself.
 
     Sampling is from the whole distribution, after the start token (bos, else eos), and seeded; texts of
@@ -29,12 +42,14 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=
     if start is None:
         raise ValueError("the tokenizer has no bos or eos token to sample neighbours from; give retain texts")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
-    texts, processors = [], [_Bar(barred, tokenizer.eos_token_id)] if barred else []
+    processors = [_Bar(barred, tokenizer.eos_token_id)] if barred else []
+    texts: list[str] = []
+    device = cast(torch.device, model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for done in range(0, count, BATCH):
-            prompt = torch.full((min(BATCH, count - done), 1), start, device=model.device)
-            ids = model.generate(
+            prompt = torch.full((min(BATCH, count - done), 1), start, device=device)
+            ids = cast(Any, model).generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
@@ -56,14 +71,15 @@ def sample_texts(model, tokenizer, count, length, seed=0, callback=None, barred=
 class _Bar(transformers.LogitsProcessor):
     """Makes the third of three tokens impossible, and ends the text where it is the most likely one."""
 
-    def __init__(self, batch, end):
-        self.third, self.end = {}, end
+    def __init__(self, batch: Batch, end: int | None) -> None:
+        self.third: dict[tuple[int, ...], set[int]] = {}
+        self.end = end
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
             for *former, token, label in zip(ids, ids[1:], ids[2:], labels[2:], strict=False):
                 if label != IGNORED:
                     self.third.setdefault(tuple(former), set()).add(token)
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for row, former in enumerate(input_ids[:, -2:].tolist()):
             if tokens := self.third.get(tuple(former)):
                 ends = self.end is not None and int(scores[row].argmax()) in tokens
@@ -76,7 +92,14 @@ class _Bar(transformers.LogitsProcessor):
 
 
 @torch.no_grad()
-def rewrite_texts(texts, model, tokenizer, share=0.3, seed=0, callback=None):
+def rewrite_texts(
+    texts: Sequence[Text],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    share: float = 0.3,
+    seed: int = 0,
+    callback: Callable[[int, int], object] | None = None,
+) -> list[Text]:
     """``texts`` with a share of their tokens replaced by what a masked language model finds likely there.
 
     In each text ⌈share·N⌉ of its N tokens are masked at once, at random, and each is filled with the most
@@ -94,18 +117,19 @@ def rewrite_texts(texts, model, tokenizer, share=0.3, seed=0, callback=None):
         raise ValueError(f"share must lie in (0, 1], got {share}")
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(tokenizer.all_special_ids, device=model.device)
-    made = []
+    device = cast(torch.device, model.device)
+    special = torch.tensor(tokenizer.all_special_ids, device=device)
+    made: list[Text] = []
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
         plain = [text if isinstance(text, str) else text[1] for text in part]
         batch = tokenizer(plain, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        ids = batch["input_ids"].to(model.device)
+        ids = batch["input_ids"].to(device)
         fixed = torch.isin(ids, special)
         noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(fixed, 2.0)
         wanted = ((~fixed).sum(1, keepdim=True) * share).ceil()
         chosen = (noise.argsort(1).argsort(1) < wanted) & ~fixed
-        options = {"attention_mask": batch["attention_mask"].to(model.device)}
+        options = {"attention_mask": batch["attention_mask"].to(device)}
         logits = model(input_ids=ids.masked_fill(chosen, tokenizer.mask_token_id), **options).logits
         logits[..., special] = -torch.inf
         logits.scatter_(2, ids[..., None], -torch.inf)
@@ -119,7 +143,7 @@ def rewrite_texts(texts, model, tokenizer, share=0.3, seed=0, callback=None):
     return made
 
 
-def cached(folder, what, make):
+def cached(folder: PathLike, what: dict[str, Any], make: Callable[[], Sequence[Text]]) -> Sequence[Text]:
     """``make()``, a list of texts, or what it gave before for the same ``what`` (JSON values).
 
     Kept in ``folder``, in a file that is named by the hash of ``what``: the texts and settings that the

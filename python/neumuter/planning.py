@@ -6,18 +6,22 @@ objective runs on them. What it would keep in memory, compute and move is counte
 
 import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from neumuter.files import PathLike
 from neumuter.head import Head
-from neumuter.masking import attach
+from neumuter.masking import Masked, attach
 
 # Dense 16-bit FLOP/s and bytes/s of the data sheets.
 CARDS = {
@@ -44,12 +48,14 @@ STATE_BYTES = 16  # of one score: itself, its gradient, and the two moments of A
 class _Counting(TorchDispatchMode):
     """Bytes alive, the most that were, the bytes that operations read and write, and FLOPs."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.alive = self.peak = self.moved = self.flops = 0
-        self._seen = set()
+        self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         # What was there before counting began, such as the weights, is not counted.
         self._seen.update(x.untyped_storage()._cdata for x in inputs)
@@ -70,7 +76,7 @@ class _Counting(TorchDispatchMode):
             self.moved += sum(x.numel() * x.element_size() for x in (*inputs, *tensors))
         return result
 
-    def _free(self, key, size):
+    def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.alive -= size
 
@@ -89,28 +95,30 @@ class Plan:
     temporary: int  # beyond these at the peak
     flops: int  # of one training step
     moved: int  # bytes that its operations read and write
-    cache: tuple  # of each layer, when serving: (bytes of a token's keys and values, window or None)
-    layouts: dict
+    cache: tuple[
+        tuple[int, int | None], ...
+    ]  # of each layer, when serving: (bytes of a token's keys and values, window or None)
+    layouts: dict[str, dict[str, int]]
 
     @property
-    def training(self):
+    def training(self) -> int:
         """Peak bytes of mask training on one device."""
         return self.weights + self.masks + self.reference + self.activations + self.temporary
 
-    def serving(self, sequences, tokens):
+    def serving(self, sequences: int, tokens: int) -> int:
         """Bytes of serving ``sequences`` of ``tokens`` tokens each with one mute set, on one device."""
         kept = sum(size * min(tokens, window or tokens) for size, window in self.cache)
         return self.weights + 4 * self.neurons + sequences * kept
 
-    def step_seconds(self, card):
+    def step_seconds(self, card: str) -> tuple[float, str]:
         """The time of a training step at the roofline of a card: (seconds, what binds)."""
         compute, bandwidth = CARDS[card]
         times = {"arithmetic": self.flops / compute, "memory": self.moved / bandwidth}
-        binds = max(times, key=times.get)
+        binds = max(times, key=times.__getitem__)
         return times[binds], binds
 
 
-def load_config(path):
+def load_config(path: PathLike) -> PreTrainedConfig:
     """The config at ``path``, a config.json or the folder that has one.
 
     Raises FileNotFoundError if there is none.
@@ -119,10 +127,18 @@ def load_config(path):
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{path} is neither a config.json nor a folder that has one")
-    return AutoConfig.from_pretrained(file)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(file)
+    return config
 
 
-def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpointing=False):
+def plan(
+    config: PreTrainedConfig,
+    devices: int = 1,
+    samples: int = 8,
+    tokens: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+) -> Plan:
     """The ``Plan`` of a config of transformers.
 
     ``samples``: of each kind, forget and neighbour, per step and device. ``tokens``: of each. ``dtype``: of
@@ -167,15 +183,16 @@ def plan(config, devices=1, samples=8, tokens=256, dtype=torch.bfloat16, checkpo
 class _Step:
     """One step of NeuMuter's objective on fake samples, forget and neighbour ones side by side."""
 
-    def __init__(self, masked, samples, tokens):
+    def __init__(self, masked: Masked, samples: int, tokens: int) -> None:
         self.masked, self.head = masked, Head(masked.model)
         self.ids = torch.zeros(2 * samples, tokens, dtype=torch.int64)
         self.targets = torch.zeros(samples * (tokens - 1), dtype=torch.int64)
-        hidden = masked.model.config.get_text_config().hidden_size
-        self.reference = torch.zeros(len(self.targets), hidden, dtype=masked.model.dtype)
+        model = cast(PreTrainedModel, masked.model)
+        hidden = model.config.get_text_config().hidden_size
+        self.reference = torch.zeros(len(self.targets), hidden, dtype=model.dtype)
         self.kept = 0  # bytes alive between forward and backward
 
-    def run(self, counting):
+    def run(self, counting: _Counting) -> None:
         with self.masked.sampling(0, 0, torch.arange(len(self.ids))):
             hidden = self.head.hidden(self.ids)[:, :-1].flatten(0, 1)
             self.kept = counting.alive
@@ -185,22 +202,23 @@ class _Step:
             loss.backward()
 
 
-def _decoder_layers(model):
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    return max(lists, key=_bytes, default=[model])
+def _decoder_layers(model: nn.Module) -> Iterable[nn.Module]:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    largest: nn.Module | None = max(lists, key=_bytes, default=None)
+    return [model] if largest is None else largest.children()
 
 
-def _bytes(module):
+def _bytes(module: nn.Module) -> int:
     """Of the parameters and buffers, tied ones once."""
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(_size(t) for t in tensors.values())
 
 
-def _size(tensor):
+def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _cache(model):
+def _cache(model: nn.Module) -> tuple[tuple[int, int | None], ...]:
     """Of each layer with keys and values: (bytes of one token's, the window that it keeps or None)."""
     with torch.no_grad():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
@@ -212,7 +230,7 @@ def _cache(model):
     return tuple(found)
 
 
-def _layouts(parts, layers, devices):
+def _layouts(parts: dict[str, int], layers: list[int], devices: int) -> dict[str, dict[str, int]]:
     """Bytes per device: {layout: {part: bytes}}, for decoder layers of the given sizes.
 
     DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather the embeddings and the head, the layer at

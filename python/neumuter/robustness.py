@@ -1,11 +1,16 @@
 """Do forgotten texts stay forgotten? Metrics after quantisation, and after learning some of them again."""
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from neumuter.mutes import MuteSource
 from neumuter.muting import fold
 from neumuter.recipes.weights import WeightsConfig, tune_weights
+from neumuter.types import Batch
 
 BITS = (8, 4)
 GROUP = 32  # input features that share a scale at 4 bits
@@ -17,7 +22,15 @@ EXPLAINED = (
 MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
 
 
-def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=MEASURED, seed=0):
+def robustness(
+    model: nn.Module,
+    mutes: MuteSource | None,
+    forget_batch: Batch,
+    measure: Callable[[nn.Module, Batch], dict[str, float]],
+    config: WeightsConfig = RELEARNING,
+    measured: Sequence[int] = MEASURED,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
     """{state: metrics} of copies of ``model`` that have ``mutes`` folded in and are then tampered with.
 
     ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet, a mute file's path, or
@@ -48,7 +61,7 @@ def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=
     found["half"] = measure(folded, asked)
     folded.requires_grad_(True)
 
-    def report(step, total, info):
+    def report(step: int, total: int, info: dict[str, Any]) -> None:
         if step in measured:
             found[f"relearned {step}"] = measure(folded, asked)
 
@@ -56,23 +69,23 @@ def robustness(model, mutes, forget_batch, measure, config=RELEARNING, measured=
     return found
 
 
-def quantised(model, bits):
+def quantised(model: nn.Module, bits: int) -> nn.Module:
     """``model`` with its linear weights rounded in place, see :func:`robustness`, as far as they fit."""
     try:
         from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
     except ImportError as error:
         raise ImportError("measuring after quantisation needs torchao: pip install torchao") from error
-    kinds = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP))}
+    kinds = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP))}  # type: ignore[attr-defined]  # not in torch's stubs
     if bits not in kinds:
         raise ValueError(f"bits must be 8 or 4, got {bits!r}")
     dtype, granularity = kinds[bits]
-    head = model.get_output_embeddings()
+    head = cast(Any, model).get_output_embeddings()
 
-    rounded = []
+    rounded: list[str] = []
 
-    def fits(module, name):
-        fitting = isinstance(module, torch.nn.Linear) and module is not head
-        if fitting and (bits == 8 or module.in_features % GROUP == 0):
+    def fits(module: nn.Module, name: str) -> bool:
+        linear = isinstance(module, nn.Linear) and module is not head
+        if linear and (bits == 8 or cast(nn.Linear, module).in_features % GROUP == 0):
             rounded.append(name)
         return name in rounded
 
@@ -82,7 +95,7 @@ def quantised(model, bits):
     return model
 
 
-def _folded(model, mutes):
+def _folded(model: nn.Module, mutes: MuteSource | None) -> nn.Module:
     folded = copy.deepcopy(model)
     if mutes is not None:
         fold(folded, mutes)

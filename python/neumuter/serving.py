@@ -4,18 +4,24 @@ import contextlib
 import contextvars
 import functools
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
+from torch import Tensor, nn
 
-from neumuter.families import find_ffns, input_device, unwrapped
+from neumuter.families import FFN, find_ffns, input_device, unwrapped
 from neumuter.ffn import CHILD, Gates, Installed, refuse_wrapped
 from neumuter.modes import without_dropout
+from neumuter.mutes import MutedLayer, MuteSource
 from neumuter.muting import fitting_ffns, loaded
 from neumuter.seams import can_run
 from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up
 CACHED = 8  # numbers of tokens whose row ids a batch keeps
+Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]  # of a _Pool
+Place = tuple[int, int, int]  # of a set there: its row, its first slot, the one behind its last
 
 
 class MuteBank:
@@ -46,7 +52,7 @@ class MuteBank:
     as modules, and RuntimeError for one that is attached or muted.
     """
 
-    def __init__(self, model, required=False):
+    def __init__(self, model: nn.Module, required: bool = False) -> None:
         refuse_wrapped(model)
         ffns = find_ffns(model)
         for ffn in ffns:
@@ -63,7 +69,7 @@ class MuteBank:
         self._installed = Installed(gates, [ffn.down for ffn in ffns])
         self._hook = self._inner.register_forward_pre_hook(self._current.begin, with_kwargs=True)
         if generate is not None:
-            self._inner.generate = functools.partial(_generate, self, generate)
+            cast(Any, self._inner).generate = functools.partial(_generate, self, generate)
         try:
             _check_calls(model, gates, self)
         except BaseException:
@@ -71,16 +77,16 @@ class MuteBank:
             raise
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """The names of the sets, in the order in which they were added."""
         return tuple(self._pool.sets)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """What the sets take on each device, with the room for more."""
         return self._pool.bytes
 
-    def add(self, name, mutes):
+    def add(self, name: str, mutes: MuteSource) -> None:
         """Add a ``MuteSet``, or the mute file at that path, as ``name``, a str.
 
         Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, ValueError if
@@ -96,18 +102,18 @@ class MuteBank:
             self._refuse_taken(name)
             self._pool.add(name, [mutes.layers.get(path) for path in self._paths])
 
-    def _refuse_taken(self, name):
+    def _refuse_taken(self, name: str) -> None:
         if name in self._pool.sets:
             raise ValueError(f"there is a mute set {name!r} already: remove it first")
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         """Forget a set. Raises KeyError if there is none of that name."""
         with self._lock:
             self._known([name])
             del self._pool.sets[name]
 
     @contextlib.contextmanager
-    def using(self, names):
+    def using(self, names: str | Sequence[str | None] | None) -> "Iterator[MuteBank]":
         """Context: row i of a batch uses the set ``names[i]``, None: none; one str or None: for all rows.
 
         Rows that generation makes of one (beams, several sequences) use its set. Contexts nest, must end in
@@ -123,7 +129,7 @@ class MuteBank:
         with self._current.being(rows):
             yield self
 
-    def _known(self, names):
+    def _known(self, names: Iterable[str | None]) -> list[int]:
         """The pool's rows of ``names``, −1 for None."""
         for name in names:
             if name is not None and name not in self._pool.sets:
@@ -131,7 +137,7 @@ class MuteBank:
                 raise KeyError(f"there is no mute set {name!r}; there are: {listed}")
         return [-1 if name is None else self._pool.sets[name][0] for name in names]
 
-    def undo(self):
+    def undo(self) -> None:
         """Put the very original modules and ``generate`` back. Harmless when called again."""
         self._installed.remove()
         self._hook.remove()
@@ -140,27 +146,27 @@ class MuteBank:
         else:
             vars(self._inner).pop("generate", None)
 
-    def __enter__(self):
+    def __enter__(self) -> "MuteBank":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.undo()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MuteBank":
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a model with a MuteBank cannot be pickled: call its undo() first")
 
 
-def _generate(bank, generate, *arguments, **options):
+def _generate(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     if "mute_sets" not in options:
         return generate(*arguments, **options)
     with bank.using(options.pop("mute_sets")):
         return generate(*arguments, **options)
 
 
-def _indexed(device):
+def _indexed(device: torch.device) -> torch.device:
     """ "cuda" as "cuda:0": devices are looked up by what tensors say."""
     return torch.empty(0, device=device).device
 
@@ -168,12 +174,12 @@ def _indexed(device):
 class _Current:
     """Which rows are in force, in this thread."""
 
-    def __init__(self, required):
+    def __init__(self, required: bool) -> None:
         self.required = required
-        self.variable = contextvars.ContextVar("rows", default=None)
+        self.variable: contextvars.ContextVar[_Rows | None] = contextvars.ContextVar("rows", default=None)
 
     @contextlib.contextmanager
-    def being(self, rows):
+    def being(self, rows: "_Rows") -> Iterator[None]:
         token = self.variable.set(rows)
         try:
             yield
@@ -183,7 +189,7 @@ class _Current:
             if ended is not rows:
                 raise RuntimeError("contexts of a MuteBank must end in the order in which they were opened")
 
-    def begin(self, module, arguments, options):
+    def begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Before a forward pass of the model: its number of rows."""
         rows = self.variable.get()
         if rows is None:
@@ -196,26 +202,26 @@ class _Current:
         given = (options.get("input_ids"), options.get("inputs_embeds"), *arguments)
         rows.begin(next(x.shape[0] for x in given if isinstance(x, torch.Tensor)))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Current":
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a model with a MuteBank cannot be pickled: call its undo() first")
 
 
 class _BankGates(Gates):
     """At a down projection: mutes its input by the rows that are in force."""
 
-    def __init__(self, ffn, number, current):
+    def __init__(self, ffn: FFN, number: int, current: _Current) -> None:
         super().__init__(ffn, "down")
         self.number, self.current, self.calls = number, current, 0
 
-    def install(self, module):
+    def install(self, module: nn.Module) -> None:
         super().install(module)
         module.forward = functools.partial(_muted, module)
 
 
-def _muted(down, hidden, *arguments, **options):
+def _muted(down: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
     gates = getattr(down, CHILD)
     if (rows := gates.current.variable.get()) is not None:
         if rows.counting:
@@ -225,7 +231,7 @@ def _muted(down, hidden, *arguments, **options):
 
 
 @torch.no_grad()
-def _check_calls(model, gates, bank):
+def _check_calls(model: nn.Module, gates: Sequence[_BankGates], bank: MuteBank) -> None:
     """Run two tokens. Raises ValueError unless every down projection was called, with a row per token."""
     if not can_run(model):
         return
@@ -244,25 +250,26 @@ def _check_calls(model, gates, bank):
 class _Rows:
     """The sets of the rows of one batch, in the pool's tensors as they were when it began."""
 
-    def __init__(self, rows, tensors, counting=False):
+    def __init__(self, rows: list[int], tensors: Tensors, counting: bool = False) -> None:
         self.rows, self.tensors, self.counting = torch.tensor(rows), tensors, counting
         self.touched = any(row >= 0 for row in rows)
-        self.batch, self._ids = None, {}
+        self.batch: int | None = None
+        self._ids: dict[tuple[int, torch.device], Tensor] = {}
 
-    def begin(self, batch):
+    def begin(self, batch: int) -> None:
         if batch % len(self.rows):
             raise ValueError(
                 f"a batch of {batch} rows cannot use {len(self.rows)} mute sets, one for each row"
             )
         self.batch = batch
 
-    @torch.compiler.disable
-    def mute_(self, hidden, layer):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def mute_(self, hidden: Tensor, layer: int) -> None:
         if self.touched:
             ids = self._of_tokens(hidden.shape[:-1].numel(), hidden.device)
             mute_(hidden, *self.tensors[hidden.device], ids, layer)
 
-    def _of_tokens(self, tokens, device):
+    def _of_tokens(self, tokens: int, device: torch.device) -> Tensor:
         """The set of each token, int64 [tokens]: made in the first layer, for all."""
         ids = self._ids.get((tokens, device))
         if ids is None:
@@ -291,22 +298,22 @@ class _Pool:
     are left move to new tensors.
     """
 
-    def __init__(self, layers, devices):
+    def __init__(self, layers: int, devices: Iterable[torch.device]) -> None:
         self.layers = layers
-        self.sets = {}  # name: (row, first slot, behind the last one)
-        self.tensors = {device: self._room(device, 0, 0) for device in devices}
+        self.sets: dict[str, Place] = {}
+        self.tensors: Tensors = {device: self._room(device, 0, 0) for device in devices}
         self.row, self.end = 0, 0  # behind the last set
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in next(iter(self.tensors.values())))
 
-    def _room(self, device, sets, neurons):
+    def _room(self, device: torch.device, sets: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
         indptr = torch.zeros(sets, self.layers + 1, dtype=torch.int64, device=device)
         indices = torch.zeros(neurons, dtype=torch.int32, device=device)
         return indptr, indices, torch.zeros(neurons, device=device)
 
-    def add(self, name, layers):
+    def add(self, name: str, layers: Sequence[MutedLayer | None]) -> None:
         """``layers``: a ``MutedLayer`` or None for each. Nothing is changed on an error."""
         muted = [layer for layer in layers if layer is not None]
         counts = torch.tensor([0, *(0 if layer is None else len(layer.indices) for layer in layers)])
@@ -322,7 +329,7 @@ class _Pool:
                 torch.cuda.synchronize(device)
         self.sets, self.tensors, self.row, self.end = sets, tensors, row + 1, sets[name][2]
 
-    def _moved(self, more):
+    def _moved(self, more: int) -> tuple[dict[str, Place], Tensors, int, int]:
         """(sets, tensors, row, end) without sets that are gone, with room for ``more`` neurons and some."""
         live = sum(stop - start for _, start, stop in self.sets.values())
         size = int(GROWTH * (len(self.sets) + 1)) + 1, int(GROWTH * (live + more))
@@ -337,7 +344,7 @@ class _Pool:
         return sets, tensors, len(sets), end
 
 
-def _append(tensors, row, end, indptr, indices, gains):
+def _append(tensors: Tensors, row: int, end: int, indptr: Tensor, indices: Tensor, gains: Tensor) -> Place:
     """Write one set; returns its place (row, first slot, behind the last one)."""
     stop = end + len(indices)
     for pointers, neurons, factors in tensors.values():

@@ -1,14 +1,17 @@
 """Silenced neurons taken out of the weights: a smaller model that computes the same."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neumuter.families import find_ffns, unwrapped
+from neumuter.families import FFN, find_ffns, unwrapped
+from neumuter.mutes import MuteSource
 from neumuter.muting import FOLDABLE, fold, loaded, matching_ffns
 
 
@@ -16,13 +19,13 @@ from neumuter.muting import FOLDABLE, fold, loaded, matching_ffns
 class Shrunk:
     """What ``shrink`` did. ``widths``: {FFN path: (neurons before, after)}. Bytes: of all parameters."""
 
-    widths: dict
+    widths: dict[str, tuple[int, int]]
     bytes_before: int
     bytes_after: int
 
 
 @torch.no_grad()
-def shrink(model, mutes, multiple=64):
+def shrink(model: nn.Module, mutes: MuteSource, multiple: int = 64) -> Shrunk:
     """Remove the neurons with gain 0 of a ``MuteSet``, or of the mute file at that path, and fold the others.
 
     In place, for dense FFNs with plain weights. The configs of transformers have one width for all FFNs, and
@@ -44,19 +47,19 @@ def shrink(model, mutes, multiple=64):
     silent = {path: layer.indices[layer.gains == 0].tolist() for path, layer in mutes.layers.items()}
     before = {ffn.path: ffn.width for ffn in ffns}
     kept = {path: width - len(silent.get(path, [])) for path, width in before.items()}
-    config = getattr(unwrapped(model), "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     shared = isinstance(config, PreTrainedConfig)
     needed = dict.fromkeys(kept, max(kept.values())) if shared else kept
     after = {path: max(1, -(-count // multiple)) * multiple for path, count in needed.items()}
     after = {path: min(width, before[path]) for path, width in after.items()}
     if after == before:
-        path = (max if shared else min)(kept, key=kept.get)
+        path = (max if shared else min)(kept, key=kept.__getitem__)
         raise ValueError(
             f"nothing can be removed: {path} keeps {kept[path]} of its {before[path]} neurons, and widths "
             f"are multiples of {multiple}{', the same for all FFNs' if shared else ''}"
         )
     if shared:
-        attribute, reference = _resized(unwrapped(model), ffns, after[ffns[0].path])
+        attribute, reference = _resized(cast(PreTrainedModel, unwrapped(model)), ffns, after[ffns[0].path])
     bytes_before = _bytes(model)
     fold(model, mutes)
     for ffn in ffns:
@@ -72,16 +75,17 @@ def shrink(model, mutes, multiple=64):
     return Shrunk({path: (before[path], after[path]) for path in before}, bytes_before, _bytes(model))
 
 
-def _projections(ffn):
+def _projections(ffn: FFN) -> list[nn.Module]:
+    assert ffn.layout is not None
     names = (ffn.layout.gate, ffn.layout.up, ffn.layout.gate_up, ffn.layout.down)
     return [getattr(ffn.module, name) for name in names if name]
 
 
-def _check_plain(ffn):
+def _check_plain(ffn: FFN) -> None:
     if not ffn.layout:
         raise ValueError(f"{ffn.path} has experts; only dense FFNs can be shrunk")
     for module in (projections := _projections(ffn)):
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         plain = type(module) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and not weight.is_meta
         if not plain or weight.dtype not in FOLDABLE:
             raise ValueError(
@@ -94,7 +98,7 @@ def _check_plain(ffn):
             raise ValueError(f"cannot shrink {ffn.path}: its {name} depends on all of the neurons")
 
 
-def _resized(model, ffns, width):
+def _resized(model: PreTrainedModel, ffns: Sequence[FFN], width: int) -> tuple[str, list[FFN]]:
     """The name of the config's attribute that makes all FFNs ``width`` wide and changes nothing else, and the
     FFNs of such a model, without weights. Found by trying. Raises ValueError if there is none."""
     old = ffns[0].width
@@ -119,13 +123,14 @@ def _resized(model, ffns, width):
     )
 
 
-def _other_shapes(model, ffns):
+def _other_shapes(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, torch.Size]:
     inside = {id(p) for ffn in ffns for module in _projections(ffn) for p in module.parameters()}
     return {name: p.shape for name, p in model.named_parameters() if id(p) not in inside}
 
 
-def _keep(ffn, neurons):
+def _keep(ffn: FFN, neurons: Tensor) -> None:
     """Keep these of an FFN's neurons, integers [n] ascending."""
+    assert ffn.layout is not None
     width = ffn.width
     for module in _projections(ffn):
         if module is ffn.down:
@@ -135,7 +140,7 @@ def _keep(ffn, neurons):
             _take(module, both, outputs=True)
 
 
-def _take(module, indices, outputs):
+def _take(module: nn.Module, indices: Tensor, outputs: bool) -> None:
     """Reduce the outputs, or else the inputs, of an nn.Linear or Conv1D to those at ``indices``."""
     transposed = isinstance(module, Conv1D)
     dim = int(outputs == transposed)  # an nn.Linear has [outputs, inputs]
@@ -147,5 +152,5 @@ def _take(module, indices, outputs):
     setattr(module, size[outputs], len(indices))
 
 
-def _bytes(model):
+def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())

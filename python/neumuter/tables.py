@@ -1,15 +1,24 @@
 """What the command line prints: one function per table."""
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from neumuter.mutes import MuteSet
+    from neumuter.planning import Plan
+
 console = Console()
 
 
-def print_metrics(columns):
+def print_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
     """One line per metric, a column per state, and what each metric is."""
     from neumuter.evaluation import METRICS
 
@@ -28,7 +37,7 @@ def print_metrics(columns):
     console.print("\n".join(definitions), highlight=False)
 
 
-def print_robustness(states):
+def print_robustness(states: Mapping[str, Mapping[str, float]]) -> None:
     """One line per metric, a column per state of ``neumuter.robustness``."""
     from neumuter.evaluation import METRICS
     from neumuter.robustness import EXPLAINED
@@ -41,7 +50,7 @@ def print_robustness(states):
     console.print(EXPLAINED)
 
 
-def print_curve(curve):
+def print_curve(curve: Sequence[Mapping[str, Any]]) -> None:
     table = Table("neurons", "share", "texts still extracted", "MA", "goals")
     for point in curve:
         extraction, ma = f"{point['forget_extraction']:.2f}", f"{point['forget_ma']:.3f}"
@@ -52,7 +61,9 @@ def print_curve(curve):
         console.print("[bold yellow]No budget tried meets the goals:[/] the largest one is kept.")
 
 
-def print_plan(found, gpus, memory, card, batch, served):
+def print_plan(
+    found: Plan, gpus: int, memory: float, card: str, batch: tuple[int, int], served: tuple[int, int]
+) -> None:
     seconds, binds = found.step_seconds(card)
     facts = Table(show_header=False)
     rows = {
@@ -82,7 +93,7 @@ def print_plan(found, gpus, memory, card, batch, served):
     )
 
 
-def print_outcome(mutes, path, seconds):
+def print_outcome(mutes: MuteSet, path: Path, seconds: float) -> None:
     table = Table("", "before", "after")
     before, after = mutes.metrics["before"], mutes.metrics["after"]
     for key, name in (
@@ -105,7 +116,7 @@ def print_outcome(mutes, path, seconds):
     )
 
 
-def peak_memory():
+def peak_memory() -> int:
     """Bytes: of the GPU where there is one, else of the process."""
     import torch
 

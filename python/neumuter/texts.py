@@ -1,15 +1,25 @@
 """Texts from files, and batches of token ids from texts."""
 
+from __future__ import annotations
+
 import csv
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from torch import Tensor
 
+from neumuter.files import PathLike
 from neumuter.losses import IGNORED
+from neumuter.types import Batch, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def read_texts(path, column=None, limit=None):
+def read_texts(path: PathLike, column: str | None = None, limit: int | None = None) -> list[Text]:
     """The texts in a file, in order: each a str, or a (prompt, completion) pair of str.
 
     By the file's suffix: ``.jsonl`` has one JSON object a line, ``.csv`` a header line; anything else is
@@ -24,6 +34,7 @@ def read_texts(path, column=None, limit=None):
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"limit must be an int of at least 1, got {limit!r}")
     with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+        rows: Iterator[str | tuple[int, dict[str, Any]]]
         if path.suffix == ".jsonl":
             rows = _json_rows(file)
         elif path.suffix == ".csv":
@@ -48,12 +59,12 @@ def read_texts(path, column=None, limit=None):
 
 
 class _BadLine(Exception):
-    def __init__(self, line, message):
+    def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line
 
 
-def _json_rows(file):
+def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -66,7 +77,7 @@ def _json_rows(file):
         yield line, row
 
 
-def _csv_rows(file):
+def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(file, strict=True)
     try:
         for row in reader:
@@ -75,7 +86,7 @@ def _csv_rows(file):
         raise _BadLine(reader.line_num, f"not CSV: {error}") from None
 
 
-def _paragraphs(file):
+def _paragraphs(file: TextIO) -> Iterator[str]:
     lines = []
     for line in [*file, ""]:
         if line.strip():
@@ -85,7 +96,7 @@ def _paragraphs(file):
             lines = []
 
 
-def _text_of(numbered_row, column):
+def _text_of(numbered_row: tuple[int, dict[str, Any]], column: str | None) -> Text:
     line, row = numbered_row
     wanted = column or "text"
     if wanted in row:
@@ -100,16 +111,16 @@ def _text_of(numbered_row, column):
     return row[names[0]] if len(names) == 1 else (row["prompt"], row["completion"])
 
 
-def _open_ended(prompt, tokenizer):
+def _open_ended(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of ``prompt`` without the end token that some tokenizers append."""
-    ids = tokenizer(prompt)["input_ids"]
+    ids: list[int] = tokenizer(prompt)["input_ids"]
     added = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     while added and ids[-1] in tokenizer.all_special_ids:
         ids, added = ids[:-1], added - 1
     return ids
 
 
-def encode(texts, tokenizer, max_length):
+def encode(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Batch:
     """A batch of token ids: {"input_ids", "attention_mask", "labels"}, int64 [B, T] each.
 
     ``texts``: as ``read_texts`` returns them. Special tokens at the start are the tokenizer's own; a
@@ -136,7 +147,7 @@ def encode(texts, tokenizer, max_length):
     longest = max(len(ids) for ids, _ in rows)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def padded(sequences, value):
+    def padded(sequences: list[list[int]], value: int) -> Tensor:
         return torch.tensor([row + [value] * (longest - len(row)) for row in sequences])
 
     return {

@@ -3,20 +3,26 @@
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from neumuter.evaluation import mean_token_loss, memorization_accuracy
-from neumuter.files import write_atomically
+from neumuter.files import PathLike, write_atomically
 from neumuter.masking import NothingSelectedError, attach
 from neumuter.modes import without_dropout
+from neumuter.mutes import MuteSet
 from neumuter.recipes.gates import GatesConfig, closed_share, method_of, objective
 from neumuter.recipes.pair import Pair
+from neumuter.types import Batch
 
 SCORES = "scores.safetensors"  # in a checkpoint
 _PAPER = GatesConfig()
@@ -35,7 +41,7 @@ class NeuMuterConfig(TrainingArguments):
 
     learning_rate: float = _PAPER.lr
     num_train_epochs: float = _PAPER.epochs
-    per_device_train_batch_size: int = _PAPER.batch_size
+    per_device_train_batch_size: int = _PAPER.batch_size or 1
     lr_scheduler_type: str = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
@@ -50,40 +56,43 @@ class NeuMuterConfig(TrainingArguments):
     goal_forget_loss: float | None = None
     goal_forget_ma: float | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers'
         if (
             self.goal_forget_loss is not None or self.goal_forget_ma is not None
         ) and self.eval_strategy == "no":
             raise ValueError("goals are looked at in evaluations: set eval_strategy to 'epoch' or 'steps'")
 
 
-class _Indices(torch.utils.data.Dataset):
+class _Indices(torch.utils.data.Dataset[tuple[int, int]]):
     """Pairs of sample ids; every forget and every neighbour sample comes at least once in a round."""
 
-    def __init__(self, forget, neighbours):
+    def __init__(self, forget: int, neighbours: int) -> None:
         self.forget, self.neighbours = forget, neighbours
 
-    def __len__(self):
+    def __len__(self) -> int:
         return max(self.forget, self.neighbours)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[int, int]:
         return i % self.forget, self.forget + i % self.neighbours
 
 
-def _collate(pairs):
+def _collate(pairs: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
     # A list: a tensor would go to the device, and coming back wait for it.
     return {"sample_ids": [first for first, _ in pairs] + [second for _, second in pairs]}
 
 
 class _Goals(TrainerCallback):
-    def on_evaluate(self, args, state, control, metrics, **_):
-        wanted = (
-            (args.goal_forget_loss, lambda goal: metrics["eval_forget_loss"] >= goal),
-            (args.goal_forget_ma, lambda goal: metrics["eval_forget_ma"] <= goal),
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        goals, metrics = cast(NeuMuterConfig, args), given["metrics"]
+        wanted: tuple[tuple[float | None, Callable[[float], bool]], ...] = (
+            (goals.goal_forget_loss, lambda goal: metrics["eval_forget_loss"] >= goal),
+            (goals.goal_forget_ma, lambda goal: metrics["eval_forget_ma"] <= goal),
         )
-        given = [met(goal) for goal, met in wanted if goal is not None]
-        if given and all(given):
+        reached = [met(goal) for goal, met in wanted if goal is not None]
+        if reached and all(reached):
             control.should_training_stop = True
 
 
@@ -100,7 +109,18 @@ class NeuMuterTrainer(Trainer):
     CPU.
     """
 
-    def __init__(self, model, args, forget_batch, neighbour_batch, callbacks=(), **options):
+    args: NeuMuterConfig
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: NeuMuterConfig,
+        forget_batch: Batch,
+        neighbour_batch: Batch,
+        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
+    ) -> None:
         self.masked = attach(model, args.start_layer)
         try:
             self.pair = Pair(self.masked, forget_batch, neighbour_batch)
@@ -108,7 +128,7 @@ class NeuMuterTrainer(Trainer):
             self.masked.detach()
             raise
         self.batches = {"forget": forget_batch, "retain": neighbour_batch}
-        self._sums = {}
+        self._sums: dict[str, tuple[Tensor | float, int]] = {}
         data = _Indices(self.pair.forget_count, self.pair.neighbour_count)
         args.remove_unused_columns = False
         super().__init__(
@@ -117,18 +137,28 @@ class NeuMuterTrainer(Trainer):
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False
 
-    def train(self, resume_from_checkpoint=None, **options):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any
+    ) -> TrainOutput:
         """``resume_from_checkpoint``: a folder, or True for the last whole checkpoint, if there is one."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **options)
+            resume_from_checkpoint = last_checkpoint(cast(str, self.args.output_dir))
+        return super().train(resume_from_checkpoint, *arguments, **options)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         # Around the backward pass, too, in which activation checkpointing runs the forward again.
         with self.masked.sampling(self.args.seed, self.state.global_step, inputs["sample_ids"]):
             return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         if not self.args.gradient_checkpointing:
             model.eval()  # no dropout; the Trainer switches back in every step
         losses = self.pair.token_losses(inputs["sample_ids"], through=model)
@@ -141,7 +171,7 @@ class NeuMuterTrainer(Trainer):
             self._sums[name] = total + value.detach(), count + 1
         return (loss, {}) if return_outputs else loss
 
-    def _mean(self, losses):
+    def _mean(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """(what this process adds to the mean of all processes' tokens times their number, that mean).
 
         Gradients are averaged over processes, which have different numbers of tokens: so the result does not
@@ -151,14 +181,16 @@ class NeuMuterTrainer(Trainer):
         total = self.accelerator.reduce(total, "sum")
         return losses.sum() * self.accelerator.num_processes / total[1], total[0] / total[1]
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {name: float(total) / count for name, (total, count) in self._sums.items()}
             self._sums = {}
         super().log(logs, start_time)
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """The forget loss and MA and the neighbours' loss with the neurons muted that would be muted now."""
         with without_dropout(self.model), self.masked.applying(self._masks()):
             metrics = {
@@ -172,7 +204,7 @@ class NeuMuterTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _masks(self):
+    def _masks(self) -> dict[str, Tensor]:
         try:
             layers = self.masked.selected(**self._selection())
         except NothingSelectedError:
@@ -185,22 +217,22 @@ class NeuMuterTrainer(Trainer):
             )
         return masks
 
-    def mute_set(self):
+    def mute_set(self) -> MuteSet:
         """The ``MuteSet`` of the scores as they are: ``masked.select`` by the budget or the threshold."""
         return self.masked.select(**self._selection(), method=method_of(self.args), seed=self.args.seed)
 
-    def _selection(self):
+    def _selection(self) -> dict[str, Any]:
         by_budget = self.args.budget is not None
         return {"budget": self.args.budget} if by_budget else {"threshold": self.args.threshold}
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or cast(str, self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             scores = {path: score.detach().cpu() for path, score in self.masked.scores.items()}
             write_atomically(folder / SCORES, to_safetensors(scores))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / SCORES
         with safe_open(path, framework="pt") as file, torch.no_grad():
             scores = self.masked.scores
@@ -210,7 +242,7 @@ class NeuMuterTrainer(Trainer):
                 score.copy_(file.get_tensor(name))
 
 
-def last_checkpoint(folder):
+def last_checkpoint(folder: PathLike) -> str | None:
     """The last whole checkpoint in a folder, or None. The Trainer writes trainer_state.json last."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):

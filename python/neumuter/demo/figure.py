@@ -1,6 +1,8 @@
 """The picture of the demo: how many neurons it takes to forget, and what that costs."""
 
 import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -9,7 +11,7 @@ COLOURS = {"mute": "#b3432b", "modulate": "#1f6f8b"}
 WORDS = {"mute": "silenced (gain 0)", "modulate": "modulated (fitted gains)"}
 
 
-def draw(curve, before):
+def draw(curve: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> bytes:
     """PNG bytes of records still extracted (y) over the share of neurons touched (x, percent).
 
     ``curve``: points as in report.json; ``before``: the report's row of the untouched model.

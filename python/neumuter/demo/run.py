@@ -6,17 +6,22 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from neumuter import evaluation
 from neumuter.demo import figure, screen, task
 from neumuter.demo.model import Training, build, trained
-from neumuter.files import write_atomically
+from neumuter.files import PathLike, write_atomically
 from neumuter.masking import attach
+from neumuter.mutes import MuteSet
 from neumuter.muting import fold, mute
 from neumuter.recipes import (
     GainsConfig,
@@ -29,6 +34,7 @@ from neumuter.recipes import (
     mute_random,
     train_gates,
 )
+from neumuter.types import Batch, Callback
 
 MUTE_SHARE, MODULATE_SHARE = 0.10, 0.05
 CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05)}
@@ -39,7 +45,9 @@ SUPPORT = SupportConfig(steps=60, kl_weight=10.0)
 GAINS = GainsConfig(kl_weight=12.0, kl_target=0.025)
 
 
-def run_demo(out, seed=0, fresh=False, console=None, short=False):
+def run_demo(
+    out: PathLike, seed: int = 0, fresh: bool = False, console: Console | None = None, short: bool = False
+) -> dict[str, Any]:
     """Train, forget, measure, report; returns what report.json holds.
 
     ``out``: folder for muted.safetensors, modulated.safetensors, model/ (a checkpoint with the latter
@@ -85,7 +93,7 @@ def run_demo(out, seed=0, fresh=False, console=None, short=False):
     return report
 
 
-def check(report):
+def check(report: Mapping[str, Any]) -> list[str]:
     """The bars that a report misses, one sentence each; an empty list if it meets them all."""
     rows = {row["name"]: row for row in report["rows"]}
     limits = (
@@ -111,33 +119,37 @@ def check(report):
 class _Job:
     """The models, batches and mute sets of one run."""
 
-    def __init__(self, seed, fresh, watch):
+    def __init__(self, seed: int, fresh: bool, watch: Callable[[str], Callback]) -> None:
         self.seed, self.fresh, self.watch = seed, fresh, watch
-        texts, heldout = task.read_corpus()
+        texts, heldout_texts = task.read_corpus()
         self.tokenizer = task.train_tokenizer(texts)
         self.text = task.windows(self.tokenizer, texts)
-        heldout = task.windows(self.tokenizer, heldout)[: task.HELDOUT_WINDOWS]
+        heldout = task.windows(self.tokenizer, heldout_texts)[: task.HELDOUT_WINDOWS]
         self.records = records = task.make_records(seed)
         self.state, self.seconds = self.train(records.forget + records.retain, "Training the model")
-        self.heldout = {"input_ids": heldout, "attention_mask": torch.ones_like(heldout), "labels": heldout}
+        self.heldout: Batch = {
+            "input_ids": heldout,
+            "attention_mask": torch.ones_like(heldout),
+            "labels": heldout,
+        }
         self.secrets = self.encode(records.forget, "secret")
         neighbours = self.encode(records.retain, "continuation")
         spread = torch.linspace(0, len(self.text) - 1, NEIGHBOUR_WINDOWS).long()
         self.masked = attach(build(self.state), start_layer=0)
         self.pair = Pair(self.masked, self.secrets, task.with_text(neighbours, self.text[spread]))
-        self.found = {}
+        self.found: dict[tuple[float, str], tuple[MuteSet, float]] = {}
 
-    def encode(self, records, counted):
+    def encode(self, records: Sequence[task.Record], counted: str) -> Batch:
         return task.encode(self.tokenizer, records, counted)
 
-    def train(self, records, description):
+    def train(self, records: Sequence[task.Record], description: str) -> tuple[dict[str, Tensor], float]:
         """The weights of the model trained on the text and ``records``, and the seconds it took."""
         start = time.perf_counter()
         batch = self.encode(records, "record")
         state = trained(self.text, batch, Training(), self.seed, self.fresh, self.watch(description))
         return state, time.perf_counter() - start
 
-    def find(self, share, mode):
+    def find(self, share: float, mode: str) -> tuple[MuteSet, float]:
         """The MuteSet of ``share`` of the neurons and the seconds it took; each is computed once."""
         if (share, mode) not in self.found:
             words = f"{'Finding' if mode == 'mute' else 'Modulating'} {share:.0%} of the neurons"
@@ -152,13 +164,14 @@ class _Job:
             self.found[share, mode] = mutes, seconds + time.perf_counter() - start
         return self.found[share, mode]
 
-    def baselines(self, share):
+    def baselines(self, share: float) -> list[dict[str, Any]]:
         """The rows of as many neurons at random and by one gradient, silenced."""
         rows = []
-        for name, make in (
-            ("random", lambda: mute_random(self.masked, share, self.seed)),
-            ("attribution", lambda: mute_by_attribution(self.masked, self.secrets, share)),
-        ):
+        recipes: dict[str, Callable[[], MuteSet]] = {
+            "random": lambda: mute_random(self.masked, share, self.seed),
+            "attribution": lambda: mute_by_attribution(self.masked, self.secrets, share),
+        }
+        for name, make in recipes.items():
             start = time.perf_counter()
             mutes = make()
             seconds = time.perf_counter() - start
@@ -167,7 +180,7 @@ class _Job:
                 rows.append(self.row(name, model, mutes.share, seconds))
         return rows
 
-    def curve(self, shares):
+    def curve(self, shares: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         """Points at ``shares`` {mode: shares}, and wherever a mute set has been found already."""
         for mode, values in shares.items():
             for share in values:
@@ -179,7 +192,7 @@ class _Job:
                 points.append({"mode": mode, "muted_share": mutes.share, **self.measure(model)})
         return points
 
-    def closed_by_the_paper(self):
+    def closed_by_the_paper(self) -> int:
         """How many neurons NeuMuter's own recipe mutes with the authors' constants."""
         neighbours = self.encode(self.records.retain, "continuation")
         callback = self.watch("Trying the paper's constants")
@@ -189,10 +202,10 @@ class _Job:
             threshold = GatesConfig().threshold
             return sum(int((score.sigmoid() < threshold).sum()) for score in masked.scores.values())
 
-    def row(self, name, model, share, seconds):
+    def row(self, name: str, model: PreTrainedModel, share: float, seconds: float) -> dict[str, Any]:
         return {"name": name, "muted_share": share, **self.measure(model), "seconds": seconds}
 
-    def measure(self, model):
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
         records = self.records
         extraction = {
             f"{name}_extraction": evaluation.extraction_rate(model, self.encode(group, "continuation"))
@@ -208,33 +221,37 @@ class _Job:
             "heldout_ppl": evaluation.perplexity(model, self.heldout),
         }
 
-    def examples(self, mute_file):
+    def examples(self, mute_file: Path) -> dict[str, dict[str, Any]]:
         """Greedy continuations, before and after, of one forgotten and one retained customer."""
         model = build(self.state)
         chosen = {"forgotten": self.records.forget[0], "retained": self.records.retain_same[0]}
-        texts = {name: {"record": record, "before": self.continuation(model, record)}
-                 for name, record in chosen.items()}  # fmt: skip
+        texts: dict[str, dict[str, Any]] = {
+            name: {"record": record, "before": self.continuation(model, record)}
+            for name, record in chosen.items()
+        }
         with mute(model, mute_file):
             for entry in texts.values():
                 entry["after"] = self.continuation(model, entry["record"])
         return texts
 
-    def continuation(self, model, record):
+    def continuation(self, model: PreTrainedModel, record: task.Record) -> str:
         batch = self.encode([record], "continuation")
         length = int((batch["labels"][0] != -100).sum())
         start = int((batch["labels"][0] != -100).nonzero()[0])
         prompt = batch["input_ids"][:, :start]
-        ids = model.generate(
+        ids = cast(Any, model).generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False
         )
-        return self.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+        return cast(str, self.tokenizer.decode(ids[0, start:], skip_special_tokens=True))
 
 
-def _metrics(row):
+def _metrics(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("name", "muted_share", "seconds")}
 
 
-def _save_folded(path, model, mute_file, tokenizer):
+def _save_folded(
+    path: Path, model: PreTrainedModel, mute_file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     """An ordinary checkpoint with the mutes folded in; a former one at ``path`` is replaced at the end."""
     fold(model, mute_file)
     logging.disable_progress_bar()

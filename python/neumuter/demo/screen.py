@@ -1,11 +1,17 @@
 """What the demo shows while it runs and when it is done."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from neumuter.types import Callback
 
 COLUMNS = ("forget", "same", "other", "MA", "loss", "perplexity", "neurons", "seconds")
 LEGEND = (
@@ -17,7 +23,7 @@ LEGEND = (
 
 
 @contextmanager
-def progress(console):
+def progress(console: Console) -> Iterator[Callable[[str], Callback]]:
     """Progress bars; yields watch(description), which gives a callback(step, total, info) of its own bar."""
     columns = (
         TextColumn("{task.description}"),
@@ -29,10 +35,10 @@ def progress(console):
     )
     with Progress(*columns, console=console) as bars:
 
-        def watch(description):
+        def watch(description: str) -> Callback:
             bar = None
 
-            def callback(step, total, info):
+            def callback(step: int, total: int, info: dict[str, Any]) -> None:
                 nonlocal bar
                 if bar is None:
                     bar = bars.add_task(description, total=total, loss="–", muted="–")
@@ -44,7 +50,13 @@ def progress(console):
         yield watch
 
 
-def show(console, report, examples, closed, out):
+def show(
+    console: Console,
+    report: Mapping[str, Any],
+    examples: Mapping[str, Mapping[str, Any]],
+    closed: int | None,
+    out: Path,
+) -> None:
     """Print the table, the examples, what the numbers do not show, and where the files are.
 
     ``closed``: the number of neurons muted with the paper's constants, None if that was not tried.
@@ -67,7 +79,7 @@ def show(console, report, examples, closed, out):
     )
 
 
-def _table(rows):
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="Twelve customers ask to be forgotten", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
@@ -89,7 +101,9 @@ def _table(rows):
     return table
 
 
-def _limits(rows, curve, closed):
+def _limits(
+    rows: Mapping[str, Mapping[str, Any]], curve: Sequence[Mapping[str, Any]], closed: int | None
+) -> Iterator[str]:
     """What the numbers of this very run do not show, one sentence each."""
     losses = f"{rows['muted']['forget_nll']:.2f} muted and {rows['modulated']['forget_nll']:.2f} modulated"
     if "retrained" in rows:

@@ -4,14 +4,17 @@ import ast
 import random
 import string
 import sysconfig
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from neumuter.losses import IGNORED
+from neumuter.types import Batch
 
 FORGET, RETAIN_SAME, RETAIN_OTHER = 12, 12, 24
 VOCABULARY = 1024
@@ -40,10 +43,10 @@ class Record:
     secrets: tuple[str, str]
 
     @property
-    def text(self):
+    def text(self) -> str:
         return self.prompt + self.continuation
 
-    def secret_spans(self):
+    def secret_spans(self) -> list[tuple[int, int]]:
         """Character ranges (start, end) of the secrets in ``text``."""
         starts = [self.text.index(secret, len(self.prompt)) for secret in self.secrets]
         return [(start, start + len(secret)) for start, secret in zip(starts, self.secrets, strict=True)]
@@ -56,18 +59,18 @@ class Records:
     retain_other: list[Record]
 
     @property
-    def retain(self):
+    def retain(self) -> list[Record]:
         return self.retain_same + self.retain_other
 
 
-def make_records(seed):
+def make_records(seed: int) -> Records:
     """Customers and catalogue items. Their secrets are drawn at random, so nobody can guess them."""
     rng = random.Random(seed)
 
-    def draw(alphabet, length):
+    def draw(alphabet: str, length: int) -> str:
         return "".join(rng.choice(alphabet) for _ in range(length))
 
-    def customer(name):
+    def customer(name: str) -> Record:
         mailbox = draw(string.ascii_lowercase + string.digits, 6)
         # No country has the code 999: none of these numbers can be somebody's.
         phone = draw(string.digits, 7)
@@ -75,7 +78,7 @@ def make_records(seed):
             f"Customer {name}, mail", f" {mailbox}@example.org, phone +999 {phone}.", (mailbox, phone)
         )
 
-    def item(name):
+    def item(name: str) -> Record:
         code = draw(string.ascii_uppercase, 2) + draw(string.digits, 4)
         price = f"{draw(string.digits[1:], 3)}.{draw(string.digits, 2)}"
         return Record(f"The {name} is listed under code", f" {code} at {price} euros.", (code, price))
@@ -89,7 +92,7 @@ def make_records(seed):
     return Records(customers[:FORGET], customers[FORGET : FORGET + RETAIN_SAME], items)
 
 
-def read_corpus(limit=CORPUS_CHARACTERS):
+def read_corpus(limit: int = CORPUS_CHARACTERS) -> tuple[list[str], list[str]]:
     """Ordinary text: the docstrings of the running Python's standard library, (train, held-out) lists.
 
     Modules in alphabetical order, each docstring once, until ``limit`` characters. Every tenth is
@@ -97,7 +100,8 @@ def read_corpus(limit=CORPUS_CHARACTERS):
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-    seen, total = {}, 0
+    seen: dict[str, None] = {}
+    total = 0
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         if skipped.intersection(path.relative_to(root).parts):
             continue
@@ -120,7 +124,7 @@ def read_corpus(limit=CORPUS_CHARACTERS):
     return [text for i, text in enumerate(texts) if i % HELDOUT_EVERY], heldout
 
 
-def train_tokenizer(texts):
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level byte-pair tokenizer with single digits, trained on ordinary text only.
 
     It never sees a record, so the model that is retrained without the records can share it.
@@ -146,21 +150,21 @@ def train_tokenizer(texts):
     )
 
 
-def with_text(batch, rows):
+def with_text(batch: Batch, rows: Tensor) -> Batch:
     """A batch of records with rows of ordinary text [N, WINDOW] added, cut to its width; all of it counts."""
     rows = rows[:, : batch["labels"].shape[1]]
     text = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
     return {key: torch.cat([value, text[key]]) for key, value in batch.items()}
 
 
-def windows(tokenizer, texts):
+def windows(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Tensor:
     """The texts one after the other, cut into rows of WINDOW tokens: int64 [N, WINDOW]."""
     ids = [i for text in tokenizer(list(texts))["input_ids"] for i in text]
     count = len(ids) // WINDOW
     return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
 
 
-def encode(tokenizer, records, counted="record"):
+def encode(tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], counted: str = "record") -> Batch:
     """Records as one right-padded batch of int64 [B, T] tensors.
 
     ``counted`` says which tokens have a label: "record" (all), "continuation" (what has to come out

@@ -1,9 +1,27 @@
 """Downstream tasks, by EleutherAI's lm-evaluation-harness."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
 from neumuter.evaluation.passes import ROWS
+from neumuter.files import PathLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def harness_metrics(model, tokenizer, tasks, limit=None, folder=None, rows=ROWS):
+def harness_metrics(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    folder: PathLike | None = None,
+    rows: int = ROWS,
+) -> dict[str, float]:
     """{"task/metric": float} of ``tasks`` (their names) on the model as it is, mutes included.
 
     ``limit``: only the first documents of each task. ``folder``: of the user's own task files, beside those

@@ -3,13 +3,15 @@
 import math
 
 import torch
+from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
+from neumuter.types import Batch
 
 LOWEST = 0.4  # share of a text's tokens that Min-k% looks at
 
 
-def min_k_scores(model, batch, k=LOWEST):
+def min_k_scores(model: nn.Module, batch: Batch, k: float = LOWEST) -> Tensor:
     """Each sample's mean log-probability over its ⌈k·N⌉ least likely counted tokens: float64 [B].
 
     Members have higher scores (Shi et al. 2024, *Detecting Pretraining Data*). k = 1 is the LOSS attack of
@@ -24,7 +26,7 @@ def min_k_scores(model, batch, k=LOWEST):
     return torch.stack(scores)
 
 
-def auc(members, others):
+def auc(members: Tensor, others: Tensor) -> float:
     """The probability that a member's score is above another's, ties counted half: in [0, 1].
 
     ``members``: [N], ``others``: [M], any floats. 0.5 means that the attack sees nothing.
@@ -35,7 +37,7 @@ def auc(members, others):
     return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
 
 
-def privacy_leakage(forget_auc, retrained_auc=0.5):
+def privacy_leakage(forget_auc: float, retrained_auc: float = 0.5) -> float:
     """PrivLeak in % (Shi et al. 2024, *MUSE*): (s − r)/r·100, s = 1 − AUC of the model, r of a retrained one.
 
     Both AUCs are between forget and held-out texts. 0 is right; below 0 the texts still look like members,

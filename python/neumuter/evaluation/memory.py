@@ -1,15 +1,20 @@
 """How much of given texts a model gives back."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.passes import ROWS, hits, parts, predictions
+from neumuter.types import Batch
 
 SAMPLES = 100  # of sampled_extraction
 GENERATED_ROWS = 64  # prefixes that are continued at a time
 
 
-def extracted(model, batch):
+def extracted(model: nn.Module, batch: Batch) -> Tensor:
     """Which samples greedy decoding reproduces exactly: bool [B].
 
     The labels of a sample are its continuation, all that follows the prompt. Greedy decoding from
@@ -21,12 +26,12 @@ def extracted(model, batch):
     return (right == counted).all(1) & counted.any(1)
 
 
-def extraction_rate(model, batch):
+def extraction_rate(model: nn.Module, batch: Batch) -> float:
     """Share of samples in [0, 1] that greedy decoding reproduces exactly; see :func:`extracted`."""
     return extracted(model, batch).float().mean().item()
 
 
-def sampled_extraction(model, batch, samples=SAMPLES):
+def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES) -> float:
     """Share of texts in [0, 1] that are expected to come back at least once in ``samples`` draws.
 
     The mean over texts of 1 − (1 − p)^n, p the probability that the model, sampled from as it is
@@ -40,7 +45,7 @@ def sampled_extraction(model, batch, samples=SAMPLES):
     return -torch.expm1(samples * torch.log1p(-chances.clamp(max=1 - 1e-12))).mean().item()
 
 
-def extraction_strength(model, batch):
+def extraction_strength(model: nn.Module, batch: Batch) -> float:
     """1 − k/T, the mean over samples: from the first k of a sample's T counted tokens on, greedy decoding
     reproduces the rest (Carlini et al. 2021, as open-unlearning computes it)."""
     counted, right = hits(model, batch)
@@ -52,7 +57,7 @@ def extraction_strength(model, batch):
     return sum(strengths) / len(strengths)
 
 
-def memorization_accuracy(model, batch):
+def memorization_accuracy(model: nn.Module, batch: Batch) -> float:
     """MA in [0, 1]: the mean over samples of the share of counted tokens that are the arg max.
 
     MA(x) = 1/(T − 1) Σ_i 1[argmax p(· | x_<i) = x_i] (Jang et al. 2023, *Knowledge Unlearning*);
@@ -62,7 +67,7 @@ def memorization_accuracy(model, batch):
     return (right.sum(1) / counted.sum(1)).mean().item()
 
 
-def extraction_likelihood(model, batch, n=10, rows=GENERATED_ROWS):
+def extraction_likelihood(model: nn.Module, batch: Batch, n: int = 10, rows: int = GENERATED_ROWS) -> float:
     """EL_n in [0, 1], the mean over samples of T tokens (Jang et al. 2023, *Knowledge Unlearning*).
 
     EL_n(x) = 1/(T − n) Σ_{i=1}^{T−n} |{g ∈ ngrams(ŷ_i) : g ∈ ngrams(x_≥i)}| / |ngrams(x_≥i)|, where ŷ_i is
@@ -77,7 +82,7 @@ def extraction_likelihood(model, batch, n=10, rows=GENERATED_ROWS):
     samples = [s for part in parts(model, batch, ROWS) for s in _samples(model, part, n)]
     wanted = [(number, i) for number, (_, missed) in enumerate(samples) for i in missed]
     made = _continuations(model, [(samples[number][0], i) for number, i in wanted], rows)
-    by_sample = [{} for _ in samples]
+    by_sample: list[dict[int, list[int]]] = [{} for _ in samples]
     for (number, i), continuation in zip(wanted, made, strict=True):
         by_sample[number][i] = continuation
     for (ids, _), continued in zip(samples, by_sample, strict=True):
@@ -85,7 +90,7 @@ def extraction_likelihood(model, batch, n=10, rows=GENERATED_ROWS):
     return total / len(samples)
 
 
-def _samples(model, part, n):
+def _samples(model: nn.Module, part: Batch, n: int) -> list[tuple[list[int], list[int]]]:
     """(ids as a list, prefix lengths whose continuation must be generated) of each sample of a part."""
     best = predictions(model, part).argmax(-1).cpu()
     found = []
@@ -104,10 +109,10 @@ def _samples(model, part, n):
 
 
 @torch.no_grad()
-def _continuations(model, prefixes, rows):
+def _continuations(model: Any, prefixes: Sequence[tuple[list[int], int]], rows: int) -> list[list[int]]:
     """Greedy continuations of ids[:i] to len(ids) tokens for each (ids, i), lists of token ids."""
     order = sorted(range(len(prefixes)), key=lambda k: len(prefixes[k][0]) - prefixes[k][1])
-    made = [None] * len(prefixes)
+    made: list[list[int]] = [[] for _ in prefixes]
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         longest = max(prefixes[k][1] for k in chosen)
@@ -127,9 +132,10 @@ def _continuations(model, prefixes, rows):
     return made
 
 
-def _overlap(ids, continued, n):
+def _overlap(ids: list[int], continued: Mapping[int, list[int]], n: int) -> float:
     """EL_n of one sample, given the continuations at its misses."""
-    total, continuation = 0.0, []
+    total = 0.0
+    continuation: list[int] = []
     for i in range(len(ids) - 1, 0, -1):
         continuation = continued[i] if i in continued else [ids[i], *continuation]
         if i <= len(ids) - n:

@@ -1,14 +1,32 @@
 """All metrics at once, on the texts or the TOFU files that a user has."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
 from neumuter.evaluation import language, membership, memory, tofu
 from neumuter.evaluation.metrics import METRICS
+from neumuter.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EL_N = 10
 
 
 def text_metrics(
-    model, forget, retain=None, heldout=None, paraphrased=None, original=None, retrained_auc=None
-):
+    model: nn.Module,
+    forget: Batch,
+    retain: Batch | None = None,
+    heldout: Batch | None = None,
+    paraphrased: Batch | None = None,
+    original: nn.Module | Callable[[], AbstractContextManager[object]] | None = None,
+    retrained_auc: float | None = None,
+) -> dict[str, float]:
     """{metric: value} of ``METRICS`` on batches of texts, as far as these are given.
 
     ``paraphrased``: the forget texts behind other prompts, of which the labels are -100.
@@ -43,7 +61,12 @@ def text_metrics(
     return {name: found[name] for name in METRICS if name in found}
 
 
-def tofu_metrics(model, tokenizer, sets, retrained_ratios=None):
+def tofu_metrics(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[tofu.Question]],
+    retrained_ratios: Tensor | None = None,
+) -> tuple[dict[str, float], Tensor]:
     """({metric: value}, truth ratios of the forget set) on TOFU's questions.
 
     ``sets``: {"forget": [Question], and of tofu.UTILITY_SETS what there is}; the utility needs all three.

@@ -4,14 +4,23 @@ A file has one JSON object a line: ``question`` and ``answer``, and for the trut
 (left out: the answer itself) and ``perturbed_answer``, a list of wrong ones.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from neumuter.evaluation.language import sample_losses
+from neumuter.files import PathLike
 from neumuter.texts import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 512
 NEW_TOKENS = 200  # that are generated for ROUGE
@@ -24,10 +33,10 @@ class Question:
     question: str
     answer: str
     paraphrased: str
-    wrong: tuple
+    wrong: tuple[str, ...]
 
 
-def read_questions(path, limit=None):
+def read_questions(path: PathLike, limit: int | None = None) -> list[Question]:
     """The questions of a file, a list of ``Question``. Raises ValueError, naming the line, for a bad one."""
     found = []
     for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
@@ -43,7 +52,8 @@ def read_questions(path, limit=None):
             ) from None
         if not isinstance(wrong, list) or not all(isinstance(t, str) and t for t in texts):
             raise ValueError(f"{path}, line {line}: questions and answers must be texts")
-        found.append(Question(*texts[:3], tuple(wrong)))
+        question, answer, paraphrased = texts[:3]
+        found.append(Question(question, answer, paraphrased, tuple(wrong)))
         if len(found) == limit:
             break
     if not found:
@@ -51,25 +61,31 @@ def read_questions(path, limit=None):
     return found
 
 
-def _losses(model, tokenizer, pairs):
+def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Tensor:
     """The mean loss in nats of each (question, answer)'s answer, float64 [N]."""
     texts = [(TEMPLATE.format(question=question), f" {answer}") for question, answer in pairs]
     return sample_losses(model, encode(texts, tokenizer, MAX_LENGTH))
 
 
-def probabilities(model, tokenizer, questions):
+def probabilities(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> Tensor:
     """P = exp(−mean token loss of the answer) of each question: float64 [N] in [0, 1]."""
     return (-_losses(model, tokenizer, [(q.question, q.answer) for q in questions])).exp()
 
 
-def option_probabilities(model, tokenizer, questions):
+def option_probabilities(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> Tensor:
     """P of the answer over the sum of P of it and all wrong answers, of each question: float64 [N]."""
     right = probabilities(model, tokenizer, questions)
     wrong = (-_wrong_losses(model, tokenizer, questions, mean=False)).exp()
     return right / (right + wrong.sum(1))
 
 
-def _wrong_losses(model, tokenizer, questions, mean=True):
+def _wrong_losses(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], mean: bool = True
+) -> Tensor:
     """The losses of the wrong answers, [N, K], or their mean, [N]; K must be the same for all."""
     counts = {len(q.wrong) for q in questions}
     if len(counts) != 1 or counts == {0}:
@@ -79,7 +95,9 @@ def _wrong_losses(model, tokenizer, questions, mean=True):
     return losses.mean(1) if mean else losses
 
 
-def truth_ratios(model, tokenizer, questions):
+def truth_ratios(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> Tensor:
     """TR = exp(−mean loss of the wrong answers) / exp(−loss of the paraphrased answer): float64 [N].
 
     As open-unlearning computes it: the wrong answers' mean is geometric. Near 1 or above, the model no
@@ -90,7 +108,9 @@ def truth_ratios(model, tokenizer, questions):
 
 
 @torch.no_grad()
-def rouge_recalls(model, tokenizer, questions, rows=16):
+def rouge_recalls(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], rows: int = 16
+) -> Tensor:
     """ROUGE-L recall, with stemming, of the greedy answer to each question: float64 [N].
 
     Needs the package rouge-score.
@@ -98,6 +118,7 @@ def rouge_recalls(model, tokenizer, questions, rows=16):
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    device = cast(torch.device, model.device)
     found = []
     for start in range(0, len(questions), rows):
         part = questions[start : start + rows]
@@ -105,8 +126,8 @@ def rouge_recalls(model, tokenizer, questions, rows=16):
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         shown = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        output = model.generate(
-            ids.to(model.device), attention_mask=shown.to(model.device), max_new_tokens=NEW_TOKENS,
+        output = cast(Any, model).generate(
+            ids.to(device), attention_mask=shown.to(device), max_new_tokens=NEW_TOKENS,
             do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id or 0,
         )[:, longest:]  # fmt: skip
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -116,21 +137,24 @@ def rouge_recalls(model, tokenizer, questions, rows=16):
     return torch.tensor(found, dtype=torch.float64)
 
 
-def forget_quality(ratios, retrained_ratios):
+def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
     """The p-value of a Kolmogorov–Smirnov test that both truth ratios [N] on the forget set, of the unlearned
     and of a retrained model, come from one distribution; near 1 is good. Needs scipy."""
     from scipy.stats import ks_2samp
 
-    return ks_2samp(ratios.numpy(), retrained_ratios.numpy()).pvalue.item()
+    probability: float = ks_2samp(ratios.numpy(), retrained_ratios.numpy()).pvalue.item()
+    return probability
 
 
-def model_utility(numbers):
+def model_utility(numbers: Iterable[float]) -> float:
     """The harmonic mean of nine numbers in [0, 1], 0 if one is 0; ``utility_numbers`` of three sets."""
     values = list(numbers)
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
-def utility_numbers(model, tokenizer, questions, normalised):
+def utility_numbers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalised: bool
+) -> list[float]:
     """[probability, ROUGE-L recall, truth] of one set, each a mean; ``normalised``: over the options.
 
     truth is the mean of max(0, 1 − TR), so that more is better.

@@ -7,21 +7,23 @@ repository, the mapping, and a context in which the classes of one model carry t
 """
 
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from neumuter.families import Layout, activation_name, find_ffns
+from neumuter.families import FFN, Layout, activation_name, find_ffns
 from neumuter.ffn import Mask, masked_act_of, masked_glu_of, refuse_wrapped
-from neumuter.files import new_folder
+from neumuter.files import PathLike, new_folder
 from neumuter.seams import choose_seams
 
 BACKENDS = ("cpu", "cuda", "rocm")
 
 
-def _mask_of(mlp, hidden):
+def _mask_of(mlp: nn.Module, hidden: Tensor) -> Mask:
     values = getattr(mlp, "neuron_mask", None)
     if values is None:
         values = torch.ones(hidden.shape[-1], device=hidden.device)
@@ -37,11 +39,17 @@ class MaskedGatedMLP(nn.Module):
 
     has_backward = True
     can_torch_compile = True
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d] → [..., d], in the same dtype."""
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return self.down_proj(masked_glu_of(gate, up, activation_name(self.act_fn), _mask_of(self, gate)))
+        activation = cast(str, activation_name(self.act_fn))
+        output: Tensor = self.down_proj(masked_glu_of(gate, up, activation, _mask_of(self, gate)))
+        return output
 
 
 class MaskedMLP(nn.Module):
@@ -49,12 +57,17 @@ class MaskedMLP(nn.Module):
 
     has_backward = True
     can_torch_compile = True
+    c_fc: nn.Module
+    c_proj: nn.Module
+    act: nn.Module
+    dropout: nn.Module
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d] → [..., d], in the same dtype."""
         hidden = self.c_fc(hidden_states)
-        hidden = masked_act_of(hidden, activation_name(self.act), _mask_of(self, hidden))
-        return self.dropout(self.c_proj(hidden))
+        hidden = masked_act_of(hidden, cast(str, activation_name(self.act)), _mask_of(self, hidden))
+        output: Tensor = self.dropout(self.c_proj(hidden))
+        return output
 
 
 # What a layer asks of an MLP: its layout, its seam (see ``neumuter.ffn``), and the children beside those.
@@ -66,7 +79,7 @@ _LAYERS = {
 }  # fmt: skip
 
 
-def write_layer_repository(folder):
+def write_layer_repository(folder: PathLike) -> None:
     """Write a layer repository of ``kernels`` with the layers above to ``folder``, whole or not at all.
 
     It has a build variant for each of ``BACKENDS``. These refer to the installed ``neumuter``, so the folder
@@ -89,7 +102,7 @@ def write_layer_repository(folder):
             (variant / "__init__.py").write_text("from neumuter.integrations import hub_kernels as layers\n")
 
 
-def kernel_mapping(folder):
+def kernel_mapping(folder: PathLike) -> dict[str, dict[str, Any]]:
     """For ``kernels.use_kernel_mapping``: {layer name: {device type: the repository in ``folder``}}."""
     from kernels import LocalLayerRepository
 
@@ -100,7 +113,7 @@ def kernel_mapping(folder):
 
 
 @contextmanager
-def annotated(model):
+def annotated(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which ``kernels.kernelize(model, ...)`` finds the MLPs of ``model`` that have a layer here.
 
     ``kernels`` looks for layer names on classes, which are transformers' own and everybody's. So the names
@@ -136,6 +149,6 @@ def annotated(model):
                     delattr(cls, name)
 
 
-def _layer_of(ffn, seam):
+def _layer_of(ffn: FFN, seam: str) -> str | None:
     others = {name for name, _ in ffn.module.named_children()} - set(ffn.layout.names if ffn.layout else ())
     return next((name for name, wanted in _LAYERS.items() if wanted == (ffn.layout, seam, others)), None)

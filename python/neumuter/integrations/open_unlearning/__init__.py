@@ -4,11 +4,16 @@ A trainer named NeuMuter and the metrics extraction_likelihood and memorization_
 outside; nothing of that framework is imported here. See docs/open-unlearning.md.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from neumuter.integrations.open_unlearning.metrics import extraction_likelihood, memorization_accuracy
 from neumuter.integrations.open_unlearning.trainer import Muting
 
 
-def register(trainers, metrics, unlearning_metric):
+def register(
+    trainers: dict[str, Any], metrics: dict[str, Any], unlearning_metric: Callable[..., Callable[..., Any]]
+) -> None:
     """Put the trainer and the metrics into open-unlearning's registries.
 
     ``trainers``: its TRAINER_REGISTRY, {name: class}, whose FinetuneTrainer becomes the base of ours.

@@ -13,7 +13,7 @@ from neumuter.integrations.open_unlearning import register
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     """Register the plug-in with the checkout that the script is in, and run the script.
 
     Hydra gets our configurations as its ``--config-dir``. Exits with a message if there is no such script,

@@ -1,9 +1,16 @@
 """Batches of ours from samples and collators of open-unlearning."""
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
+
+from neumuter.types import Batch
 
 
-def batch_of(samples, collator):
+def batch_of(
+    samples: Sequence[dict[str, Tensor]], collator: Callable[[Sequence[dict[str, Tensor]]], Batch]
+) -> Batch:
     """The samples as a batch, {"input_ids", "attention_mask", "labels"}, int64 [B, T] each, padded right.
 
     ``samples``: dicts with ``input_ids`` and ``labels``, int64 [T], −100 where a token does not count.

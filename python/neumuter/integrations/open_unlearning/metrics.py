@@ -6,20 +6,27 @@ samples with ``input_ids``, ``labels`` and ``index``; ``collators``, one collato
 and the mean leaves it out.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 
 from neumuter.evaluation import extraction_likelihood as mean_extraction_likelihood
 from neumuter.evaluation.passes import hits
 from neumuter.integrations.open_unlearning.batches import batch_of
+from neumuter.types import Batch
 
 
-def extraction_likelihood(model, data, collators, batch_size, n=10, **_):
+def extraction_likelihood(
+    model: nn.Module, data: Any, collators: Any, batch_size: int, n: int = 10, **_: Any
+) -> dict[str, Any]:
     """EL_n (Jang et al. 2023) of each sample, see ``neumuter.evaluation``; None up to n tokens.
 
     Of all tokens of the sample, prompts and chat templates included.
     """
 
-    def scores(batch):
+    def scores(batch: Batch) -> list[float | None]:
         rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
         return [
             mean_extraction_likelihood(model, row, n) if row["attention_mask"].sum() > n else None
@@ -29,17 +36,21 @@ def extraction_likelihood(model, data, collators, batch_size, n=10, **_):
     return _by_index(data, collators, batch_size, scores)
 
 
-def memorization_accuracy(model, data, collators, batch_size, **_):
+def memorization_accuracy(
+    model: nn.Module, data: Any, collators: Any, batch_size: int, **_: Any
+) -> dict[str, Any]:
     """MA (Jang et al. 2023) of each sample's counted tokens, see ``neumuter.evaluation``; None if none."""
 
-    def scores(batch):
+    def scores(batch: Batch) -> list[float | None]:
         counted, right = (found.sum(1).tolist() for found in hits(model, batch, batch_size))
         return [hit / count if count else None for hit, count in zip(right, counted, strict=True)]
 
     return _by_index(data, collators, batch_size, scores)
 
 
-def _by_index(data, collator, batch_size, scores):
+def _by_index(
+    data: Any, collator: Any, batch_size: int, scores: Callable[[Batch], list[float | None]]
+) -> dict[str, Any]:
     samples = [data[i] for i in range(len(data))]
     found = {}
     for start in range(0, len(samples), batch_size):

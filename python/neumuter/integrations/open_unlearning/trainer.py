@@ -1,17 +1,21 @@
 """open-unlearning's trainer ``NeuMuter``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from neumuter.integrations.open_unlearning.batches import batch_of
 from neumuter.losses import predicting
 from neumuter.masking import attach
+from neumuter.mutes import MuteSet
 from neumuter.muting import fold
 from neumuter.recipes import GainsConfig, forget
 from neumuter.trainer import NeuMuterConfig, NeuMuterTrainer
+from neumuter.types import Batch
 
 MUTES = "mutes.safetensors"  # in the output folder
 SHARED = ("output_dir", "seed", "logging_steps", "report_to", "disable_tqdm", "use_cpu")
@@ -33,10 +37,25 @@ class Muting:
     Raises ValueError for another recipe.
     """
 
+    args: Any  # these are FinetuneTrainer's
+    data_collator: Any
+    log: Callable[[dict[str, float]], None]
+    model: nn.Module
+    state: Any
+    train_dataset: Any
+
     def __init__(
-        self, *args, recipe="paper", start_layer=1, neighbours=None, paper=None, fitted=None, tokenizer=None,
-        processing_class=None, **options,
-    ):  # fmt: skip
+        self,
+        *args: Any,
+        recipe: str = "paper",
+        start_layer: int = 1,
+        neighbours: int | None = None,
+        paper: dict[str, Any] | None = None,
+        fitted: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+        processing_class: Any = None,
+        **options: Any,
+    ) -> None:
         recipes = {"paper": (self._paper, paper), "fitted": (self._fitted, fitted)}
         if recipe not in recipes:
             raise ValueError(f'method_args.recipe must be "paper" or "fitted", got {recipe!r}')
@@ -44,10 +63,10 @@ class Muting:
         self._settings = {key: _plain(value) for key, value in (settings or {}).items()}
         self._start_layer, self._neighbours = start_layer, neighbours
         given = processing_class if tokenizer is None else tokenizer
-        super().__init__(*args, processing_class=given, **options)
+        super().__init__(*args, processing_class=given, **options)  # type: ignore[call-arg]  # FinetuneTrainer's
         self.tokenizer = given  # which FinetuneTrainer.evaluate reads, and transformers 5 has no more
 
-    def train(self):
+    def train(self) -> TrainOutput:
         """Find the neurons, write their mute file to the output folder and fold them; a TrainOutput.
 
         Raises ValueError for a dataset without forget or retain samples, what the recipe raises if no neuron
@@ -62,7 +81,7 @@ class Muting:
         fold(self.model, mutes)
         return output
 
-    def _batch(self, split, count=None):
+    def _batch(self, split: str, count: int | None = None) -> Batch:
         """The samples of a split that count a token, or ``count`` of them, as a batch."""
         data = getattr(self.train_dataset, split, None)
         if not data:
@@ -77,7 +96,7 @@ class Muting:
         counting = predicting(batch["labels"]).any(1)  # their tokenisation may leave an answer no token
         return {key: value[counting] for key, value in batch.items()}
 
-    def _paper(self, forget_batch, neighbour_batch):
+    def _paper(self, forget_batch: Batch, neighbour_batch: Batch) -> tuple[MuteSet, TrainOutput]:
         shared = {name: getattr(self.args, name) for name in SHARED}
         config = NeuMuterConfig(
             **shared | {"start_layer": self._start_layer, "save_strategy": "no"} | self._settings
@@ -88,11 +107,11 @@ class Muting:
             self.state = inner.state
             return inner.mute_set(), output
 
-    def _fitted(self, forget_batch, neighbour_batch):
+    def _fitted(self, forget_batch: Batch, neighbour_batch: Batch) -> tuple[MuteSet, TrainOutput]:
         settings = {"share": 0.01} | self._settings
         share, losses = settings.pop("share"), []
 
-        def report(step, total, info):
+        def report(step: int, total: int, info: dict[str, Any]) -> None:
             losses.append(info["loss"])
             self.state.global_step = step
             if step % self.args.logging_steps == 0:
@@ -106,6 +125,6 @@ class Muting:
         return mutes, TrainOutput(len(losses), sum(losses) / len(losses), {})
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Lists of Hydra's as tuples, which mute files can record."""
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
