@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check format bench gpu models clean
+.PHONY: demo test check docs links format bench gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
@@ -18,12 +18,20 @@ demo: $(VENV)/.built
 test: $(VENV)/.built $(VENV)/.quantised
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.built
+check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench readme --check
 	$(BIN)/python -m bench.unlearning report --check
+
+# The site, in build/docs. A link to a page, a heading or a file that is not there is an error.
+docs: $(VENV)/.built
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+
+# Links to other sites; needs a network, so continuous integration leaves it out.
+links: $(VENV)/.built
+	$(BIN)/python -m sphinx -q -b linkcheck -c docs . build/links
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
@@ -45,7 +53,7 @@ clean:
 	rm -rf build dist demo-out neumuter_kernels/_C*.so *.egg-info python/*.egg-info $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,docs]'
 	touch $@
 
 # What only the tests load: transformers imports these wherever they are installed.

@@ -31,7 +31,7 @@ class MuteBank:
     untouched, bit for bit; with one, only the muted neurons are touched, at the down projections' inputs, so
     whatever computes these may be quantised or foreign. Sets come and go while it serves; a batch keeps to
     those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 8 per
-    layer of a set, and a quarter more as room.
+    layer of a set, and a quarter more as room::
 
         bank = MuteBank(model)
         bank.add("alice", "alice.safetensors")
