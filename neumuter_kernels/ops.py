@@ -8,11 +8,12 @@ G the number of mask rows.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version  # after a change in place: autograd may need the former
 
 from neumuter_kernels import autograd, reference
 from neumuter_kernels.reference import ACTIVATIONS, logit
@@ -179,6 +180,8 @@ def hard_concrete(
         raise TypeError(f"sample_ids must be an int64 tensor, got {_describe(sample_ids)}")
     elif sample_ids.shape != (rows,):
         raise ValueError(f"sample_ids must have shape [{rows}], one per row, got {tuple(sample_ids.shape)}")
+    elif sample_ids.is_meta and not scores.is_meta:
+        raise ValueError(f"sample_ids must hold values for scores on {scores.device}, got a meta tensor")
     sample_ids = sample_ids.to(scores.device)
     gates: Tensor = _ops.hard_concrete(scores, sample_ids, step, seed, layer, temperature, *stretch, training)
     return gates
@@ -215,7 +218,7 @@ def select_muted(
         layers = [scores]
         widths = [scores.shape[1]] * scores.shape[0]
     else:
-        layers = list(scores)
+        layers = list(scores) if isinstance(scores, Iterable) else []
         if not layers or any(not isinstance(x, torch.Tensor) or x.dim() != 1 for x in layers):
             raise ValueError("scores must be [L, F] or a non-empty sequence of tensors [F_l]")
         widths = [layer.numel() for layer in layers]
@@ -230,7 +233,7 @@ def select_muted(
     if (budget is None) == (threshold is None):
         raise TypeError("select_muted needs exactly one of budget and threshold")
     if budget is not None:
-        budget, cut = neuron_budget(budget, flat.numel()), 0.0
+        budget, cut = min(neuron_budget(budget, flat.numel()), flat.numel()), 0.0
     elif isinstance(threshold, float) and 0 < threshold < 1:
         cut = logit(threshold)
     else:
@@ -264,7 +267,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
             f"targets must be [{logits.shape[0]}] on {logits.device}, one per row of logits, "
             f"got {_describe(targets)}"
         )
+    _check_apart("logits", logits, "targets", targets)
     losses: Tensor = _ops.cross_entropy_(logits, targets)
+    increment_version(logits)
     return losses
 
 
@@ -282,7 +287,9 @@ def kl_divergence_(logits: Tensor, reference: Tensor) -> Tensor:
         raise TypeError(f"reference must be a {logits.dtype} tensor like logits, got {_describe(reference)}")
     if reference.shape != logits.shape or reference.device != logits.device:
         raise ValueError(f"reference must match logits, {_describe(logits)}, got {_describe(reference)}")
+    _check_apart("logits", logits, "reference", reference)
     losses: Tensor = _ops.kl_divergence_(logits, reference)
+    increment_version(logits)
     return losses
 
 
@@ -320,6 +327,7 @@ def mute_(
     _check_activations("hidden", hidden)
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise ValueError("hidden requires grad, and mute_ has no gradient: use masked_act with 'identity'")
+    _check_not_negated("hidden", hidden)
     tensors = {
         "indptr": (indptr, torch.int64),
         "indices": (indices, torch.int32),
@@ -350,6 +358,7 @@ def mute_(
     elif not len(indptr) or tokens % len(indptr):
         raise ValueError(f"without row_ids the {tokens} tokens must split into {len(indptr)} equal runs")
     _ops.mute_(hidden, indptr, indices, gains, row_ids, layer)
+    increment_version(hidden)
     return hidden
 
 
@@ -418,6 +427,31 @@ def _check_logits(logits: Tensor) -> None:
         )
     if torch.is_grad_enabled() and logits.requires_grad:
         raise ValueError("logits require grad, and their gradients would replace them: detach them")
+    _check_not_negated("logits", logits)
+
+
+def _check_not_negated(name: str, x: Tensor) -> None:
+    # As the imaginary part of a conjugate is: its memory holds other values.
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name} must not be a negated view, since it is written to in place: clone it")
+
+
+def _check_apart(changed: str, x: Tensor, kept: str, y: Tensor) -> None:
+    """Raise ValueError if writing to ``x``, called ``changed``, could change ``y``, called ``kept``."""
+    if torch.compiler.is_compiling() or x.untyped_storage()._cdata != y.untyped_storage()._cdata:
+        return
+    (start, end), (other_start, other_end) = _span(x), _span(y)
+    if start < other_end and other_start < end:
+        raise ValueError(f"{kept} shares memory with {changed}, which are overwritten: clone it")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor lies in: the first, and behind the last."""
+    start = x.storage_offset() * x.element_size()
+    if not x.numel():
+        return start, start
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
 
 
 def _check_mask(mask: Tensor | None, x: Tensor, width: int, row_ids: Tensor | None) -> Tensor:

@@ -266,7 +266,7 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_q, log_p = (x.to(compute_dtype(x.dtype)).log_softmax(-1) for x in (logits, reference))
     p = log_p.exp()
-    losses = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    losses = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     return losses, (log_q.exp() - p).to(logits.dtype)
 
 

@@ -111,8 +111,8 @@ NEUMUTER_INLINE C activation(C x, C* slope) {
     *slope = s + x * (s * complement) * (k * (one + S(3) * c * x * x));
     return x * s;
   } else if constexpr (A == Activation::kRelu) {
-    *slope = x > zero ? splat<C>(one) : splat<C>(zero);
-    return x < zero ? splat<C>(zero) : x;  // NaN stays NaN
+    *slope = x <= zero ? splat<C>(zero) : splat<C>(one);  // as PyTorch, also for NaN
+    return x < zero ? splat<C>(zero) : x;                 // NaN stays NaN
   } else if constexpr (A == Activation::kRelu2) {
     const C r = x < zero ? splat<C>(zero) : x;
     *slope = S(2) * r;

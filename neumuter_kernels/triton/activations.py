@@ -72,7 +72,7 @@ def activation(x, ACTIVATION: tl.constexpr, ACCURATE: tl.constexpr):
         slope = s + x * (s * complement) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACTIVATION == 3:  # relu
         value = tl.where(x < 0.0, 0.0, x)
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)  # as PyTorch, also for NaN
     elif ACTIVATION == 4:  # relu2
         r = tl.where(x < 0.0, 0.0, x)
         value = r * r

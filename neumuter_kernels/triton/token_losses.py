@@ -69,6 +69,12 @@ def lanes_together(most, total, ACCURATE: tl.constexpr):
 
 
 @triton.jit
+def scaled(differences, scale):
+    """A sum with an infinite term too, where nothing is left of its probability: 0·∞ is 0 here."""
+    return tl.where(scale == 0.0, 0.0, differences * scale)
+
+
+@triton.jit
 def cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
     ACCURATE: tl.constexpr = logits.dtype.element_ty == tl.float32
     token = tl.program_id(0).to(tl.int64)
@@ -104,11 +110,11 @@ def kl_divergence_kernel(logits, reference, losses, V, BLOCK: tl.constexpr):
         q, p = load_logits(row, f, V, anchor_q), load_logits(row_p, f, V, anchor_p)
         most_q, total_q, _, _ = grown(most_q, total_q, q, ACCURATE)
         most_p, total_p, rescale, e = grown(most_p, total_p, p, ACCURATE)
-        differences = differences * rescale + tl.where(e > 0.0, e * (p - q), 0.0)
+        differences = scaled(differences, rescale) + tl.where(e > 0.0, e * (p - q), 0.0)
     largest_q, scale_q = lanes_together(most_q, total_q, ACCURATE)
     largest_p, scale_p = lanes_together(most_p, total_p, ACCURATE)
     z_q, z_p = tl.sum(total_q * scale_q, axis=0), tl.sum(total_p * scale_p, axis=0)
-    difference = tl.sum(differences * scale_p, axis=0) / z_p
+    difference = tl.sum(scaled(differences, scale_p), axis=0) / z_p
     tl.store(losses + token, difference + (largest_q - largest_p) + tl.log(z_q / z_p))
     for start in range(0, V, BLOCK):
         f = start + lanes
