@@ -447,10 +447,10 @@ def _check_apart(changed: str, x: Tensor, kept: str, y: Tensor) -> None:
 
 def _span(x: Tensor) -> tuple[int, int]:
     """The bytes of its storage that a tensor lies in: the first, and behind the last."""
-    start = x.storage_offset() * x.element_size()
+    start = int(x.storage_offset()) * x.element_size()
     if not x.numel():
         return start, start
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    last = int(sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
     return start, start + (last + 1) * x.element_size()
 
 
