@@ -1,4 +1,4 @@
-"""Sphinx: ``make docs``. The source is the whole repository, so that links between README.md and docs/ are checked."""
+"""Sphinx: ``make docs``. Its source is the repository: links between README.md and docs/ are checked."""
 
 import re
 

@@ -1,9 +1,9 @@
 """Every code block of the documentation is run, page by page and in order, or says why it is not.
 
-A page begins in an empty folder, or as ``<!-- after: PAGE -->`` says, in a copy of the folder in which that page
-ended. Its Python blocks share one namespace; each bash block begins where the last one ended. In front of a block
-``<!-- not run: REASON -->`` leaves it out. Python in a comment that begins with ``<!-- hidden`` is run in its place
-without being shown: what a page takes for granted, and checks of what it says.
+A page begins in an empty folder, or as ``<!-- after: PAGE -->`` says, in a copy of the folder in which
+that page ended. Its Python blocks share one namespace; each bash block begins where the last one ended. In
+front of a block ``<!-- not run: REASON -->`` leaves it out. Python in a comment that begins with
+``<!-- hidden`` is run in its place without being shown: what a page takes for granted, and checks of it.
 """
 
 import os

@@ -36,7 +36,7 @@ class MuteBank:
         bank = MuteBank(model)
         bank.add("alice", "alice.safetensors")
         model.generate(**batch, mute_sets=["alice", None, "alice"])  # a name or None for each row
-        with bank.using(["alice", None]):
+        with torch.no_grad(), bank.using(["alice", None]):
             model(**batch)
 
     A row's output does not depend, bit for bit, on the sets of the other rows. ``required``: a forward pass
