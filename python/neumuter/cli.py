@@ -33,10 +33,13 @@ from neumuter.tables import (
     console,
     peak_memory,
     print_curve,
+    print_environment,
     print_metrics,
     print_outcome,
     print_plan,
     print_robustness,
+    print_speeds,
+    print_verdicts,
 )
 
 if TYPE_CHECKING:
@@ -486,6 +489,26 @@ def plan(
     with console.status("Counting"):
         found = planning.plan(loaded, gpus, samples, tokens, wanted, checkpointing)
     print_plan(found, gpus, memory, card, (samples, tokens), (sequences, context))
+
+
+@app.command()
+def doctor() -> None:
+    """Test the kernels on this machine, measure their speed, and print what belongs into a bug report."""
+    from neumuter import doctor
+
+    environment = doctor.environment()
+    print_environment(environment)  # before anything can crash
+    with console.status("Testing the kernels"):
+        verdicts = list(doctor.self_test())
+    print_verdicts(verdicts)
+    with console.status("Measuring their speed"):
+        speeds = list(doctor.speed_check())
+    print_speeds(speeds)
+    console.print("\nFor a bug report, from here on:\n", style="bold")
+    text = doctor.bug_report(environment, verdicts, speeds)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if any(verdict.error for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

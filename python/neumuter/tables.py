@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from neumuter.doctor import Speed, Verdict
     from neumuter.mutes import MuteSet
     from neumuter.planning import Plan
 
@@ -91,6 +92,31 @@ def print_plan(
     console.print(
         "It fits with 5 % to spare, or not: then fewer --samples, --checkpointing or more devices help."
     )
+
+
+def print_environment(pairs: Sequence[tuple[str, str]]) -> None:
+    table = Table(show_header=False)
+    for what, value in pairs:
+        table.add_row(what, escape(value))
+    console.print(table)
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    table = Table("op", "on", "by", "agrees with the reference")
+    for device, op, backend, error in verdicts:
+        table.add_row(op, device, escape(backend), f"[bold red]no:[/] {escape(error)}" if error else "yes")
+    console.print(table)
+    if any(verdict.error for verdict in verdicts):
+        console.print("[bold red]A kernel fails here:[/] please report it, with the text below.")
+
+
+def print_speeds(speeds: Sequence[Speed]) -> None:
+    table = Table("on", "ours, ms", "eager, ms", "copy of as much, ms", "to eager", "of copy bandwidth")
+    for speed in speeds:
+        times = (f"{1e3 * x:.3g}" for x in (speed.ours, speed.eager, speed.copy))
+        table.add_row(speed.device, *times, f"{speed.ratio:.2f}×", f"{speed.share:.0%}")
+    console.print(table)
+    console.print("; ".join(dict.fromkeys(speed.problem for speed in speeds)) + ". Medians.")
 
 
 def print_outcome(mutes: MuteSet, path: Path, seconds: float) -> None:

@@ -1,0 +1,152 @@
+"""Whether the backends of this machine compute what the reference says: every op, in about a second."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neumuter_kernels import ops, reference
+
+# ‖result − exact‖ / ‖exact‖ that rounding alone stays below; exact: the reference in float64.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOKENS, WIDTH, ROWS = 12, 331, 3  # an odd width: vector loops and what they leave over
+
+
+class Result(NamedTuple):
+    """``op`` on tensors of ``device`` is right, or ``error`` says what is wrong."""
+
+    device: str
+    op: str
+    error: str | None
+
+
+def run(device: str) -> Iterator[Result]:
+    """Test every op on tensors of ``device``, for example "cpu" or "cuda:0". Raises nothing."""
+    for op, check in CHECKS.items():
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                error = next(check(device), None)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        yield Result(device, op, error)
+
+
+# Each check yields what is wrong.
+
+
+def _masked(
+    op: Callable[..., Tensor], meaning: Callable[..., Tensor], inputs: int, device: str
+) -> Iterator[str]:
+    """Values and gradients of a masked activation of ``inputs`` tensors, with and without row ids."""
+    row_ids = torch.arange(TOKENS) % (ROWS + 1) - 1
+    for dtype, tolerance in TOLERANCE.items():
+        for number, activation in enumerate(reference.ACTIVATIONS):
+            ids = row_ids if number % 2 else None
+            tensors = [torch.randn(TOKENS, WIDTH).to(dtype) for _ in range(inputs)]
+            mask, grad = torch.rand(ROWS, WIDTH), torch.randn(TOKENS, WIDTH).to(dtype)
+            here = [x.to(device).requires_grad_() for x in (*tensors, mask)]
+            exact = [x.double().requires_grad_() for x in (*tensors, mask)]
+            h = op(*here, None if ids is None else ids.to(device), activation)
+            true = meaning(*exact, ids, activation)
+            found = (h, *torch.autograd.grad(h, here, grad.to(device)))
+            wanted = (true, *torch.autograd.grad(true, exact, grad.double()))
+            for name, x, y in zip(("value", *["gradient"] * len(here)), found, wanted, strict=True):
+                yield from _far(f"{name} of {activation}, {dtype}", x, y, tolerance)
+
+
+def _masked_glu(device: str) -> Iterator[str]:
+    yield from _masked(ops.masked_glu, reference.masked_glu, 2, device)
+    for interleaved in (False, True):
+        gate_up, mask = torch.randn(TOKENS, 2 * WIDTH), torch.rand(ROWS, WIDTH)
+        h = ops.masked_glu(gate_up=gate_up.to(device), mask=mask.to(device), interleaved=interleaved)
+        wanted = reference.masked_glu_packed(gate_up.double(), mask.double(), interleaved=interleaved)
+        yield from _far(f"packed, interleaved={interleaved}", h, wanted, TOLERANCE[torch.float32])
+
+
+def _masked_act(device: str) -> Iterator[str]:
+    yield from _masked(ops.masked_act, reference.masked_act, 1, device)
+
+
+def _hard_concrete(device: str) -> Iterator[str]:
+    scores, grad, ids = 3 * torch.randn(WIDTH), torch.randn(ROWS, WIDTH), torch.arange(ROWS)
+    for training in (True, False):
+        leaf = scores.to(device).requires_grad_()
+        gates = ops.hard_concrete(leaf, ROWS, seed=7, step=3, layer=2, training=training)
+        if not torch.equal(gates.cpu(), reference.hard_concrete(scores, ids, 7, 3, 2, training=training)):
+            yield f"gates are other bits than the reference's, training={training}"
+        (slope,) = torch.autograd.grad(gates, leaf, grad.to(device))
+        exact = reference.hard_concrete_backward(grad, scores, ids, 7, 3, 2, training=training)
+        yield from _far(f"gradient, training={training}", slope, exact, TOLERANCE[torch.float32])
+
+
+def _cross_entropy(device: str) -> Iterator[str]:
+    for dtype, tolerance in TOLERANCE.items():
+        logits, targets = (4 * torch.randn(TOKENS, WIDTH)).to(dtype), torch.randint(WIDTH, (TOKENS,))
+        slopes = logits.to(device, copy=True)
+        losses = ops.cross_entropy_(slopes, targets.to(device))
+        wanted = reference.cross_entropy(logits.double(), targets)
+        yield from _far(f"losses, {dtype}", losses, wanted[0], TOLERANCE[torch.float32])
+        yield from _far(f"gradients, {dtype}", slopes, wanted[1], tolerance)
+
+
+def _kl_divergence(device: str) -> Iterator[str]:
+    for dtype, tolerance in TOLERANCE.items():
+        logits, others = ((4 * torch.randn(TOKENS, WIDTH)).to(dtype) for _ in range(2))
+        slopes = logits.to(device, copy=True)
+        losses = ops.kl_divergence_(slopes, others.to(device))
+        wanted = reference.kl_divergence(logits.double(), others.double())
+        yield from _far(f"losses, {dtype}", losses, wanted[0], TOLERANCE[torch.float32])
+        yield from _far(f"gradients, {dtype}", slopes, wanted[1], tolerance)
+
+
+def _select_muted(device: str) -> Iterator[str]:
+    scores = torch.randn(4, WIDTH).mul(4).round().div(4)  # many ties
+    flat, widths, here = scores.flatten(), [WIDTH] * 4, scores.to(device)
+    ways = {
+        "budget": (ops.select_muted(here, budget=100), reference.select_muted(flat, widths, budget=100)),
+        "threshold": (
+            ops.select_muted(here, threshold=0.25),
+            reference.select_muted(flat, widths, threshold=reference.logit(0.25)),
+        ),
+    }
+    for way, (found, wanted) in ways.items():
+        for name, x, y in zip(("indptr", "indices", "gains"), found, wanted, strict=True):
+            if not torch.equal(x.cpu(), y):
+                yield f"{name} by {way} are not the reference's"
+
+
+def _mute(device: str) -> Iterator[str]:
+    selected = [ops.select_muted(torch.randn(2, WIDTH), budget=40) for _ in range(2)]
+    indptr = torch.stack([selected[0].indptr, selected[1].indptr + 40]).long()
+    indices = torch.cat([one.indices for one in selected])
+    gains, rows = torch.randn(80), torch.randint(-1, 2, (TOKENS,))
+    for dtype in TOLERANCE:
+        hidden = torch.randn(TOKENS, WIDTH).to(dtype)
+        wanted = reference.mute(hidden, indptr, indices, gains, rows, 1)
+        h, *sets, ids = (x.to(device, copy=True) for x in (hidden, indptr, indices, gains, rows))
+        if not torch.equal(ops.mute_(h, sets[0], sets[1], sets[2], ids, 1).cpu(), wanted):
+            yield f"other bits than the reference's, {dtype}"
+
+
+CHECKS: dict[str, Callable[[str], Iterator[str]]] = {
+    "masked_glu": _masked_glu,
+    "masked_act": _masked_act,
+    "hard_concrete": _hard_concrete,
+    "cross_entropy_": _cross_entropy,
+    "kl_divergence_": _kl_divergence,
+    "select_muted": _select_muted,
+    "mute_": _mute,
+}
+
+
+def _far(name: str, found: Tensor, exact: Tensor, tolerance: float) -> Iterator[str]:
+    """What is wrong if ``found`` is farther from ``exact`` than ``tolerance``, relative to its norm."""
+    if found.shape != exact.shape:
+        yield f"{name}: shape {list(found.shape)}, not {list(exact.shape)}"
+        return
+    exact = exact.detach().double()
+    error = ((found.detach().cpu().double() - exact).norm() / exact.norm()).item()
+    if not error <= tolerance:  # NaN is far, too
+        yield f"{name}: relative error {error:.2g}, at most {tolerance:g}"
