@@ -9,11 +9,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 IGNORED = -100
 
 
-def predicting(labels):
+def predicting(labels: Tensor) -> Tensor:
     """Where a counted token is predicted: bool [B, T], true at t if ``labels[:, t + 1]`` is not -100.
 
     Indexing logits [B, T, V] with it gives [N, V], for N counted tokens in row-major order.
@@ -23,7 +24,7 @@ def predicting(labels):
     return counted
 
 
-def token_losses(logits, labels):
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats of each counted token, float32 [N], row by row.
 
     ``logits``: [B, T, V], any float dtype; ``labels``: int64 [B, T] with -100 on tokens that do not
@@ -34,7 +35,7 @@ def token_losses(logits, labels):
     return F.cross_entropy(logits[where].float(), targets, reduction="none")
 
 
-def hinge(losses, margin):
+def hinge(losses: Tensor, margin: float) -> Tensor:
     """mean relu(margin − loss) over ``losses`` [N]: zero once every token costs ``margin`` nats.
 
     Ascending a cross-entropy has no end and wrecks the model; this stops where the token is no
@@ -43,7 +44,7 @@ def hinge(losses, margin):
     return F.relu(margin - losses).mean()
 
 
-def odds_hinge(losses, margin):
+def odds_hinge(losses: Tensor, margin: float) -> Tensor:
     """mean relu(margin + ln(p / (1 − p))) over tokens of probability p, given their ``losses`` −ln p, [N].
 
     Zero once every token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,

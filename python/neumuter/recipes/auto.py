@@ -1,12 +1,17 @@
 """The smallest share of neurons with which a recipe reaches its goals."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from neumuter.evaluation import extraction_rate, memorization_accuracy
+from neumuter.masking import Masked
+from neumuter.mutes import MuteSet
 from neumuter.recipes.fisher import neuron_ratios
 from neumuter.recipes.neurons import Neurons
 from neumuter.recipes.pair import Pair
 from neumuter.recipes.two_phase import forget_pair
+from neumuter.types import Batch
 
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 HALVINGS = 1  # of the gap between the last share that fails and the first that does not
@@ -19,7 +24,7 @@ class Goals:
     extraction: float | None = 0.0  # share of texts that greedy decoding reproduces exactly
     ma: float | None = None  # memorization accuracy
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("extraction", "ma"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -27,14 +32,20 @@ class Goals:
         if self.extraction is None and self.ma is None:
             raise ValueError("there is no goal: give extraction, ma or both")
 
-    def met(self, point):
+    def met(self, point: Mapping[str, Any]) -> bool:
         limits = {"forget_extraction": self.extraction, "forget_ma": self.ma}
         return all(limit is None or point[name] <= limit for name, limit in limits.items())
 
 
 def smallest_share(
-    masked, forget_batch, neighbour_batch, goals=Goals(), shares=SHARES, callback=None, **recipe
-):
+    masked: Masked,
+    forget_batch: Batch,
+    neighbour_batch: Batch,
+    goals: Goals = Goals(),
+    shares: Sequence[float] = SHARES,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    **recipe: Any,
+) -> tuple[MuteSet, list[dict[str, Any]]]:
     """Run :func:`neumuter.recipes.forget` with rising ``shares`` until ``goals`` are met, then close in.
 
     ``shares``: floats in (0, 1], ascending. ``callback(point)`` after every share; ``recipe``: what else
@@ -49,9 +60,10 @@ def smallest_share(
     pair = Pair(masked, forget_batch, neighbour_batch)
     if recipe.get("mode") != "mute" and not recipe.get("support"):
         recipe["ratios"] = neuron_ratios(masked, pair, beside)  # the same for all shares
-    points, best, failed = [], None, 0.0
+    points: list[dict[str, Any]] = []
+    best, failed = None, 0.0
 
-    def attempt(share):
+    def attempt(share: float) -> tuple[MuteSet, bool]:
         mutes = forget_pair(masked, pair, share, callback=progress, **recipe)
         with masked.applying(neurons.masks(mutes)):
             point = {
@@ -79,4 +91,4 @@ def smallest_share(
             best, share = mutes, middle
         else:
             failed = middle
-    return best, sorted(points, key=lambda point: point["share"])
+    return cast(MuteSet, best), sorted(points, key=lambda point: point["share"])

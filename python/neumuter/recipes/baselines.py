@@ -1,15 +1,20 @@
 """What the recipes are measured against: neurons at random, by one gradient, and by how active they are."""
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 from neumuter.families import input_device
 from neumuter.losses import token_losses
-from neumuter.masking import neuron_count
+from neumuter.masking import Masked, neuron_count
 from neumuter.modes import without_dropout
+from neumuter.mutes import MuteSet
 from neumuter.recipes.neurons import Neurons
+from neumuter.types import Batch
 
 
-def mute_random(masked, share, seed=0):
+def mute_random(masked: Masked, share: int | float, seed: int = 0) -> MuteSet:
     """A MuteSet that silences ``share`` of the neurons (float share or int number), drawn uniformly."""
     neurons = Neurons(masked)
     order = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(seed))
@@ -19,7 +24,7 @@ def mute_random(masked, share, seed=0):
     )
 
 
-def mute_by_attribution(masked, forget_batch, share):
+def mute_by_attribution(masked: Masked, forget_batch: Batch, share: int | float) -> MuteSet:
     """A MuteSet that silences the neurons whose gate has the largest first-order effect.
 
     One gradient of the forget loss L (mean over the counted tokens) with respect to all gates at 1:
@@ -42,7 +47,9 @@ def mute_by_attribution(masked, forget_batch, share):
 
 
 @torch.no_grad()
-def mute_by_activation(masked, forget_batch, retain_batch, share):
+def mute_by_activation(
+    masked: Masked, forget_batch: Batch, retain_batch: Batch, share: int | float
+) -> MuteSet:
     """A MuteSet that silences the neurons that are most active on the forget texts, relative to the others.
 
     The score of a neuron is the mean of |activation| over the forget tokens divided by that over the retain
@@ -58,7 +65,7 @@ def mute_by_activation(masked, forget_batch, retain_batch, share):
     )
 
 
-def _mean_activations(masked, batch):
+def _mean_activations(masked: Masked, batch: Batch) -> dict[str, Tensor]:
     """The mean of |input of the down projection| over real tokens: {path: float32 [F]}."""
     shown = batch["attention_mask"].bool()
     found, handles = {}, []
@@ -66,7 +73,7 @@ def _mean_activations(masked, batch):
         if not ffn.layout:
             raise ValueError(f"{ffn.path} has experts: neurons cannot be selected by their activation")
 
-        def record(module, arguments, path=ffn.path):
+        def record(module: nn.Module, arguments: tuple[Any, ...], path: str = ffn.path) -> None:
             hidden = arguments[0].flatten(0, -2)[shown.flatten().to(arguments[0].device)]
             found[path] = hidden.abs().float().mean(0)
 

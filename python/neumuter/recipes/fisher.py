@@ -1,17 +1,30 @@
 """Which neurons hold the texts, from two backward passes: squared gradients there against those elsewhere."""
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from neumuter.losses import odds_hinge
+from neumuter.masking import Masked
 from neumuter.modes import without_dropout
+from neumuter.mutes import MuteSet
 from neumuter.recipes.neurons import Neurons
+from neumuter.recipes.pair import Pair
 
 ROWS = 8  # samples per pass
 MARGIN = 2.0  # nats: tokens whose log-odds are lower are forgotten already
 DAMPING = 0.1  # of the mean Fisher information, so that neurons that nothing uses do not come first
 
 
-def support_by_fisher(masked, pair, share, beside=None, times=1.0, ratios=None):
+def support_by_fisher(
+    masked: Masked,
+    pair: Pair,
+    share: int | float,
+    beside: MuteSet | None = None,
+    times: float = 1.0,
+    ratios: Tensor | None = None,
+) -> MuteSet:
     """A MuteSet of mode "mute" that silences the ``share`` of neurons with the largest ratio g²/F.
 
     ``pair``: a :class:`Pair` of the same handle; ``share``: float share or int number. ``beside``: a MuteSet
@@ -26,7 +39,7 @@ def support_by_fisher(masked, pair, share, beside=None, times=1.0, ratios=None):
     return neurons.mute_set(ratios.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
 
 
-def neuron_ratios(masked, pair, beside=None):
+def neuron_ratios(masked: Masked, pair: Pair, beside: MuteSet | None = None) -> Tensor:
     """g²/F of every neuron, float32 [neurons]; −∞ of those that may not be selected.
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
@@ -44,7 +57,13 @@ def neuron_ratios(masked, pair, beside=None):
     return ratios
 
 
-def mean_square_gradients(masked, pair, neurons, sample_ids, function):
+def mean_square_gradients(
+    masked: Masked,
+    pair: Pair,
+    neurons: Neurons,
+    sample_ids: Sequence[int],
+    function: Callable[[Tensor], Tensor],
+) -> Tensor:
     """The mean over samples of the squared gradient of ``function`` of a sample's losses, float32 [neurons].
 
     ``function``: of the losses in nats of a sample's counted tokens, float32 [N], a scalar.

@@ -1,13 +1,21 @@
 """NeuMuter's own recipe: hard-concrete gates, trained until few of them close."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from neumuter.masking import STRETCH, TEMPERATURE
+from neumuter.masking import STRETCH, TEMPERATURE, Masked
 from neumuter.modes import without_dropout
+from neumuter.mutes import MuteSet
 from neumuter.recipes.pair import Pair
+from neumuter.types import Batch, Callback
+
+if TYPE_CHECKING:
+    from neumuter.trainer import NeuMuterConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,14 @@ class GatesConfig:
     threshold: float = 0.15  # neurons with σ(score) below it are muted
 
 
-def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), seed=0, callback=None):
+def train_gates(
+    masked: Masked,
+    forget_batch: Batch,
+    neighbour_batch: Batch,
+    config: GatesConfig = GatesConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> MuteSet:
     """Train the scores of ``masked`` with NeuMuter's objective and select the neurons that closed.
 
     Per step s·LM(forget) + λ·(1 − mean_l mean_f p) + η·KL(p_ref ‖ p_masked on neighbours), where LM is
@@ -64,7 +79,13 @@ def train_gates(masked, forget_batch, neighbour_batch, config=GatesConfig(), see
     return masked.select(threshold=config.threshold, method=method, seed=seed)
 
 
-def objective(forget_loss, kl, scores, config, level=None):
+def objective(
+    forget_loss: Tensor,
+    kl: Tensor,
+    scores: Sequence[Tensor],
+    config: "GatesConfig | NeuMuterConfig",
+    level: Tensor | None = None,
+) -> Tensor:
     """NeuMuter's loss of a step, a scalar; ``config`` has what ``method_of`` names.
 
     ``level``: what is compared with stop_loss, where it is not ``forget_loss``.
@@ -79,13 +100,13 @@ def objective(forget_loss, kl, scores, config, level=None):
     return sign * forget_loss + sparsity * closed + config.kl_weight * kl
 
 
-def closed_share(scores, threshold):
+def closed_share(scores: Sequence[Tensor], threshold: float) -> Tensor:
     """The share of neurons with σ(score) below ``threshold``, a scalar tensor."""
     closed = torch.stack([(score.detach().sigmoid() < threshold).sum() for score in scores]).sum()
     return closed / sum(score.numel() for score in scores)
 
 
-def method_of(config):
+def method_of(config: "GatesConfig | NeuMuterConfig") -> dict[str, Any]:
     """What a mute file records of the objective."""
     names = ("sparsity", "sparsity_per_neuron", "kl_weight", "stop_loss", "descent", "threshold")
     recorded = {name: getattr(config, name) for name in names}

@@ -1,8 +1,12 @@
 """All neurons under masks as one line of ids: layer after layer, each layer's neurons in order."""
 
-import torch
+from typing import Any
 
-from neumuter.masking import neuron_count
+import torch
+from torch import Tensor
+
+from neumuter.masking import Masked, neuron_count
+from neumuter.mutes import MuteSet
 
 
 class Neurons:
@@ -13,7 +17,7 @@ class Neurons:
     ``beside``, and those of experts that no forget token reaches.
     """
 
-    def __init__(self, masked, beside=None):
+    def __init__(self, masked: Masked, beside: MuteSet | None = None) -> None:
         self.masked = masked
         self.widths = {path: score.numel() for path, score in masked.scores.items()}
         self.count = sum(self.widths.values())
@@ -26,7 +30,7 @@ class Neurons:
             self.start = torch.cat(list(self.masks(beside).values()))
             self.excluded[self.ids(beside)] = True
 
-    def _check(self, mutes):
+    def _check(self, mutes: MuteSet) -> None:
         other = [path for path in mutes.layers if self.widths.get(path) != mutes.widths[path]]
         if other:
             raise ValueError(
@@ -34,11 +38,11 @@ class Neurons:
                 "another width: attach from the same start_layer on, to the same model"
             )
 
-    def by_layer(self, values):
+    def by_layer(self, values: Tensor) -> dict[str, Tensor]:
         """One value per neuron, [count], as views per layer: {path: [F]}."""
         return dict(zip(self.widths, values.split(list(self.widths.values())), strict=True))
 
-    def ids(self, mutes):
+    def ids(self, mutes: MuteSet) -> Tensor:
         """The ids of a MuteSet's neurons, int64 [k], ascending."""
         selected = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         by_layer = self.by_layer(selected)
@@ -46,7 +50,7 @@ class Neurons:
             by_layer[path][layer.indices.long().to(self.device)] = True
         return selected.nonzero().flatten()
 
-    def number(self, share):
+    def number(self, share: int | float) -> int:
         """``share``, a float share of all neurons or an int, as a number of neurons.
 
         Raises ValueError if so many may not be selected.
@@ -59,14 +63,22 @@ class Neurons:
             )
         return k
 
-    def masks(self, mutes):
+    def masks(self, mutes: MuteSet) -> dict[str, Tensor]:
         """A MuteSet's gains beside ``start`` as masks for ``masked.applying``, {path: float32 [F]}."""
         masks = self.by_layer(self.start.clone())
         for path, layer in mutes.layers.items():
             masks[path][layer.indices.long().to(self.device)] = layer.gains.to(masks[path])
         return masks
 
-    def mute_set(self, ids, gains, mode, gain_range, method, seed):
+    def mute_set(
+        self,
+        ids: Tensor,
+        gains: Tensor,
+        mode: str,
+        gain_range: tuple[float, float],
+        method: dict[str, Any],
+        seed: int,
+    ) -> MuteSet:
         """The MuteSet of the neurons ``ids`` (int64 [k], any order, each once) with ``gains`` [k].
 
         Raises ValueError if there is no neuron in it.

@@ -1,12 +1,17 @@
 """Forget and neighbour samples side by side: one masked forward pass gives both losses."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from neumuter.families import input_device
 from neumuter.head import Head
 from neumuter.losses import IGNORED, predicting
+from neumuter.masking import Masked
 from neumuter.modes import without_dropout
+from neumuter.types import Batch
 
 KEYS = ("input_ids", "attention_mask", "labels")
 REFERENCE_ROWS = 8  # samples per forward pass of the reference
@@ -27,7 +32,7 @@ class Pair:
     not a function of its last hidden states.
     """
 
-    def __init__(self, masked, forget_batch, neighbour_batch):
+    def __init__(self, masked: Masked, forget_batch: Batch, neighbour_batch: Batch) -> None:
         _check("forget_batch", forget_batch)
         _check("neighbour_batch", neighbour_batch)
         device = input_device(masked.model)
@@ -48,7 +53,7 @@ class Pair:
             )
         self.reference = hidden.split([len(self.samples[i].targets) for i in neighbours])
 
-    def steps(self, batch_size, seed):
+    def steps(self, batch_size: int | None, seed: int) -> Iterator[list[int]]:
         """Endless lists of sample ids, forget samples first: ``batch_size`` of each kind, or all if None.
 
         Either kind goes round in a new random order each time; the same seed gives the same lists.
@@ -66,7 +71,7 @@ class Pair:
                 for _ in range(min(batch_size, count))
             ]
 
-    def losses(self, sample_ids, through=None):
+    def losses(self, sample_ids: Sequence[int], through: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """One forward pass of the samples under the masks that are in force.
 
         ``sample_ids``: forget samples first, at least one of each kind. ``through``: see ``Head.hidden``.
@@ -76,7 +81,9 @@ class Pair:
         losses, divergences = self.token_losses(sample_ids, through)
         return losses, divergences.mean()
 
-    def token_losses(self, sample_ids, through=None):
+    def token_losses(
+        self, sample_ids: Sequence[int], through: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As ``losses``, with the KL of each counted neighbour token, float32 [M]."""
         split = sum(i < self.forget_count for i in sample_ids)
         targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
@@ -87,13 +94,14 @@ class Pair:
             self.head.kl_divergences(neighbour, reference),
         )
 
-    def sample_losses(self, sample_ids):
+    def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
         """The losses in nats of each sample's counted tokens, forget or neighbour: a list of float32 [N]."""
         targets = [self.samples[i].targets for i in sample_ids]
         losses = self.head.token_losses(self._hidden(sample_ids), torch.cat(targets))
-        return losses.split([len(t) for t in targets])
+        by_sample: tuple[Tensor, ...] = losses.split([len(t) for t in targets])
+        return by_sample
 
-    def _hidden(self, sample_ids, through=None):
+    def _hidden(self, sample_ids: Sequence[int], through: nn.Module | None = None) -> Tensor:
         """The last hidden states where the samples' counted tokens are predicted, [N, d]."""
         samples = [self.samples[i] for i in sample_ids]
         width = max(len(sample.ids) for sample in samples)
@@ -105,13 +113,13 @@ class Pair:
 class _Sample:
     """One row of a batch: ids [T] without padding, counted tokens [N], and where these are predicted [N]."""
 
-    def __init__(self, ids, attention_mask, labels):
+    def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         self.ids = ids[: int(attention_mask.sum())]
         self.positions = predicting(labels[None])[0].nonzero().flatten()
         self.targets = labels[self.positions + 1]
 
 
-def _check(name, batch):
+def _check(name: str, batch: Batch) -> None:
     shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
     for key in KEYS:
         value = batch.get(key)
@@ -131,7 +139,7 @@ def _check(name, batch):
         raise ValueError(f"{name} counts padding: labels must be -100 where attention_mask is 0")
 
 
-def shuffled(start, count, generator):
+def shuffled(start: int, count: int, generator: torch.Generator) -> Iterator[int]:
     """start … start + count − 1 endlessly, in a new random order each time round."""
     while True:
         yield from (start + torch.randperm(count, generator=generator)).tolist()

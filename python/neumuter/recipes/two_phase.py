@@ -6,15 +6,19 @@ forget tokens and KL(reference ‖ masked) on the neighbours.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from neumuter.losses import hinge, odds_hinge
-from neumuter.masking import INITIAL_SCORE
+from neumuter.masking import INITIAL_SCORE, Masked
 from neumuter.modes import without_dropout
+from neumuter.mutes import MuteSet
 from neumuter.recipes.fisher import support_by_fisher
 from neumuter.recipes.neurons import Neurons
 from neumuter.recipes.pair import Pair
+from neumuter.types import Batch, Callback
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class GainsConfig:
     lr: float = 0.1  # of Adam, cosine decay to zero; both start again after the choice
     betas: tuple[float, float] = (0.9, 0.99)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps < 1 or self.candidates < 1 or not 0 < self.choosing < 1:
             raise ValueError(
                 "steps and candidates must be at least 1 and choosing in (0, 1), got "
@@ -56,17 +60,17 @@ class GainsConfig:
 
 
 def forget(
-    masked,
-    forget_batch,
-    neighbour_batch,
-    share,
-    mode="modulate",
-    support=None,
-    gains=GainsConfig(),
-    seed=0,
-    callback=None,
-    beside=None,
-):
+    masked: Masked,
+    forget_batch: Batch,
+    neighbour_batch: Batch,
+    share: int | float,
+    mode: str = "modulate",
+    support: SupportConfig | None = None,
+    gains: GainsConfig = GainsConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+    beside: MuteSet | None = None,
+) -> MuteSet:
     """Find the ``share`` of neurons that hold the forget texts, and silence or modulate them.
 
     ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`. ``share``: of all
@@ -89,17 +93,17 @@ def forget(
 
 
 def forget_pair(
-    masked,
-    pair,
-    share,
-    mode="modulate",
-    support=None,
-    gains=GainsConfig(),
-    seed=0,
-    callback=None,
-    beside=None,
-    ratios=None,
-):
+    masked: Masked,
+    pair: Pair,
+    share: int | float,
+    mode: str = "modulate",
+    support: SupportConfig | None = None,
+    gains: GainsConfig = GainsConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+    beside: MuteSet | None = None,
+    ratios: Tensor | None = None,
+) -> MuteSet:
     """As :func:`forget`, of a :class:`Pair`; ``ratios``: see ``support_by_fisher``."""
     _check_mode(mode)
     if support is None and mode == "mute":
@@ -108,7 +112,7 @@ def forget_pair(
     first = support.steps if support else 0
     total = first + (gains.steps if mode == "modulate" else 0)
 
-    def report(phase, offset):
+    def report(phase: str, offset: int) -> Callback | None:
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
     if support:
@@ -120,12 +124,20 @@ def forget_pair(
     return mutes
 
 
-def _check_mode(mode):
+def _check_mode(mode: str) -> None:
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
 
 
-def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=None, beside=None):
+def find_support(
+    masked: Masked,
+    pair: Pair,
+    share: int | float,
+    config: SupportConfig = SupportConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+    beside: MuteSet | None = None,
+) -> MuteSet:
     """Phase one: a MuteSet of mode "mute" that silences the ``share`` of neurons found.
 
     Forward, the k neurons of lowest score are off; backward, the mask is σ(score) (straight-through).
@@ -141,7 +153,8 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
     scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)  # ties at the start are broken at random
     scores[neurons.excluded] = torch.inf
     scores.requires_grad_()
-    velocity, mean_square = torch.zeros_like(scores), 0.0
+    velocity = torch.zeros_like(scores)
+    mean_square: Any = 0.0  # a tensor from the first step on
     ids = pair.steps(config.batch_size, seed)
     with without_dropout(masked.model):
         for step in range(1, config.steps + 1):
@@ -164,7 +177,16 @@ def find_support(masked, pair, share, config=SupportConfig(), seed=0, callback=N
     return neurons.mute_set(_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
 
 
-def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None, beside=None, keep=None):
+def fit_gains(
+    masked: Masked,
+    pair: Pair,
+    mutes: MuteSet,
+    config: GainsConfig = GainsConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+    beside: MuteSet | None = None,
+    keep: int | None = None,
+) -> MuteSet:
     """The neurons of ``mutes`` with gains in ``config.gain_range``: a MuteSet of mode "modulate".
 
     Trained with Adam on the hinge on log-odds + η·KL. η is steered so that KL stays at its budget:
@@ -191,13 +213,15 @@ def fit_gains(masked, pair, mutes, config=GainsConfig(), seed=0, callback=None, 
 class _Gains:
     """Training of gains, in one or two runs: steps, the order of samples and η go on through both."""
 
-    def __init__(self, neurons, pair, config, seed, callback):
+    def __init__(
+        self, neurons: Neurons, pair: Pair, config: GainsConfig, seed: int, callback: Callback | None
+    ) -> None:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.ids = pair.steps(config.batch_size, seed)
         self.step = 0
 
-    def train(self, support, start, steps):
+    def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
         """Gains float32 [k] of the neurons ``support`` int64 [k], after ``steps`` from ``start`` on."""
         neurons, config, masked = self.neurons, self.config, self.neurons.masked
         gains = start.clone().requires_grad_()
@@ -225,9 +249,9 @@ class _Gains:
         return gains.detach()
 
 
-def _lowest(scores, k):
+def _lowest(scores: Tensor, k: int) -> Tensor:
     return scores.detach().topk(k, largest=False).indices
 
 
-def _info(loss, losses, kl, muted):
+def _info(loss: Tensor, losses: Tensor, kl: Tensor, muted: float) -> dict[str, Any]:
     return {"loss": loss.item(), "forget_loss": losses.mean().item(), "kl": kl.item(), "muted": muted}

@@ -4,13 +4,17 @@ All minimise a forget loss, most of them plus ``retain_weight`` times the cross-
 with AdamW over the parameters that require gradients: all of them, or those of a PEFT adapter.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from neumuter.losses import IGNORED, predicting, token_losses
 from neumuter.recipes.pair import shuffled
+from neumuter.types import Batch, Callback
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
 ALONE = ("ascent", "relearn")  # without retain texts
@@ -31,12 +35,19 @@ class WeightsConfig:
     gamma: float = 0.0  # margin of SimNPO
     retain_weight: float = 1.0  # not used by ascent and relearn
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
 
 
-def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed=0, callback=None):
+def tune_weights(
+    model: nn.Module,
+    forget_batch: Batch,
+    retain_batch: Batch | None,
+    config: WeightsConfig = WeightsConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> dict[str, Any]:
     """Train the weights of ``model`` in place; returns the config as a dict.
 
     ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`; ascent and relearn take
@@ -52,9 +63,11 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
     alone = config.method in ALONE
     if retain_batch is None and not alone:
         raise ValueError(f"retain_batch must be given for method {config.method!r}")
-    batches = [_on(model.device, b) for b in ((forget_batch,) if alone else (forget_batch, retain_batch))]
+    device = cast(torch.device, model.device)
+    given = (forget_batch,) if alone else (forget_batch, cast(Batch, retain_batch))
+    batches = [_on(device, b) for b in given]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    reference = torch.zeros(len(batches[0]["labels"]), device=model.device)
+    reference = torch.zeros(len(batches[0]["labels"]), device=device)
     if config.method == "npo":
         with torch.no_grad():
             reference = torch.cat([text_losses(model, _rows(batches[0], [i])) for i in range(len(reference))])
@@ -79,7 +92,7 @@ def tune_weights(model, forget_batch, retain_batch, config=WeightsConfig(), seed
     return asdict(config)
 
 
-def forget_loss(losses, lengths, reference, config):
+def forget_loss(losses: Tensor, lengths: Tensor, reference: Tensor, config: WeightsConfig) -> Tensor:
     """What is minimised on the forget texts, a scalar.
 
     ``losses``: −ln π(text) in nats of each text, float [B]; ``lengths``: its counted tokens, int [B];
@@ -95,7 +108,7 @@ def forget_loss(losses, lengths, reference, config):
     return -2 / config.beta * F.logsigmoid(inside).mean()
 
 
-def text_losses(model, batch):
+def text_losses(model: nn.Module, batch: Batch) -> Tensor:
     """−ln π in nats of each text's counted tokens, their sum: float32 [B], differentiable."""
     logits = _logits(model, batch)[:, :-1].float()
     losses = F.cross_entropy(
@@ -104,13 +117,15 @@ def text_losses(model, batch):
     return losses.sum(1)
 
 
-def _logits(model, batch):
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    logits: Tensor = output.logits
+    return logits
 
 
-def _on(device, batch):
+def _on(device: torch.device, batch: Batch) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _rows(batch, ids):
+def _rows(batch: Batch, ids: Sequence[int]) -> Batch:
     return {key: value[ids] for key, value in batch.items()}
