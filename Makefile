@@ -21,6 +21,7 @@ test: $(VENV)/.built $(VENV)/.quantised
 check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench readme --check
 	$(BIN)/python -m bench.unlearning report --check

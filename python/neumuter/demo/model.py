@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from neumuter.demo import task
 from neumuter.families import find_ffns
 from neumuter.files import write_atomically
+from neumuter.types import Batch, Callback
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Training:
     penalty_warmup: int = 100
 
 
-def architecture():
+def architecture() -> LlamaConfig:
     """Two Llama layers, hidden size 64, 2,048 neurons each: 0.9 M parameters."""
     return LlamaConfig(
         vocab_size=task.VOCABULARY,
@@ -47,21 +50,22 @@ def architecture():
     )
 
 
-def build(state, config=None):
+def build(state: dict[str, Tensor], config: LlamaConfig | None = None) -> PreTrainedModel:
     """A fresh model with the weights ``state``, in evaluation mode; ``config``: as in ``train``."""
-    model = AutoModelForCausalLM.from_config(config or architecture())
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config or architecture())
     model.load_state_dict(state)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """``$NEUMUTER_CACHE``, else ``$XDG_CACHE_HOME/neumuter``, else ``~/.cache/neumuter``."""
     if folder := os.environ.get("NEUMUTER_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neumuter"
 
 
-def content_hash(text, records, training, seed, config):
+def content_hash(text: Tensor, records: Batch, training: Training, seed: int, config: LlamaConfig) -> str:
     """A digest of everything that the trained weights depend on."""
     digest = hashlib.sha256()
     about = {
@@ -78,7 +82,15 @@ def content_hash(text, records, training, seed, config):
     return digest.hexdigest()[:32]
 
 
-def trained(text, records, training, seed, fresh=False, callback=None, config=None):
+def trained(
+    text: Tensor,
+    records: Batch,
+    training: Training,
+    seed: int,
+    fresh: bool = False,
+    callback: Callback | None = None,
+    config: LlamaConfig | None = None,
+) -> dict[str, Tensor]:
     """The weights of ``train(...)`` as a state dict, from the cache if they are there; ``fresh``: never."""
     config = config or architecture()
     path = cache_folder() / f"demo-{content_hash(text, records, training, seed, config)}.safetensors"
@@ -95,7 +107,14 @@ def trained(text, records, training, seed, fresh=False, callback=None, config=No
     return state
 
 
-def train(text, records, training, seed, callback=None, config=None):
+def train(
+    text: Tensor,
+    records: Batch,
+    training: Training,
+    seed: int,
+    callback: Callback | None = None,
+    config: LlamaConfig | None = None,
+) -> dict[str, Tensor]:
     """Train on windows of ``text`` [N, WINDOW] mixed with a batch of ``records``; returns a state dict.
 
     ``callback(step, total, {"loss": ...})`` after every step. The same inputs give the same weights
@@ -110,7 +129,7 @@ def train(text, records, training, seed, callback=None, config=None):
         ffn.down.register_forward_pre_hook(lambda module, args: activations.append(args[0].abs().mean()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
 
-    def factor(step):
+    def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / training.lr_warmup)
         return warm * (0.05 + 0.95 * (1 - step / training.steps))
 
@@ -140,7 +159,7 @@ def train(text, records, training, seed, callback=None, config=None):
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _shuffled(count, generator):
+def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
     """Endless indices below ``count``, in a new order every time round."""
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
