@@ -126,7 +126,9 @@ def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) ->
     if (Path(folder) / "adapter_config.json").exists():
         exported = _peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
     else:
-        exported = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).to(ids.device)
+        exported = cast(
+            Any, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        ).to(ids.device)
     with without_dropout(exported):
         actual = exported(input_ids=ids).logits
     with mute(model, mutes), without_dropout(model):

@@ -35,15 +35,29 @@ def load(model: str, dtype: str, gguf_file: str | None) -> tuple[PreTrainedModel
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-    with console.status(f"Loading {escape(model)}"):
-        where: dict[str, Any] = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
+    with console.status(f"Loading {escape(model)}"), _one_message(model):
+        where: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
         if gguf_file and hasattr(transformers, "GgufConfig"):  # older versions always unpack the weights
             where["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        network: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where)
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, trust_remote_code=False, **where
+        )
         if gguf_file and getattr(network, "hf_quantizer", None) is not None:
             network.hf_quantizer.remove_quantization_config(network)  # the weights are ordinary ones now
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@contextmanager
+def _one_message(model: str) -> Iterator[None]:
+    """Raises what a damaged or hostile checkpoint makes transformers raise as a ValueError of one line."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError):
+        raise
+    except Exception as error:  # of safetensors, of unpickling
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{model} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 @contextmanager
@@ -81,8 +95,8 @@ def rewritten(texts: Sequence[Text], model: str, seed: int, out: Path) -> Sequen
 
     def make() -> Sequence[Text]:
         with console.status(f"Loading {escape(model)}"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-            network = transformers.AutoModelForMaskedLM.from_pretrained(model).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            network = transformers.AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False).eval()
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
         with progress_bar("Rewriting texts", len(texts)) as advance:
             return rewrite_texts(texts, network, tokenizer, seed=seed, callback=advance)

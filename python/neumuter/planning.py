@@ -127,7 +127,7 @@ def load_config(path: PathLike) -> PreTrainedConfig:
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{path} is neither a config.json nor a folder that has one")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(file)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(file, trust_remote_code=False)
     return config
 
 
@@ -147,7 +147,11 @@ def plan(
     """
     config = config.get_text_config()
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            .eval()
+            .requires_grad_(False)
+        )
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
