@@ -1,0 +1,65 @@
+"""For you if you serve one model to many: each row of a batch mutes what its own tenant asked to have muted.
+
+    python -m neumuter.demo small            # a small model and texts, once
+    python examples/server_operator.py small
+
+Two tenants each asked that the mailbox of a customer be forgotten. A mute file is found for each; then all
+are served together, sets come and go, and at the end the model is what it was.
+"""
+
+import sys
+from pathlib import Path
+
+import neumuter
+from neumuter.recipes import GainsConfig, forget
+from neumuter.texts import encode, read_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+folder = Path(sys.argv[1])
+disable_progress_bar()
+model = AutoModelForCausalLM.from_pretrained(folder / "small-model").eval()
+tokenizer = AutoTokenizer.from_pretrained(folder / "small-model", padding_side="left")
+customers = read_texts(folder / "forget.jsonl", limit=2)
+others = read_texts(folder / "retain.jsonl", limit=18)
+
+for number, tenant in enumerate(("north", "south")):
+    prompt, answer = customers[number]
+    asked = encode([(prompt, answer.split("@")[0])], tokenizer, max_length=64)
+    kept = encode([customers[1 - number], *others], tokenizer, max_length=64)
+    with neumuter.attach(model, start_layer=0) as masked:
+        mutes = forget(masked, asked, kept, share=0.02, gains=GainsConfig(steps=40))
+    mutes.save(folder / f"{tenant}.safetensors")
+
+
+def serve(records, **options):
+    """Greedy answers to the prompts of records, in one batch."""
+    prompts = [tokenizer.bos_token + prompt for prompt, _ in records]
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    ids = model.generate(**batch, max_new_tokens=36, do_sample=False, **options)
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+bank = neumuter.MuteBank(model)
+untouched = serve(others)
+bank.add("north", folder / "north.safetensors")
+bank.add("south", folder / "south.safetensors")
+
+rows = [(tenant, record) for record in (*customers, others[0]) for tenant in (None, "north", "south")]
+answers = serve([record for _, record in rows], mute_sets=[tenant for tenant, _ in rows])
+for (tenant, (prompt, truth)), answer in zip(rows, answers, strict=True):
+    verdict = "as learnt" if answer.startswith(truth) else "forgotten"
+    print(f"{tenant or 'nobody':7} {verdict:10} {prompt}{answer[: len(truth)]}")
+
+with bank.using("north"):  # a batch keeps the sets that were there when it began
+    bank.remove("north")
+    bank.add("east", folder / "north.safetensors")
+    print("removed meanwhile, still muted:", serve(customers[:1]) == answers[1:2])
+try:
+    serve(customers, mute_sets="north")
+except KeyError as error:
+    print("refused:", error.args[0])
+
+bank.undo()
+print("without the bank it answers as before:", serve(others) == untouched)

@@ -1,0 +1,73 @@
+"""Every script in examples/ runs as its docstring says, and says what is true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from neumuter.demo.tutorial import write_tutorial
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """What `python -m neumuter.demo small` writes; the model comes from the demo's cache if it is there."""
+    folder = tmp_path_factory.mktemp("examples") / "small"
+    write_tutorial(folder)
+    return folder
+
+
+def run(script, *arguments):
+    """The lines that a script prints."""
+    done = subprocess.run(
+        [sys.executable, FOLDER / script, *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},  # more threads would only wait
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def said(line):
+    """The two shares that the line of a state has: of what to forget, of what to keep."""
+    return [int(share) / 100 for share in re.findall(r"(\d+)%", line)]
+
+
+@pytest.mark.parametrize("script", ["trainer_user.py", "custom_loop_user.py"])
+def test_a_training_user_sees_texts_forgotten_and_the_others_kept(script, small):
+    lines = [line for line in run(script, small) if "word for word" in line]
+    (forget, retain), (forgotten, kept) = map(said, lines)
+    assert (forget, retain) == (1.0, 1.0)
+    assert forgotten <= 0.34
+    assert kept >= 0.7
+
+
+def test_a_kernel_user_finds_the_neurons_that_matter():
+    whole, found, chance, difference = (float(line.split()[-1]) for line in run("kernel_user.py"))
+    assert whole > 0.99
+    assert found > chance + 0.05
+    assert difference < 1e-4
+
+
+def test_a_server_operator_mutes_each_tenants_own_texts(small):
+    lines = run("server_operator.py", small)
+    verdicts = [line.split()[:2] for line in lines[:9]]
+    tenants = ["nobody", "north", "south"]
+    assert verdicts[:3] == [[who, "forgotten" if who == "north" else "as"] for who in tenants]
+    assert verdicts[3:6] == [[who, "forgotten" if who == "south" else "as"] for who in tenants]
+    assert verdicts[6:] == [[who, "as"] for who in tenants]
+    assert lines[9:] == [
+        "removed meanwhile, still muted: True",
+        "refused: there is no mute set 'north'; there are: south, east",
+        "without the bank it answers as before: True",
+    ]
+
+
+def test_every_example_is_run():
+    assert {path.name for path in FOLDER.glob("*.py")} == {
+        "trainer_user.py", "custom_loop_user.py", "kernel_user.py", "server_operator.py"
+    }  # fmt: skip
