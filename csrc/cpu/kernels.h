@@ -10,8 +10,8 @@ namespace neumuter::cpu {
 
 enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
 
-// The activations of a masked FFN. `up` is null for a plain FFN. Strides count elements; columns
-// are `column_stride` apart (2 when gate and up are interleaved). `mask` is float, or double for
+// The activations of a masked FFN. `up` is null, and its stride 0, for a plain FFN. Strides count elements;
+// columns are `column_stride` apart (2 when gate and up are interleaved). `mask` is float, or double for
 // kDouble. `mask_rows[t]` is the mask row of token t, or -1 for an unmasked token.
 struct Ffn {
   Dtype dtype;

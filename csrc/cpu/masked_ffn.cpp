@@ -19,7 +19,8 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static void* offset(const Tensor& x, int64_t elements) {
-  return static_cast<char*>(x.data_ptr()) + elements * static_cast<int64_t>(x.element_size());
+  char* start = static_cast<char*>(x.data_ptr());  // null if x is empty
+  return start ? start + elements * static_cast<int64_t>(x.element_size()) : nullptr;
 }
 
 template <typename F>
@@ -38,7 +39,7 @@ struct Input {
   bool packed, interleaved;
   int64_t tokens, columns, masks;
   std::vector<int64_t> mask_rows;  // of each token
-  Ffn ffn;
+  Ffn ffn{};
 
   Input(const Tensor& gate_, const std::optional<Tensor>& up_, const Tensor& mask_,
         const std::optional<Tensor>& row_ids, int64_t activation, bool packed_, bool interleaved_)
@@ -65,7 +66,6 @@ struct Input {
     ffn.column_stride = interleaved ? 2 : 1;
     ffn.gate = gate.tensor.data_ptr();
     ffn.gate_stride = gate.stride;
-    ffn.up = nullptr;
     if (packed) {
       ffn.up = offset(gate.tensor, interleaved ? 1 : columns);
       ffn.up_stride = gate.stride;
@@ -76,7 +76,6 @@ struct Input {
     ffn.mask = mask.tensor.data_ptr();
     ffn.mask_stride = mask.stride;
     ffn.mask_rows = mask_rows.data();
-    ffn.stream = false;
   }
 
   int64_t elements() const { return tokens * columns; }
@@ -193,6 +192,8 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
   if (wanted) {
     d.grad_gate = grad_gate.data_ptr();
     d.grad_gate_stride = in.gate.columns;
+  }
+  if (wanted && in.ffn.up != nullptr) {
     d.grad_up = in.packed ? offset(grad_gate, in.interleaved ? 1 : in.columns) : grad_up.data_ptr();
     d.grad_up_stride = in.gate.columns;
   }
