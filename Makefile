@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check docs links format bench gpu models clean
+.PHONY: demo test check sanitize docs links format bench gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
@@ -25,6 +25,11 @@ check: docs
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench readme --check
 	$(BIN)/python -m bench.unlearning report --check
+	$(MAKE) sanitize
+
+# The CPU ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: $(VENV)/.built
+	$(BIN)/python -m tests.sanitizers
 
 # The site, in build/docs. A link to a page, a heading or a file that is not there is an error.
 docs: $(VENV)/.built
