@@ -1,8 +1,6 @@
 """The command line on small checkpoints, as a user runs it."""
 
 import json
-import subprocess
-import sys
 
 import neumuter
 import pytest
@@ -132,14 +130,6 @@ def test_errors_are_one_message(arguments, code, message, tmp_path, monkeypatch,
     captured = capsys.readouterr()
     assert message in " ".join(captured.err.split())
     assert "Traceback" not in captured.err + captured.out
-
-
-def test_help_is_fast():
-    code = "import sys, neumuter.cli; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
 
 
 def test_evaluate_before_and_after(checkpoint, capsys):
