@@ -130,6 +130,24 @@ def nan_in_json(header, payload):
     header["__metadata__"]["neumuter"] = text.replace('"lr":0.1', '"lr":NaN')
 
 
+def infinite_in_a_wide_range(header, payload):
+    """Beyond float32's range, in which gains are compared."""
+    entry("mode", "modulate")(header, payload)
+    entry("gain_range", [-1e300, 1e300])(header, payload)
+    in_tensor("gains", 0, float("inf"))(header, payload)
+
+
+def wide_range_of_integers(header, payload):
+    entry("mode", "modulate")(header, payload)
+    entry("gain_range", [0, 10**30])(header, payload)
+    in_tensor("gains", 0, -1.0)(header, payload)
+
+
+def number_too_large_in_json(header, payload):
+    text = header["__metadata__"]["neumuter"]
+    header["__metadata__"]["neumuter"] = text.replace('"after":{}', '"after":{"ma":1e999}')
+
+
 def entry(key, value):
     return in_header(lambda metadata: metadata.__setitem__(key, value))
 
@@ -145,6 +163,9 @@ TAMPERINGS = {
     "NaN gain": in_tensor("gains", 0, float("nan")),
     "infinite gain": in_tensor("gains", 0, float("inf")),
     "gain out of range": in_tensor("gains", 2, 1.5),
+    "infinite gain in a wide range": infinite_in_a_wide_range,
+    "wide range of integers": wide_range_of_integers,
+    "number too large in JSON": number_too_large_in_json,
     "wrong dtype": other_dtype,
     "two-dimensional": two_dimensional,
     "unknown tensor": renamed,

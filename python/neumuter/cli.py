@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError
 
 from neumuter.jobs import (
     batches_of,
@@ -55,6 +56,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8  # of unlearn
+OUT_OF_MEMORY = (
+    "The memory does not suffice. Smaller batches (--batch-size), shorter texts (--max-length) and --dtype "
+    "bfloat16 need less; in Python, NeuMuterTrainer can recompute activations (gradient_checkpointing=True). "
+    "neumuter plan CONFIG shows what takes how much."
+)
 VERIFIED = 0.1  # of what muting does to the logits, by which an export may differ
 FILE_HELP = (
     "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
@@ -518,10 +524,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(arguments)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
+        message = str(error) or type(error).__name__
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "allocate memory" in message:
+            message += f"\n{OUT_OF_MEMORY}"
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

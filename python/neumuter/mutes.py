@@ -19,6 +19,7 @@ from neumuter.fingerprint import SKETCHES
 FORMAT = 1
 MODES = ("mute", "modulate")
 MAX_FILE_BYTES = 1 << 28
+MAX_HEADER_BYTES = 1 << 24  # parsed, it takes up to 25 times as much memory
 MAX_LAYERS = 1 << 14
 MAX_WIDTH = 1 << 24
 _PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,31}", re.ASCII)
@@ -79,7 +80,10 @@ class MuteSet:
         return self.count / sum(self.widths.values())
 
     def save(self, path: PathLike) -> None:
-        """Write the mute file, whole or not at all; equal content gives equal bytes. Raises OSError."""
+        """Write the mute file, whole or not at all; equal content gives equal bytes.
+
+        Raises OSError, and ValueError if method and metrics hold too much for a file's header.
+        """
         tensors = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.indices"] = layer.indices.contiguous()
@@ -102,7 +106,9 @@ class MuteSet:
             "seed": self.seed,
             "metrics": _without_nan(self.metrics),
         }
-        write_atomically(path, to_safetensors(tensors, metadata={"neumuter": _dumps(metadata)}))
+        data = to_safetensors(tensors, metadata={"neumuter": _dumps(metadata)})
+        _check_header(data)
+        write_atomically(path, data)
 
     @classmethod
     def load(cls, path: PathLike) -> "MuteSet":
@@ -117,6 +123,8 @@ class MuteSet:
         if status.st_size > MAX_FILE_BYTES:
             raise MuteFileError(f"{path} has {status.st_size} bytes, a mute file at most {MAX_FILE_BYTES}")
         try:
+            with open(path, "rb") as start:
+                _check_header(start.read(8))
             with safe_open(Path(path), framework="pt") as file:
                 return cls._read(file)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -127,7 +135,9 @@ class MuteSet:
         text = (file.metadata() or {}).get("neumuter")
         if text is None:
             raise ValueError("its header has no entry 'neumuter'")
-        metadata = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        metadata = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             given = metadata.get("format") if isinstance(metadata, dict) else None
             raise ValueError(f"format version {given!r}, this version of neumuter reads {FORMAT}")
@@ -153,7 +163,9 @@ class MuteSet:
                 shape = file.get_slice(f"{name}.{kind}").get_shape()
                 if shape != [count]:
                     raise ValueError(f"{name}.{kind} has shape {shape}, the header says {count} neurons")
-            layers[name] = MutedLayer(file.get_tensor(f"{name}.indices"), file.get_tensor(f"{name}.gains"))
+            # Copies: what is validated must not change when somebody writes to the file.
+            indices, gains = (file.get_tensor(f"{name}.{kind}").clone() for kind in ("indices", "gains"))
+            layers[name] = MutedLayer(indices, gains)
         if not isinstance(metadata["gain_range"], list):
             raise ValueError("gain_range is not a list")
         return cls(
@@ -221,9 +233,17 @@ def check_layer(path: str, layer: MutedLayer, width: int, gain_range: tuple[floa
         )
     if indices[0] < 0 or indices[-1] >= width or (indices[1:] <= indices[:-1]).any():
         raise ValueError(f"{path}.indices must ascend within [0, {width})")
-    low, high = gain_range
-    if not ((gains >= low) & (gains <= high)).all():  # NaN compares false
-        raise ValueError(f"{path}.gains must lie within {low} to {high}")
+    low, high = map(float, gain_range)  # an int may have more bits than a tensor compares with
+    # NaN compares false, and infinity may compare equal: low and high are rounded to float32.
+    if not ((gains >= low) & (gains <= high) & gains.isfinite()).all():
+        raise ValueError(f"{path}.gains must be finite and lie within {low} to {high}")
+
+
+def _check_header(data: bytes) -> None:
+    """``data``: of a safetensors file, which begins with the size of its header."""
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {size} bytes, that of a mute file at most {MAX_HEADER_BYTES}")
 
 
 def _dumps(value: object) -> str:
@@ -253,6 +273,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("its header names an entry twice")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text)
 
 
 def _no_constant(name: str) -> NoReturn:
