@@ -1,0 +1,142 @@
+"""Eight threads at once: each gets what it would get alone."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import neumuter
+import pytest
+import torch
+from neumuter.recipes import mute_random
+
+import neumuter_kernels as nk
+from tests import models
+from tests.test_mute import mute_sets
+
+THREADS, REQUESTS = 8, 6
+
+
+def at_once(work, count=THREADS):
+    """[work(0), work(1), …] of as many threads, which start together."""
+    barrier = threading.Barrier(count)
+
+    def started(number):
+        barrier.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(started, range(count)))
+
+
+@pytest.fixture(scope="module")
+def served():
+    """A model, and a mute set for each thread that changes what it says."""
+    model = models.build("llama")
+    with neumuter.attach(model, start_layer=0) as masked:
+        sets = [mute_random(masked, 0.3, seed) for seed in range(THREADS)]
+    for number, mutes in enumerate(sets):
+        for layer in mutes.layers.values():
+            layer.gains.fill_(-0.25 * number)
+    return model, sets
+
+
+def requests(number):
+    """(token ids, the mute set of each row) of the requests of one thread: alone, mixed, without a set."""
+    own, other = f"own {number}", f"own {(number + 1) % THREADS}"
+    for i in range(REQUESTS):
+        names = ([own], [own, None], [own, other, own], [None])[i % 4]
+        yield models.batch(len(names), 5 + i % 3, seed=10 * number + i), names
+
+
+def answer(model, ids, names):
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        mute_sets=names,
+    )
+
+
+def test_each_request_is_as_if_it_were_alone(served):
+    """While other sets are added and removed all the time, so that those in force move."""
+    model, sets = served
+    with neumuter.MuteBank(model, required=True) as bank:
+        for number, mutes in enumerate(sets):
+            bank.add(f"own {number}", mutes)
+        expected = [[answer(model, *request) for request in requests(n)] for n in range(THREADS)]
+        distinct = {tuple(answer(model, models.batch(1, 6), [name])[0].tolist()) for name in bank.names}
+        assert len(distinct) > THREADS // 2
+        served_all, churned = threading.Event(), 0
+
+        def churn():
+            nonlocal churned
+            while not served_all.is_set():
+                bank.add(f"passing {churned}", sets[churned % THREADS])
+                if churned > 3:
+                    bank.remove(f"passing {churned - 3}")
+                churned += 1
+
+        churning = threading.Thread(target=churn)
+        churning.start()
+        try:
+            found = at_once(lambda n: [answer(model, *request) for request in requests(n)])
+        finally:
+            served_all.set()
+            churning.join()
+    assert churned > 10
+    for ours, alone in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
+
+
+def test_each_thread_adds_uses_and_removes_sets(served):
+    """A set of the same name, in one thread after another, is always the one that was added last."""
+    model, sets = served
+    ids = models.batch(2, 6)
+    with neumuter.MuteBank(model) as bank:
+        expected = []
+        for mutes in sets:
+            bank.add("x", mutes)
+            expected.append(answer(model, ids, "x"))
+            bank.remove("x")
+
+        def work(number):
+            right = True
+            for turn in range(4):
+                mutes = (number + turn) % THREADS
+                bank.add(f"of {number}", sets[mutes])
+                right &= torch.equal(answer(model, ids, f"of {number}"), expected[mutes])
+                bank.remove(f"of {number}")
+            return right
+
+        assert all(at_once(work))
+        assert bank.names == ()
+
+
+def results(number):
+    """What every op makes of inputs of that number: enough for several blocks of work."""
+    generator = torch.Generator().manual_seed(number)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    gate, up, mask = (x.requires_grad_() for x in (random(96, 1500), random(96, 1500), random(3, 1500)))
+    scores = random(9000).requires_grad_()
+    hidden = nk.masked_glu(gate, up, mask)
+    plain = nk.masked_act(gate, mask, torch.arange(96) % 3)
+    gates = nk.hard_concrete(scores, 4, seed=number, step=1, layer=2)
+    loss = hidden.sum() + plain.square().sum() + (gates * random(4, 9000)).sum()
+    found = [hidden, plain, gates, *torch.autograd.grad(loss, (gate, up, mask, scores))]
+    found += nk.select_muted(random(4, 30_000), budget=0.1)
+    muted, logits, other = random(300, 2000), random(12, 9000), random(12, 9000)
+    found.append(nk.mute_(muted, *mute_sets(3, 2, 2000, seed=number), torch.arange(300) % 4 - 1, 1))
+    found += [nk.kl_divergence_(logits, other), logits]
+    found += [nk.cross_entropy_(other, torch.arange(12)), other]
+    return [x.detach() for x in found]
+
+
+def test_ops_give_the_same_bits_in_eight_threads():
+    expected = [results(number) for number in range(THREADS)]
+    for _ in range(3):
+        for ours, alone in zip(at_once(results), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
