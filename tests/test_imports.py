@@ -7,7 +7,7 @@ import sys
 import pytest
 
 RUNS = 3  # the fastest counts: other processes can only make it slower
-HEAVY = {"triton", "transformers", "numpy", "matplotlib", "safetensors"}
+HEAVY = {"triton", "transformers", "numpy", "matplotlib"}
 
 SCRIPT = """
 import contextlib, io, json, sys, time

@@ -53,7 +53,7 @@ def _one_message(model: str) -> Iterator[None]:
     """Raises what a damaged or hostile checkpoint makes transformers raise as a ValueError of one line."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError):
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError):
         raise
     except Exception as error:  # of safetensors, of unpickling
         reason = str(error).strip().split("\n")[0]
