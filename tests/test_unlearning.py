@@ -220,7 +220,8 @@ def test_robust_runs(tiny):
 def test_requests_run(tiny):
     found = quick_rows(requests.cases(quick=True))
     assert [(row["method"], row["requests"]) for row in found] == [
-        ("before", 0), ("alone", 1), ("alone", 2), ("beside", 1), ("beside", 2),
+        ("before", 0), ("alone", 1), ("alone", 2), ("beside", 1), ("beside", 2), ("anew", 1), ("anew", 2),
     ]  # fmt: skip
-    assert found[1]["share"] == found[3]["share"] > 0
-    assert found[4]["share"] == 2 * found[3]["share"]
+    assert found[1] | {"method": "beside"} == found[3]
+    assert found[1] | {"method": "anew"} == found[5]
+    assert found[4]["share"] == found[6]["share"] == 2 * found[3]["share"] > 0

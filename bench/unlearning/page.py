@@ -251,6 +251,8 @@ def _requests(rows, machine):
     titles = {
         "beside": "Each set found beside the former ones, which its KL budget includes",
         "alone": "Each set found alone, on the untouched model",
+        "anew": "After each request one set found anew for all who have asked, on the untouched model; it takes "
+        "their texts, which must be kept for that",
     }
     parts = []
     for method, title in titles.items():
