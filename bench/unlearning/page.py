@@ -89,8 +89,9 @@ Where ours falls short: **without anything to keep**, what resembles the forgott
 **Small models** (SYNTH) say another secret instead of none, so MA stays far above the retrained model's, and 5 % of
 their neurons are needed; a few of what should stay is lost, as KL, a mean over tokens, hides damage to few of them.
 There a trained support is better than the default. **Many requests** (MANY): sets found apart ruin the rest within
-a few requests; found beside one another they keep it, but bring back part of what was forgotten before. **Learning
-half of the answers again** brings back half of the others within ten steps (ROBUST): they are suppressed, not erased.
+a few requests; found beside one another they keep it, but bring back part of what was forgotten before; one set
+found anew for all who have asked brings back less and keeps more, but needs all their texts. **Learning half of the
+answers again** brings back half of the others within ten steps (ROBUST): they are suppressed, not erased.
 
 Rerun an experiment with `python -m bench.unlearning synth`, `real`, `tdec`, `robust` or `requests`, then make this
 page with `python -m bench.unlearning report`. `python -m bench.unlearning paper` is for the paper's own models."""
