@@ -5,7 +5,7 @@ import re
 project = "NeuMuter Kernels"
 author = "the authors of NeuMuter Kernels"
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md"]
+include_patterns = ["*.md", "docs/*.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 html_theme = "furo"

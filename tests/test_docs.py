@@ -22,7 +22,7 @@ from neumuter.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
+    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))
 ]}  # fmt: skip
 RUN, SHOWN = ("python", "bash"), ("text", "{eval-rst}", "{toctree}")
 BLOCK = re.compile(
@@ -90,11 +90,11 @@ def _run_bash(page, block):
             assert not stop.value.code, f"{page}, line {block.line}: neumuter {shlex.join(arguments)}"
         return
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
     read, write = os.pipe()
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{block.code}\npwd >&{write}"],
-        capture_output=True, text=True, timeout=300, env=environment, pass_fds=[write],
+        capture_output=True, text=True, timeout=600, env=environment, pass_fds=[write],
     )  # fmt: skip
     os.close(write)
     with os.fdopen(read) as pipe:
