@@ -6,7 +6,7 @@ project = "NeuMuter Kernels"
 author = "the authors of NeuMuter Kernels"
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/*.md"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 
 html_theme = "furo"
 html_title = project

@@ -140,7 +140,7 @@ class Masked:
 
     @property
     def scores(self) -> dict[str, nn.Parameter]:
-        """{FFN module path: float32 Parameter [F]} in model order: the log-odds of each neuron's gate.
+        """The log-odds of each neuron's gate, float32 Parameters [F] by FFN module path, in model order.
 
         Of E experts it is [E·F], expert after expert.
         """
@@ -156,7 +156,7 @@ class Masked:
 
     @property
     def seams(self) -> dict[str, str]:
-        """{FFN module path: where the mask comes in}, see ``neumuter.ffn``; "down" is not fused."""
+        """Where the mask comes in, by FFN module path, see ``neumuter.ffn``; "down" is not fused."""
         return {gates.path: gates.seam for gates in self._installed.gates}
 
     def sampling(
