@@ -16,7 +16,7 @@ demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
 
 test: $(VENV)/.built $(VENV)/.quantised
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: docs
 	$(BIN)/ruff check .

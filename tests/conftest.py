@@ -6,6 +6,12 @@ import os
 import pytest
 import torch
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # or the threads of one wait for those of the others, here and in child processes
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
 HAVE_GPU = torch.cuda.is_available()
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 if not HAVE_GPU:
