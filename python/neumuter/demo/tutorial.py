@@ -19,9 +19,9 @@ HELDOUT_TEXTS = 64
 def write_tutorial(folder: str | os.PathLike[str], callback: Callable[..., None] | None = None) -> list[str]:
     """Write what the documentation's examples work on into ``folder``, which must not exist or be empty.
 
-    ``small-model``: a Hugging Face checkpoint of the demo's model, which knows 48 made-up records by heart; it
-    is trained if it is not in the cache (``callback(step, total, {"loss": ...})`` after every step).
-    ``forget.jsonl``: 12 customers, a "prompt" and a "completion" each; ``retain.jsonl``: the other 36 records.
+    ``small-model``: a Hugging Face checkpoint of the demo's model, which knows 48 made-up records by heart;
+    it is trained if it is not in the cache (``callback(step, total, {"loss": ...})`` after every step).
+    ``forget.jsonl``: 12 customers, a "prompt" and a "completion" each; ``retain.jsonl``: the other 36.
     ``mara.jsonl``, ``tanja.jsonl``: one of the customers each, with a line per secret, whose "prompt" is the
     text before it; ``others.jsonl``: the other 46 records, alike. ``heldout.jsonl``: ordinary texts that the
     model never saw, under "text". Returns the names of these.
