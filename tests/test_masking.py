@@ -240,7 +240,7 @@ def test_mute_set_of_explicit_neurons():
         for neurons, message in (
             ({"model.layers.2.mlp": ([9, 3], [0, 0])}, "must ascend"),
             ({"model.layers.2.mlp": ([WIDTH], [0])}, "must ascend within"),
-            ({"model.layers.2.mlp": ([1], [2.5])}, "gains must lie within -2.0 to 2.0"),
+            ({"model.layers.2.mlp": ([1], [2.5])}, "gains must be finite and lie within -2.0 to 2.0"),
             ({"model.layers.0.mlp": ([1], [0])}, "not an attached FFN"),
             ({}, "no neuron is muted"),
         ):

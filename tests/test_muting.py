@@ -53,6 +53,20 @@ def test_fold_equals_mute(name):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@every_family
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_few_activations_without_a_kernel(name, dtype, monkeypatch):
+    model, ids = build(name, dtype), batch()
+    plain = model(ids).logits
+    with neumuter.mute(model, modulations(model)):
+        found = model(ids).logits
+        monkeypatch.setattr("neumuter.ffn.FEW", 0)
+        expected = model(ids).logits
+    effect = (plain - expected).float().norm()
+    assert (found - expected).float().norm() <= (1e-5 if dtype == torch.float32 else 0.15) * effect
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fold_rounds_once_in_bfloat16(name):
     model = build(name, torch.bfloat16)

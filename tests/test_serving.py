@@ -59,6 +59,23 @@ def test_each_row_is_as_if_its_set_were_alone(model):
     assert "generate" not in vars(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decoding_step_has_the_bits_of_the_op(dtype, monkeypatch):
+    model = models.build("llama", dtype)
+    ids, names, sets = models.batch(4, 1), ["a", None, "c", "a"], sets_of(model)
+    with MuteBank(model) as bank:
+        for name, mutes in zip("abc", sets, strict=True):
+            bank.add(name, mutes)
+        with bank.using(names):
+            for rows in (ids, ids.roll(1, 0), ids.repeat(2, 1)):  # another size of batch, too
+                monkeypatch.setattr(serving, "FEW", 1 << 18)
+                found = [logits(model, rows), logits(model, rows)]
+                monkeypatch.setattr(serving, "FEW", 0)
+                expected = logits(model, rows)
+                assert torch.equal(found[0], expected)
+                assert torch.equal(found[1], expected)
+
+
 def test_generation_takes_a_set_for_each_row():
     model = models.build("llama")
     ids, sets = models.batch(3, 5), sets_of(model, 2)

@@ -20,6 +20,7 @@ from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up
 CACHED = 8  # numbers of tokens whose row ids a batch keeps
+FEW = 1 << 18  # activations of a decoding step: their product with gains for all costs less than a lookup
 Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]  # of a _Pool
 Place = tuple[int, int, int]  # of a set there: its row, its first slot, the one behind its last
 
@@ -255,19 +256,36 @@ class _Rows:
         self.touched = any(row >= 0 for row in rows)
         self.batch: int | None = None
         self._ids: dict[tuple[int, torch.device], Tensor] = {}
+        self._gains: dict[tuple[int, torch.Size], Tensor] = {}
 
     def begin(self, batch: int) -> None:
         if batch % len(self.rows):
             raise ValueError(
                 f"a batch of {batch} rows cannot use {len(self.rows)} mute sets, one for each row"
             )
+        if batch != self.batch:
+            self._gains.clear()
         self.batch = batch
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def mute_(self, hidden: Tensor, layer: int) -> None:
-        if self.touched:
+        if not self.touched:
+            return
+        tokens = hidden.shape[:-1].numel()
+        if tokens == self.batch and hidden.numel() <= FEW and not hidden.requires_grad:
+            hidden.mul_(self._of_step(hidden, layer))
+        else:
+            mute_(hidden, *self.tensors[hidden.device], self._of_tokens(tokens, hidden.device), layer)
+
+    def _of_step(self, hidden: Tensor, layer: int) -> Tensor:
+        """The gains of all neurons of a layer for a token of each row, float32; made once."""
+        gains = self._gains.get((layer, hidden.shape))
+        if gains is None:
             ids = self._of_tokens(hidden.shape[:-1].numel(), hidden.device)
-            mute_(hidden, *self.tensors[hidden.device], ids, layer)
+            gains = torch.ones(hidden.shape, device=hidden.device)
+            mute_(gains, *self.tensors[hidden.device], ids, layer)
+            self._gains[layer, hidden.shape] = gains
+        return gains
 
     def _of_tokens(self, tokens: int, device: torch.device) -> Tensor:
         """The set of each token, int64 [tokens]: made in the first layer, for all."""
