@@ -249,7 +249,7 @@ def run_seam(
     seam: str, module: nn.Module, gates: "FFN | Gates", mask: Mask, *arguments: Any, **options: Any
 ) -> Any:
     """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
-    mask = mask._replace(mesh=gates.mesh)
+    mask = mask if gates.mesh is None else mask._replace(mesh=gates.mesh)
     hook = getattr(module, "_hf_hook", None) if seam != "down" else None  # Gates.unmasked has it, there
     if hook is None:
         return SEAMS[seam](module, gates, mask, *arguments, **options)
@@ -259,7 +259,7 @@ def run_seam(
 
 def _forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     """The forward of a module that has Gates."""
-    gates = getattr(module, CHILD)
+    gates = cast(Gates, module._modules[CHILD])
     mask = gates.mask((*arguments, *options.values())[0])
     if mask is None:
         return gates.unmasked(module, *arguments, **options)

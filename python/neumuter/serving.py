@@ -167,6 +167,12 @@ def _generate(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **o
         return generate(*arguments, **options)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+def _outside_of_the_graph(rows: "_Rows", hidden: Tensor, layer: int) -> None:
+    if rows.touched:
+        rows.mute_(hidden, layer)
+
+
 def _indexed(device: torch.device) -> torch.device:
     """ "cuda" as "cuda:0": devices are looked up by what tensors say."""
     return torch.empty(0, device=device).device
@@ -223,11 +229,14 @@ class _BankGates(Gates):
 
 
 def _muted(down: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-    gates = getattr(down, CHILD)
+    gates = cast(_BankGates, down._modules[CHILD])
     if (rows := gates.current.variable.get()) is not None:
         if rows.counting:
             gates.calls += 1
-        rows.mute_(hidden, gates.number)
+        if torch.compiler.is_compiling():
+            _outside_of_the_graph(rows, hidden, gates.number)
+        elif rows.touched:
+            rows.mute_(hidden, gates.number)
     return gates.unmasked(down, hidden, *arguments, **options)
 
 
@@ -267,10 +276,7 @@ class _Rows:
             self._gains.clear()
         self.batch = batch
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def mute_(self, hidden: Tensor, layer: int) -> None:
-        if not self.touched:
-            return
         tokens = hidden.shape[:-1].numel()
         if tokens == self.batch and hidden.numel() <= FEW and not hidden.requires_grad:
             hidden.mul_(self._of_step(hidden, layer))
