@@ -91,7 +91,7 @@ their neurons are needed; a few of what should stay is lost, as KL, a mean over 
 There a trained support is better than the default. **Many requests** (MANY): sets found apart ruin the rest within
 a few requests; found beside one another they keep it, but bring back part of what was forgotten before; one set
 found anew for all who have asked brings back less and keeps more, but needs all their texts. **Learning half of the
-answers again** brings back half of the others within ten steps (ROBUST): they are suppressed, not erased.
+answers again** brings back half or more of the others within ten steps (ROBUST): they are suppressed, not erased.
 
 Rerun an experiment with `python -m bench.unlearning synth`, `real`, `tdec`, `robust` or `requests`, then make this
 page with `python -m bench.unlearning report`. `python -m bench.unlearning paper` is for the paper's own models."""
@@ -198,14 +198,16 @@ def _robust(rows, machine):
     }  # fmt: skip
     parts = []
     for method in dict.fromkeys(r["method"] for r in rows):
-        groups = [(text, _where(rows, method=method, state=state)) for state, text in states.items()]
+        of_method = _where(rows, method=method)
+        groups = [(text, _where(of_method, state=state)) for state, text in states.items()]
         columns = [c for c in COLUMNS if c != "perplexity"]
-        parts.append(f"{NAMES[method].strip('*')}:\n\n{table([g for g in groups if g[1]], columns)}")
+        name = f"{NAMES[method].strip('*')}, {_seeds(of_method)}"
+        parts.append(f"{name}:\n\n{table([g for g in groups if g[1]], columns)}")
     found = "\n\n".join(parts)
     return f"""## ROBUST: what comes back
 
 REAL's models after they have forgotten, quantised by torchao, or trained (AdamW, 5e-5, 8 answers a step) on a random
-half of the answers that they forgot and asked for the other half, all in float32. {_seeds(rows)}, on {_on(machine)}.
+half of the answers that they forgot and asked for the other half, all in float32. On {_on(machine)}.
 
 {found}"""
 
