@@ -64,7 +64,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 
 # What only the tests load: transformers imports these wherever they are installed.
 $(VENV)/.quantised: $(VENV)/.built
-	$(BIN)/python -m pip install --quiet torchao bitsandbytes lm_eval kernels hydra-core 'transformers[serving]' openai
+	$(BIN)/python -m pip install --quiet torchao bitsandbytes lm_eval kernels hydra-core 'transformers[serving]' openai playwright
 	touch $@
 
 $(VENV)/.torch:

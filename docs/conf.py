@@ -9,6 +9,7 @@ include_patterns = ["*.md", "docs/*.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 
 html_theme = "furo"
+html_show_copyright = False
 html_title = project
 html_extra_path = ["index.html"]  # leads to root_doc
 html_copy_source = False
