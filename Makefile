@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check sanitize docs links format bench gpu models clean
+.PHONY: demo test check examples sanitize docs links format bench gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
@@ -25,7 +25,11 @@ check: docs
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench readme --check
 	$(BIN)/python -m bench.unlearning report --check
-	$(MAKE) sanitize
+	$(MAKE) examples sanitize
+
+# Each script of examples/, as its user runs it.
+examples: $(VENV)/.built
+	$(BIN)/python -m pytest -q tests/test_examples.py
 
 # The CPU ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(VENV)/.built
