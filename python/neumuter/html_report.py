@@ -212,8 +212,12 @@ def _curve(points: Points) -> str:
 
 def _cost(report: Mapping[str, Any]) -> str:
     seconds, peak, energy = (report.get(key) for key in ("seconds", "peak_memory_bytes", "energy_joules"))
-    time, memory = seconds and f"{seconds:.4g} s", peak and f"{peak / 2**30:.2f} GiB"
-    return _facts({"time": time, "peak memory": memory, "energy of the machine": energy and f"{energy:.4g} J"})
+    facts = {
+        "time": seconds and f"{seconds:.4g} s",
+        "peak memory": peak and f"{peak / 2**30:.2f} GiB",
+        "energy of the machine": energy and f"{energy:.4g} J",
+    }
+    return _facts(facts)
 
 
 def _provenance(report: Mapping[str, Any], mutes: MuteSet | None) -> str:
