@@ -5,20 +5,14 @@ import importlib.metadata
 import os
 import platform
 import re
-from pathlib import Path
 
 import torch
+from neumuter.doctor import cpu_name
 
 from neumuter_kernels import _C
 
 LOAD = os.getloadavg()[0]  # before this process adds to it: other processes make CPU times too long
 PACKAGES = ("neumuter-kernels", "torch", "triton", "liger-kernel", "peft")
-
-
-def _cpu_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.machine()
 
 
 def _version(package):
@@ -33,7 +27,7 @@ def describe(device):
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "capability": _C.cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": round(LOAD, 1),

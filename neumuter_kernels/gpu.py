@@ -5,6 +5,7 @@ C++.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +21,10 @@ def masked_glu(gate: Tensor, up: Tensor, mask: Tensor, row_ids: Tensor | None, a
     return kernels.forward(gate, up, mask, row_ids, activation)
 
 
-def masked_glu_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    input_grad: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def masked_glu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from neumuter_kernels.triton import masked_ffn as kernels
 
-    return kernels.backward(grad, gate, up, mask, row_ids, activation, input_grad, mask_grad)
+    return kernels.backward(*arguments)
 
 
 def masked_glu_backward_(
@@ -118,37 +110,16 @@ def masked_act_backward_(
     return kernels.backward(grad, hidden, None, mask, row_ids, activation, True, mask_grad, in_place=True)[2]
 
 
-def hard_concrete(
-    scores: Tensor,
-    sample_ids: Tensor,
-    step: Tensor,
-    seed: int,
-    layer: int,
-    temperature: float,
-    gamma: float,
-    zeta: float,
-    training: bool,
-) -> Tensor:
+def hard_concrete(*arguments: Any) -> Tensor:
     from neumuter_kernels.triton import hard_concrete as kernels
 
-    return kernels.forward(scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training)
+    return kernels.forward(*arguments)
 
 
-def hard_concrete_backward(
-    grad: Tensor,
-    scores: Tensor,
-    sample_ids: Tensor,
-    step: Tensor,
-    seed: int,
-    layer: int,
-    temperature: float,
-    gamma: float,
-    zeta: float,
-    training: bool,
-) -> Tensor:
+def hard_concrete_backward(*arguments: Any) -> Tensor:
     from neumuter_kernels.triton import hard_concrete as kernels
 
-    return kernels.backward(grad, scores, sample_ids, step, seed, layer, temperature, gamma, zeta, training)
+    return kernels.backward(*arguments)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:

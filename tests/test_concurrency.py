@@ -1,30 +1,16 @@
-"""Eight threads at once: each gets what it would get alone."""
+"""Eight threads that serve one model at once: each gets what it would get alone."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import neumuter
 import pytest
 import torch
 from neumuter.recipes import mute_random
 
-import neumuter_kernels as nk
 from tests import models
-from tests.test_mute import mute_sets
+from tests.test_threads import THREADS, at_once
 
-THREADS, REQUESTS = 8, 6
-
-
-def at_once(work, count=THREADS):
-    """[work(0), work(1), …] of as many threads, which start together."""
-    barrier = threading.Barrier(count)
-
-    def started(number):
-        barrier.wait()
-        return work(number)
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(started, range(count)))
+REQUESTS = 6
 
 
 @pytest.fixture(scope="module")
@@ -111,32 +97,3 @@ def test_each_thread_adds_uses_and_removes_sets(served):
 
         assert all(at_once(work))
         assert bank.names == ()
-
-
-def results(number):
-    """What every op makes of inputs of that number: enough for several blocks of work."""
-    generator = torch.Generator().manual_seed(number)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator)
-
-    gate, up, mask = (x.requires_grad_() for x in (random(96, 1500), random(96, 1500), random(3, 1500)))
-    scores = random(9000).requires_grad_()
-    hidden = nk.masked_glu(gate, up, mask)
-    plain = nk.masked_act(gate, mask, torch.arange(96) % 3)
-    gates = nk.hard_concrete(scores, 4, seed=number, step=1, layer=2)
-    loss = hidden.sum() + plain.square().sum() + (gates * random(4, 9000)).sum()
-    found = [hidden, plain, gates, *torch.autograd.grad(loss, (gate, up, mask, scores))]
-    found += nk.select_muted(random(4, 30_000), budget=0.1)
-    muted, logits, other = random(300, 2000), random(12, 9000), random(12, 9000)
-    found.append(nk.mute_(muted, *mute_sets(3, 2, 2000, seed=number), torch.arange(300) % 4 - 1, 1))
-    found += [nk.kl_divergence_(logits, other), logits]
-    found += [nk.cross_entropy_(other, torch.arange(12)), other]
-    return [x.detach() for x in found]
-
-
-def test_ops_give_the_same_bits_in_eight_threads():
-    expected = [results(number) for number in range(THREADS)]
-    for _ in range(3):
-        for ours, alone in zip(at_once(results), expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))

@@ -79,7 +79,7 @@ def environment() -> list[tuple[str, str]]:
         ("NVIDIA driver", _found(r"Kernel Module\D*([\d.]+)", _text("/proc/driver/nvidia/version"))),
         ("nvcc", _nvcc()),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        ("CPU", _found(r"model name\s*:\s*(.+)", _text("/proc/cpuinfo"))),
+        ("CPU", cpu_name()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("load average", f"{os.getloadavg()[0]:.1f}"),
         ("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"),
@@ -115,6 +115,12 @@ def bug_report(pairs: list[tuple[str, str]], tests: list[Verdict], speeds: list[
         for s in speeds
     ]
     return without_names("\n".join(lines))
+
+
+def cpu_name() -> str:
+    """What the CPU says it is, else its architecture."""
+    found = re.search(r"model name\s*:\s*(.+)", _text("/proc/cpuinfo"))
+    return found[1].strip() if found else platform.machine()
 
 
 def without_names(text: str) -> str:

@@ -55,7 +55,7 @@ class Mask(NamedTuple):
         """Whether plain products of these activations, [..., F] of one mask row, cost less than a kernel."""
         return (
             activations.numel() <= FEW
-            and activations.device.type == "cpu"
+            and activations.device.type == self.values.device.type == "cpu"
             and not torch.is_grad_enabled()
             and self.row_ids is None
             and self.values.shape == (1, activations.shape[-1])

@@ -20,7 +20,9 @@ from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up
 CACHED = 8  # numbers of tokens whose row ids a batch keeps
-FEW = 1 << 18  # activations of a decoding step: their product with gains for all costs less than a lookup
+FEW = (
+    1 << 18
+)  # activations of a decoding step, on the CPU: a product with gains for all costs less than mute_
 Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]  # of a _Pool
 Place = tuple[int, int, int]  # of a set there: its row, its first slot, the one behind its last
 
@@ -29,7 +31,7 @@ class MuteBank:
     """Mute sets by name on a live model, any number of them, and which one each row of a batch uses.
 
     ``model``: a causal language model without experts, neither attached nor muted. Without a set it stays
-    untouched, bit for bit; with one, only the muted neurons are touched, at the down projections' inputs, so
+    untouched, bit for bit; with one, only the muted neurons change, at the down projections' inputs, so
     whatever computes these may be quantised or foreign. Sets come and go while it serves; a batch keeps to
     those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 8 per
     layer of a set, and a quarter more as room::
@@ -278,7 +280,8 @@ class _Rows:
 
     def mute_(self, hidden: Tensor, layer: int) -> None:
         tokens = hidden.shape[:-1].numel()
-        if tokens == self.batch and hidden.numel() <= FEW and not hidden.requires_grad:
+        few = hidden.numel() <= FEW and hidden.device.type == "cpu"
+        if few and tokens == self.batch and not hidden.requires_grad:
             hidden.mul_(self._of_step(hidden, layer))
         else:
             mute_(hidden, *self.tensors[hidden.device], self._of_tokens(tokens, hidden.device), layer)
