@@ -1,4 +1,4 @@
-"""The public functions. Everything that a user can get wrong is checked here.
+"""The public functions. Everything that a user can get wrong is checked here, by the checks of ``checks``.
 
 The ops behind them (torch.ops.neumuter) have their schemas in csrc/bindings.cpp, and their backends
 in csrc/cpu, csrc/cuda and neumuter_kernels/triton; these check what memory safety needs.
@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # after a change in place: autograd may need the former
 
-from neumuter_kernels import autograd, reference
-from neumuter_kernels.reference import ACTIVATIONS, logit
+from neumuter_kernels import autograd
+from neumuter_kernels.checks import (
+    activation_number,
+    check_activations,
+    check_apart,
+    check_int,
+    check_logits,
+    check_mask,
+    check_not_negated,
+    describe,
+)
+from neumuter_kernels.reference import logit
 
 _ops = torch.ops.neumuter
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class MutedNeurons(NamedTuple):
@@ -33,9 +42,6 @@ class MutedNeurons(NamedTuple):
     indptr: Tensor
     indices: Tensor
     gains: Tensor
-
-
-# --- Public functions ------------------------------------------------------------------------
 
 
 def masked_glu(
@@ -81,23 +87,23 @@ def masked_glu(
     """
     if (gate_up is None) == (gate is None or up is None):
         raise TypeError("masked_glu needs gate and up, or gate_up alone")
-    number = _activation_number(activation)
+    number = activation_number(activation)
     if gate_up is not None:
         if gate is not None or up is not None:
             raise TypeError("masked_glu needs gate and up, or gate_up alone")
-        _check_activations("gate_up", gate_up)
+        check_activations("gate_up", gate_up)
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up must have an even last dimension, got shape {tuple(gate_up.shape)}")
-        mask = _check_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
+        mask = check_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
         return _op("masked_glu_packed", reuse_inputs)(gate_up, mask, row_ids, number, interleaved)
     if interleaved:
         raise TypeError("interleaved describes gate_up; gate and up were given")
-    gate = _check_activations("gate", gate)
+    gate = check_activations("gate", gate)
     if not isinstance(up, torch.Tensor):
-        raise TypeError(f"up must be a tensor like gate, got {_describe(up)}")
+        raise TypeError(f"up must be a tensor like gate, got {describe(up)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
-        raise ValueError(f"up must match gate, {_describe(gate)}, got {_describe(up)}")
-    mask = _check_mask(mask, gate, gate.shape[-1], row_ids)
+        raise ValueError(f"up must match gate, {describe(gate)}, got {describe(up)}")
+    mask = check_mask(mask, gate, gate.shape[-1], row_ids)
     return _op("masked_glu", reuse_inputs)(gate, up, mask, row_ids, number)
 
 
@@ -116,9 +122,9 @@ def masked_act(
     Returns:
         h: [..., F] in the dtype of hidden.
     """
-    number = _activation_number(activation)
-    _check_activations("hidden", hidden)
-    mask = _check_mask(mask, hidden, hidden.shape[-1], row_ids)
+    number = activation_number(activation)
+    check_activations("hidden", hidden)
+    mask = check_mask(mask, hidden, hidden.shape[-1], row_ids)
     return _op("masked_act", reuse_inputs)(hidden, mask, row_ids, number)
 
 
@@ -158,17 +164,17 @@ def hard_concrete(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     if not isinstance(scores, torch.Tensor) or scores.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"scores must be a float32 (or float64) tensor, got {_describe(scores)}")
+        raise TypeError(f"scores must be a float32 (or float64) tensor, got {describe(scores)}")
     if scores.dim() != 1:
         raise ValueError(f"scores must have shape [F], got {tuple(scores.shape)}")
-    _check_int("rows", rows, 2**31)
-    _check_int("seed", seed, 2**63)
-    _check_int("layer", layer, 2**32)
+    check_int("rows", rows, 2**31)
+    check_int("seed", seed, 2**63)
+    check_int("layer", layer, 2**32)
     if isinstance(step, torch.Tensor):
         if step.numel() != 1 or step.dtype != torch.int64 or step.device != scores.device:
-            raise ValueError(f"step must be an int or one int64 on {scores.device}, got {_describe(step)}")
+            raise ValueError(f"step must be an int or one int64 on {scores.device}, got {describe(step)}")
     else:
-        _check_int("step", step, 2**32)
+        check_int("step", step, 2**32)
         step = torch.full((), step, dtype=torch.int64, device=scores.device)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -177,7 +183,7 @@ def hard_concrete(
     if sample_ids is None:
         sample_ids = torch.arange(rows, device=scores.device)
     elif not isinstance(sample_ids, torch.Tensor) or sample_ids.dtype != torch.int64:
-        raise TypeError(f"sample_ids must be an int64 tensor, got {_describe(sample_ids)}")
+        raise TypeError(f"sample_ids must be an int64 tensor, got {describe(sample_ids)}")
     elif sample_ids.shape != (rows,):
         raise ValueError(f"sample_ids must have shape [{rows}], one per row, got {tuple(sample_ids.shape)}")
     elif sample_ids.is_meta and not scores.is_meta:
@@ -259,15 +265,15 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
         TypeError, ValueError: an argument is not as above, or logits are part of an autograd graph that
             would not see the change.
     """
-    _check_logits(logits)
+    check_logits(logits)
     if not isinstance(targets, torch.Tensor) or targets.dtype != torch.int64:
-        raise TypeError(f"targets must be an int64 tensor, got {_describe(targets)}")
+        raise TypeError(f"targets must be an int64 tensor, got {describe(targets)}")
     if targets.shape != logits.shape[:1] or targets.device != logits.device:
         raise ValueError(
             f"targets must be [{logits.shape[0]}] on {logits.device}, one per row of logits, "
-            f"got {_describe(targets)}"
+            f"got {describe(targets)}"
         )
-    _check_apart("logits", logits, "targets", targets)
+    check_apart("logits", logits, "targets", targets)
     losses: Tensor = _ops.cross_entropy_(logits, targets)
     increment_version(logits)
     return losses
@@ -282,12 +288,12 @@ def kl_divergence_(logits: Tensor, reference: Tensor) -> Tensor:
 
     Returns, raises: as ``cross_entropy_``.
     """
-    _check_logits(logits)
+    check_logits(logits)
     if not isinstance(reference, torch.Tensor) or reference.dtype != logits.dtype:
-        raise TypeError(f"reference must be a {logits.dtype} tensor like logits, got {_describe(reference)}")
+        raise TypeError(f"reference must be a {logits.dtype} tensor like logits, got {describe(reference)}")
     if reference.shape != logits.shape or reference.device != logits.device:
-        raise ValueError(f"reference must match logits, {_describe(logits)}, got {_describe(reference)}")
-    _check_apart("logits", logits, "reference", reference)
+        raise ValueError(f"reference must match logits, {describe(logits)}, got {describe(reference)}")
+    check_apart("logits", logits, "reference", reference)
     losses: Tensor = _ops.kl_divergence_(logits, reference)
     increment_version(logits)
     return losses
@@ -324,10 +330,10 @@ def mute_(
     Raises:
         TypeError, ValueError: an argument is not as above, or hidden is part of an autograd graph.
     """
-    _check_activations("hidden", hidden)
+    check_activations("hidden", hidden)
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise ValueError("hidden requires grad, and mute_ has no gradient: use masked_act with 'identity'")
-    _check_not_negated("hidden", hidden)
+    check_not_negated("hidden", hidden)
     tensors = {
         "indptr": (indptr, torch.int64),
         "indices": (indices, torch.int32),
@@ -335,9 +341,9 @@ def mute_(
     }
     for name, (tensor, dtype) in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
-            raise TypeError(f"{name} must be a {dtype} tensor, got {_describe(tensor)}")
+            raise TypeError(f"{name} must be a {dtype} tensor, got {describe(tensor)}")
         if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {_describe(tensor)}")
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {describe(tensor)}")
     indptr = indptr.unsqueeze(0) if indptr.dim() == 1 else indptr
     if indptr.dim() != 2 or indptr.shape[1] < 2:
         raise ValueError(f"indptr must have shape [S, L + 1] or [L + 1], got {list(indptr.shape)}")
@@ -345,15 +351,15 @@ def mute_(
         raise ValueError(
             f"indices and gains must both be [N], got {list(indices.shape)} and {list(gains.shape)}"
         )
-    _check_int("layer", layer, indptr.shape[1] - 1)
+    check_int("layer", layer, indptr.shape[1] - 1)
     tokens = hidden.shape[:-1].numel()
     if row_ids is not None:
         if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"row_ids must be an int32 or int64 tensor, got {_describe(row_ids)}")
+            raise TypeError(f"row_ids must be an int32 or int64 tensor, got {describe(row_ids)}")
         if row_ids.numel() != tokens or row_ids.device != hidden.device:
             raise ValueError(
                 f"row_ids must have one entry for each of {tokens} tokens on {hidden.device}, got "
-                f"{_describe(row_ids)}"
+                f"{describe(row_ids)}"
             )
     elif not len(indptr) or tokens % len(indptr):
         raise ValueError(f"without row_ids the {tokens} tokens must split into {len(indptr)} equal runs")
@@ -383,101 +389,3 @@ def _op(name: str, reuse_inputs: bool) -> Callable[..., Tensor]:
         return autograd.reusing[name]
     op: Callable[..., Tensor] = getattr(_ops, name)
     return op
-
-
-# --- Checks ----------------------------------------------------------------------------------
-
-
-def _describe(x: object) -> str:
-    """A value for an error message."""
-    if not isinstance(x, torch.Tensor):
-        return type(x).__name__
-    return f"{x.dtype} {list(x.shape)} on {x.device}"
-
-
-def _check_int(name: str, value: object, limit: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {_describe(value)}")
-    if not 0 <= value < limit:
-        raise ValueError(f"{name} must lie in [0, {limit}), got {value}")
-
-
-def _activation_number(activation: str) -> int:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return ACTIVATIONS.index(activation)
-
-
-def _check_activations(name: str, x: object) -> Tensor:
-    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {_describe(x)}")
-    if x.dim() < 1:
-        raise ValueError(f"{name} must have shape [..., F], got a scalar")
-    return x
-
-
-def _check_logits(logits: Tensor) -> None:
-    if not isinstance(logits, torch.Tensor) or logits.dtype not in _FLOATS:
-        raise TypeError(
-            f"logits must be a float32, bfloat16, float16 or float64 tensor, got {_describe(logits)}"
-        )
-    if logits.dim() != 2 or not logits.is_contiguous() or (len(logits) and not logits.shape[1]):
-        raise ValueError(
-            f"logits must be contiguous [N, V] with V > 0, got {_describe(logits)}, strides {logits.stride()}"
-        )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        raise ValueError("logits require grad, and their gradients would replace them: detach them")
-    _check_not_negated("logits", logits)
-
-
-def _check_not_negated(name: str, x: Tensor) -> None:
-    # As the imaginary part of a conjugate is: its memory holds other values.
-    if not torch.compiler.is_compiling() and x.is_neg():
-        raise ValueError(f"{name} must not be a negated view, since it is written to in place: clone it")
-
-
-def _check_apart(changed: str, x: Tensor, kept: str, y: Tensor) -> None:
-    """Raise ValueError if writing to ``x``, called ``changed``, could change ``y``, called ``kept``."""
-    if torch.compiler.is_compiling() or x.untyped_storage()._cdata != y.untyped_storage()._cdata:
-        return
-    (start, end), (other_start, other_end) = _span(x), _span(y)
-    if start < other_end and other_start < end:
-        raise ValueError(f"{kept} shares memory with {changed}, which are overwritten: clone it")
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor lies in: the first, and behind the last."""
-    start = int(x.storage_offset()) * x.element_size()
-    if not x.numel():
-        return start, start
-    last = int(sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
-    return start, start + (last + 1) * x.element_size()
-
-
-def _check_mask(mask: Tensor | None, x: Tensor, width: int, row_ids: Tensor | None) -> Tensor:
-    """The mask as [G, F], after checking it and row_ids against the activations x."""
-    wanted = reference.compute_dtype(x.dtype)
-    if not isinstance(mask, torch.Tensor) or mask.dtype != wanted:
-        raise TypeError(f"mask must be {wanted} for {x.dtype} activations, got {_describe(mask)}")
-    if mask.dim() == 1:
-        mask = mask.unsqueeze(0)
-    if mask.dim() != 2 or mask.shape[1] != width:
-        raise ValueError(f"mask must have shape [G, {width}] or [{width}], got {tuple(mask.shape)}")
-    if mask.device != x.device:
-        raise ValueError(f"mask must be on {x.device}, where the activations are, got {mask.device}")
-    tokens = x.shape[:-1].numel()
-    if row_ids is None:
-        if tokens and (mask.shape[0] == 0 or tokens % mask.shape[0]):
-            raise ValueError(
-                f"mask has {mask.shape[0]} rows, but {tokens} tokens do not divide evenly; give row_ids"
-            )
-    else:
-        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"row_ids must be an int32 or int64 tensor, got {_describe(row_ids)}")
-        if row_ids.numel() != tokens:
-            raise ValueError(f"row_ids must have one id for each of {tokens} tokens, got {row_ids.numel()}")
-        if row_ids.device != x.device:
-            raise ValueError(
-                f"row_ids must be on {x.device}, where the activations are, got {row_ids.device}"
-            )
-    return mask
