@@ -81,24 +81,30 @@ def _hard_concrete(device: str) -> Iterator[str]:
         yield from _far(f"gradient, training={training}", slope, exact, TOLERANCE[torch.float32])
 
 
-def _cross_entropy(device: str) -> Iterator[str]:
+def _token_losses(
+    op: Callable[..., Tensor], meaning: Callable[..., tuple[Tensor, Tensor]], others: Tensor, device: str
+) -> Iterator[str]:
+    """Losses and gradients of logits against ``others``: targets, or the logits of the reference."""
     for dtype, tolerance in TOLERANCE.items():
-        logits, targets = (4 * torch.randn(TOKENS, WIDTH)).to(dtype), torch.randint(WIDTH, (TOKENS,))
+        logits, rounded = (x.to(dtype) if x.is_floating_point() else x for x in (_logits(), others))
         slopes = logits.to(device, copy=True)
-        losses = ops.cross_entropy_(slopes, targets.to(device))
-        wanted = reference.cross_entropy(logits.double(), targets)
+        losses = op(slopes, rounded.to(device))
+        wanted = meaning(logits.double(), rounded.double() if rounded.is_floating_point() else rounded)
         yield from _far(f"losses, {dtype}", losses, wanted[0], TOLERANCE[torch.float32])
         yield from _far(f"gradients, {dtype}", slopes, wanted[1], tolerance)
+
+
+def _logits() -> Tensor:
+    return 4 * torch.randn(TOKENS, WIDTH)
+
+
+def _cross_entropy(device: str) -> Iterator[str]:
+    targets = torch.randint(WIDTH, (TOKENS,))
+    yield from _token_losses(ops.cross_entropy_, reference.cross_entropy, targets, device)
 
 
 def _kl_divergence(device: str) -> Iterator[str]:
-    for dtype, tolerance in TOLERANCE.items():
-        logits, others = ((4 * torch.randn(TOKENS, WIDTH)).to(dtype) for _ in range(2))
-        slopes = logits.to(device, copy=True)
-        losses = ops.kl_divergence_(slopes, others.to(device))
-        wanted = reference.kl_divergence(logits.double(), others.double())
-        yield from _far(f"losses, {dtype}", losses, wanted[0], TOLERANCE[torch.float32])
-        yield from _far(f"gradients, {dtype}", slopes, wanted[1], tolerance)
+    yield from _token_losses(ops.kl_divergence_, reference.kl_divergence, _logits(), device)
 
 
 def _select_muted(device: str) -> Iterator[str]:

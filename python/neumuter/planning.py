@@ -95,9 +95,8 @@ class Plan:
     temporary: int  # beyond these at the peak
     flops: int  # of one training step
     moved: int  # bytes that its operations read and write
-    cache: tuple[
-        tuple[int, int | None], ...
-    ]  # of each layer, when serving: (bytes of a token's keys and values, window or None)
+    # Of each layer, when serving: (bytes of a token's keys and values, window or None).
+    cache: tuple[tuple[int, int | None], ...]
     layouts: dict[str, dict[str, int]]
 
     @property
