@@ -167,32 +167,32 @@ def complete(commands, command, out, whole):
 
 
 def kill(commands, place, command):
-    """Kill the command at random moments, then before every change; returns how often it was killed."""
-    out, draw, seconds = place / "out", random.Random(SEED), []
-    for _ in range(3):
-        start = time.perf_counter()
-        status, output = commands.run(command, out)
-        assert status == 0, output
-        seconds.append(time.perf_counter() - start)
-        whole = contents(out)
-        shutil.rmtree(out)
+    """Kill the command at random moments, then before every change; returns how many changes there were."""
+    out, draw = place / "out", random.Random(SEED)
+    start = time.perf_counter()
+    status, output = commands.run(command, out)
+    seconds = time.perf_counter() - start
+    assert status == 0, output
+    whole = contents(out)
+    shutil.rmtree(out)
 
     def after(number):
         check_whole(command, out, whole)
         if number % COMPLETED == 0 or (command != "unlearn" and out.exists()):
             complete(commands, command, out, whole)
 
-    killed = changes = 0
+    changes = 0
     for number in range(MOMENTS):
-        moment = sorted(seconds)[1] * (number + draw.random()) / MOMENTS
-        killed += commands.killed(command, out, moment)
+        while not commands.killed(command, out, moment := seconds * (number + draw.random()) / MOMENTS):
+            seconds = moment  # it had ended by then, so no run need take longer
+            after(number)
         after(number)
     while (result := commands.run(command, out, functools.partial(kill_before_change, place, changes)))[0]:
         assert result[0] == -signal.SIGKILL, result
         changes += 1
         after(changes)
     complete(commands, command, out, whole)
-    return {"killed": killed, "changes": changes, "seconds": sorted(seconds)[1]}
+    return changes
 
 
 def fill_disk(commands, place, command, sizes):
@@ -259,10 +259,7 @@ def warm(tmp_path_factory):
 
 @pytest.mark.parametrize("command", ["unlearn", "fold", "export"])
 def test_killed_at_any_moment(warm, command):
-    found = warm(kill, command)
-    print(found)
-    assert found["killed"] >= MOMENTS // 3, found  # the others had ended before
-    assert found["changes"] >= 5, found
+    assert warm(kill, command) >= 5
 
 
 @pytest.mark.parametrize(
