@@ -1,7 +1,6 @@
 """What the figures were measured on and with."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -10,16 +9,10 @@ import torch
 from neumuter.doctor import cpu_name
 
 from neumuter_kernels import _C
+from neumuter_kernels.__main__ import version
 
 LOAD = os.getloadavg()[0]  # before this process adds to it: other processes make CPU times too long
 PACKAGES = ("neumuter-kernels", "torch", "triton", "liger-kernel", "peft")
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def describe(device):
@@ -32,7 +25,7 @@ def describe(device):
         "threads": torch.get_num_threads(),
         "load": round(LOAD, 1),
         "python": platform.python_version(),
-        "versions": {p: v for p in PACKAGES if (v := _version(p))},
+        "versions": {p: v for p in PACKAGES if (v := version(p)) != "not installed"},
         "cuda": torch.version.cuda if device == "cuda" else None,
         "date": datetime.date.today().isoformat(),
     }

@@ -72,7 +72,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model = build("llama").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         with neumuter.attach(model) as masked:
             randomise(masked)
             with masked.sampling(0, 4, torch.arange(4)):

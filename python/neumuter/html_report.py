@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
-from importlib.metadata import version
 from itertools import count
 from typing import Any
 
@@ -26,6 +25,7 @@ from neumuter.evaluation import METRICS
 from neumuter.files import PathLike, write_atomically
 from neumuter.mutes import MuteSet
 from neumuter.robustness import EXPLAINED
+from neumuter_kernels.__main__ import version
 
 States = Mapping[str, Mapping[str, Any]]  # metrics by state of the model
 Points = Sequence[Mapping[str, Any]]  # of a curve

@@ -151,6 +151,7 @@ def plan(
             .eval()
             .requires_grad_(False)
         )
+        cache = _cache(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -159,7 +160,6 @@ def plan(
         masked = attach(model)
         if dtype != torch.bfloat16 and "experts" in masked.seams.values():
             raise ValueError(f"dtype must be bfloat16 for a model with experts, got {dtype}")
-        cache = _cache(model)
         step = _Step(masked, samples, tokens)
         with _Counting() as counting:
             step.run(counting)
