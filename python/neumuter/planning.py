@@ -151,15 +151,15 @@ def plan(
             .eval()
             .requires_grad_(False)
         )
-        cache = _cache(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
         weights = _bytes(model)
         layers = [_bytes(layer) for layer in _decoder_layers(model)]
         masked = attach(model)
         if dtype != torch.bfloat16 and "experts" in masked.seams.values():
             raise ValueError(f"dtype must be bfloat16 for a model with experts, got {dtype}")
+        cache = _cache(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
         step = _Step(masked, samples, tokens)
         with _Counting() as counting:
             step.run(counting)
