@@ -34,7 +34,6 @@ POINTERS = {"order": "*i64", "chunk_rows": "*i64", "chunk_starts": "*i64", "chun
             "targets": "*i64", "losses": "*fp32",
             "partial": "*fp32", "grad_mask": "*fp32", "scores": "*fp32", "grad_scores": "*fp32"}  # fmt: skip
 TENSORS = {"grad", "gate", "up", "out", "grad_gate", "grad_up", "logits", "reference"}
-FLOATS = {"inverse_temperature", "gamma", "span", "scale"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 MASK_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}
 LAYOUTS = {masked_ffn.PLAIN: "plain", masked_ffn.SPLIT: "split", masked_ffn.INTERLEAVED: "interleaved"}
@@ -109,7 +108,7 @@ def compile_kernel(kernel, dtype, constants, target):
         if name in TENSORS:
             signature[name] = f"*{dtype}"
         else:
-            signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
+            signature[name] = kernel.params[i].annotation_type or POINTERS.get(name, "i32")
             if dtype == "fp64" and signature[name] == "*fp32":
                 signature[name] = "*fp64"
         if signature[name].startswith("*") or name.startswith("stride") or name in ("F", "V"):

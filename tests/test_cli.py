@@ -56,7 +56,7 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert (mutes.count, mutes.mode) == (100, "modulate")
     report = json.loads((checkpoint / "out" / "report.json").read_text())
     assert report["before"] == mutes.metrics["before"]
-    assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.2
+    assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.05
     assert report["after"]["forget_ma"] <= report["before"]["forget_ma"]
     names = sorted(p.name for p in (checkpoint / "out").iterdir())
     assert [name[:10] for name in names] == ["mutes.safe", "neighbours", "report.htm", "report.jso"]
@@ -145,7 +145,7 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     for word in ("original", "muted", "MA", "EL_10", "PrivLeak", "Jang"):
         assert word in printed
     found = json.loads(report.read_text())
-    assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.2
+    assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.05
     assert found["metrics"]["heldout_kl"] > 0
     assert found["metrics"].keys() - found["before"].keys() == {"heldout_kl"}
     assert run(*arguments, "--retrained", report) == 0

@@ -1,5 +1,6 @@
 """Hard-concrete gates: the same bits everywhere, the right distribution, the right gradient."""
 
+import inspect
 import math
 
 import pytest
@@ -152,3 +153,16 @@ def test_differentiable_once_only():
     (grad,) = torch.autograd.grad(nk.hard_concrete(scores, 1, 0, 0, 0).sum(), scores, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_triton_gets_its_scalars_in_float64():
+    """Which it else rounds to float32, and float64 gates with them: only a GPU would show that."""
+    tl = pytest.importorskip("triton.language")
+    from neumuter_kernels.triton import hard_concrete as kernels
+
+    scalars = kernels._scalars(torch.zeros(1, dtype=torch.float64), 0, 0, 1 / 3, -0.1, 1.1) | {"scale": 0.1}
+    floats = {name for name, value in scalars.items() if isinstance(value, float)}
+    for kernel in (kernels.hard_concrete_kernel, kernels.hard_concrete_backward_kernel):
+        parameters = inspect.signature(kernel.fn).parameters
+        assert all(parameters[name].annotation is tl.float64 for name in floats & parameters.keys())
+        assert len(floats & parameters.keys()) >= 3

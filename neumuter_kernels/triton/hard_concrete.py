@@ -42,6 +42,12 @@ def exact_log(x):
 
 
 @triton.jit
+def as_wide_as(x, value):
+    """``value``, an argument that comes in float64, in the dtype of ``x``: float32 gates stay float32."""
+    return tl.full(x.shape, value, x.dtype)
+
+
+@triton.jit
 def sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
              TRAINING: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """σ of the neurons 4·first … 4·(first + BLOCK) − 1 in one row of gates."""
@@ -63,7 +69,7 @@ def sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperatu
             noise = exact_log(nu) - exact_log(complement)
         else:
             noise = tl.log(nu) - tl.log(complement)
-        x = (noise + x) * inverse_temperature
+        x = (noise + x) * as_wide_as(x, inverse_temperature)
     if exact:
         sigma = tl.div_rn(1.0, 1.0 + exact_exp(-x))
     else:
@@ -76,7 +82,8 @@ SCALARS = ("seed_low", "seed_high", "layer", "inverse_temperature", "gamma", "sp
 
 @triton.jit(do_not_specialize=SCALARS)
 def hard_concrete_kernel(
-    scores, sample_ids, step, out, F, seed_low, seed_high, layer, inverse_temperature, gamma, span,
+    scores, sample_ids, step, out, F, seed_low, seed_high, layer,
+    inverse_temperature: tl.float64, gamma: tl.float64, span: tl.float64,
     TRAINING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(F, 4 * BLOCK)
@@ -85,7 +92,7 @@ def hard_concrete_kernel(
     sample = tl.load(sample_ids + row)
     sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
                      TRAINING, BLOCK)  # fmt: skip
-    raw = sigma * span + gamma
+    raw = sigma * as_wide_as(sigma, span) + as_wide_as(sigma, gamma)
     z = tl.where(raw < 0.0, 0.0, raw)
     z = tl.where(z > 1.0, 1.0, z)
     f = 4 * first + tl.arange(0, 4 * BLOCK)
@@ -95,7 +102,8 @@ def hard_concrete_kernel(
 @triton.jit(do_not_specialize=SCALARS)
 def hard_concrete_backward_kernel(
     grad, scores, sample_ids, step, grad_scores, rows, F, seed_low, seed_high, layer,
-    inverse_temperature, gamma, span, scale, TRAINING: tl.constexpr, BLOCK: tl.constexpr,
+    inverse_temperature: tl.float64, gamma: tl.float64, span: tl.float64, scale: tl.float64,
+    TRAINING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK
     f = 4 * first + tl.arange(0, 4 * BLOCK)
@@ -105,10 +113,10 @@ def hard_concrete_backward_kernel(
         sample = tl.load(sample_ids + row)
         sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
                          TRAINING, BLOCK)  # fmt: skip
-        raw = sigma * span + gamma
+        raw = sigma * as_wide_as(sigma, span) + as_wide_as(sigma, gamma)
         b_grad = tl.load(p_grad, mask=f < F, other=0.0)
         p_grad += F
-        slope = (sigma * (1.0 - sigma)) * scale
+        slope = (sigma * (1.0 - sigma)) * as_wide_as(sigma, scale)
         sums += tl.where((raw > 0.0) & (raw < 1.0), b_grad * slope, 0.0)
     tl.store(grad_scores + f, sums, mask=f < F)
 

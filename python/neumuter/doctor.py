@@ -76,7 +76,7 @@ def environment() -> list[tuple[str, str]]:
     return [
         *known.items(),
         ("ROCm of torch", torch.version.hip or "none"),
-        ("NVIDIA driver", _found(r"Kernel Module\D*([\d.]+)", _text("/proc/driver/nvidia/version"))),
+        ("NVIDIA driver", _found(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text("/proc/driver/nvidia/version"))),
         ("nvcc", _nvcc()),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         ("CPU", cpu_name()),
