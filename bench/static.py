@@ -63,9 +63,10 @@ def cases():
                 yield forward_case(name, dtype, constants, layout, targets, ids)
                 yield backward_case(name, dtype, constants | ({} if ids else rows), layout, targets, ids)
     for ids in (False, True):
-        total = {"RAGGED": ids, "BLOCK": BLOCK} | ({} if ids else {"first_chunks": None})
+        at_once, columns = masked_ffn.SUMMED
+        total = {"RAGGED": ids, "CHUNKS": at_once, "BLOCK": columns} | ({} if ids else {"first_chunks": None})
         name = "sum of partials" + ", row ids" * ids
-        yield name, masked_ffn.sum_partials_kernel, "fp32", total, TARGETS, (4, 4)
+        yield name, masked_ffn.sum_partials_kernel, "fp32", total, TARGETS, (4 * at_once, None)
     for training in (True, False):
         gates = {"TRAINING": training, "BLOCK": hard_concrete.BLOCK}
         name = "gates" + ", evaluation" * (not training)
@@ -91,7 +92,7 @@ def forward_case(name, dtype, constants, layout, targets, ids):
 
 
 def backward_case(name, dtype, constants, layout, targets, ids):
-    gradients = {"INPUT_GRAD": True, "MASK_GRAD": True, "CHUNK": masked_ffn.CHUNK, "RAGGED": ids}
+    gradients = {"INPUT_GRAD": True, "MASK_GRAD": True, "RAGGED": ids}
     tensors = 3 if layout == masked_ffn.PLAIN else 5
     label = f"backward {name}" + ", row ids" * ids
     budget = tensors * BYTES[dtype], 2 * MASK_BYTES[dtype]
@@ -161,13 +162,13 @@ def predicted_bytes(row):
     """What the compiled kernel moves from and to device memory for PREDICTED tokens and width.
 
     The forward reads the mask again for every token, out of the L2 cache after the first. The backward
-    repeats what is outside its loop once in CHUNK tokens; the partial sums are read once more.
+    repeats what is outside its loop once a chunk; the partial sums are read once more.
     """
     tokens, width = PREDICTED
     mask = MASK_BYTES[row["dtype"]]
     if row["kernel"].startswith("forward"):
         return tokens * width * (row["bytes"][1] - mask) + width * mask
-    chunks = tokens / masked_ffn.CHUNK
+    chunks = tokens / masked_ffn.tokens_per_chunk(tokens, -(-width // BLOCK))
     return width * (tokens * row["bytes"][0] + chunks * (row["bytes"][1] + mask) + mask)
 
 

@@ -12,7 +12,7 @@ LAYOUTS = ["separate", "halves", "interleaved", "plain"]
 # (leading shape, F, G): empty, single, odd, more than a block of tokens and of columns
 SHAPES = [
     ((0,), 16, 1), ((5,), 0, 1), ((1,), 1, 1), ((3,), 7, 1), ((2, 3), 33, 2), ((130,), 37, 2),
-    ((2, 3, 5), 65, 3), ((67,), 1100, 1),
+    ((2, 3, 5), 65, 3), ((67,), 1100, 1), ((290,), 70, 2), ((131,), 70, 1),
 ]  # fmt: skip
 
 
@@ -373,3 +373,15 @@ BAD = [
 def test_bad_input_names_the_argument(error, names, call):
     with pytest.raises(error, match=names):
         call(torch.randn(4, 6), torch.rand(1, 6))
+
+
+@pytest.mark.parametrize("F", [1, 1536, 14336])
+def test_a_gpu_program_walks_a_chunk_that_fits_the_number_of_tokens(F):
+    pytest.importorskip("triton")
+    from neumuter_kernels.triton import masked_ffn as kernels
+
+    blocks = -(-F // kernels.BLOCK_F)
+    lengths = [kernels.tokens_per_chunk(tokens, blocks) for tokens in (1, 400, 4096, 2**15, 2**20)]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (4, 128)
+    assert all(length & (length - 1) == 0 for length in lengths)  # a power of two: few variants to compile

@@ -18,7 +18,9 @@ from torch import Tensor
 from neumuter_kernels.triton.activations import activation
 
 BLOCK_F = 1024  # columns a program: 128 threads with 8 elements each
-CHUNK = 64  # tokens a backward program walks
+PROGRAMS = 1024  # that a backward has about, or more
+CHUNKS = 4, 128  # tokens that a backward program walks: the least and the most, powers of two
+SUMMED = 32, 64  # partial sums and columns that a program adds up at a time
 
 # How gate and up lie: PLAIN has no up; SPLIT are two tensors or two halves; INTERLEAVED are the
 # even and odd columns of one tensor.
@@ -72,10 +74,10 @@ def masked_ffn_forward_kernel(
 @triton.jit
 def masked_ffn_backward_kernel(
     grad, gate, up, mask, order, chunk_rows, chunk_starts, chunk_ends, grad_gate, grad_up, partial,
-    F, G, tokens_per_mask, chunks_per_mask,
+    F, G, tokens_per_mask, tokens_per_chunk, chunks_per_mask,
     stride_grad, stride_gate, stride_up, stride_mask, stride_grad_input,
     ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, RAGGED: tl.constexpr,
-    INPUT_GRAD: tl.constexpr, MASK_GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    INPUT_GRAD: tl.constexpr, MASK_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(F, BLOCK)
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
@@ -94,8 +96,8 @@ def masked_ffn_backward_kernel(
         masked = valid & (row < G)  # row G: the unmasked tokens
     else:
         row = chunk // chunks_per_mask
-        first = row * tokens_per_mask + (chunk % chunks_per_mask) * CHUNK
-        last = tl.minimum(first + CHUNK, (row + 1) * tokens_per_mask)
+        first = row * tokens_per_mask + (chunk % chunks_per_mask) * tokens_per_chunk
+        last = tl.minimum(first + tokens_per_chunk, (row + 1) * tokens_per_mask)
     b_mask = tl.load(mask + row * stride_mask + f, mask=masked, other=1.0)
     sums = tl.zeros((BLOCK,), dtype=wide)
     for i in range(first, last):
@@ -132,27 +134,39 @@ def masked_ffn_backward_kernel(
 
 @triton.jit
 def sum_partials_kernel(partial, first_chunks, grad_mask, F, chunks_per_mask,
-                        RAGGED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                        RAGGED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(F, BLOCK)
     g = (tl.program_id(0) // blocks).to(tl.int64)
     f = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    valid = f < F
     if RAGGED:
         first = tl.load(first_chunks + g).to(tl.int64)
         last = tl.load(first_chunks + g + 1).to(tl.int64)
     else:
         first = g * chunks_per_mask
         last = first + chunks_per_mask
-    sums = tl.zeros((BLOCK,), dtype=partial.dtype.element_ty)
-    for chunk in range(first, last):
-        sums += tl.load(partial + chunk * F + f, mask=valid, other=0.0)
-    tl.store(grad_mask + g * F + f, sums, mask=valid)
+    sums = tl.zeros((CHUNKS, BLOCK), dtype=partial.dtype.element_ty)
+    for start in range(first, last, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        valid = (chunk < last)[:, None] & (f < F)[None, :]
+        sums += tl.load(partial + chunk[:, None] * F + f[None, :], mask=valid, other=0.0)
+    tl.store(grad_mask + g * F + f, tl.sum(sums, axis=0), mask=f < F)
+
+
+def _ceil(x: int, y: int) -> int:
+    """x / y rounded up; triton.cdiv takes longer."""
+    return -(-x // y)
 
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` [..., columns] as [rows, columns] of one row stride with adjacent columns."""
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def tokens_per_chunk(tokens: int, blocks: int) -> int:
+    """Few where there are few tokens: a program walks its chunk one token after another."""
+    least, most = CHUNKS
+    return min(max(1 << (tokens * blocks // PROGRAMS).bit_length(), least), most)
 
 
 @dataclass
@@ -194,7 +208,11 @@ class _Input:
 
     @property
     def block(self) -> int:
-        return min(BLOCK_F, int(triton.next_power_of_2(self.F)))
+        return min(BLOCK_F, 1 << (self.F - 1).bit_length())
+
+    @property
+    def blocks(self) -> int:
+        return _ceil(self.F, self.block)
 
     @property
     def tokens_per_mask(self) -> int:
@@ -215,7 +233,7 @@ def forward(
     out = torch.empty((*gate.shape[:-1], x.F), dtype=gate.dtype, device=gate.device)
     if out.numel() == 0:
         return out
-    masked_ffn_forward_kernel[(x.tokens * triton.cdiv(x.F, x.block),)](
+    masked_ffn_forward_kernel[(x.tokens * x.blocks,)](
         x.gate, x.up, x.mask, x.row_ids, out,
         x.F, x.mask.shape[0], x.tokens_per_mask, x.gate.stride(0), x.up.stride(0), x.mask.stride(0),
         ACTIVATION=activation, LAYOUT=x.layout, HAS_IDS=row_ids is not None, BLOCK=x.block,
@@ -223,8 +241,8 @@ def forward(
     return out
 
 
-def _ragged_chunks(row_ids: Tensor, G: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tokens sorted by mask row, cut into chunks of one row; nothing waits for the device.
+def _ragged_chunks(row_ids: Tensor, G: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tokens sorted by mask row, cut into chunks of one row of that length; nothing waits for the device.
 
     Returns order [T], and of each chunk its row (G: unmasked, G + 1: no tokens), first and last
     position in the order, and the first chunk of each row [G + 2].
@@ -233,13 +251,13 @@ def _ragged_chunks(row_ids: Tensor, G: int) -> tuple[Tensor, Tensor, Tensor, Ten
     rows = torch.where((row_ids >= 0) & (row_ids < G), row_ids, G).long()
     rows, order = rows.sort(stable=True)
     starts = torch.searchsorted(rows, torch.arange(G + 2, device=device))
-    chunks = (starts.diff() + CHUNK - 1) // CHUNK
+    chunks = (starts.diff() + length - 1) // length
     first_chunks = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
-    index = torch.arange(triton.cdiv(T, CHUNK) + G + 1, device=device)
+    index = torch.arange(_ceil(T, length) + G + 1, device=device)
     chunk_rows = torch.searchsorted(first_chunks[1:], index, right=True)
     row = chunk_rows.clamp(max=G)
-    chunk_starts = starts[row] + (index - first_chunks[row]) * CHUNK
-    chunk_ends = torch.minimum(chunk_starts + CHUNK, starts[row + 1])
+    chunk_starts = starts[row] + (index - first_chunks[row]) * length
+    chunk_ends = torch.minimum(chunk_starts + length, starts[row + 1])
     return order, chunk_rows, chunk_starts, chunk_ends, first_chunks
 
 
@@ -274,22 +292,25 @@ def backward(
     if x.tokens == 0 or F == 0:
         return grad_gate, grad_up, grad_mask.zero_()
 
-    chunks_per_mask = triton.cdiv(x.tokens_per_mask, CHUNK)
-    ragged = None if x.row_ids is None else _ragged_chunks(x.row_ids, G)
+    length = tokens_per_chunk(x.tokens, x.blocks)
+    chunks_per_mask = _ceil(x.tokens_per_mask, length)
+    ragged = None if x.row_ids is None else _ragged_chunks(x.row_ids, G, length)
     order, chunk_rows, chunk_starts, chunk_ends, first_chunks = ragged or (None,) * 5
     chunks = G * chunks_per_mask if chunk_rows is None else chunk_rows.numel()
     partial = torch.empty((chunks, F) if mask_grad else 0, dtype=mask.dtype, device=mask.device)
     p_grad_up = grad_gate.view(-1, 2 * F)[:, F:] if packed and input_grad and not interleaved else grad_up
-    masked_ffn_backward_kernel[(chunks * triton.cdiv(F, x.block),)](
+    masked_ffn_backward_kernel[(chunks * x.blocks,)](
         grad, x.gate, x.up, x.mask, order, chunk_rows, chunk_starts, chunk_ends,
         grad_gate, p_grad_up, partial,
-        F, G, x.tokens_per_mask, chunks_per_mask,
+        F, G, x.tokens_per_mask, length, chunks_per_mask,
         grad.stride(0), x.gate.stride(0), x.up.stride(0), x.mask.stride(0), x.gate.shape[1],
         ACTIVATION=activation, LAYOUT=x.layout, RAGGED=ragged is not None,
-        INPUT_GRAD=input_grad, MASK_GRAD=mask_grad, CHUNK=CHUNK, BLOCK=x.block,
+        INPUT_GRAD=input_grad, MASK_GRAD=mask_grad, BLOCK=x.block,
     )  # fmt: skip
     if mask_grad:
-        sum_partials_kernel[(G * triton.cdiv(F, x.block),)](
-            partial, first_chunks, grad_mask, F, chunks_per_mask, RAGGED=ragged is not None, BLOCK=x.block
-        )
+        at_once, columns = SUMMED
+        sum_partials_kernel[(G * _ceil(F, columns),)](
+            partial, first_chunks, grad_mask, F, chunks_per_mask,
+            RAGGED=ragged is not None, CHUNKS=at_once, BLOCK=columns,
+        )  # fmt: skip
     return grad_gate, grad_up, grad_mask
