@@ -66,14 +66,20 @@ def test_a_decoding_step_has_the_bits_of_the_op(dtype, monkeypatch):
     with MuteBank(model) as bank:
         for name, mutes in zip("abc", sets, strict=True):
             bank.add(name, mutes)
-        with bank.using(names):
-            for rows in (ids, ids.roll(1, 0), ids.repeat(2, 1)):  # another size of batch, too
-                monkeypatch.setattr(serving, "FEW", 1 << 18)
-                found = [logits(model, rows), logits(model, rows)]
-                monkeypatch.setattr(serving, "FEW", 0)
+        for rows in (ids, ids.roll(1, 0), ids.repeat(2, 1)):
+            with bank.using(names):
+                found = [
+                    logits(model, rows),
+                    logits(model, rows),
+                    logits(model, rows[:4]),
+                    logits(model, rows),
+                ]
+            with monkeypatch.context() as patch, bank.using(names):
+                patch.setattr(serving, "FEW", 0)
                 expected = logits(model, rows)
-                assert torch.equal(found[0], expected)
-                assert torch.equal(found[1], expected)
+            assert torch.equal(found[0], expected)  # by the op, which makes the gains
+            assert torch.equal(found[1], expected)  # by the gains
+            assert torch.equal(found[3], expected)  # after another size of batch
 
 
 def test_generation_takes_a_set_for_each_row():

@@ -25,10 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from neumuter.families import FFN, activation_name
 from neumuter_kernels import masked_act, masked_glu
-from neumuter_kernels.reference import activate
 
 CHILD = "neumuter"  # the name of the Gates among a seam's children
-FEW = 1 << 15  # activations, on the CPU: a kernel takes less time than calling it does
 
 
 class Mask(NamedTuple):
@@ -51,38 +49,21 @@ class Mask(NamedTuple):
         wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
         return values.to(activations.device, wide)
 
-    def of_few(self, activations: Tensor) -> bool:
-        """Whether plain products of these activations, [..., F] of one mask row, cost less than a kernel."""
-        return (
-            activations.numel() <= FEW
-            and activations.device.type == self.values.device.type == "cpu"
-            and not torch.is_grad_enabled()
-            and self.row_ids is None
-            and self.values.shape == (1, activations.shape[-1])
-        )
-
 
 def masked_act_of(hidden: Tensor, activation: str, mask: Mask) -> Tensor:
     """φ(hidden)·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_act``."""
-    if mask.of_few(hidden):
-        return (activate(hidden, activation) * mask.values).to(hidden.dtype)
     values = mask.fitting(hidden, hidden.shape[-1])
     return masked_act(hidden, values, mask.row_ids, activation, reuse_inputs=True)
 
 
 def masked_glu_of(gate: Tensor, up: Tensor, activation: str, mask: Mask) -> Tensor:
     """φ(gate)·up·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_glu``."""
-    if mask.of_few(gate):  # rounded once more than by the kernel, where they are not float32
-        return (activate(gate, activation) * up * mask.values).to(gate.dtype)
     values = mask.fitting(gate, gate.shape[-1])
     return masked_glu(gate, up, values, mask.row_ids, activation, reuse_inputs=True)
 
 
 def masked_packed_of(gate_up: Tensor, activation: str, mask: Mask) -> Tensor:
     """As ``masked_glu_of`` for gate and up in the halves of one tensor, [..., 2F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    if mask.of_few(gate):
-        return masked_glu_of(gate, up, activation, mask)
     values = mask.fitting(gate_up, gate_up.shape[-1] // 2)
     return masked_glu(
         mask=values, row_ids=mask.row_ids, activation=activation, gate_up=gate_up, reuse_inputs=True
@@ -185,13 +166,13 @@ SEAMS: dict[str, Callable[..., Tensor]] = {
 
 
 def seam_module(ffn: FFN, seam: str) -> nn.Module:
-    """The module whose forward that seam of an ``FFN`` replaces."""
+    """The module whose forward that seam of an ``FFN`` replaces. "hidden": as "down", see muting.py."""
     if seam == "activation":
         assert ffn.layout is not None
         assert ffn.layout.activation is not None
         activation: nn.Module = getattr(ffn.module, ffn.layout.activation)
         return activation
-    return ffn.down if seam == "down" else ffn.module
+    return ffn.down if seam in ("down", "hidden") else ffn.module
 
 
 # --- On a model -----------------------------------------------------------------------------

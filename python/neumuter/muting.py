@@ -1,5 +1,6 @@
 """Mute sets on models: applied to a live model, or folded into its weights."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from neumuter.families import FFN, find_ffns, unwrapped
-from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
+from neumuter.ffn import CHILD, Gates, Installed, Mask, masked_act_of, refuse_wrapped, seam_module
 from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
 from neumuter.mutes import MutedLayer, MuteSet, MuteSource
 from neumuter.seams import choose_seams
+from neumuter_kernels import mute_
 
+FEW = 1 << 18  # activations: a product with gains for all takes less time than calling mute_
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,19 +89,48 @@ def refuse_other(differences: list[str]) -> None:
 
 
 class ConstantGates(Gates):
-    """Neurons multiplied by constants."""
+    """Neurons multiplied by constants. At the seam "hidden" by as little work as there can be."""
 
     gains: Tensor
+    ends: Tensor
+    indices: Tensor
+    factors: Tensor
 
     def __init__(self, ffn: FFN, seam: str, layer: MutedLayer) -> None:
         super().__init__(ffn, seam)
-        gains = torch.ones(1, self.width)
-        gains[0, layer.indices.long()] = layer.gains
+        gains = torch.ones(self.width)
+        gains[layer.indices.long()] = layer.gains
         self.register_buffer("gains", gains.to(ffn.device), persistent=False)
         self.on = True
+        if seam == "hidden":  # what mute_ takes
+            ends = torch.tensor([0, len(layer.indices)])
+            for name, tensor in (("ends", ends), ("indices", layer.indices), ("factors", layer.gains)):
+                self.register_buffer(name, tensor.to(ffn.device), persistent=False)
+
+    def install(self, module: nn.Module) -> None:
+        super().install(module)
+        if self.seam == "hidden":
+            module.forward = functools.partial(_muted, module)
 
     def mask(self, hidden_states: Tensor) -> Mask | None:
-        return Mask(self.gains) if self.on else None
+        return Mask(self.gains[None]) if self.on else None
+
+    def muted(self, hidden: Tensor) -> Tensor:
+        """The muted activations [..., F], in place unless they need a gradient."""
+        gains = self._buffers["gains"]
+        assert gains is not None
+        if hidden.requires_grad or hidden.device != gains.device:
+            return masked_act_of(hidden, "identity", Mask(gains[None]))
+        if hidden.numel() <= FEW or torch.compiler.is_compiling() or not hidden.is_contiguous():
+            return hidden.mul_(gains)
+        return mute_(hidden, self.ends, self.indices, self.factors)
+
+
+def _muted(down: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+    gates = cast(ConstantGates, down._modules[CHILD])
+    if gates.on:
+        hidden = gates.muted(hidden)
+    return gates.unmasked(down, hidden, *arguments, **options)
 
 
 class Muted:
@@ -108,7 +140,7 @@ class Muted:
         self.model, self.mutes = model, mutes
         matching = matching_ffns(model, mutes)
         ffns = [matching[path] for path in mutes.layers]
-        seams = choose_seams(model, ffns)
+        seams = choose_seams(model, ffns, constant=True)
         self._installed = Installed(
             [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns],
             [seam_module(ffn, seams[ffn.path]) for ffn in ffns],
@@ -206,8 +238,9 @@ def _remade(
 def mute(model: nn.Module, mutes: MuteSource) -> Muted:
     """Apply a ``MuteSet``, or the mute file at that path, to a live model; returns a ``Muted`` handle.
 
-    Only FFNs with muted neurons are touched, in this model instance only. The weights and the state_dict
-    stay the same, so ``save_pretrained`` saves the model without mutes: use ``fold`` for that.
+    Only FFNs with muted neurons are touched, in this model instance only: the input of their down projection
+    is changed in place where nothing else reads it. The weights and the state_dict stay the same, so
+    ``save_pretrained`` saves the model without mutes: use ``fold`` for that.
 
     Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, and
     RuntimeError if the model is attached or muted already.

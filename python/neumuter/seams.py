@@ -15,13 +15,16 @@ from neumuter.modes import without_dropout
 SCALES = (1.0, 30.0, 1000.0)  # of random inputs, so that a clamp shows
 
 
-def choose_seams(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, str]:
+def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) -> dict[str, str]:
     """{path: "activation", "ffn", "experts" or "down"} for each ``FFN``.
 
     The model runs once on two tokens, in evaluation mode. Where a fused seam with a mask of ones gives what
     the FFN gives, there and for random inputs up to very large ones, it is taken. A dense FFN that computes
     something else, or that the kernels have no activation for, is masked at its down projection; so is all
     of a model that cannot run yet, because its weights are elsewhere.
+
+    ``constant``: for a mask that needs no gradient, "hidden" in place of "activation" and "ffn" where the
+    down projection is called as a module, once: its input may be changed in place, as nothing else reads it.
 
     Raises ValueError for experts that compute something else.
     """
@@ -30,9 +33,12 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, str]:
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not can_run(model):
         return seams | {ffn.path: "experts" for ffn in ffns if not ffn.layout}
-    handles = []
+    handles: list[RemovableHandle] = []
+    once: set[str] = set()
     try:
         for ffn in ffns:
+            if constant and ffn.layout and ffn.mesh is None:
+                handles += _count(ffn, once)
             handles += _watch(ffn, seams)
         ids = torch.arange(2, device=input_device(model))[None]
         eager = torch.compiler.set_stance("force_eager")  # compiled code may pass by hooks
@@ -42,6 +48,8 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, str]:
         for handle in handles:
             handle.remove()
     for ffn in ffns:
+        if ffn.path in once and seams[ffn.path] != "down":
+            seams[ffn.path] = "hidden"
         if ffn.path not in seams:
             raise ValueError(
                 f"{ffn.path}, a {type(ffn.module).__name__}, has the attributes of transformers' experts but "
@@ -64,6 +72,21 @@ def can_run(model: nn.Module) -> bool:
     """Whether a forward pass is possible now: a model of transformers whose weights are all there."""
     embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
     return embeddings is not None and all(parameter.numel() for parameter in model.parameters())
+
+
+def _count(ffn: FFN, once: set[str]) -> list[RemovableHandle]:
+    """Hooks on one FFN that add it to ``once`` if it calls its down projection once; their handles."""
+    calls = 0
+
+    def down(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    def whole(*_: object) -> None:  # before the hook of _watch, which makes calls of its own
+        if calls == 1:
+            once.add(ffn.path)
+
+    return [ffn.down.register_forward_pre_hook(down), ffn.module.register_forward_hook(whole)]
 
 
 def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:

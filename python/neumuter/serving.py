@@ -14,15 +14,12 @@ from neumuter.families import FFN, find_ffns, input_device, unwrapped
 from neumuter.ffn import CHILD, Gates, Installed, refuse_wrapped
 from neumuter.modes import without_dropout
 from neumuter.mutes import MutedLayer, MuteSource
-from neumuter.muting import fitting_ffns, loaded
+from neumuter.muting import FEW, fitting_ffns, loaded
 from neumuter.seams import can_run
 from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up
 CACHED = 8  # numbers of tokens whose row ids a batch keeps
-FEW = (
-    1 << 18
-)  # activations of a decoding step, on the CPU: a product with gains for all costs less than mute_
 Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]  # of a _Pool
 Place = tuple[int, int, int]  # of a set there: its row, its first slot, the one behind its last
 
@@ -169,12 +166,6 @@ def _generate(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **o
         return generate(*arguments, **options)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-def _outside_of_the_graph(rows: "_Rows", hidden: Tensor, layer: int) -> None:
-    if rows.touched:
-        rows.mute_(hidden, layer)
-
-
 def _indexed(device: torch.device) -> torch.device:
     """ "cuda" as "cuda:0": devices are looked up by what tensors say."""
     return torch.empty(0, device=device).device
@@ -233,12 +224,11 @@ class _BankGates(Gates):
 def _muted(down: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
     gates = cast(_BankGates, down._modules[CHILD])
     if (rows := gates.current.variable.get()) is not None:
-        if rows.counting:
-            gates.calls += 1
-        if torch.compiler.is_compiling():
-            _outside_of_the_graph(rows, hidden, gates.number)
-        elif rows.touched:
-            rows.mute_(hidden, gates.number)
+        gains = None if torch.compiler.is_compiling() else rows.step.get(gates.number)
+        if gains is not None and gains.shape == hidden.shape and gains.device == hidden.device:
+            hidden.mul_(gains)  # a step of decoding after the first: as little work as there can be
+        else:
+            rows.mute_(hidden, gates)
     return gates.unmasked(down, hidden, *arguments, **options)
 
 
@@ -260,14 +250,17 @@ def _check_calls(model: nn.Module, gates: Sequence[_BankGates], bank: MuteBank) 
 
 
 class _Rows:
-    """The sets of the rows of one batch, in the pool's tensors as they were when it began."""
+    """The sets of the rows of one batch, in the pool's tensors as they were when it began.
+
+    ``step``: {number of a layer: the gains of all its neurons for one token of each row, float32}.
+    """
 
     def __init__(self, rows: list[int], tensors: Tensors, counting: bool = False) -> None:
         self.rows, self.tensors, self.counting = torch.tensor(rows), tensors, counting
         self.touched = any(row >= 0 for row in rows)
         self.batch: int | None = None
+        self.step: dict[int, Tensor] = {}
         self._ids: dict[tuple[int, torch.device], Tensor] = {}
-        self._gains: dict[tuple[int, torch.Size], Tensor] = {}
 
     def begin(self, batch: int) -> None:
         if batch % len(self.rows):
@@ -275,26 +268,21 @@ class _Rows:
                 f"a batch of {batch} rows cannot use {len(self.rows)} mute sets, one for each row"
             )
         if batch != self.batch:
-            self._gains.clear()
+            self.step.clear()
         self.batch = batch
 
-    def mute_(self, hidden: Tensor, layer: int) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def mute_(self, hidden: Tensor, gates: "_BankGates") -> None:
+        if self.counting:
+            gates.calls += 1
+        if not self.touched:
+            return
         tokens = hidden.shape[:-1].numel()
-        few = hidden.numel() <= FEW and hidden.device.type == "cpu"
-        if few and tokens == self.batch and not hidden.requires_grad:
-            hidden.mul_(self._of_step(hidden, layer))
-        else:
-            mute_(hidden, *self.tensors[hidden.device], self._of_tokens(tokens, hidden.device), layer)
-
-    def _of_step(self, hidden: Tensor, layer: int) -> Tensor:
-        """The gains of all neurons of a layer for a token of each row, float32; made once."""
-        gains = self._gains.get((layer, hidden.shape))
-        if gains is None:
-            ids = self._of_tokens(hidden.shape[:-1].numel(), hidden.device)
+        ids = self._of_tokens(tokens, hidden.device)
+        mute_(hidden, *self.tensors[hidden.device], ids, gates.number)
+        if tokens == self.batch and hidden.numel() <= FEW:
             gains = torch.ones(hidden.shape, device=hidden.device)
-            mute_(gains, *self.tensors[hidden.device], ids, layer)
-            self._gains[layer, hidden.shape] = gains
-        return gains
+            self.step[gates.number] = mute_(gains, *self.tensors[hidden.device], ids, gates.number)
 
     def _of_tokens(self, tokens: int, device: torch.device) -> Tensor:
         """The set of each token, int64 [tokens]: made in the first layer, for all."""
