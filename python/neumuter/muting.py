@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from neumuter.families import FFN, find_ffns, unwrapped
-from neumuter.ffn import CHILD, Gates, Installed, Mask, masked_act_of, refuse_wrapped, seam_module
+from neumuter.ffn import Gates, Installed, Mask, masked_act_of, refuse_wrapped, seam_module
 from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
 from neumuter.mutes import MutedLayer, MuteSet, MuteSource
 from neumuter.seams import choose_seams
@@ -110,27 +110,26 @@ class ConstantGates(Gates):
     def install(self, module: nn.Module) -> None:
         super().install(module)
         if self.seam == "hidden":
-            module.forward = functools.partial(_muted, module)
+            module.forward = functools.partial(_muted, module, self)
 
     def mask(self, hidden_states: Tensor) -> Mask | None:
         return Mask(self.gains[None]) if self.on else None
 
-    def muted(self, hidden: Tensor) -> Tensor:
-        """The muted activations [..., F], in place unless they need a gradient."""
-        gains = self._buffers["gains"]
-        assert gains is not None
-        if hidden.requires_grad or hidden.device != gains.device:
-            return masked_act_of(hidden, "identity", Mask(gains[None]))
-        if hidden.numel() <= FEW or torch.compiler.is_compiling() or not hidden.is_contiguous():
-            return hidden.mul_(gains)
-        return mute_(hidden, self.ends, self.indices, self.factors)
 
-
-def _muted(down: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-    gates = cast(ConstantGates, down._modules[CHILD])
+def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+    """The forward of a muted down projection. Little Python: between layers the caches are cold."""
     if gates.on:
-        hidden = gates.muted(hidden)
-    return gates.unmasked(down, hidden, *arguments, **options)
+        gains = gates._buffers["gains"]
+        assert gains is not None
+        if hidden.requires_grad or hidden.get_device() != gains.get_device():
+            hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
+        elif hidden.numel() <= FEW or torch.compiler.is_compiling() or not hidden.is_contiguous():
+            hidden.mul_(gains)
+        else:
+            mute_(hidden, gates.ends, gates.indices, gates.factors)
+    if gates.former is None:
+        return type(down).forward(down, hidden, *arguments, **options)
+    return gates.former(hidden, *arguments, **options)
 
 
 class Muted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.families import FFN, find_ffns, input_device, unwrapped
-from neumuter.ffn import CHILD, Gates, Installed, refuse_wrapped
+from neumuter.ffn import Gates, Installed, refuse_wrapped
 from neumuter.modes import without_dropout
 from neumuter.mutes import MutedLayer, MuteSource
 from neumuter.muting import FEW, fitting_ffns, loaded
@@ -218,18 +218,24 @@ class _BankGates(Gates):
 
     def install(self, module: nn.Module) -> None:
         super().install(module)
-        module.forward = functools.partial(_muted, module)
+        module.forward = functools.partial(_muted, module, self)
 
 
-def _muted(down: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-    gates = cast(_BankGates, down._modules[CHILD])
+def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+    """The forward of a down projection. Little Python: between layers the caches are cold."""
     if (rows := gates.current.variable.get()) is not None:
         gains = None if torch.compiler.is_compiling() else rows.step.get(gates.number)
-        if gains is not None and gains.shape == hidden.shape and gains.device == hidden.device:
-            hidden.mul_(gains)  # a step of decoding after the first: as little work as there can be
+        if (
+            gains is not None
+            and gains.numel() == hidden.numel()
+            and gains.get_device() == hidden.get_device()
+        ):
+            hidden.mul_(gains)  # a step of decoding after the first
         else:
             rows.mute_(hidden, gates)
-    return gates.unmasked(down, hidden, *arguments, **options)
+    if gates.former is None:
+        return type(down).forward(down, hidden, *arguments, **options)
+    return gates.former(hidden, *arguments, **options)
 
 
 @torch.no_grad()
