@@ -5,7 +5,7 @@ tokens and one backward pass to the input of the first masked layer, of the froz
 the official algorithm, written by us after its paper and code (Hou et al. 2025) but without its host
 synchronisations, and IA3 of PEFT, which trains one vector per down projection for the same losses.
 
-``python -m bench.step ROW CONTENDER`` runs one contender alone and prints its peak memory in MiB.
+``python -m bench.step SHAPE DTYPE CONTENDER`` runs one alone on the CPU and prints its peak memory in MiB.
 """
 
 import copy
@@ -252,12 +252,18 @@ def problem(shape, dtype, device):
     return [c for c in contenders if c.name != "floor"], next(c for c in contenders if c.name == "floor")
 
 
-def peak_mib(shape, dtype, name):
-    """Peak memory of two steps of one contender, models included, in a process of its own; MiB.
+def peak_mib(shape, dtype, name, device):
+    """Peak memory of two steps of one contender, models included; MiB.
 
-    On the CPU without the libraries: what the process holds after two steps of a tiny model is left out;
-    and with malloc giving back what is freed, since its habit of keeping memory is not a contender's doing.
+    On the CPU in a process of its own, without the libraries: what that holds after two steps of a tiny model
+    is left out; and with malloc giving back what is freed, since its habit of keeping memory is not a
+    contender's doing.
     """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        two_steps(shape, dtype, name, device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     arguments = [sys.executable, "-m", "bench.step", shape, str(dtype).removeprefix("torch."), name]
     result = subprocess.run(
         arguments, cwd=Path(__file__).parents[1], env=os.environ | MALLOC, stdout=subprocess.PIPE, check=True
@@ -265,21 +271,17 @@ def peak_mib(shape, dtype, name):
     return float(result.stdout.split()[-1])
 
 
+def two_steps(shape, dtype, name, device):
+    step = ALL[name](*build(shape, dtype, device))
+    step.train()
+    step.train()
+
+
 def alone(shape, dtype, name):
     """What the process of ``peak_mib`` does."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def train(shape):
-        step = ALL[name](*build(shape, dtype, device))
-        step.train()
-        step.train()
-
-    if device == "cuda":
-        train(shape)
-        return torch.cuda.max_memory_allocated() / 2**20
-    train("tiny")
+    two_steps("tiny", dtype, name, "cpu")
     libraries = _status_mib("VmRSS")
-    train(shape)
+    two_steps(shape, dtype, name, "cpu")
     return _status_mib("VmHWM") - libraries
 
 
@@ -299,7 +301,7 @@ def rows(device, effort, small=False):
                 in_float32 = entry["name"].endswith(", float32")
                 kind = entry["name"].removesuffix(", float32")
                 entry["tokens_per_s"] = 2 * TOKENS / entry["median_us"] * 1e6
-                entry["peak_mib"] = peak_mib(shape, FLOAT32 if in_float32 else dtype, kind)
+                entry["peak_mib"] = peak_mib(shape, FLOAT32 if in_float32 else dtype, kind, device)
         yield {
             "op": f"training step, Llama {shape}",
             "pass": "forward+backward",

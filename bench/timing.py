@@ -119,7 +119,7 @@ def measure(contenders, device, effort):
 
 def copying(moved_bytes, device):
     """copy_ that reads and writes ``moved_bytes`` bytes in all."""
-    source = torch.zeros(max(moved_bytes // 8, 1), device=device)
+    source = torch.rand(max(moved_bytes // 8, 1), device=device)  # some memory is faster with zeros
     target = torch.zeros_like(source)
     return Contender("copy", lambda _: target.copy_(source))
 
