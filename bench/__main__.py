@@ -56,7 +56,8 @@ def measured(sub, folder, quick):
     for row in importlib.import_module(f"bench.{sub}").rows(device, QUICK if quick else FULL[device], quick):
         print(report.row_text(row), flush=True)
         rows.append(row)
-    write(folder, machine.slug(header), sub, header, rows)
+        path = write(folder, machine.slug(header), sub, header, rows)  # so far: it may be interrupted
+    print(f"wrote {path}")
     return any("failed" in c for row in rows for c in row["contenders"])
 
 
@@ -68,7 +69,7 @@ def static(folder):
     module.print_table(table)
     broken = [v for row in table for v in module.violations(row)]
     print("\n".join(broken) or "No kernel breaks the rules.")
-    write(folder, "compiled", "static", module.compilers(), table)
+    print(f"wrote {write(folder, 'compiled', 'static', module.compilers(), table)}")
     return bool(broken)
 
 
@@ -76,7 +77,7 @@ def write(folder, name, sub, header, rows):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{sub}.json"
     report.replace(path, json.dumps({"benchmark": sub, "machine": header, "rows": rows}, indent=1) + "\n")
-    print(f"wrote {path}")
+    return path
 
 
 if __name__ == "__main__":
