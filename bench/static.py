@@ -168,7 +168,7 @@ def predicted_bytes(row):
     mask = MASK_BYTES[row["dtype"]]
     if row["kernel"].startswith("forward"):
         return tokens * width * (row["bytes"][1] - mask) + width * mask
-    chunks = tokens / masked_ffn.tokens_per_chunk(tokens, -(-width // BLOCK))
+    chunks = tokens / masked_ffn.tokens_per_chunk(tokens, 1, -(-width // BLOCK), 132)
     return width * (tokens * row["bytes"][0] + chunks * (row["bytes"][1] + mask) + mask)
 
 

@@ -13,7 +13,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WARM_UP = 3
 CPU_SAMPLE_SECONDS = 2e-3  # a sample on the CPU repeats short calls for about this long
-LAUNCHING_CYCLES = 1_000_000  # GPU clock cycles, about 0.6 ms: longer than launching any contender
+LAUNCHING_CYCLES = 4_000_000  # GPU clock cycles, about 2 ms: longer than launching any contender
 
 
 @dataclass

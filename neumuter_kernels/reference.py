@@ -152,7 +152,8 @@ def philox_4x32(
     ints. Returns four int64 tensors of 32-bit words.
     """
     low = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c) for c in counter))
+    device = next((c.device for c in counter if isinstance(c, torch.Tensor)), None)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=device) for c in counter))
     k0, k1 = key
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps; the 64 product bits stay right

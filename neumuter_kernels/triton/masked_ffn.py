@@ -3,7 +3,7 @@
 Forward: one program per token and column block. Backward: one program per chunk of tokens and
 column block; it keeps its block's mask gradient in registers while it walks the chunk's tokens,
 writes one partial sum, and a second kernel adds the partial sums of each mask row in order. No
-atomics, so every run gives the same bits.
+atomics, so every run gives the same bits (on GPUs of as many multiprocessors, which chunks depend on).
 
 Shapes: T tokens, F the intermediate size, G mask rows.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from neumuter_kernels.triton.activations import activation
 
 BLOCK_F = 1024  # columns a program: 128 threads with 8 elements each
-PROGRAMS = 1024  # that a backward has about, or more
-CHUNKS = 4, 128  # tokens that a backward program walks: the least and the most, powers of two
+RESIDENT = 8  # backward programs that a multiprocessor has room for
+LEAST = 4  # tokens that a backward program walks
 SUMMED = 32, 64  # partial sums and columns that a program adds up at a time
 
 # How gate and up lie: PLAIN has no up; SPLIT are two tensors or two halves; INTERLEAVED are the
@@ -163,10 +163,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def tokens_per_chunk(tokens: int, blocks: int) -> int:
-    """Few where there are few tokens: a program walks its chunk one token after another."""
-    least, most = CHUNKS
-    return min(max(1 << (tokens * blocks // PROGRAMS).bit_length(), least), most)
+def tokens_per_chunk(tokens: int, G: int, blocks: int, multiprocessors: int) -> int:
+    """So many that all programs fit on the GPU at once, and none waits for a second turn."""
+    chunks = max(RESIDENT * multiprocessors // (G * blocks), 1)  # of the tokens of a mask row
+    return max(_ceil(tokens, G * chunks), LEAST)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass
@@ -292,7 +298,7 @@ def backward(
     if x.tokens == 0 or F == 0:
         return grad_gate, grad_up, grad_mask.zero_()
 
-    length = tokens_per_chunk(x.tokens, x.blocks)
+    length = tokens_per_chunk(x.tokens, G, x.blocks, _multiprocessors(gate.device))
     chunks_per_mask = _ceil(x.tokens_per_mask, length)
     ragged = None if x.row_ids is None else _ragged_chunks(x.row_ids, G, length)
     order, chunk_rows, chunk_starts, chunk_ends, first_chunks = ragged or (None,) * 5
