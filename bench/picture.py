@@ -12,9 +12,8 @@ COLOURS = {"ours": "#1f6feb", "torch.compile": "#8b949e", "eager": "#c9d1d9",
            "down-projection pre-hook": "#e6a817", "Liger SwiGLU (no mask)": "#bc4c00"}  # fmt: skip
 
 
-def draw(results, path, digest):
-    """One line of two panels per machine; the picture's metadata hold the results' digest."""
-    machines = [(m, _shown(rows)) for sub, m, rows in results if sub == "kernels"]
+def draw(machines, path, digest):
+    """One line of two panels for each (machine, rows); the picture's metadata hold the results' digest."""
     figure, axes = plt.subplots(
         len(machines), 2, figsize=(11, 3.6 * len(machines)), squeeze=False, layout="constrained"
     )
@@ -29,24 +28,13 @@ def draw(results, path, digest):
         )
         right.axhline(1, color="#24292f", linewidth=0.8, linestyle="--")
         right.set_ylabel("time over ours")
-        right.set_title("masked_glu, forward + backward", fontsize=10, loc="left")
+        right.set_title("masked_glu", fontsize=10, loc="left")
     handles = {h.get_label(): h for ax in axes.flat for h in ax.containers}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130, metadata={"Source": digest})
     plt.close(figure)
     os.replace(temporary, path)
-
-
-def _shown(rows):
-    return [
-        row
-        for row in rows
-        if row["op"] == "masked_glu"
-        and row["pass"] == "forward+backward"
-        and row["mask_rows"] == 1
-        and "failed" not in row["contenders"][0]
-    ]
 
 
 def _bars(axis, rows, value, skip):
@@ -64,8 +52,12 @@ def _bars(axis, rows, value, skip):
         places = [x + (i + 0.5) * width - 0.4 for x, _ in found]
         axis.bar(places, [y for _, y in found], width, label=name, color=COLOURS[name])
     dtypes = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-    labels = [f"{row['shape'][0]}×{row['shape'][1]}\n{dtypes[row['dtype']]}" for row in rows]
-    axis.set_xticks(range(len(rows)), labels, fontsize=8)
+    passes = {"forward+backward": "", "forward": " forward", "backward": " backward"}
+    labels = [
+        f"{row['shape'][0]}×{row['shape'][1]}\n{dtypes[row['dtype']]}{passes[row['pass']]}" for row in rows
+    ]
+    many = {"rotation": 90} if len(rows) > 6 else {}
+    axis.set_xticks(range(len(rows)), labels, fontsize=8, **many)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -112,29 +112,47 @@ def _cells(row, first):
 
 
 def _kernels(rows):
-    head = ["op", "T×F", "dtype", "mask rows", "ours, µs", "GB/s", "of copy", "copy, µs", "with relu, µs",
-            "others, µs", "to the best"]  # fmt: skip
+    head = ["op", "pass", "T×F", "dtype", "mask rows", "ours, µs", "GB/s", "of copy", "copy, µs",
+            "with relu, µs", "others, µs", "to the best"]  # fmt: skip
     table = []
-    for row in rows:
-        if row["pass"] == "forward+backward" and row["limit"]:
-            first = [f"`{row['op']}`", _shape(row), row["dtype"], str(row["mask_rows"])]
-            *cells, share, others, ratio = _cells(row, first)
-            speed = row["contenders"][0].get("gb_per_s")
-            limits = _us(row["limit"]["median_us"]), _us(row["relu_us"])
-            table.append([*cells, f"{speed:.1f}" if speed else "", share, *limits, others, ratio])
+    for row in passes_shown([row for row in rows if row["limit"] and "mask_rows" in row]):
+        first = [f"`{row['op']}`", row["pass"], _shape(row), row["dtype"], str(row["mask_rows"])]
+        *cells, share, others, ratio = _cells(row, first)
+        speed = row["contenders"][0].get("gb_per_s")
+        relu = _us(row["relu_us"]) if "relu_us" in row else ""
+        limits = _us(row["limit"]["median_us"]), relu
+        table.append([*cells, f"{speed:.1f}" if speed else "", share, *limits, others, ratio])
     losses = [row for row in rows if row["pass"] == "losses+gradients"]
     projections = [
         _cells(row, [_shape(row), row["dtype"]]) for row in rows if row["op"].endswith("down projection")
     ]
     projections = [[*cells[:3], *cells[4:]] for cells in projections]
     return [
-        "Forward and backward of the masked activation: median (quartiles). GB/s counts what must move. "
+        "The masked activation and its gradients: median (quartiles). GB/s counts what must move. "
         "Two times show what binds: a copy of as many bytes, which is memory alone, and ours with relu, "
         "which moves the same without an exponential or a division.",
         _table(head, table),
         "The same with the down projection in every contender, which weight masking and IA3 work on:",
         _table(["T×F×H", "dtype", "ours, µs", "others, µs", "to the best"], projections),
         *_losses(losses),
+    ]
+
+
+def passes_shown(rows):
+    """Of each case forward and backward together, or one after the other where that was not measured."""
+
+    def case(row):
+        return row["op"], *row["shape"], row["dtype"], row["mask_rows"]
+
+    together = {case(row) for row in rows if row["pass"] == "forward+backward"}
+    return [row for row in rows if (row["pass"] == "forward+backward") == (case(row) in together)]
+
+
+def _pictured(rows):
+    return [
+        row
+        for row in rows
+        if row["op"] == "masked_glu" and row["mask_rows"] == 1 and "failed" not in row["contenders"][0]
     ]
 
 
@@ -193,14 +211,21 @@ def _decode(rows):
 def _serve(rows):
     table = []
     for row in rows:
+        plain = next((c for c in row["contenders"] if c["name"] == "untouched" and "median_us" in c), None)
         for entry in row["contenders"]:
             speed = f"{entry['tokens_per_s']:.1f}" if "tokens_per_s" in entry else "wrong"
-            table.append([row["op"], str(row["shape"][0]), row["dtype"], entry["name"], speed])
+            cost = f"{_cost(entry, plain):+.1f} %" if plain not in (None, entry) and speed != "wrong" else ""
+            table.append([row["op"], str(row["shape"][0]), row["dtype"], entry["name"], speed, cost])
     return [
         "Generation with mute sets of 1 % of the neurons, a Llama of SmolLM2-135M's shape. Of many tenants "
         "each row of the batch has another set:",
-        _table(["what", "rows", "dtype", "how", "tokens/s"], table),
+        _table(["what", "rows", "dtype", "how", "tokens/s", "cost"], table),
     ]
+
+
+def _cost(entry, plain):
+    """Percent of the time of ``plain``."""
+    return 100 * (entry["median_us"] / plain["median_us"] - 1)
 
 
 def _static(header, rows):
@@ -248,6 +273,8 @@ def section(results):
     for line in machines:
         parts.append(f"### {line.split(';')[0]}")
         parts.append(line.split("; ", 1)[1] + ".")
+        notes = [m["note"] for _, m, _ in measured if machine_line(m) == line and "note" in m]
+        parts += ["Of this machine: " + " ".join(notes)] if notes else []
         if any(is_busy(m) for _, m, _ in measured if machine_line(m) == line):
             parts.append("Other processes were running: these times are too long.")
         for sub, m, rows in measured:
@@ -276,6 +303,7 @@ def readme(check=False):
             print("The README's performance section is out of date: run python -m bench readme")
         return int(not fresh)
     if has_picture:
-        picture.draw(results, PICTURE, digest())
+        drawn = [(m, passes_shown(_pictured(rows))) for sub, m, rows in results if sub == "kernels"]
+        picture.draw(drawn, PICTURE, digest())
     replace(README, renewed)
     return 0

@@ -232,8 +232,8 @@ def disagreement(first, second, device, dtype):
     generator = torch.Generator().manual_seed(0)
     noise = [torch.rand(s.shape, generator=generator).clamp(0.05, 0.95).to(device) for s in first.parameters]
     (loss, gradient), (other_loss, other_gradient) = (s.gradients(noise) for s in (first, second))
-    # The official step rounds masked weights to bf16 and ours rounds masked activations.
-    tolerance = 1e-4 if dtype == FLOAT32 else 0.05
+    # The official step rounds masked weights to bf16 and ours rounds masked activations, in up to 32 layers.
+    tolerance = 1e-4 if dtype == FLOAT32 else 0.1
     error = ((gradient - other_gradient).norm() / other_gradient.norm()).item()
     if not torch.isclose(loss, other_loss, rtol=tolerance):
         return f"loss {loss.item():.6f}, official {other_loss.item():.6f}"
