@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that only a GPU can tell, in under 8 minutes: tests, compute-sanitizer, benchmarks. `make gpu` builds
-# first. Every step runs, whatever became of the others; the exit status says whether one failed.
+# All that only a GPU can tell, in about a quarter of an hour: tests, compute-sanitizer, benchmarks. `make gpu`
+# builds first. Every step runs, whatever became of the others; the exit status says whether one failed.
 set -u
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -20,14 +20,17 @@ $python -m neumuter_kernels
 $python -m pip install --quiet --no-deps liger-kernel || true
 $python -m pip install --quiet peft || true
 
-step tests 75 $python -m pytest -q tests/test_masked_ffn.py tests/test_hard_concrete.py tests/test_select_muted.py
+# Of the ops, and of the layer above on the GPU; `make test` runs all.
+step tests 240 $python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/test_masked_ffn.py \
+  tests/test_hard_concrete.py tests/test_select_muted.py tests/test_mute.py tests/test_token_losses.py \
+  tests/test_properties.py tests/test_devices.py tests/test_doctor.py tests/test_trainer.py tests/test_cli.py
 
 if command -v compute-sanitizer > /dev/null; then
   # Every allocation its own, so that an access beyond one, or to what nobody wrote, shows.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck initcheck; do
     check=(compute-sanitizer --tool "$tool" --error-exitcode 1 $python -m pytest -q -x)
-    step "$tool, select_muted" 30 "${check[@]}" tests/test_select_muted.py -k "cuda and not many"
+    step "$tool, CUDA" 60 "${check[@]}" tests/test_select_muted.py tests/test_mute.py -k "cuda and not many"
     step "$tool, Triton" 30 "${check[@]}" tests/test_masked_ffn.py \
       -k "test_dtypes_and_activations and triton and silu and bfloat16"
   done
@@ -36,7 +39,7 @@ else
   echo "compute-sanitizer is not there: skipped"
 fi
 
-step benchmarks 240 $python -m bench all
+step benchmarks 600 $python -m bench all
 step README 30 $python -m bench readme
 
 if ((${#failed[@]})); then
