@@ -70,6 +70,8 @@ def row_text(row):
             parts.append(f"{entry['tokens_per_s']:.0f} tokens/s")
         if "peak_mib" in entry:
             parts.append(f"peak {entry['peak_mib']:.1f} MiB")
+        if "cost_percent" in entry:
+            parts.append(f"costs {entry['cost_percent']:+.1f} %")
         lines.append("    " + ", ".join(parts))
     if row["limit"]:
         lines.append(f"    {row['limit']['name']:26} {_time(row['limit'])} µs")
@@ -211,21 +213,15 @@ def _decode(rows):
 def _serve(rows):
     table = []
     for row in rows:
-        plain = next((c for c in row["contenders"] if c["name"] == "untouched" and "median_us" in c), None)
         for entry in row["contenders"]:
             speed = f"{entry['tokens_per_s']:.1f}" if "tokens_per_s" in entry else "wrong"
-            cost = f"{_cost(entry, plain):+.1f} %" if plain not in (None, entry) and speed != "wrong" else ""
+            cost = f"{entry['cost_percent']:+.1f} %" if "cost_percent" in entry else ""
             table.append([row["op"], str(row["shape"][0]), row["dtype"], entry["name"], speed, cost])
     return [
         "Generation with mute sets of 1 % of the neurons, a Llama of SmolLM2-135M's shape. Of many tenants "
         "each row of the batch has another set:",
         _table(["what", "rows", "dtype", "how", "tokens/s", "cost"], table),
     ]
-
-
-def _cost(entry, plain):
-    """Percent of the time of ``plain``."""
-    return 100 * (entry["median_us"] / plain["median_us"] - 1)
 
 
 def _static(header, rows):

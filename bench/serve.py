@@ -34,7 +34,7 @@ def rows(device, effort, small=False):
         model = step.build(shape, dtype, device)[0]
         longer = dataclasses.replace(effort, least=OF_ONE * effort.least)
         for batch in BATCHES[:1] if small else BATCHES:
-            row = compare(cost(model, batch), None, device, longer)
+            row = compare(cost(model, batch), None, device, longer, plain="untouched")
             yield _row("generation, one set", batch, dtype, row)
     shorter = dataclasses.replace(effort, least=max(effort.least // 2, 2))
     model = step.build(shape, dtype, device)[0]

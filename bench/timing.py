@@ -133,11 +133,12 @@ def _peak_mib(contender):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def compare(contenders, limit, device, effort, moved_bytes=None, calls=1):
+def compare(contenders, limit, device, effort, moved_bytes=None, calls=1, plain=None):
     """One row of results: the first contender is ours, the others are its baselines.
 
     limit: a contender that does the least that the memory allows (or None). moved_bytes: what the
-    work must move. calls: how often one run does the work.
+    work must move. calls: how often one run does the work. plain: the name of the contender over which the
+    others' cost in percent is the median of what each round says, whose samples are near in time.
     """
     wrong = {c.name: c.check() for c in contenders}
     sound = [c for c in contenders if wrong[c.name] is None]
@@ -150,6 +151,9 @@ def compare(contenders, limit, device, effort, moved_bytes=None, calls=1):
             entries.append(entry | {"failed": wrong[c.name]})
             continue
         entry |= time_of[c.name]
+        if plain in samples and plain != c.name:
+            ratios = (a / b for a, b in zip(samples[c.name], samples[plain], strict=True))
+            entry["cost_percent"] = 100 * (statistics.median(ratios) - 1)
         if device == "cuda":
             entry["peak_mib"] = _peak_mib(c)
         if moved_bytes:

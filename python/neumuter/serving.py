@@ -224,13 +224,15 @@ class _BankGates(Gates):
 def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
     """The forward of a down projection. Little Python: between layers the caches are cold."""
     if (rows := gates.current.variable.get()) is not None:
-        gains = None if torch.compiler.is_compiling() else rows.step.get(gates.number)
+        gains = None if torch.compiler.is_compiling() else rows.gains.get(gates.number)
         if (
             gains is not None
-            and gains.numel() == hidden.numel()
+            and gains.dim() == hidden.dim()
+            and gains.size(0) == hidden.size(0)
             and gains.get_device() == hidden.get_device()
+            and hidden.numel() <= FEW
         ):
-            hidden.mul_(gains)  # a step of decoding after the first
+            hidden.mul_(gains)
         else:
             rows.mute_(hidden, gates)
     if gates.former is None:
@@ -258,14 +260,15 @@ def _check_calls(model: nn.Module, gates: Sequence[_BankGates], bank: MuteBank) 
 class _Rows:
     """The sets of the rows of one batch, in the pool's tensors as they were when it began.
 
-    ``step``: {number of a layer: the gains of all its neurons for one token of each row, float32}.
+    ``gains``: {number of a layer: those of all its neurons, float32 [B, 1, F], or [B, F] where a model
+    flattens its activations}: for few of these a product takes less time than calling mute_.
     """
 
     def __init__(self, rows: list[int], tensors: Tensors, counting: bool = False) -> None:
         self.rows, self.tensors, self.counting = torch.tensor(rows), tensors, counting
         self.touched = any(row >= 0 for row in rows)
         self.batch: int | None = None
-        self.step: dict[int, Tensor] = {}
+        self.gains: dict[int, Tensor] = {}
         self._ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def begin(self, batch: int) -> None:
@@ -274,7 +277,7 @@ class _Rows:
                 f"a batch of {batch} rows cannot use {len(self.rows)} mute sets, one for each row"
             )
         if batch != self.batch:
-            self.step.clear()
+            self.gains.clear()
         self.batch = batch
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
@@ -283,12 +286,14 @@ class _Rows:
             gates.calls += 1
         if not self.touched:
             return
-        tokens = hidden.shape[:-1].numel()
-        ids = self._of_tokens(tokens, hidden.device)
-        mute_(hidden, *self.tensors[hidden.device], ids, gates.number)
-        if tokens == self.batch and hidden.numel() <= FEW:
-            gains = torch.ones(hidden.shape, device=hidden.device)
-            self.step[gates.number] = mute_(gains, *self.tensors[hidden.device], ids, gates.number)
+        device = hidden.device
+        ids = self._of_tokens(hidden.shape[:-1].numel(), device)
+        mute_(hidden, *self.tensors[device], ids, gates.number)
+        if hidden.numel() <= FEW and self.batch == hidden.shape[0]:  # for the next ones
+            shape = (*hidden.shape[:1], *[1] * (hidden.dim() - 2), hidden.shape[-1])
+            gains = torch.ones(shape, device=device)
+            ids = self._of_tokens(self.batch, device)
+            self.gains[gates.number] = mute_(gains, *self.tensors[device], ids, gates.number)
 
     def _of_tokens(self, tokens: int, device: torch.device) -> Tensor:
         """The set of each token, int64 [tokens]: made in the first layer, for all."""
