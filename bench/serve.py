@@ -1,6 +1,6 @@
 """Generation with mute sets: what one costs, and many in one batch against the ways that others have.
 
-A Llama of SmolLM2-135M's shape with random weights, sets of 1 % of its neurons.
+Llamas of the shapes of SmolLM2-135M and Llama 3.2 1B with random weights, sets of 1 % of their neurons.
 """
 
 import copy
@@ -20,8 +20,14 @@ from bench import step
 from bench.timing import Contender, compare
 
 PROMPT, NEW, SHARE = 32, 16, 0.01
-BATCHES = (1, 8)
-OF_ONE = 4  # times as many rounds for the cost of one set, of which a percent is to be seen
+MORE = 4  # times as many rounds for the cost of one set
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SMALL = [("tiny", BFLOAT16, 1)]
+OF_ONE = {
+    "cpu": [("135M", FLOAT32, 1), ("135M", FLOAT32, 8), ("135M", BFLOAT16, 1), ("135M", BFLOAT16, 8),
+            ("1B", BFLOAT16, 1)],
+    "cuda": [("135M", BFLOAT16, 1), ("1B", BFLOAT16, 1), ("1B", BFLOAT16, 8)],
+}  # fmt: skip
 ROWS = 16  # of a batch of many tenants
 TENANTS = (1, 4, 16, 100, 1000)  # sets in memory, of which each row of a batch uses another
 MOST_ADAPTERS = 16  # of PEFT's in memory
@@ -29,20 +35,23 @@ MOST_ADAPTERS = 16  # of PEFT's in memory
 
 def rows(device, effort, small=False):
     """Yields one row of results after another."""
-    shape = "tiny" if small else "135M"
-    for dtype in (torch.float32, torch.bfloat16) if device == "cpu" and not small else (torch.bfloat16,):
-        model = step.build(shape, dtype, device)[0]
-        longer = dataclasses.replace(effort, least=OF_ONE * effort.least)
-        for batch in BATCHES[:1] if small else BATCHES:
-            row = compare(cost(model, batch), None, device, longer, plain="untouched")
-            yield _row("generation, one set", batch, dtype, row)
-    shorter = dataclasses.replace(effort, least=max(effort.least // 2, 2))
-    model = step.build(shape, dtype, device)[0]
+    for shape, dtype, batch in SMALL if small else OF_ONE[device]:
+        yield of_one(shape, dtype, batch, device, effort)
+    shape, fewer = "tiny" if small else "135M", dataclasses.replace(effort, least=max(effort.least // 2, 2))
+    model = step.build(shape, torch.bfloat16, device)[0]
     for tenants in TENANTS[:2] if small else TENANTS:
         with tempfile.TemporaryDirectory() as folder:
             contenders = many(model, tenants, Path(folder))
-            row = compare(contenders, None, device, shorter)
-        yield _row(f"generation, {tenants} tenants", ROWS, dtype, row)
+            row = compare(contenders, None, device, fewer)
+        yield _row(f"generation, {shape}, {tenants} tenants", ROWS, torch.bfloat16, row)
+
+
+def of_one(shape, dtype, batch, device, effort):
+    """What one set costs."""
+    model = step.build(shape, dtype, device)[0]
+    more = dataclasses.replace(effort, least=MORE * effort.least)  # a percent is to be seen
+    row = compare(cost(model, batch), None, device, more, plain="untouched")
+    return _row(f"generation, {shape}, one set", batch, dtype, row)
 
 
 def _row(op, batch, dtype, row):
