@@ -219,7 +219,7 @@ def _serve(rows):
             table.append([row["op"], str(row["shape"][0]), row["dtype"], entry["name"], speed, cost])
     return [
         "Generation with mute sets of 1 % of the neurons, by Llamas of the shapes of SmolLM2-135M and Llama "
-        "3.2 1B: 32 tokens of prompt, 16 new ones. Costs are medians over the rounds of what each took longer "
+        "3.2 1B: 32 tokens of prompt, 16 new. Costs are medians over the rounds of what each took longer "
         "than the untouched model next to it. Of many tenants each row of the batch has another set:",
         _table(["what", "rows", "dtype", "how", "tokens/s", "cost"], table),
     ]
