@@ -145,9 +145,18 @@ def select_muted(
 def mute_(
     hidden: Tensor, indptr: Tensor, indices: Tensor, gains: Tensor, row_ids: Tensor | None, layer: int
 ) -> None:
-    """Without nvcc at build time: in plain PyTorch. Waits for the device; the CUDA kernel does not."""
-    flat = hidden.view(-1, hidden.shape[-1])
-    flat.copy_(reference.mute(flat, indptr, indices, gains, row_ids, layer))
+    """Without nvcc at build time: set by set, in plain PyTorch, which waits for the device."""
+    flat, sets = hidden.view(-1, hidden.shape[-1]), indptr.shape[0]
+    if row_ids is None:
+        row_ids = torch.arange(sets, device=hidden.device).repeat_interleave(len(flat) // max(sets, 1))
+    row_ids = row_ids.view(-1)
+    ends = indptr[:, layer : layer + 2].tolist()
+    for row in row_ids.unique().tolist():
+        if 0 <= row < sets:
+            first, last = ends[row]
+            place = (row_ids == row).nonzero(), indices[first:last].long()
+            products = flat[place].to(reference.compute_dtype(flat.dtype)) * gains[first:last]
+            flat[place] = products.to(flat.dtype)
 
 
 TRITON_OPS = (

@@ -386,3 +386,23 @@ def test_all_programs_of_a_backward_fit_on_the_gpu_at_once(G, blocks):
         programs = G * -(-tokens // (G * length)) * blocks
         assert programs <= max(8 * 132, G * blocks) or length == 4
         assert length == 4 or programs > 4 * 132
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_gpu_program_that_walks_many_tokens(device, ragged, monkeypatch):
+    kernels = pytest.importorskip("neumuter_kernels.triton.masked_ffn")
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
+    assert kernels.tokens_per_chunk(300, 2, 1, 1) == 38
+    ids = torch.randint(-1, 2, (300,), device=device) if ragged else None
+    leaves, ids, grad = make_case("separate", (300,), 40, 2, torch.float32, device, ids)
+    check("separate", leaves, ids, grad, "silu")
+
+
+def test_no_mask_rows_and_no_masked_tokens(device):
+    leaves, _, grad = make_case("separate", (5,), 12, 0, torch.float32, device)
+    h = run(nk, "separate", leaves, torch.full((5,), -1, device=device), "silu")
+    gate, up, mask = torch.autograd.grad(h, leaves, grad)
+    plain = [x.detach().requires_grad_() for x in leaves[:2]]
+    expected = torch.nn.functional.silu(plain[0]) * plain[1]
+    torch.testing.assert_close([h, gate, up], [expected, *torch.autograd.grad(expected, plain, grad)])
+    assert mask.shape == (0, 12)

@@ -59,27 +59,37 @@ def test_each_row_is_as_if_its_set_were_alone(model):
     assert "generate" not in vars(model)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_decoding_step_has_the_bits_of_the_op(dtype, monkeypatch):
-    model = models.build("llama", dtype)
-    ids, names, sets = models.batch(4, 1), ["a", None, "c", "a"], sets_of(model)
+@pytest.mark.parametrize("name", ["llama", "opt"])  # activations [B, S, F], [B·S, F]
+def test_products_with_gains_have_the_bits_of_the_op(name, dtype, tokens, monkeypatch):
+    model = models.build(name, dtype)
+    ids, names, sets = models.batch(4, tokens), ["a", None, "c", "a"], sets_of(model)
     with MuteBank(model) as bank:
-        for name, mutes in zip("abc", sets, strict=True):
-            bank.add(name, mutes)
+        for each, mutes in zip("abc", sets, strict=True):
+            bank.add(each, mutes)
         for rows in (ids, ids.roll(1, 0), ids.repeat(2, 1)):
             with bank.using(names):
-                found = [
-                    logits(model, rows),
-                    logits(model, rows),
-                    logits(model, rows[:4]),
-                    logits(model, rows),
-                ]
+                first, second, _, fourth = (logits(model, x) for x in (rows, rows, rows[:4], rows))
+                made = len(bank._current.variable.get().gains)
+            assert made == (models.LAYERS if name == "llama" or tokens == 1 else 0)
             with monkeypatch.context() as patch, bank.using(names):
                 patch.setattr(serving, "FEW", 0)
                 expected = logits(model, rows)
-            assert torch.equal(found[0], expected)  # by the op, which makes the gains
-            assert torch.equal(found[1], expected)  # by the gains
-            assert torch.equal(found[3], expected)  # after another size of batch
+            assert torch.equal(first, expected)  # by the op, which makes the gains
+            assert torch.equal(second, expected)  # by the gains
+            assert torch.equal(fourth, expected)  # after another size of batch
+
+
+def test_gradients_are_refused_after_any_other_pass():
+    model = models.build("llama")
+    ids, (mutes, *_) = models.batch(1, 3), sets_of(model)
+    with MuteBank(model) as bank:
+        bank.add("a", mutes)
+        with bank.using("a"):
+            logits(model, ids)
+            with pytest.raises(ValueError, match="requires grad"):
+                model(input_ids=ids)
 
 
 def test_generation_takes_a_set_for_each_row():

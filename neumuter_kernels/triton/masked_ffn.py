@@ -2,8 +2,8 @@
 
 Forward: one program per token and column block. Backward: one program per chunk of tokens and
 column block; it keeps its block's mask gradient in registers while it walks the chunk's tokens,
-writes one partial sum, and a second kernel adds the partial sums of each mask row in order. No
-atomics, so every run gives the same bits (on GPUs of as many multiprocessors, which chunks depend on).
+writes one partial sum, and a second kernel adds up the partial sums of each mask row. No atomics,
+so every run gives the same bits (on GPUs of as many multiprocessors, which chunks depend on).
 
 Shapes: T tokens, F the intermediate size, G mask rows.
 """
@@ -71,7 +71,7 @@ def masked_ffn_forward_kernel(
     tl.store(out + t * F + f, (h * b_mask).to(dtype), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens_per_mask", "tokens_per_chunk", "chunks_per_mask"))
 def masked_ffn_backward_kernel(
     grad, gate, up, mask, order, chunk_rows, chunk_starts, chunk_ends, grad_gate, grad_up, partial,
     F, G, tokens_per_mask, tokens_per_chunk, chunks_per_mask,
@@ -132,7 +132,7 @@ def masked_ffn_backward_kernel(
         tl.store(partial + chunk * F + f, sums, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks_per_mask",))
 def sum_partials_kernel(partial, first_chunks, grad_mask, F, chunks_per_mask,
                         RAGGED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(F, BLOCK)
@@ -164,7 +164,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def tokens_per_chunk(tokens: int, G: int, blocks: int, multiprocessors: int) -> int:
-    """So many that all programs fit on the GPU at once, and none waits for a second turn."""
+    """So many that all programs fit on the GPU at once (with row ids, nearly all)."""
+    G = max(G, 1)
     chunks = max(RESIDENT * multiprocessors // (G * blocks), 1)  # of the tokens of a mask row
     return max(_ceil(tokens, G * chunks), LEAST)
 

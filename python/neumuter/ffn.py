@@ -166,13 +166,13 @@ SEAMS: dict[str, Callable[..., Tensor]] = {
 
 
 def seam_module(ffn: FFN, seam: str) -> nn.Module:
-    """The module whose forward that seam of an ``FFN`` replaces. "hidden": as "down", see muting.py."""
+    """The module whose forward that seam of an ``FFN`` replaces."""
     if seam == "activation":
         assert ffn.layout is not None
         assert ffn.layout.activation is not None
         activation: nn.Module = getattr(ffn.module, ffn.layout.activation)
         return activation
-    return ffn.down if seam in ("down", "hidden") else ffn.module
+    return ffn.down if seam == "down" else ffn.module
 
 
 # --- On a model -----------------------------------------------------------------------------

@@ -14,9 +14,8 @@ from neumuter.ffn import Gates, Installed, Mask, masked_act_of, refuse_wrapped, 
 from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
 from neumuter.mutes import MutedLayer, MuteSet, MuteSource
 from neumuter.seams import choose_seams
-from neumuter_kernels import mute_
 
-FEW = 1 << 18  # activations: a product with gains for all takes less time than calling mute_
+FEW = 1 << 18  # activations, for which a product of PyTorch's takes less time than calling a kernel
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,12 +88,9 @@ def refuse_other(differences: list[str]) -> None:
 
 
 class ConstantGates(Gates):
-    """Neurons multiplied by constants. At the seam "hidden" by as little work as there can be."""
+    """Neurons multiplied by constants."""
 
     gains: Tensor
-    ends: Tensor
-    indices: Tensor
-    factors: Tensor
 
     def __init__(self, ffn: FFN, seam: str, layer: MutedLayer) -> None:
         super().__init__(ffn, seam)
@@ -102,14 +98,10 @@ class ConstantGates(Gates):
         gains[layer.indices.long()] = layer.gains
         self.register_buffer("gains", gains.to(ffn.device), persistent=False)
         self.on = True
-        if seam == "hidden":  # what mute_ takes
-            ends = torch.tensor([0, len(layer.indices)])
-            for name, tensor in (("ends", ends), ("indices", layer.indices), ("factors", layer.gains)):
-                self.register_buffer(name, tensor.to(ffn.device), persistent=False)
 
     def install(self, module: nn.Module) -> None:
         super().install(module)
-        if self.seam == "hidden":
+        if self.seam == "down" and self.mesh is None:
             module.forward = functools.partial(_muted, module, self)
 
     def mask(self, hidden_states: Tensor) -> Mask | None:
@@ -121,12 +113,11 @@ def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: An
     if gates.on:
         gains = gates._buffers["gains"]
         assert gains is not None
-        if hidden.requires_grad or hidden.get_device() != gains.get_device():
-            hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
-        elif hidden.numel() <= FEW or torch.compiler.is_compiling() or not hidden.is_contiguous():
-            hidden.mul_(gains)
+        plain = not hidden.requires_grad and hidden.get_device() == gains.get_device()
+        if plain and (torch.compiler.is_compiling() or hidden.numel() <= FEW):
+            hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))  # rounded once
         else:
-            mute_(hidden, gates.ends, gates.indices, gates.factors)
+            hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
     if gates.former is None:
         return type(down).forward(down, hidden, *arguments, **options)
     return gates.former(hidden, *arguments, **options)
@@ -237,9 +228,9 @@ def _remade(
 def mute(model: nn.Module, mutes: MuteSource) -> Muted:
     """Apply a ``MuteSet``, or the mute file at that path, to a live model; returns a ``Muted`` handle.
 
-    Only FFNs with muted neurons are touched, in this model instance only: the input of their down projection
-    is changed in place where nothing else reads it. The weights and the state_dict stay the same, so
-    ``save_pretrained`` saves the model without mutes: use ``fold`` for that.
+    Only FFNs with muted neurons are touched, in this model instance only, at the input of their down
+    projection. The weights and the state_dict stay the same, so ``save_pretrained`` saves the model without
+    mutes: use ``fold`` for that.
 
     Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, and
     RuntimeError if the model is attached or muted already.

@@ -1,6 +1,6 @@
 """Which seam each FFN of a model gets: the fused one where it computes what the model does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
     something else, or that the kernels have no activation for, is masked at its down projection; so is all
     of a model that cannot run yet, because its weights are elsewhere.
 
-    ``constant``: for a mask that needs no gradient, "hidden" in place of "activation" and "ffn" where the
-    down projection is called as a module, once: its input may be changed in place, as nothing else reads it.
+    ``constant``: for a mask that needs no gradient, of which a fused seam makes no less work: "down" wherever
+    the down projection is called as a module.
 
     Raises ValueError for experts that compute something else.
     """
@@ -34,11 +34,11 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
     if not can_run(model):
         return seams | {ffn.path: "experts" for ffn in ffns if not ffn.layout}
     handles: list[RemovableHandle] = []
-    once: set[str] = set()
+    called: set[str] = set()
     try:
         for ffn in ffns:
-            if constant and ffn.layout and ffn.mesh is None:
-                handles += _count(ffn, once)
+            if constant and ffn.layout:
+                handles.append(ffn.down.register_forward_pre_hook(_adding(ffn.path, called)))
             handles += _watch(ffn, seams)
         ids = torch.arange(2, device=input_device(model))[None]
         eager = torch.compiler.set_stance("force_eager")  # compiled code may pass by hooks
@@ -48,8 +48,8 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
         for handle in handles:
             handle.remove()
     for ffn in ffns:
-        if ffn.path in once and seams[ffn.path] != "down":
-            seams[ffn.path] = "hidden"
+        if ffn.path in called:
+            seams[ffn.path] = "down"
         if ffn.path not in seams:
             raise ValueError(
                 f"{ffn.path}, a {type(ffn.module).__name__}, has the attributes of transformers' experts but "
@@ -74,19 +74,8 @@ def can_run(model: nn.Module) -> bool:
     return embeddings is not None and all(parameter.numel() for parameter in model.parameters())
 
 
-def _count(ffn: FFN, once: set[str]) -> list[RemovableHandle]:
-    """Hooks on one FFN that add it to ``once`` if it calls its down projection once; their handles."""
-    calls = 0
-
-    def down(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    def whole(*_: object) -> None:  # before the hook of _watch, which makes calls of its own
-        if calls == 1:
-            once.add(ffn.path)
-
-    return [ffn.down.register_forward_pre_hook(down), ffn.module.register_forward_hook(whole)]
+def _adding(path: str, called: set[str]) -> Callable[..., None]:
+    return lambda *_: called.add(path)
 
 
 def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:

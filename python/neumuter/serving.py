@@ -31,7 +31,7 @@ class MuteBank:
     untouched, bit for bit; with one, only the muted neurons change, at the down projections' inputs, so
     whatever computes these may be quantised or foreign. Sets come and go while it serves; a batch keeps to
     those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 8 per
-    layer of a set, and a quarter more as room::
+    layer of a set, and a quarter more as room, and for each batch at work up to a megabyte per layer::
 
         bank = MuteBank(model)
         bank.add("alice", "alice.safetensors")
@@ -231,6 +231,7 @@ def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, 
             and gains.size(0) == hidden.size(0)
             and gains.get_device() == hidden.get_device()
             and hidden.numel() <= FEW
+            and not hidden.requires_grad
         ):
             hidden.mul_(gains)
         else:
