@@ -114,8 +114,11 @@ def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: An
         gains = gates._buffers["gains"]
         assert gains is not None
         plain = not hidden.requires_grad and hidden.get_device() == gains.get_device()
-        if plain and (torch.compiler.is_compiling() or hidden.numel() <= FEW):
-            hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))  # rounded once
+        if plain and hidden.numel() <= FEW and not torch.compiler.is_compiling():
+            if hidden.dtype == torch.float32:
+                hidden = hidden * gains
+            else:
+                hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))  # rounded once
         else:
             hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
     if gates.former is None:
