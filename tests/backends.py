@@ -12,6 +12,7 @@ import torch
 from neumuter_kernels import gpu
 
 HAVE_GPU = torch.cuda.is_available()
+DEVICES = ["cpu"] + ["cuda"] * HAVE_GPU
 
 
 @contextlib.contextmanager

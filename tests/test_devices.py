@@ -11,10 +11,9 @@ from neumuter.masking import INITIAL_SCORE
 from neumuter.serving import MuteBank
 
 from tests import models
+from tests.backends import DEVICES
 from tests.test_recipes import FORGET, KEEP, QUICK_GAINS, QUICK_GATES, QUICK_SUPPORT, memorised, same
 from tests.test_serving import logits, sets_of
-
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @pytest.fixture(params=DEVICES)

@@ -5,6 +5,7 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import gpu, reference
+from tests.backends import DEVICES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,9 +34,6 @@ def run(hidden, sets, row_ids=None, layer=0, device="cpu"):
     found = nk.mute_(given, *sets, None if row_ids is None else row_ids.to(device), layer)
     assert found is given
     return found.cpu()
-
-
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @pytest.fixture(params=DEVICES)

@@ -5,8 +5,8 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
+from tests.backends import DEVICES
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 INF, NAN = float("inf"), float("nan")
 
 
