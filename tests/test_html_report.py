@@ -21,7 +21,7 @@ AFTER = {"forget_loss": 1.0157, "forget_ma": 0.5123, "forget_extraction": 0.25, 
 UNLEARN = {
     "model": "small/llama", "forget": "alice.jsonl", "retain": None, "mode": "modulate", "muted_neurons": 48,
     "muted_share": 0.0321, "method": {"recipe": "fisher"}, "seed": 3, "before": BEFORE, "after": AFTER,
-    "seconds": 212.4, "peak_memory_bytes": 3 << 29, "energy_joules": 1234.0, "command": "neumuter unlearn",
+    "seconds": 212.4, "peak_memory_bytes": 3 << 29, "command": "neumuter unlearn",
     "history": [{"step": k, "loss": 1 / k, "forget_loss": k / 9, "muted": 0.01} for k in (1, 2, 3)],
     "curve": [
         {"neurons": 10, "share": 0.01, "forget_extraction": 1.0, "forget_ma": 0.9, "met": False},

@@ -177,7 +177,6 @@ def unlearn(
     gguf_file: GgufFile = None,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
-    from neumuter.energy import meter
     from neumuter.html_report import write_report
     from neumuter.masking import attach
     from neumuter.mutes import MuteSet
@@ -186,7 +185,7 @@ def unlearn(
     from neumuter.recipes import forget as run_recipe
     from neumuter.texts import encode, read_texts
 
-    start, joules = time.perf_counter(), meter()
+    start = time.perf_counter()
     fitted_only = {"beside": beside, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode}
     given = [f"--{name}" for name, value in fitted_only.items() if value is not None]
     if recipe is Recipe.paper and given:
@@ -255,7 +254,7 @@ def unlearn(
     mutes = dataclasses.replace(mutes, metrics={"before": before, "after": after})
     mutes.save(path)
     seconds = time.perf_counter() - start
-    report = _report(model, forget, retain, mutes, seconds, curve) | {"energy_joules": joules()}
+    report = _report(model, forget, retain, mutes, seconds, curve)
     _write_json(out / "report.json", report)
     write_report(out / "report.html", report | {"history": history}, mutes, samples)
     print_outcome(mutes, path, seconds)

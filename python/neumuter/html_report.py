@@ -78,7 +78,7 @@ def write_report(
 
     ``report``: what ``neumuter unlearn`` or ``neumuter evaluate`` write as JSON; what is missing is left out.
     Shown as well if they are in it: "history", the search, [{"step", "loss", "forget_loss", "muted"}];
-    "command", str; "energy_joules". ``mutes``: the MuteSet, for pictures of its neurons. ``samples``:
+    "command", str. ``mutes``: the MuteSet, for pictures of its neurons. ``samples``:
     [{"prompt", "truth", "before", "after"}], each str: a text's beginning, how it goes on, and what the model
     says instead before and after; the words of the truth that come back are marked.
 
@@ -211,11 +211,10 @@ def _curve(points: Points) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> str:
-    seconds, peak, energy = (report.get(key) for key in ("seconds", "peak_memory_bytes", "energy_joules"))
+    seconds, peak = (report.get(key) for key in ("seconds", "peak_memory_bytes"))
     facts = {
         "time": seconds and f"{seconds:.4g} s",
         "peak memory": peak and f"{peak / 2**30:.2f} GiB",
-        "energy of the machine": energy and f"{energy:.4g} J",
     }
     return _facts(facts)
 
