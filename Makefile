@@ -29,7 +29,7 @@ check: docs
 
 # Each script of examples/, as its user runs it.
 examples: $(VENV)/.built
-	$(BIN)/python -m pytest -q tests/test_examples.py
+	$(BIN)/python -m pytest -q tests/repo/test_examples.py
 
 # The CPU ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(VENV)/.built
@@ -56,7 +56,7 @@ gpu: $(VENV)/.built
 	bash bench/gpu.sh
 
 models: $(VENV)/.built $(VENV)/.quantised
-	$(BIN)/python -m pytest --junitxml build/models.xml tests/test_families.py tests/test_loading.py tests/test_distributed.py
+	$(BIN)/python -m pytest --junitxml build/models.xml tests/neumuter/test_families.py tests/neumuter/test_loading.py tests/neumuter/test_distributed.py
 	$(BIN)/python -m tests.models_table build/models.xml
 
 clean:

@@ -4,51 +4,51 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOMES = {
-    "Masked": "masking",
-    "MaskedGatedMLP": "ffn",
-    "MaskedMLP": "ffn",
-    "MuteBank": "serving",
-    "MuteFileError": "mutes",
-    "MuteMismatchError": "muting",
-    "MuteSet": "mutes",
-    "MutedLayer": "mutes",
-    "NeuMuterConfig": "trainer",
-    "NeuMuterTrainer": "trainer",
-    "attach": "masking",
-    "combine": "muting",
-    "export_ia3": "exports",
-    "export_lora": "exports",
-    "fold": "muting",
-    "fold_checkpoint": "folding",
-    "mute": "muting",
-    "register_family": "families",
-    "shrink": "shrinking",
-    "without": "muting",
+    "Masked": "training.masked",
+    "MaskedGatedMLP": "models.hooks",
+    "MaskedMLP": "models.hooks",
+    "MuteBank": "serving.bank",
+    "MuteFileError": "mutes.mute_set",
+    "MuteMismatchError": "mutes.matching",
+    "MuteSet": "mutes.mute_set",
+    "MutedLayer": "mutes.mute_set",
+    "NeuMuterConfig": "recipes.trainer",
+    "NeuMuterTrainer": "recipes.trainer",
+    "attach": "training.masked",
+    "combine": "mutes.matching",
+    "export_ia3": "serving.adapters",
+    "export_lora": "serving.adapters",
+    "fold": "mutes.matching",
+    "fold_checkpoint": "serving.fold_checkpoint",
+    "mute": "mutes.matching",
+    "register_family": "models.families",
+    "shrink": "serving.shrink",
+    "without": "mutes.matching",
 }
 __all__ = list(_HOMES)
 
 
 if TYPE_CHECKING:  # the same, told to type checkers
-    from neumuter.exports import export_ia3 as export_ia3
-    from neumuter.exports import export_lora as export_lora
-    from neumuter.families import register_family as register_family
-    from neumuter.ffn import MaskedGatedMLP as MaskedGatedMLP
-    from neumuter.ffn import MaskedMLP as MaskedMLP
-    from neumuter.folding import fold_checkpoint as fold_checkpoint
-    from neumuter.masking import Masked as Masked
-    from neumuter.masking import attach as attach
-    from neumuter.mutes import MutedLayer as MutedLayer
-    from neumuter.mutes import MuteFileError as MuteFileError
-    from neumuter.mutes import MuteSet as MuteSet
-    from neumuter.muting import MuteMismatchError as MuteMismatchError
-    from neumuter.muting import combine as combine
-    from neumuter.muting import fold as fold
-    from neumuter.muting import mute as mute
-    from neumuter.muting import without as without
-    from neumuter.serving import MuteBank as MuteBank
-    from neumuter.shrinking import shrink as shrink
-    from neumuter.trainer import NeuMuterConfig as NeuMuterConfig
-    from neumuter.trainer import NeuMuterTrainer as NeuMuterTrainer
+    from neumuter.models.families import register_family as register_family
+    from neumuter.models.hooks import MaskedGatedMLP as MaskedGatedMLP
+    from neumuter.models.hooks import MaskedMLP as MaskedMLP
+    from neumuter.mutes.matching import MuteMismatchError as MuteMismatchError
+    from neumuter.mutes.matching import combine as combine
+    from neumuter.mutes.matching import fold as fold
+    from neumuter.mutes.matching import mute as mute
+    from neumuter.mutes.matching import without as without
+    from neumuter.mutes.mute_set import MutedLayer as MutedLayer
+    from neumuter.mutes.mute_set import MuteFileError as MuteFileError
+    from neumuter.mutes.mute_set import MuteSet as MuteSet
+    from neumuter.recipes.trainer import NeuMuterConfig as NeuMuterConfig
+    from neumuter.recipes.trainer import NeuMuterTrainer as NeuMuterTrainer
+    from neumuter.serving.adapters import export_ia3 as export_ia3
+    from neumuter.serving.adapters import export_lora as export_lora
+    from neumuter.serving.bank import MuteBank as MuteBank
+    from neumuter.serving.fold_checkpoint import fold_checkpoint as fold_checkpoint
+    from neumuter.serving.shrink import shrink as shrink
+    from neumuter.training.masked import Masked as Masked
+    from neumuter.training.masked import attach as attach
 else:
 
     def __getattr__(name: str) -> object:

@@ -1,3 +1,3 @@
-from neumuter.cli import main
+from neumuter.cli.app import main
 
 main()

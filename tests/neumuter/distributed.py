@@ -1,4 +1,4 @@
-"""What a process of a distributed test does: ``python -m tests.distributed HOW FAMILY FOLDER``.
+"""What a process of a distributed test does: ``python -m tests.neumuter.distributed HOW FAMILY FOLDER``.
 
 A small model is attached and trained for a few steps on one global batch, split among the processes. The
 mute set and the scores are written to FOLDER as HOW-N.mute and HOW-N.pt, N the number of processes.

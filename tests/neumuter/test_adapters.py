@@ -8,8 +8,8 @@ import neumuter
 import peft
 import pytest
 import torch
-from neumuter import exports
-from neumuter.exports import export_ia3, export_lora, largest_difference
+from neumuter.serving import adapters as exports
+from neumuter.serving.adapters import export_ia3, export_lora, largest_difference
 from safetensors.torch import load_file, save_file
 from torch import nn
 

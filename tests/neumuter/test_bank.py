@@ -7,9 +7,9 @@ import threading
 import neumuter
 import pytest
 import torch
-from neumuter import serving
 from neumuter.recipes import mute_random
-from neumuter.serving import MuteBank, _Pool
+from neumuter.serving import bank as serving
+from neumuter.serving.bank import MuteBank, _Pool
 
 from tests import models
 

@@ -5,8 +5,8 @@ import json
 import neumuter
 import pytest
 import torch
-from neumuter.cli import main
-from neumuter.texts import encode
+from neumuter.cli.app import main
+from neumuter.texts.files import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import build, tokenizer

@@ -7,9 +7,9 @@ import torch
 from neumuter import evaluation
 from neumuter.demo import check, run, run_demo, task, tutorial
 from neumuter.demo.model import Training, trained
-from neumuter.losses import IGNORED
 from neumuter.recipes import GainsConfig, SupportConfig
-from neumuter.texts import read_texts
+from neumuter.texts.files import read_texts
+from neumuter.training.losses import IGNORED
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import neumuter
 import pytest
 import torch
-from neumuter.masking import INITIAL_SCORE
+from neumuter.training.masked import INITIAL_SCORE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def launch(how, processes, folder, name="llama"):
-    """Runs tests/distributed.py; returns the mute set and the scores."""
+    """Runs tests/neumuter/distributed.py; returns the mute set and the scores."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     done = subprocess.run(
-        [*map(str, command), "-m", "tests.distributed", how, name, str(folder)],
+        [*map(str, command), "-m", "tests.neumuter.distributed", how, name, str(folder)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from neumuter import doctor
-from neumuter.cli import main
+from neumuter.cli import doctor
+from neumuter.cli.app import main
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference, selftest

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import neumuter
-import neumuter.ffn
+import neumuter.models.hooks
 import pytest
 import torch
-from neumuter.families import REGISTERED, find_ffns
+from neumuter.models.families import REGISTERED, find_ffns
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -362,7 +362,7 @@ def test_encoder_decoders_are_refused():
 def test_a_failed_attach_leaves_nothing_behind(monkeypatch):
     model = build("llama")
     before, flags = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
-    install, calls = neumuter.ffn.Gates.install, []
+    install, calls = neumuter.models.hooks.Gates.install, []
 
     def failing(self, module):
         calls.append(self)
@@ -370,7 +370,7 @@ def test_a_failed_attach_leaves_nothing_behind(monkeypatch):
             raise KeyError
         install(self, module)
 
-    monkeypatch.setattr("neumuter.ffn.Gates.install", failing)
+    monkeypatch.setattr("neumuter.models.hooks.Gates.install", failing)
     with pytest.raises(KeyError):
         neumuter.attach(model)
     assert dict(model.named_modules()) == before
@@ -390,6 +390,6 @@ def test_experts_that_are_reached_later_can_be_selected_again():
 
 
 def test_the_documentation_lists_every_family():
-    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page.split("<!-- made by", 1)[1], re.MULTILINE)
     assert rows == [(name, type(build(name)).__name__) for name in FAMILIES]

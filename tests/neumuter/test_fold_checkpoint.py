@@ -10,8 +10,8 @@ from dataclasses import replace
 import neumuter
 import pytest
 import torch
-from neumuter import folding
-from neumuter.folding import fold_checkpoint
+from neumuter.serving import fold_checkpoint as folding
+from neumuter.serving.fold_checkpoint import fold_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -184,7 +184,7 @@ def test_a_killed_fold_goes_on(saved, tmp_path):
     folder, mutes = saved
     mutes.save(tmp_path / "mutes.safetensors")
     arguments = [str(folder), str(tmp_path / "mutes.safetensors"), str(tmp_path / "out")]
-    code = "import sys; from tests.test_folding import run; run(*sys.argv[1:])"
+    code = "import sys; from tests.neumuter.test_fold_checkpoint import run; run(*sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
     assert result.returncode == -signal.SIGKILL
     hidden, journal = tmp_path / ".out.folding", journal_of(tmp_path / "out")
@@ -346,7 +346,7 @@ def test_memory_is_that_of_a_few_tensors(saved, tmp_path):
     size = sum(len(data) for data in weights(folder).values())
     assert size > 120e6
     arguments = map(str, [folder, tmp_path / "mutes.safetensors", small, tmp_path / "small.safetensors"])
-    code = "import sys; from tests.test_folding import measure; measure(*sys.argv[1:])"
+    code = "import sys; from tests.neumuter.test_fold_checkpoint import measure; measure(*sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE)
     assert int(result.stdout.split()[-1]) < size / 3
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from neumuter import head as module
-from neumuter.head import Head
+from neumuter.models import head as module
+from neumuter.models.head import Head
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests import models

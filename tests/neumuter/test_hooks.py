@@ -3,7 +3,7 @@
 import pytest
 import torch
 from neumuter import MaskedGatedMLP, MaskedMLP
-from neumuter.families import activation_name
+from neumuter.models.families import activation_name
 from transformers import GPTNeoConfig, LlamaConfig
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP

@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 import torch
-from neumuter.html_report import write_report
-from neumuter.mutes import MutedLayer, MuteSet
+from neumuter.mutes.mute_set import MutedLayer, MuteSet
+from neumuter.report.html import write_report
 
 html5lib = pytest.importorskip("html5lib")
 

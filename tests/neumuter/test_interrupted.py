@@ -38,10 +38,10 @@ class Commands:
 
     def __init__(self, folder):
         import neumuter
-        import neumuter.exports
-        import neumuter.html_report
+        import neumuter.report.html
+        import neumuter.serving.adapters
         import peft  # noqa: F401 (as the commands will)
-        from neumuter import jobs
+        from neumuter.models import loading as jobs
         from neumuter.recipes import mute_random
 
         from tests.models import build, tokenizer
@@ -74,7 +74,7 @@ class Commands:
 
     def start(self, command, out, prepare=lambda: None):
         """(process id, file of its output) of a fork that calls ``prepare`` and runs the command."""
-        from neumuter.cli import main
+        from neumuter.cli.app import main
 
         reading, writing = os.pipe()
         pid = os.fork()
@@ -240,7 +240,7 @@ def serve(folder):
 def warm(tmp_path_factory):
     """Calls a function of this file in the process that forks."""
     folder = tmp_path_factory.mktemp("interrupted")
-    code = f"from tests.test_interrupted import serve; serve({str(folder)!r})"
+    code = f"from tests.neumuter.test_interrupted import serve; serve({str(folder)!r})"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

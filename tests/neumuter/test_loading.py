@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from neumuter.families import find_ffns
+from neumuter.models.families import find_ffns
 from neumuter.recipes import GainsConfig, SupportConfig, forget
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from neumuter import losses
+from neumuter.training import losses
 
 
 def logits_and_labels(rows=3, tokens=6, vocabulary=11):

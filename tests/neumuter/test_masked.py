@@ -3,7 +3,7 @@
 import neumuter
 import pytest
 import torch
-from neumuter.masking import INITIAL_SCORE, neuron_count
+from neumuter.training.masked import INITIAL_SCORE, neuron_count
 
 from tests.models import SMALL, WIDTH, batch, build, build_double, randomise
 

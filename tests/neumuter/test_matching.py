@@ -5,7 +5,7 @@ import copy
 import neumuter
 import pytest
 import torch
-from neumuter.families import find_ffns
+from neumuter.models.families import find_ffns
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -73,7 +73,7 @@ def test_few_activations_and_many_and_gradients_have_the_same_bits(name, dtype, 
         assert seams == {"experts" if name == "mixtral" else "down"}
         with torch.no_grad():
             few = model(ids).logits
-            monkeypatch.setattr("neumuter.muting.FEW", 0)
+            monkeypatch.setattr("neumuter.mutes.matching.FEW", 0)
             assert torch.equal(model(ids).logits, few)
         logits = model(inputs_embeds=inputs).logits
         assert torch.equal(logits.detach(), few)
@@ -230,7 +230,7 @@ def test_other_weights_are_refused():
         ):
             apply(other, mutes)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
-    assert not any(isinstance(m, neumuter.ffn.Gates) for m in other.modules())
+    assert not any(isinstance(m, neumuter.models.hooks.Gates) for m in other.modules())
 
 
 def test_one_changed_layer_is_named():

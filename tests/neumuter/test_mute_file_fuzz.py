@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from neumuter import MuteFileError, MuteSet
-from neumuter.mutes import MAX_HEADER_BYTES, MutedLayer
+from neumuter.mutes.mute_set import MAX_HEADER_BYTES, MutedLayer
 
 FILES = int(os.environ.get("NEUMUTER_FUZZ_FILES", 100_000))
 SEED = int(os.environ.get("NEUMUTER_FUZZ_SEED", 0))
@@ -318,7 +318,7 @@ def load_largest_header(folder):
 
 def in_a_process(call, seconds):
     """The value of ``call``, an expression in this module's names, in a process of its own."""
-    code = f"import json; from tests.test_mute_file_fuzz import *; print(json.dumps({call}))"
+    code = f"import json; from tests.neumuter.test_mute_file_fuzz import *; print(json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-3000:]}"
     return json.loads(done.stdout.splitlines()[-1])

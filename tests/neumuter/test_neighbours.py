@@ -3,9 +3,9 @@
 import pytest
 import tokenizers
 import torch
-from neumuter.jobs import rewritten
-from neumuter.losses import IGNORED
-from neumuter.neighbours import cached, rewrite_texts, sample_texts
+from neumuter.models.loading import rewritten
+from neumuter.texts.neighbours import cached, rewrite_texts, sample_texts
+from neumuter.training.losses import IGNORED
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from tests import models

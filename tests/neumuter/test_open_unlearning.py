@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tests import models
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 END = 2  # the end token of a text, and at once the pad token
 
 # --- The stand-in ---------------------------------------------------------------------------
@@ -240,18 +240,18 @@ def test_metrics(batch_size, registries):
 
 CHECKOUT = {
     "src/trainer/__init__.py": """
-        from tests.test_open_unlearning import FinetuneTrainer
+        from tests.neumuter.test_open_unlearning import FinetuneTrainer
         TRAINER_REGISTRY = {"FinetuneTrainer": FinetuneTrainer}
     """,
     "src/evals/__init__.py": "",
     "src/evals/metrics/__init__.py": "METRICS_REGISTRY = {}",
-    "src/evals/metrics/base.py": "from tests.test_open_unlearning import unlearning_metric",
+    "src/evals/metrics/base.py": "from tests.neumuter.test_open_unlearning import unlearning_metric",
     "src/train.py": """
         import hydra, json, pathlib
         from omegaconf import OmegaConf
         from trainer import TRAINER_REGISTRY
         from evals.metrics import METRICS_REGISTRY
-        from tests.test_open_unlearning import Collator, Evaluator, Questions, build, load_trainer
+        from tests.neumuter.test_open_unlearning import Collator, Evaluator, Questions, build, load_trainer
 
         @hydra.main(version_base=None, config_path="../configs", config_name="train.yaml")
         def main(cfg):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from neumuter import cli
+from neumuter.cli import app as cli
 
 
 def no_gpu_memory():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from neumuter.cli import main
-from neumuter.planning import load_config, plan
+from neumuter.cli.app import main
+from neumuter.training.plan import load_config, plan
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from bench.step import SHAPES, peak_mib

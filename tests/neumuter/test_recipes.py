@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neumuter import evaluation, recipes
-from neumuter.losses import IGNORED, odds_hinge, token_losses
 from neumuter.recipes import two_phase
-from neumuter.recipes.neurons import Neurons
+from neumuter.training.losses import IGNORED, odds_hinge, token_losses
+from neumuter.training.neurons import Neurons
 
 from neumuter_kernels import reference as reference_ops
 from tests import models

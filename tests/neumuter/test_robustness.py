@@ -6,8 +6,8 @@ import neumuter
 import pytest
 import torch
 from neumuter import evaluation
+from neumuter.evaluation.robustness import quantised, robustness
 from neumuter.recipes import WeightsConfig, tune_weights
-from neumuter.robustness import quantised, robustness
 
 from tests import models
 
@@ -62,7 +62,7 @@ def test_relearning_learns_and_never_sees_what_it_is_asked(muted, monkeypatch):
         learned.append(forget["input_ids"])
         return tune_weights(model, forget, *rest)
 
-    monkeypatch.setattr("neumuter.robustness.tune_weights", tuned)
+    monkeypatch.setattr("neumuter.evaluation.robustness.tune_weights", tuned)
     batch = texts(5)
     robustness(model, mutes, batch, keep, WeightsConfig(method="relearn", steps=1, batch_size=1), (1,))
     assert torch.equal(asked[2], asked[3])

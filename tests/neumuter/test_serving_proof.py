@@ -12,10 +12,10 @@ from pathlib import Path
 import neumuter
 import pytest
 import torch
-from neumuter.exports import export_ia3, export_lora
-from neumuter.folding import fold_checkpoint
 from neumuter.recipes import forget
-from neumuter.texts import encode
+from neumuter.serving.adapters import export_ia3, export_lora
+from neumuter.serving.fold_checkpoint import fold_checkpoint
+from neumuter.texts.files import encode
 from transformers import AutoModelForCausalLM
 
 from tests.models import build, tokenizer

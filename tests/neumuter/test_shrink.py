@@ -3,8 +3,8 @@
 import neumuter
 import pytest
 import torch
-from neumuter.families import find_ffns
-from neumuter.shrinking import Shrunk, shrink
+from neumuter.models.families import find_ffns
+from neumuter.serving.shrink import Shrunk, shrink
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from neumuter import NeuMuterConfig, NeuMuterTrainer
-from neumuter.masking import attach
 from neumuter.recipes import GatesConfig, train_gates
-from neumuter.trainer import last_checkpoint
+from neumuter.recipes.trainer import last_checkpoint
+from neumuter.training.masked import attach
 
 from tests import models
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def text_batch(seed, samples=4):
@@ -94,7 +94,11 @@ def run(folder):
 
 
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
-    command = [sys.executable, "-c", f"from tests.test_trainer import run; run({str(tmp_path / 'killed')!r})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.neumuter.test_trainer import run; run({str(tmp_path / 'killed')!r})",
+    ]
     for wanted in (4, 8):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120

@@ -7,9 +7,9 @@ import peft
 import pytest
 import torch
 from neumuter.evaluation import mean_token_loss
-from neumuter.losses import IGNORED
 from neumuter.recipes import WeightsConfig, mute_by_activation, tune_weights
-from neumuter.recipes.weights import METHODS, forget_loss, text_losses
+from neumuter.training.losses import IGNORED
+from neumuter.training.weights import METHODS, forget_loss, text_losses
 
 from tests import models
 

@@ -1,10 +1,10 @@
-"""What README.md and the reference pages take for granted, for tests/test_docs.py."""
+"""What README.md and the reference pages take for granted, for tests/repo/test_docs.py."""
 
 import json
 
 import neumuter
 import torch
-from neumuter.texts import encode, read_texts
+from neumuter.texts.files import encode, read_texts
 
 from tests.models import build, tokenizer
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from neumuter import families
-from neumuter.cli import main
+from neumuter.cli.app import main
+from neumuter.models import families
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [
     *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))
 ]}  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from neumuter.demo.tutorial import write_tutorial
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

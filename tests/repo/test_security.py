@@ -8,13 +8,13 @@ import neumuter
 import pytest
 import torch
 from neumuter import MuteFileError, MuteMismatchError, MuteSet
-from neumuter.cli import main
+from neumuter.cli.app import main
 from neumuter.recipes import mute_random
 
 from tests.models import build, tokenizer
-from tests.test_mutes import join, split
+from tests.neumuter.test_mute_set import join, split
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("neumuter_kernels", "python", "bench", "examples")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -1,4 +1,4 @@
-"""What mypy cannot see of the types. ``make check`` runs mypy itself, also on tests/typed_use.py."""
+"""What mypy cannot see of the types. ``make check`` runs mypy itself, also on tests/repo/typed_use.py."""
 
 import ast
 import warnings
@@ -8,7 +8,7 @@ import neumuter
 import pytest
 from setuptools import Distribution
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_type_checkers_are_told_of_every_public_name():

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
-from neumuter.jobs import (
+from neumuter.models.loading import (
     batches_of,
     continued,
     fold_files,
@@ -30,7 +30,7 @@ from neumuter.jobs import (
     sampled,
     union_of,
 )
-from neumuter.tables import (
+from neumuter.report.console import (
     console,
     peak_memory,
     print_curve,
@@ -46,7 +46,7 @@ from neumuter.tables import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from neumuter.mutes import MuteSet
+    from neumuter.mutes.mute_set import MuteSet
     from neumuter.types import Batch
 
 app = typer.Typer(
@@ -177,13 +177,13 @@ def unlearn(
     gguf_file: GgufFile = None,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
-    from neumuter.html_report import write_report
-    from neumuter.masking import attach
-    from neumuter.mutes import MuteSet
-    from neumuter.muting import combine, mute
+    from neumuter.mutes.matching import combine, mute
+    from neumuter.mutes.mute_set import MuteSet
     from neumuter.recipes import GainsConfig, GatesConfig, Goals, SupportConfig, smallest_share, train_gates
     from neumuter.recipes import forget as run_recipe
-    from neumuter.texts import encode, read_texts
+    from neumuter.report.html import write_report
+    from neumuter.texts.files import encode, read_texts
+    from neumuter.training.masked import attach
 
     start = time.perf_counter()
     fitted_only = {"beside": beside, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode}
@@ -307,9 +307,9 @@ def evaluate(
     gguf_file: GgufFile = None,
 ) -> None:
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
-    from neumuter import muting
     from neumuter.evaluation import harness_metrics, text_metrics
-    from neumuter.robustness import robustness
+    from neumuter.evaluation.robustness import robustness
+    from neumuter.mutes import matching as muting
 
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
@@ -370,7 +370,7 @@ def evaluate(
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
     """Show what a mute file holds: the model it is for, the neurons, the method, the metrics."""
-    from neumuter.mutes import MuteSet
+    from neumuter.mutes.mute_set import MuteSet
 
     mutes = MuteSet.load(file)
     table = Table(title=escape(str(file)), show_header=False, title_justify="left")
@@ -435,9 +435,9 @@ def export(
     gguf_file: GgufFile = None,
 ) -> None:
     """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
-    from neumuter import exports
     from neumuter.files import new_folder
-    from neumuter.shrinking import shrink
+    from neumuter.serving import adapters as exports
+    from neumuter.serving.shrink import shrink
 
     if to is Form.fold:
         mutes = fold_files(model, files, out, gguf_file)
@@ -485,7 +485,7 @@ def plan(
     """What mask training and serving of a model would cost, and how it fits, from its config alone."""
     import torch
 
-    from neumuter import planning
+    from neumuter.training import plan as planning
 
     if card not in planning.CARDS:
         raise typer.BadParameter(f"--card must be one of {', '.join(planning.CARDS)}, got {card!r}")
@@ -500,7 +500,7 @@ def plan(
 @app.command()
 def doctor() -> None:
     """Test the kernels on this machine, measure their speed, and print what belongs into a bug report."""
-    from neumuter import doctor
+    from neumuter.cli import doctor
 
     environment = doctor.environment()
     print_environment(environment)  # before anything can crash
@@ -533,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: "MuteSet | None") -> None:
-    from neumuter.html_report import write_report
+    from neumuter.report.html import write_report
 
     _write_json(out, report)
     if out:

@@ -3,7 +3,7 @@
 import sys
 
 from neumuter.demo.tutorial import write_tutorial
-from neumuter.jobs import progress_bar
+from neumuter.models.loading import progress_bar
 
 if len(sys.argv) != 2:
     sys.exit("usage: python -m neumuter.demo FOLDER")

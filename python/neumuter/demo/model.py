@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from neumuter.demo import task
-from neumuter.families import find_ffns
 from neumuter.files import write_atomically
+from neumuter.models.families import find_ffns
 from neumuter.types import Batch, Callback
 
 

@@ -20,9 +20,8 @@ from neumuter import evaluation
 from neumuter.demo import figure, screen, task
 from neumuter.demo.model import Training, build, trained
 from neumuter.files import PathLike, write_atomically
-from neumuter.masking import attach
-from neumuter.mutes import MuteSet
-from neumuter.muting import fold, mute
+from neumuter.mutes.matching import fold, mute
+from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes import (
     GainsConfig,
     GatesConfig,
@@ -34,6 +33,7 @@ from neumuter.recipes import (
     mute_random,
     train_gates,
 )
+from neumuter.training.masked import attach
 from neumuter.types import Batch, Callback
 
 MUTE_SHARE, MODULATE_SHARE = 0.10, 0.05

@@ -1,7 +1,7 @@
 """What a model still knows of given texts, and what it knows otherwise.
 
 ``METRICS`` says of each figure what it means, which direction is good, and where it comes from. Functions
-take a model and a batch as in :mod:`neumuter.losses`; nothing here trains.
+take a model and a batch as in :mod:`neumuter.training.losses`; nothing here trains.
 """
 
 from neumuter.evaluation.harness import harness_metrics

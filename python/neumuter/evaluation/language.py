@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import neumuter_kernels as nk
 from neumuter.evaluation.passes import ROWS, parts, predictions
-from neumuter.losses import predicting, token_losses
+from neumuter.training.losses import predicting, token_losses
 from neumuter.types import Batch
 
 

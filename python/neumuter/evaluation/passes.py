@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.losses import IGNORED
+from neumuter.training.losses import IGNORED
 from neumuter.types import Batch
 
 ROWS = 16  # samples a forward pass

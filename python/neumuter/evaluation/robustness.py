@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from neumuter.mutes import MuteSource
-from neumuter.muting import fold
-from neumuter.recipes.weights import WeightsConfig, tune_weights
+from neumuter.mutes.matching import fold
+from neumuter.mutes.mute_set import MuteSource
+from neumuter.training.weights import WeightsConfig, tune_weights
 from neumuter.types import Batch
 
 BITS = (8, 4)
@@ -35,7 +35,7 @@ def robustness(
 
     ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet, a mute file's path, or
     None for a model that forgot in another way.
-    ``forget_batch``: as in :class:`neumuter.recipes.pair.Pair`, at least two texts. ``measure(model,
+    ``forget_batch``: as in :class:`neumuter.training.batches.Pair`, at least two texts. ``measure(model,
     batch)``: a dict of metrics, of a state's model and the forget texts that are asked about. The states:
 
     - "int8", "int4": linear weights rounded to 8 bits per output channel, or to 4 bits per group of 32, by

@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.families import FFN, Layout, activation_name, find_ffns
-from neumuter.ffn import Mask, masked_act_of, masked_glu_of, refuse_wrapped
 from neumuter.files import PathLike, new_folder
-from neumuter.seams import choose_seams
+from neumuter.models.families import FFN, Layout, activation_name, find_ffns
+from neumuter.models.hooks import Mask, masked_act_of, masked_glu_of, refuse_wrapped
+from neumuter.models.seams import choose_seams
 
 BACKENDS = ("cpu", "cuda", "rocm")
 
@@ -70,7 +70,7 @@ class MaskedMLP(nn.Module):
         return output
 
 
-# What a layer asks of an MLP: its layout, its seam (see ``neumuter.ffn``), and the children beside those.
+# What a layer asks of an MLP: its layout, its seam (see ``neumuter.models.hooks``), and its other children.
 _LAYERS = {
     MaskedGatedMLP.__name__: (
         Layout("down_proj", up="up_proj", gate="gate_proj", activation="act_fn"), "ffn", set(),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import neumuter_kernels as nk
-from neumuter.families import unwrapped
+from neumuter.models.families import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

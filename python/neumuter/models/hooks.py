@@ -23,7 +23,7 @@ from transformers.integrations.moe import _grouped_linear
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from neumuter.families import FFN, activation_name
+from neumuter.models.families import FFN, activation_name
 from neumuter_kernels import masked_act, masked_glu
 
 CHILD = "neumuter"  # the name of the Gates among a seam's children

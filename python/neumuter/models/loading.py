@@ -1,6 +1,6 @@
 """What the commands of the command line do with models and texts, with their progress shown.
 
-Heavy imports are inside the functions, as in ``neumuter.cli``.
+Heavy imports are inside the functions, as in ``neumuter.cli.app``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from neumuter.tables import console
+from neumuter.report.console import console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from neumuter.mutes import MuteSet
+    from neumuter.mutes.mute_set import MuteSet
     from neumuter.types import Batch, Text
 
 SHARDS = ("model.safetensors", "model.safetensors.index.json")
@@ -80,7 +80,7 @@ def batches_of(
     length: int,
     limit: int | None,
 ) -> dict[str, Batch]:
-    from neumuter.texts import encode, read_texts
+    from neumuter.texts.files import encode, read_texts
 
     given = {name: file for name, file in files.items() if file}
     return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}
@@ -91,7 +91,7 @@ def rewritten(texts: Sequence[Text], model: str, seed: int, out: Path) -> Sequen
     import torch
     import transformers
 
-    from neumuter.neighbours import cached, rewrite_texts
+    from neumuter.texts.neighbours import cached, rewrite_texts
 
     def make() -> Sequence[Text]:
         with console.status(f"Loading {escape(model)}"):
@@ -117,9 +117,9 @@ def sampled(
 
     ``former``: the mute set that is in force, whose texts the model does not say.
     """
-    from neumuter.families import find_ffns
-    from neumuter.fingerprint import fingerprint
-    from neumuter.neighbours import cached, sample_texts
+    from neumuter.models.families import find_ffns
+    from neumuter.mutes.fingerprint import fingerprint
+    from neumuter.texts.neighbours import cached, sample_texts
 
     if others and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         console.print("This tokenizer has no start token, so the model is not sampled from.")
@@ -209,8 +209,8 @@ def measure_tofu(
 
 def union_of(network: PreTrainedModel, paths: Sequence[Path]) -> MuteSet:
     """The mute set of a file, or of several together."""
-    from neumuter.mutes import MuteSet
-    from neumuter.muting import combine
+    from neumuter.mutes.matching import combine
+    from neumuter.mutes.mute_set import MuteSet
 
     sets = [MuteSet.load(path) for path in paths]
     return sets[0] if len(sets) == 1 else combine(network, sets)
@@ -219,9 +219,9 @@ def union_of(network: PreTrainedModel, paths: Sequence[Path]) -> MuteSet:
 def fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> MuteSet:
     """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
     from neumuter.files import new_folder
-    from neumuter.folding import CARD, NotOnDiskError, fold_checkpoint, model_card
-    from neumuter.mutes import MuteSet
-    from neumuter.muting import fold
+    from neumuter.mutes.matching import fold
+    from neumuter.mutes.mute_set import MuteSet
+    from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
 
     if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
         mutes = MuteSet.load(files[0])

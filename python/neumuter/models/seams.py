@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
-from neumuter.families import FFN, input_device, unwrapped
-from neumuter.ffn import Mask, masked_act_of, run_seam
-from neumuter.modes import without_dropout
+from neumuter.models.families import FFN, input_device, unwrapped
+from neumuter.models.hooks import Mask, masked_act_of, run_seam
+from neumuter.models.modes import without_dropout
 
 SCALES = (1.0, 30.0, 1000.0)  # of random inputs, so that a clamp shows
 

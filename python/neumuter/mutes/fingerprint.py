@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from neumuter.modes import without_dropout
+from neumuter.models.modes import without_dropout
 from neumuter_kernels.reference import philox_4x32
 
 if TYPE_CHECKING:
-    from neumuter.families import FFN
-    from neumuter.mutes import MutedLayer
+    from neumuter.models.families import FFN
+    from neumuter.mutes.mute_set import MutedLayer
 
 SKETCHES = 32
 TOLERANCE = 0.02

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from neumuter.families import FFN, find_ffns, unwrapped
-from neumuter.ffn import Gates, Installed, Mask, masked_act_of, refuse_wrapped, seam_module
-from neumuter.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
-from neumuter.mutes import MutedLayer, MuteSet, MuteSource
-from neumuter.seams import choose_seams
+from neumuter.models.families import FFN, find_ffns, unwrapped
+from neumuter.models.hooks import Gates, Installed, Mask, masked_act_of, refuse_wrapped, seam_module
+from neumuter.models.seams import choose_seams
+from neumuter.mutes.fingerprint import SKETCHES, TOLERANCE, distance, fingerprint, sketches
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource
 
 FEW = 1 << 18  # activations, for which a product of PyTorch's takes less time than calling a kernel
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def matching_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     """The FFNs of ``model`` that ``mutes`` was made on, {path: FFN}.
 
     Raises MuteMismatchError if the architecture, a module path, an intermediate size or the weights differ
-    (see ``neumuter.fingerprint``), and RuntimeError if the model is attached or muted.
+    (see ``neumuter.mutes.fingerprint``), and RuntimeError if the model is attached or muted.
     """
     refuse_wrapped(model)
     return fitting_ffns(model, mutes)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from neumuter.files import PathLike, write_atomically
-from neumuter.fingerprint import SKETCHES
+from neumuter.mutes.fingerprint import SKETCHES
 
 FORMAT = 1
 MODES = ("mute", "modulate")
@@ -43,7 +43,7 @@ class MuteSet:
 
     ``layers``: {FFN module path: MutedLayer}, only FFNs with muted neurons. ``widths``: {path: F} of every
     masked FFN in model order. ``architecture``: {"class": ..., "model_type": ...}. ``fingerprint``:
-    {path: sketches} for every masked FFN, see ``neumuter.fingerprint``. ``mode``: "mute" or "modulate".
+    {path: sketches} for every masked FFN, see ``neumuter.mutes.fingerprint``. ``mode``: "mute" or "modulate".
     ``gain_range``: (lowest, highest) gain that the mode allows. ``method``: hyper-parameters, JSON values.
     ``seed``: int. ``metrics``: {"before": {...}, "after": {...}}, JSON values.
 

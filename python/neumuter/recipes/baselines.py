@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neumuter.families import input_device
-from neumuter.losses import token_losses
-from neumuter.masking import Masked, neuron_count
-from neumuter.modes import without_dropout
-from neumuter.mutes import MuteSet
-from neumuter.recipes.neurons import Neurons
+from neumuter.models.families import input_device
+from neumuter.models.modes import without_dropout
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.training.losses import token_losses
+from neumuter.training.masked import Masked, neuron_count
+from neumuter.training.neurons import Neurons
 from neumuter.types import Batch
 
 
@@ -29,7 +29,7 @@ def mute_by_attribution(masked: Masked, forget_batch: Batch, share: int | float)
 
     One gradient of the forget loss L (mean over the counted tokens) with respect to all gates at 1:
     silencing neuron f changes L by about −∂L/∂m_f, so the lowest gradients go first. ``share``: float
-    share or int number of neurons. ``forget_batch``: see :class:`neumuter.recipes.pair.Pair`.
+    share or int number of neurons. ``forget_batch``: see :class:`neumuter.training.batches.Pair`.
     """
     neurons = Neurons(masked)
     k = neuron_count(share, neurons.count)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from neumuter.losses import odds_hinge
-from neumuter.masking import Masked
-from neumuter.modes import without_dropout
-from neumuter.mutes import MuteSet
-from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.pair import Pair
+from neumuter.models.modes import without_dropout
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.training.batches import Pair
+from neumuter.training.losses import odds_hinge
+from neumuter.training.masked import Masked
+from neumuter.training.neurons import Neurons
 
 ROWS = 8  # samples per pass
 MARGIN = 2.0  # nats: tokens whose log-odds are lower are forgotten already
@@ -43,7 +43,7 @@ def neuron_ratios(masked: Masked, pair: Pair, beside: MuteSet | None = None) -> 
     """g²/F of every neuron, float32 [neurons]; −∞ of those that may not be selected.
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
-    ``neumuter.losses.odds_hinge``) with respect to its gates, at gates of 1; F that of the mean loss over the
+    ``training.losses.odds_hinge``) with respect to its gates, at gates of 1; F that of the mean loss over the
     neighbours, their empirical Fisher information, which is the curvature of KL(reference ‖ masked) there: to
     first order g² is what a small change of a gate forgets, and F what it costs.
     """

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neumuter.losses import hinge, odds_hinge
-from neumuter.masking import INITIAL_SCORE, Masked
-from neumuter.modes import without_dropout
-from neumuter.mutes import MuteSet
+from neumuter.models.modes import without_dropout
+from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import support_by_fisher
-from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.pair import Pair
+from neumuter.training.batches import Pair
+from neumuter.training.losses import hinge, odds_hinge
+from neumuter.training.masked import INITIAL_SCORE, Masked
+from neumuter.training.neurons import Neurons
 from neumuter.types import Batch, Callback
 
 
@@ -73,7 +73,7 @@ def forget(
 ) -> MuteSet:
     """Find the ``share`` of neurons that hold the forget texts, and silence or modulate them.
 
-    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`. ``share``: of all
+    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.training.batches.Pair`. ``share``: of all
     neurons under masks (float in (0, 1]) or their number (int). ``mode`` "mute": the selected neurons
     are silenced. "modulate": they get fitted, signed gains within ``gains.gain_range``.
     ``support``: a SupportConfig, to train which neurons. None: ``SupportConfig()`` for "mute"; for
@@ -82,7 +82,7 @@ def forget(
     ``callback(step, total, info)`` after every step, counted through both phases; info = {"phase",
     "loss", "forget_loss", "kl", "muted"}: the step's loss and its parts in nats, and the share.
     ``beside``: a MuteSet of former requests that is in force, too: the new set leaves its neurons alone, and
-    KL, which is to the model without any mutes, holds for both together (``neumuter.muting.combine``).
+    KL, which is to the model without any mutes, holds for both together (``neumuter.combine``).
 
     Returns a MuteSet whose ``method`` holds the hyper-parameters; the same arguments give the same set.
     Raises ValueError on a bad argument and RuntimeError if the loss diverged.

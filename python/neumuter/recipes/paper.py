@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neumuter.masking import STRETCH, TEMPERATURE, Masked
-from neumuter.modes import without_dropout
-from neumuter.mutes import MuteSet
-from neumuter.recipes.pair import Pair
+from neumuter.models.modes import without_dropout
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.training.batches import Pair
+from neumuter.training.masked import STRETCH, TEMPERATURE, Masked
 from neumuter.types import Batch, Callback
 
 if TYPE_CHECKING:
-    from neumuter.trainer import NeuMuterConfig
+    from neumuter.recipes.trainer import NeuMuterConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def train_gates(
     sampled mask row each; their noise is keyed by the sample's id, its position in the forget batch
     followed by the neighbour batch.
 
-    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`.
+    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.training.batches.Pair`.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "kl", "muted"}.
     Returns a MuteSet of mode "mute" with the evaluation gates as gains; the scores stay in
     ``masked.scores``. Raises ValueError on malformed batches, and if no neuron ended below the threshold.

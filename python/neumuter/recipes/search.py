@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from neumuter.evaluation import extraction_rate, memorization_accuracy
-from neumuter.masking import Masked
-from neumuter.mutes import MuteSet
+from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import neuron_ratios
-from neumuter.recipes.neurons import Neurons
-from neumuter.recipes.pair import Pair
-from neumuter.recipes.two_phase import forget_pair
+from neumuter.recipes.fitted import forget_pair
+from neumuter.training.batches import Pair
+from neumuter.training.masked import Masked
+from neumuter.training.neurons import Neurons
 from neumuter.types import Batch
 
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)

@@ -17,11 +17,11 @@ from transformers.trainer_utils import TrainOutput
 
 from neumuter.evaluation import mean_token_loss, memorization_accuracy
 from neumuter.files import PathLike, write_atomically
-from neumuter.masking import NothingSelectedError, attach
-from neumuter.modes import without_dropout
-from neumuter.mutes import MuteSet
-from neumuter.recipes.gates import GatesConfig, closed_share, method_of, objective
-from neumuter.recipes.pair import Pair
+from neumuter.models.modes import without_dropout
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.recipes.paper import GatesConfig, closed_share, method_of, objective
+from neumuter.training.batches import Pair
+from neumuter.training.masked import NothingSelectedError, attach
 from neumuter.types import Batch
 
 SCORES = "scores.safetensors"  # in a checkpoint
@@ -100,7 +100,7 @@ class NeuMuterTrainer(Trainer):
     """Trains the gates of a model with NeuMuter's objective (see ``recipes.train_gates``).
 
     ``model``: attached here (``trainer.masked``); detach it with ``trainer.masked.detach()``. ``args``:
-    NeuMuterConfig. ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.recipes.pair.Pair`. Other
+    NeuMuterConfig. ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.training.batches.Pair`. Other
     arguments go to transformers' Trainer. A training batch has ``per_device_train_batch_size`` samples of
     each kind. Dropout of the model is off.
 

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from neumuter.doctor import Speed, Verdict
-    from neumuter.mutes import MuteSet
-    from neumuter.planning import Plan
+    from neumuter.cli.doctor import Speed, Verdict
+    from neumuter.mutes.mute_set import MuteSet
+    from neumuter.training.plan import Plan
 
 console = Console()
 
@@ -39,9 +39,9 @@ def print_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def print_robustness(states: Mapping[str, Mapping[str, float]]) -> None:
-    """One line per metric, a column per state of ``neumuter.robustness``."""
+    """One line per metric, a column per state of ``neumuter.evaluation.robustness``."""
     from neumuter.evaluation import METRICS
-    from neumuter.robustness import EXPLAINED
+    from neumuter.evaluation.robustness import EXPLAINED
 
     table = Table("metric", *states)
     for name, metric in METRICS.items():

@@ -22,9 +22,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from neumuter.evaluation import METRICS
+from neumuter.evaluation.robustness import EXPLAINED
 from neumuter.files import PathLike, write_atomically
-from neumuter.mutes import MuteSet
-from neumuter.robustness import EXPLAINED
+from neumuter.mutes.mute_set import MuteSet
 from neumuter_kernels.__main__ import version
 
 States = Mapping[str, Mapping[str, Any]]  # metrics by state of the model

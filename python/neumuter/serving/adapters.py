@@ -20,11 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from neumuter.families import FFN, input_device, unwrapped
 from neumuter.files import PathLike, new_folder
-from neumuter.modes import without_dropout
-from neumuter.mutes import MutedLayer, MuteSet, MuteSource
-from neumuter.muting import FOLDABLE, loaded, matching_ffns, mute
+from neumuter.models.families import FFN, input_device, unwrapped
+from neumuter.models.modes import without_dropout
+from neumuter.mutes.matching import FOLDABLE, loaded, matching_ffns, mute
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
 FOR_PEFT = (

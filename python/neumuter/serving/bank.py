@@ -10,12 +10,12 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.families import FFN, find_ffns, input_device, unwrapped
-from neumuter.ffn import Gates, Installed, refuse_wrapped
-from neumuter.modes import without_dropout
-from neumuter.mutes import MutedLayer, MuteSource
-from neumuter.muting import FEW, fitting_ffns, loaded
-from neumuter.seams import can_run
+from neumuter.models.families import FFN, find_ffns, input_device, unwrapped
+from neumuter.models.hooks import Gates, Installed, refuse_wrapped
+from neumuter.models.modes import without_dropout
+from neumuter.models.seams import can_run
+from neumuter.mutes.matching import FEW, fitting_ffns, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSource
 from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up

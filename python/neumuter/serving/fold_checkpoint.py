@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from neumuter.families import FFN, find_ffns
 from neumuter.files import PathLike
-from neumuter.mutes import MutedLayer, MuteSet, MuteSource
-from neumuter.muting import fold_columns, loaded, refuse_other, structure_differs, weights_differ
+from neumuter.models.families import FFN, find_ffns
+from neumuter.mutes.matching import fold_columns, loaded, refuse_other, structure_differs, weights_differ
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PIECE = 1 << 22  # bytes copied at a time

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neumuter.families import FFN, find_ffns, unwrapped
-from neumuter.mutes import MuteSource
-from neumuter.muting import FOLDABLE, fold, loaded, matching_ffns
+from neumuter.models.families import FFN, find_ffns, unwrapped
+from neumuter.mutes.matching import FOLDABLE, fold, loaded, matching_ffns
+from neumuter.mutes.mute_set import MuteSource
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neumuter.files import PathLike
-from neumuter.losses import IGNORED
+from neumuter.training.losses import IGNORED
 from neumuter.types import Batch, Text
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.files import PathLike, write_atomically
-from neumuter.losses import IGNORED
+from neumuter.training.losses import IGNORED
 from neumuter.types import Batch, Text
 
 BATCH = 8
@@ -32,7 +32,7 @@ def sample_texts(
     Sampling is from the whole distribution, after the start token (bos, else eos), and seeded; texts of
     less than two tokens are dropped. ``callback(done, total)`` after each batch. They stand for what the
     model says most readily, so rarer knowledge is protected less than by texts of one's own.
-    ``barred``: a batch (see :mod:`neumuter.losses`) of the texts to forget. Three tokens in a row, of which
+    ``barred``: a batch (see :mod:`neumuter.types`) of the texts to forget. Three tokens in a row, of which
     the last is counted there, are never said, and a sample ends where the model is about to say them (if its
     tokenizer has an end token): else it would protect what is to be forgotten.
 

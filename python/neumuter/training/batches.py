@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neumuter.families import input_device
-from neumuter.head import Head
-from neumuter.losses import IGNORED, predicting
-from neumuter.masking import Masked
-from neumuter.modes import without_dropout
+from neumuter.models.families import input_device
+from neumuter.models.head import Head
+from neumuter.models.modes import without_dropout
+from neumuter.training.losses import IGNORED, predicting
+from neumuter.training.masked import Masked
 from neumuter.types import Batch
 
 KEYS = ("input_ids", "attention_mask", "labels")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neumuter.families import FFN, find_ffns
-from neumuter.ffn import Gates, Installed, Mask, refuse_wrapped, seam_module
-from neumuter.fingerprint import fingerprint
-from neumuter.mutes import MutedLayer, MuteSet, check_layer
-from neumuter.muting import architecture
-from neumuter.seams import choose_seams
+from neumuter.models.families import FFN, find_ffns
+from neumuter.models.hooks import Gates, Installed, Mask, refuse_wrapped, seam_module
+from neumuter.models.seams import choose_seams
+from neumuter.mutes.fingerprint import fingerprint
+from neumuter.mutes.matching import architecture
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, check_layer
 from neumuter_kernels import hard_concrete, neuron_budget, select_muted
 
 STRETCH = (-0.1, 1.1)
@@ -110,7 +110,7 @@ class NothingSelectedError(ValueError):
 class Masked:
     """A model with gates on its FFN neurons, made by ``attach``. As a context manager it detaches at the end.
 
-    ``model``: the model itself, changed in place. ``ffns``: its masked FFNs (see ``neumuter.families``).
+    ``model``: the model itself, changed in place. ``ffns``: its masked FFNs (see ``models.families``).
     Outside every context below it is the untouched model, bit for bit. The contexts nest, and each restores
     the state it found. Run the backward pass inside the context as well if the model uses activation
     checkpointing, which runs the forward again.
@@ -156,7 +156,7 @@ class Masked:
 
     @property
     def seams(self) -> dict[str, str]:
-        """Where the mask comes in, by FFN module path, see ``neumuter.ffn``; "down" is not fused."""
+        """Where the mask comes in, by FFN module path, see ``neumuter.models.hooks``; "down" is not fused."""
         return {gates.path: gates.seam for gates in self._installed.gates}
 
     def sampling(

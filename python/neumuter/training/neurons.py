@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neumuter.masking import Masked, neuron_count
-from neumuter.mutes import MuteSet
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.training.masked import Masked, neuron_count
 
 
 class Neurons:

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from neumuter.files import PathLike
-from neumuter.head import Head
-from neumuter.masking import Masked, attach
+from neumuter.models.head import Head
+from neumuter.training.masked import Masked, attach
 
 # Dense 16-bit FLOP/s and bytes/s of the data sheets.
 CARDS = {

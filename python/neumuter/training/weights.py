@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neumuter.losses import IGNORED, predicting, token_losses
-from neumuter.recipes.pair import shuffled
+from neumuter.training.batches import shuffled
+from neumuter.training.losses import IGNORED, predicting, token_losses
 from neumuter.types import Batch, Callback
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
@@ -50,7 +50,7 @@ def tune_weights(
 ) -> dict[str, Any]:
     """Train the weights of ``model`` in place; returns the config as a dict.
 
-    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.recipes.pair.Pair`; ascent and relearn take
+    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.training.batches.Pair`; ascent and relearn take
     None for the latter. The reference of NPO is the model as it is now: its log-likelihoods of the forget
     texts are computed once, so no copy is kept.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "retain_loss"}.

@@ -9,12 +9,12 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from neumuter.integrations.open_unlearning.batches import batch_of
-from neumuter.losses import predicting
-from neumuter.masking import attach
-from neumuter.mutes import MuteSet
-from neumuter.muting import fold
+from neumuter.mutes.matching import fold
+from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes import GainsConfig, forget
-from neumuter.trainer import NeuMuterConfig, NeuMuterTrainer
+from neumuter.recipes.trainer import NeuMuterConfig, NeuMuterTrainer
+from neumuter.training.losses import predicting
+from neumuter.training.masked import attach
 from neumuter.types import Batch
 
 MUTES = "mutes.safetensors"  # in the output folder
