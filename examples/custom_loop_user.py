@@ -13,7 +13,7 @@ from pathlib import Path
 import neumuter
 import torch
 from neumuter.evaluation import extraction_rate
-from neumuter.texts.files import encode, read_texts
+from neumuter.texts import encode, read_texts
 from neumuter.training.losses import odds_hinge, token_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar

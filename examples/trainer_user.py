@@ -13,7 +13,7 @@ from pathlib import Path
 import neumuter
 from neumuter import NeuMuterConfig, NeuMuterTrainer
 from neumuter.evaluation import extraction_rate
-from neumuter.texts.files import encode, read_texts
+from neumuter.texts import encode, read_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 

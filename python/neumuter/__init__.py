@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 _HOMES = {
     "Masked": "training.masked",
-    "MaskedGatedMLP": "models.hooks",
-    "MaskedMLP": "models.hooks",
+    "MaskedGatedMLP": "models.modules",
+    "MaskedMLP": "models.modules",
     "MuteBank": "serving.bank",
     "MuteFileError": "mutes.mute_set",
     "MuteMismatchError": "mutes.matching",
@@ -15,28 +15,26 @@ _HOMES = {
     "NeuMuterConfig": "recipes.trainer",
     "NeuMuterTrainer": "recipes.trainer",
     "attach": "training.masked",
-    "combine": "mutes.matching",
+    "combine": "mutes.algebra",
     "export_ia3": "serving.adapters",
     "export_lora": "serving.adapters",
-    "fold": "mutes.matching",
+    "fold": "serving.fold",
     "fold_checkpoint": "serving.fold_checkpoint",
-    "mute": "mutes.matching",
+    "mute": "serving.live",
     "register_family": "models.families",
     "shrink": "serving.shrink",
-    "without": "mutes.matching",
+    "without": "mutes.algebra",
 }
 __all__ = list(_HOMES)
 
 
 if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.models.families import register_family as register_family
-    from neumuter.models.hooks import MaskedGatedMLP as MaskedGatedMLP
-    from neumuter.models.hooks import MaskedMLP as MaskedMLP
+    from neumuter.models.modules import MaskedGatedMLP as MaskedGatedMLP
+    from neumuter.models.modules import MaskedMLP as MaskedMLP
+    from neumuter.mutes.algebra import combine as combine
+    from neumuter.mutes.algebra import without as without
     from neumuter.mutes.matching import MuteMismatchError as MuteMismatchError
-    from neumuter.mutes.matching import combine as combine
-    from neumuter.mutes.matching import fold as fold
-    from neumuter.mutes.matching import mute as mute
-    from neumuter.mutes.matching import without as without
     from neumuter.mutes.mute_set import MutedLayer as MutedLayer
     from neumuter.mutes.mute_set import MuteFileError as MuteFileError
     from neumuter.mutes.mute_set import MuteSet as MuteSet
@@ -45,7 +43,9 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.serving.adapters import export_ia3 as export_ia3
     from neumuter.serving.adapters import export_lora as export_lora
     from neumuter.serving.bank import MuteBank as MuteBank
+    from neumuter.serving.fold import fold as fold
     from neumuter.serving.fold_checkpoint import fold_checkpoint as fold_checkpoint
+    from neumuter.serving.live import mute as mute
     from neumuter.serving.shrink import shrink as shrink
     from neumuter.training.masked import Masked as Masked
     from neumuter.training.masked import attach as attach

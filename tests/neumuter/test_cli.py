@@ -6,7 +6,7 @@ import neumuter
 import pytest
 import torch
 from neumuter.cli.app import main
-from neumuter.texts.files import encode
+from neumuter.texts import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import build, tokenizer

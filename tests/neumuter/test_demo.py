@@ -8,8 +8,8 @@ from neumuter import evaluation
 from neumuter.demo import check, run, run_demo, task, tutorial
 from neumuter.demo.model import Training, trained
 from neumuter.recipes import GainsConfig, SupportConfig
-from neumuter.texts.files import read_texts
-from neumuter.training.losses import IGNORED
+from neumuter.texts import read_texts
+from neumuter.types import IGNORED
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

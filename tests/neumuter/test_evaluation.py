@@ -6,7 +6,7 @@ import pytest
 import torch
 from neumuter import evaluation
 from neumuter.evaluation import tofu
-from neumuter.training.losses import IGNORED
+from neumuter.types import IGNORED
 
 from tests import models
 

@@ -5,7 +5,7 @@ import tokenizers
 import torch
 from neumuter.models.loading import rewritten
 from neumuter.texts.neighbours import cached, rewrite_texts, sample_texts
-from neumuter.training.losses import IGNORED
+from neumuter.types import IGNORED
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from tests import models

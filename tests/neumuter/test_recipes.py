@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from neumuter import evaluation, recipes
 from neumuter.recipes import two_phase
-from neumuter.training.losses import IGNORED, odds_hinge, token_losses
+from neumuter.training.losses import odds_hinge, token_losses
 from neumuter.training.neurons import Neurons
+from neumuter.types import IGNORED
 
 from neumuter_kernels import reference as reference_ops
 from tests import models

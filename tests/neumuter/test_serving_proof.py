@@ -15,7 +15,7 @@ import torch
 from neumuter.recipes import forget
 from neumuter.serving.adapters import export_ia3, export_lora
 from neumuter.serving.fold_checkpoint import fold_checkpoint
-from neumuter.texts.files import encode
+from neumuter.texts import encode
 from transformers import AutoModelForCausalLM
 
 from tests.models import build, tokenizer

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from neumuter.texts.files import encode, read_texts
+from neumuter.texts import encode, read_texts
 from tokenizers import processors
 
 from tests.models import tokenizer

@@ -8,8 +8,8 @@ import pytest
 import torch
 from neumuter.evaluation import mean_token_loss
 from neumuter.recipes import WeightsConfig, mute_by_activation, tune_weights
-from neumuter.training.losses import IGNORED
 from neumuter.training.weights import METHODS, forget_loss, text_losses
+from neumuter.types import IGNORED
 
 from tests import models
 

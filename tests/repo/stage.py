@@ -4,7 +4,7 @@ import json
 
 import neumuter
 import torch
-from neumuter.texts.files import encode, read_texts
+from neumuter.texts import encode, read_texts
 
 from tests.models import build, tokenizer
 

@@ -8,11 +8,11 @@ from typing import Any
 import neumuter
 import torch
 from neumuter import evaluation
-from neumuter.mutes.matching import Muted
 from neumuter.recipes import GainsConfig, forget, smallest_share
 from neumuter.serving.adapters import Exported
+from neumuter.serving.live import Muted
 from neumuter.serving.shrink import Shrunk
-from neumuter.texts.files import encode, read_texts
+from neumuter.texts import encode, read_texts
 from neumuter.types import Batch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase

@@ -177,12 +177,13 @@ def unlearn(
     gguf_file: GgufFile = None,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts and write a mute file for them."""
-    from neumuter.mutes.matching import combine, mute
+    from neumuter.mutes.algebra import combine
     from neumuter.mutes.mute_set import MuteSet
     from neumuter.recipes import GainsConfig, GatesConfig, Goals, SupportConfig, smallest_share, train_gates
     from neumuter.recipes import forget as run_recipe
     from neumuter.report.html import write_report
-    from neumuter.texts.files import encode, read_texts
+    from neumuter.serving.live import mute
+    from neumuter.texts import encode, read_texts
     from neumuter.training.masked import attach
 
     start = time.perf_counter()
@@ -309,7 +310,7 @@ def evaluate(
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
     from neumuter.evaluation import harness_metrics, text_metrics
     from neumuter.evaluation.robustness import robustness
-    from neumuter.mutes import matching as muting
+    from neumuter.serving import live as muting
 
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")

@@ -20,7 +20,6 @@ from neumuter import evaluation
 from neumuter.demo import figure, screen, task
 from neumuter.demo.model import Training, build, trained
 from neumuter.files import PathLike, write_atomically
-from neumuter.mutes.matching import fold, mute
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes import (
     GainsConfig,
@@ -33,6 +32,8 @@ from neumuter.recipes import (
     mute_random,
     train_gates,
 )
+from neumuter.serving.fold import fold
+from neumuter.serving.live import mute
 from neumuter.training.masked import attach
 from neumuter.types import Batch, Callback
 

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from neumuter.training.losses import IGNORED
-from neumuter.types import Batch
+from neumuter.types import IGNORED, Batch
 
 FORGET, RETAIN_SAME, RETAIN_OTHER = 12, 12, 24
 VOCABULARY = 1024

@@ -6,8 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.training.losses import IGNORED
-from neumuter.types import Batch
+from neumuter.types import IGNORED, Batch
 
 ROWS = 16  # samples a forward pass
 

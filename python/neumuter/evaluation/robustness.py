@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from neumuter.mutes.matching import fold
 from neumuter.mutes.mute_set import MuteSource
+from neumuter.serving.fold import fold
 from neumuter.training.weights import WeightsConfig, tune_weights
 from neumuter.types import Batch
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neumuter.evaluation.language import sample_losses
 from neumuter.files import PathLike
-from neumuter.texts.files import encode
+from neumuter.texts.encoding import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The masked FFN: as a function, on a model's own modules, and as drop-in modules.
+"""How a mask gets into a model's own FFNs.
 
 A mask reaches a model's FFN at one of four places, called seams, whose forward is replaced on that instance:
 
@@ -18,12 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers import GPTNeoConfig, PreTrainedConfig
 from transformers.integrations.moe import _grouped_linear
-from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
-from transformers.models.llama.modeling_llama import LlamaMLP
 
-from neumuter.models.families import FFN, activation_name
+from neumuter.models.families import FFN
 from neumuter_kernels import masked_act, masked_glu
 
 CHILD = "neumuter"  # the name of the Gates among a seam's children
@@ -277,69 +274,3 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{module.path} already has {type(module).__name__}: this model is attached or muted; "
                 "call detach() or undo() on its handle first"
             )
-
-
-# --- Drop-in modules ------------------------------------------------------------------------
-
-
-def _as_mask(mask: Tensor, row_ids: Tensor | None) -> Mask:
-    return Mask(mask[None] if mask.dim() == 1 else mask, row_ids)
-
-
-class MaskedGatedMLP(LlamaMLP):
-    """transformers' ``LlamaMLP`` with a mask on its neurons; constructor and state_dict are the same."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)  # type: ignore[no-untyped-call]  # transformers'
-        self.activation = _known(self.act_fn, "act_fn")
-
-    def forward(
-        self, hidden_states: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None
-    ) -> Tensor:
-        """The FFN of ``hidden_states``, [B, S, d] or [T, d], with its neurons multiplied by ``mask``.
-
-        ``mask``: [F] or [G, F], float32. ``row_ids``: integers, one mask row per token, −1 = unmasked;
-        None: the T = B·S tokens are split into G equal runs, so G = B gives one row per sample. Without
-        ``mask`` this is exactly ``LlamaMLP.forward``.
-        """
-        if mask is None:
-            plain: Tensor = super().forward(hidden_states)  # type: ignore[no-untyped-call]
-            return plain
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        masked: Tensor = self.down_proj(masked_glu_of(gate, up, self.activation, _as_mask(mask, row_ids)))
-        return masked
-
-
-class MaskedMLP(GPTNeoMLP):
-    """transformers' ``GPTNeoMLP`` with a mask on its neurons; constructor and state_dict are the same.
-
-    ``MaskedMLP(config)`` takes the intermediate size from ``config`` (by default 4 · hidden size).
-    """
-
-    def __init__(self, intermediate_size: int | GPTNeoConfig, config: GPTNeoConfig | None = None) -> None:
-        if config is None:
-            config = cast(GPTNeoConfig, intermediate_size)
-            intermediate_size = config.intermediate_size or 4 * config.hidden_size
-        super().__init__(intermediate_size, config)  # type: ignore[no-untyped-call]  # transformers'
-        self.activation = _known(self.act, "act")
-
-    def forward(
-        self, hidden_states: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None
-    ) -> Tensor:
-        """As ``MaskedGatedMLP.forward``; without ``mask`` this is exactly ``GPTNeoMLP.forward``."""
-        if mask is None:
-            plain: Tensor = super().forward(hidden_states)  # type: ignore[no-untyped-call]
-            return plain
-        hidden = masked_act_of(self.c_fc(hidden_states), self.activation, _as_mask(mask, row_ids))
-        masked: Tensor = self.dropout(self.c_proj(hidden))
-        return masked
-
-
-def _known(activation: object, name: str) -> str:
-    found = activation_name(activation)
-    if found is None:
-        raise ValueError(
-            f"{name} is the activation {type(activation).__name__}; the kernels have silu, gelu, gelu_tanh, "
-            "relu and relu2"
-        )
-    return found

@@ -80,7 +80,7 @@ def batches_of(
     length: int,
     limit: int | None,
 ) -> dict[str, Batch]:
-    from neumuter.texts.files import encode, read_texts
+    from neumuter.texts import encode, read_texts
 
     given = {name: file for name, file in files.items() if file}
     return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}
@@ -209,7 +209,7 @@ def measure_tofu(
 
 def union_of(network: PreTrainedModel, paths: Sequence[Path]) -> MuteSet:
     """The mute set of a file, or of several together."""
-    from neumuter.mutes.matching import combine
+    from neumuter.mutes.algebra import combine
     from neumuter.mutes.mute_set import MuteSet
 
     sets = [MuteSet.load(path) for path in paths]
@@ -219,8 +219,8 @@ def union_of(network: PreTrainedModel, paths: Sequence[Path]) -> MuteSet:
 def fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> MuteSet:
     """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
     from neumuter.files import new_folder
-    from neumuter.mutes.matching import fold
     from neumuter.mutes.mute_set import MuteSet
+    from neumuter.serving.fold import fold
     from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
 
     if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):

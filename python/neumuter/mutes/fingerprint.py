@@ -16,19 +16,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from neumuter.models.families import FFN
 from neumuter.models.modes import without_dropout
+from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32
 
-if TYPE_CHECKING:
-    from neumuter.models.families import FFN
-    from neumuter.mutes.mute_set import MutedLayer
-
-SKETCHES = 32
 TOLERANCE = 0.02
 _KEY = (0x6E65756D, 0x75746572)  # "neumuter"
 _ROWS = 1024  # rows of W converted to float32 at a time

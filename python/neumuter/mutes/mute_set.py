@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from neumuter.files import PathLike, write_atomically
-from neumuter.mutes.fingerprint import SKETCHES
 
 FORMAT = 1
+SKETCHES = 32  # numbers of a sketch of weights, see neumuter.mutes.fingerprint
 MODES = ("mute", "modulate")
 MAX_FILE_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 24  # parsed, it takes up to 25 times as much memory
@@ -178,6 +178,11 @@ class MuteSet:
 
 
 MuteSource = MuteSet | PathLike  # or the path of a mute file
+
+
+def loaded(mutes: MuteSource) -> MuteSet:
+    """A ``MuteSet``, given that or the path of a mute file."""
+    return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
 
 
 def _check_metadata(mutes: MuteSet) -> None:

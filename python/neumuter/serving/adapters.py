@@ -23,8 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from neumuter.files import PathLike, new_folder
 from neumuter.models.families import FFN, input_device, unwrapped
 from neumuter.models.modes import without_dropout
-from neumuter.mutes.matching import FOLDABLE, loaded, matching_ffns, mute
-from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource
+from neumuter.mutes.matching import matching_ffns
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+from neumuter.serving.fold import FOLDABLE
+from neumuter.serving.live import mute
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
 FOR_PEFT = (

@@ -14,8 +14,9 @@ from neumuter.models.families import FFN, find_ffns, input_device, unwrapped
 from neumuter.models.hooks import Gates, Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
 from neumuter.models.seams import can_run
-from neumuter.mutes.matching import FEW, fitting_ffns, loaded
-from neumuter.mutes.mute_set import MutedLayer, MuteSource
+from neumuter.mutes.matching import fitting_ffns
+from neumuter.mutes.mute_set import MutedLayer, MuteSource, loaded
+from neumuter.serving.live import FEW
 from neumuter_kernels import mute_
 
 GROWTH = 1.25  # of the room for sets, where it is used up

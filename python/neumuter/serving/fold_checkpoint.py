@@ -25,8 +25,9 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from neumuter.files import PathLike
 from neumuter.models.families import FFN, find_ffns
-from neumuter.mutes.matching import fold_columns, loaded, refuse_other, structure_differs, weights_differ
-from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource
+from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+from neumuter.serving.fold import fold_columns
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PIECE = 1 << 22  # bytes copied at a time

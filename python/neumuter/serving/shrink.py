@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neumuter.models.families import FFN, find_ffns, unwrapped
-from neumuter.mutes.matching import FOLDABLE, fold, loaded, matching_ffns
-from neumuter.mutes.mute_set import MuteSource
+from neumuter.mutes.matching import matching_ffns
+from neumuter.mutes.mute_set import MuteSource, loaded
+from neumuter.serving.fold import FOLDABLE, fold
 
 
 @dataclass(frozen=True)

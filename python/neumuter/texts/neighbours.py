@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.files import PathLike, write_atomically
-from neumuter.training.losses import IGNORED
-from neumuter.types import Batch, Text
+from neumuter.types import IGNORED, Batch, Text
 
 BATCH = 8
 

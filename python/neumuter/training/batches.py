@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from neumuter.models.families import input_device
 from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
-from neumuter.training.losses import IGNORED, predicting
+from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
-from neumuter.types import Batch
+from neumuter.types import IGNORED, Batch
 
 KEYS = ("input_ids", "attention_mask", "labels")
 REFERENCE_ROWS = 8  # samples per forward pass of the reference

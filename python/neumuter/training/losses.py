@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+from neumuter.types import IGNORED
 
 
 def predicting(labels: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neumuter.training.batches import shuffled
-from neumuter.training.losses import IGNORED, predicting, token_losses
-from neumuter.types import Batch, Callback
+from neumuter.training.losses import predicting, token_losses
+from neumuter.types import IGNORED, Batch, Callback
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
 ALONE = ("ascent", "relearn")  # without retain texts

@@ -9,10 +9,10 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from neumuter.integrations.open_unlearning.batches import batch_of
-from neumuter.mutes.matching import fold
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes import GainsConfig, forget
 from neumuter.recipes.trainer import NeuMuterConfig, NeuMuterTrainer
+from neumuter.serving.fold import fold
 from neumuter.training.losses import predicting
 from neumuter.training.masked import attach
 from neumuter.types import Batch

@@ -1,0 +1,50 @@
+"""A mute set folded into the weights of a loaded model."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from neumuter.models.families import FFN
+from neumuter.mutes.matching import matching_ffns
+from neumuter.mutes.mute_set import MutedLayer, MuteSource, loaded
+
+FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, mutes: MuteSource) -> None:
+    """Multiply the gains of a ``MuteSet``, or of the mute file at that path, into the weights, in place.
+
+    Neuron f's column of the down projection is multiplied by its gain, in float32, and rounded to the
+    weight's dtype. The result is an ordinary model; gains of 0 cannot be taken back. Nothing is changed on
+    an error: those of ``mute``, and ValueError for weights that are quantised or hidden in an adapter.
+    """
+    mutes = loaded(mutes)
+    ffns = matching_ffns(model, mutes)
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # or whole for a while
+    for path in mutes.layers:
+        weight = ffns[path].down_weight
+        if sharded or weight is None or weight.dtype not in FOLDABLE or not _is_view(weight, ffns[path]):
+            raise ValueError(
+                f"cannot fold into the down projection of {path}: it is quantised, adapted, sharded or "
+                "offloaded; dequantise the model or merge its adapters first, gather it on one device, or "
+                "use neumuter.mute on the live model"
+            )
+    for path, layer in mutes.layers.items():
+        fold_columns(cast(Tensor, ffns[path].down_weight), layer)
+
+
+def fold_columns(weight: Tensor, layer: MutedLayer) -> None:
+    """Multiply the columns of a ``MutedLayer`` in ``weight`` [d, E, F], a view, by their gains, in place."""
+    neurons = layer.indices.long().to(weight.device)
+    expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    products = weight[:, expert, column].to(wide) * layer.gains.to(weight.device)
+    weight[:, expert, column] = products.to(weight.dtype)
+
+
+def _is_view(weight: Tensor, ffn: FFN) -> bool:
+    parameters = [ffn.down.weight] if ffn.layout else [ffn.module.down_proj]
+    return any(weight.data_ptr() == p.data_ptr() for p in parameters if type(p) is torch.nn.Parameter)

@@ -1,0 +1,104 @@
+"""A mute set on a live model: neurons are multiplied by their gains while the model runs."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neumuter.models.families import FFN
+from neumuter.models.hooks import Gates, Installed, Mask, masked_act_of, seam_module
+from neumuter.models.seams import choose_seams
+from neumuter.mutes.matching import matching_ffns
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+
+FEW = 1 << 18  # activations, for which a product of PyTorch's takes less time than calling a kernel
+
+
+class ConstantGates(Gates):
+    """Neurons multiplied by constants."""
+
+    gains: Tensor
+
+    def __init__(self, ffn: FFN, seam: str, layer: MutedLayer) -> None:
+        super().__init__(ffn, seam)
+        gains = torch.ones(self.width)
+        gains[layer.indices.long()] = layer.gains
+        self.register_buffer("gains", gains.to(ffn.device), persistent=False)
+        self.on = True
+
+    def install(self, module: nn.Module) -> None:
+        super().install(module)
+        if self.seam == "down" and self.mesh is None:
+            module.forward = functools.partial(_muted, module, self)
+
+    def mask(self, hidden_states: Tensor) -> Mask | None:
+        return Mask(self.gains[None]) if self.on else None
+
+
+def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+    """The forward of a muted down projection. Little Python: between layers the caches are cold."""
+    if gates.on:
+        gains = gates._buffers["gains"]
+        assert gains is not None
+        plain = not hidden.requires_grad and hidden.get_device() == gains.get_device()
+        if plain and hidden.numel() <= FEW and not torch.compiler.is_compiling():
+            if hidden.dtype == torch.float32:
+                hidden = hidden * gains
+            else:
+                hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))  # rounded once
+        else:
+            hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
+    if gates.former is None:
+        return type(down).forward(down, hidden, *arguments, **options)
+    return gates.former(hidden, *arguments, **options)
+
+
+class Muted:
+    """A mute set on a live model, made by ``mute``. As a context manager it undoes itself at the end."""
+
+    def __init__(self, model: nn.Module, mutes: MuteSet) -> None:
+        self.model, self.mutes = model, mutes
+        matching = matching_ffns(model, mutes)
+        ffns = [matching[path] for path in mutes.layers]
+        seams = choose_seams(model, ffns, constant=True)
+        self._installed = Installed(
+            [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns],
+            [seam_module(ffn, seams[ffn.path]) for ffn in ffns],
+        )
+
+    @contextmanager
+    def off(self) -> Iterator["Muted"]:
+        """Context: the untouched model, bit for bit."""
+        for gates in self._installed.gates:
+            gates.on = False
+        try:
+            yield self
+        finally:
+            for gates in self._installed.gates:
+                gates.on = True
+
+    def undo(self) -> None:
+        """Put the very original modules back. Harmless when called again."""
+        self._installed.remove()
+
+    def __enter__(self) -> "Muted":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+def mute(model: nn.Module, mutes: MuteSource) -> Muted:
+    """Apply a ``MuteSet``, or the mute file at that path, to a live model; returns a ``Muted`` handle.
+
+    Only FFNs with muted neurons are touched, in this model instance only, at the input of their down
+    projection. The weights and the state_dict stay the same, so ``save_pretrained`` saves the model without
+    mutes: use ``fold`` for that.
+
+    Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, and
+    RuntimeError if the model is attached or muted already.
+    """
+    return Muted(model, loaded(mutes))
