@@ -14,6 +14,7 @@ _HOMES = {
     "MutedLayer": "mutes.mute_set",
     "NeuMuterConfig": "recipes.trainer",
     "NeuMuterTrainer": "recipes.trainer",
+    "Outcome": "unlearning",
     "attach": "training.masked",
     "combine": "mutes.algebra",
     "export_ia3": "serving.adapters",
@@ -23,7 +24,8 @@ _HOMES = {
     "mute": "serving.live",
     "register_family": "models.families",
     "shrink": "serving.shrink",
-    "without": "mutes.algebra",
+    "subtract": "mutes.algebra",
+    "unlearn": "unlearning",
 }
 __all__ = list(_HOMES)
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.models.modules import MaskedGatedMLP as MaskedGatedMLP
     from neumuter.models.modules import MaskedMLP as MaskedMLP
     from neumuter.mutes.algebra import combine as combine
-    from neumuter.mutes.algebra import without as without
+    from neumuter.mutes.algebra import subtract as subtract
     from neumuter.mutes.matching import MuteMismatchError as MuteMismatchError
     from neumuter.mutes.mute_set import MutedLayer as MutedLayer
     from neumuter.mutes.mute_set import MuteFileError as MuteFileError
@@ -49,6 +51,8 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.serving.shrink import shrink as shrink
     from neumuter.training.masked import Masked as Masked
     from neumuter.training.masked import attach as attach
+    from neumuter.unlearning import Outcome as Outcome
+    from neumuter.unlearning import unlearn as unlearn
 else:
 
     def __getattr__(name: str) -> object:

@@ -1,11 +1,30 @@
 """Types that many modules share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-IGNORED = -100  # the label of a token that does not count: padding, a prompt
-Text = str | tuple[str, str]  # or (prompt, completion), of which only the completion counts
-Batch = dict[str, Tensor]  # "input_ids", "attention_mask" and "labels", int64 [B, T]: see training.losses
-Callback = Callable[[int, int, dict[str, Any]], object]  # called as (step, total, info) after every step
+# The label of a token that does not count: padding, a prompt.
+IGNORED = -100
+
+
+class Chat(NamedTuple):
+    """A conversation as the chat template renders it, special tokens included.
+
+    prompt: all up to the last answer. completion: that answer, which alone counts.
+    """
+
+    prompt: str
+    completion: str
+
+
+# A whole text, or a prompt and its completion, of which only the completion counts.
+Text = str | tuple[str, str] | Chat
+
+# "input_ids", "attention_mask" and "labels", int64 [B, T] each, padded on the right. The mask is 1 on real
+# tokens; a label is the token's id, or IGNORED. The logits at position t predict the label at t + 1.
+Batch = dict[str, Tensor]
+
+# Called as (step, total, info) after every step.
+Callback = Callable[[int, int, dict[str, Any]], object]

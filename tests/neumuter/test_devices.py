@@ -97,7 +97,7 @@ def test_a_row_of_a_batch_does_not_depend_on_the_sets_of_the_others(dtype, devic
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("few", [1 << 18, 0])
 def test_a_muted_model_is_captured_in_a_cuda_graph(few, monkeypatch):
-    monkeypatch.setattr("neumuter.mutes.matching.FEW", few)
+    monkeypatch.setattr("neumuter.serving.live.FEW", few)
     model = models.build("llama", torch.bfloat16).cuda()
     ids, other = models.batch(2, 6).cuda(), models.batch(2, 6, seed=5).cuda()
     with torch.no_grad(), neumuter.mute(model, sets_of(model, 1)[0]):

@@ -73,7 +73,7 @@ def test_few_activations_and_many_and_gradients_have_the_same_bits(name, dtype, 
         assert seams == {"experts" if name == "mixtral" else "down"}
         with torch.no_grad():
             few = model(ids).logits
-            monkeypatch.setattr("neumuter.mutes.matching.FEW", 0)
+            monkeypatch.setattr("neumuter.serving.live.FEW", 0)
             assert torch.equal(model(ids).logits, few)
         logits = model(inputs_embeds=inputs).logits
         assert torch.equal(logits.detach(), few)

@@ -1,193 +1,60 @@
-"""What this machine and installation are, whether the kernels compute what they should, and how fast."""
+"""``neumuter doctor``."""
 
-import os
-import platform
-import re
-import shutil
-import socket
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import neumuter_kernels as nk
-from neumuter_kernels import reference, selftest
-from neumuter_kernels.__main__ import backends, report, version
+import typer
+from rich.markup import escape
+from rich.table import Table
 
-PACKAGES = ("peft", "accelerate", "tokenizers", "safetensors", "numpy", "bitsandbytes", "torchao")
-VARIABLES = (  # of the environment; none that holds a path
-    "NEUMUTER_CPU_CAPABILITY", "NEUMUTER_DEBUG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
-    "TRITON_INTERPRET",
-)  # fmt: skip
-PROBLEM = {"cpu": (512, 8192, torch.float32), "cuda": (4096, 14336, torch.bfloat16)}  # T, F, dtype
-SECONDS = 5.0  # of the speed check, shared by all devices
-IN_A_ROW = 10  # calls on a GPU, which begins the first while the CPU launches the others
-_PATH = re.compile(r"(?<![\w/.:\\…])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:'\"<>,;)]+)*[/\\]([^\s/\\:'\"<>,;)]+)")
+from neumuter.cli.common import console
+
+if TYPE_CHECKING:
+    from neumuter.cli.diagnosis import Speed, Verdict
 
 
-class Verdict(NamedTuple):
-    """The self-test of ``op`` by ``backend`` on ``device``: right, or what is wrong."""
+def doctor() -> None:
+    """Test the kernels on this machine, measure their speed, and print what a bug report needs."""
+    from neumuter.cli import diagnosis
 
-    device: str
-    op: str
-    backend: str
-    error: str | None
-
-
-class Speed(NamedTuple):
-    """Medians in seconds: masked_glu forward and backward, eager PyTorch, a copy of as many bytes."""
-
-    device: str
-    problem: str
-    ours: float
-    eager: float
-    copy: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster than eager."""
-        return self.eager / self.ours
-
-    @property
-    def share(self) -> float:
-        """Of the bandwidth that the copy reaches."""
-        return self.copy / self.ours
+    # Printed before anything can crash.
+    environment = diagnosis.environment()
+    print_environment(environment)
+    with console.status("Testing the kernels"):
+        verdicts = list(diagnosis.self_test())
+    print_verdicts(verdicts)
+    with console.status("Measuring their speed"):
+        speeds = list(diagnosis.speed_check())
+    print_speeds(speeds)
+    console.print("\nFor a bug report, from here on:\n", style="bold")
+    text = diagnosis.bug_report(environment, verdicts, speeds)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if any(verdict.error for verdict in verdicts):
+        raise typer.Exit(1)
 
 
-def devices() -> list[str]:
-    """ "cpu" and every GPU."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ["cpu", *(f"cuda:{i}" for i in range(gpus))]
+def print_environment(pairs: Sequence[tuple[str, str]]) -> None:
+    table = Table(show_header=False)
+    for what, value in pairs:
+        table.add_row(what, escape(value))
+    console.print(table)
 
 
-def environment() -> list[tuple[str, str]]:
-    """Pairs of (what, value): versions, hardware, and which backend each op uses."""
-    gpus = [torch.cuda.get_device_properties(device) for device in devices()[1:]]
-    named = [
-        f"{i}: {gpu.name}, {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        for i, gpu in enumerate(gpus)
-    ]
-    known = dict(report()) | {"GPU": "; ".join(named) or "none"}
-    ops = {what: known.pop(what) for what in list(known) if what.startswith("op ")}
-    return [
-        *known.items(),
-        ("ROCm of torch", torch.version.hip or "none"),
-        ("NVIDIA driver", _found(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text("/proc/driver/nvidia/version"))),
-        ("nvcc", _nvcc()),
-        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        ("CPU", cpu_name()),
-        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
-        ("load average", f"{os.getloadavg()[0]:.1f}"),
-        ("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"),
-        *((package, version(package)) for package in PACKAGES),
-        *((name, os.environ[name]) for name in VARIABLES if name in os.environ),
-        *ops.items(),
-    ]
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    table = Table("op", "on", "by", "agrees with the reference")
+    for device, op, backend, error in verdicts:
+        table.add_row(op, device, escape(backend), f"[bold red]no:[/] {escape(error)}" if error else "yes")
+    console.print(table)
+    if any(verdict.error for verdict in verdicts):
+        console.print("[bold red]A kernel fails here:[/] please report it with the text below.")
 
 
-def self_test() -> Iterator[Verdict]:
-    """Every backend that is there against the reference."""
-    known = backends()
-    for device in devices():
-        for found in selftest.run(device):
-            backend = known[found.op][device != "cpu"]
-            if not backend.startswith("none"):
-                yield Verdict(device, found.op, backend, found.error)
-
-
-def speed_check() -> Iterator[Speed]:
-    """Measure each device, all of them in about SECONDS, with the contenders taking turns."""
-    for device in devices():
-        yield _speed(device, SECONDS / len(devices()), *PROBLEM[device.split(":")[0]])
-
-
-def bug_report(pairs: list[tuple[str, str]], tests: list[Verdict], speeds: list[Speed]) -> str:
-    """All of it as plain text, without paths and without the names of the user and the machine."""
-    lines = [f"{what:24} {value}" for what, value in pairs]
-    lines += [f"test {t.device:8} {t.op:16} {t.error or 'passed'} ({t.backend})" for t in tests]
-    lines += [
-        f"speed {s.device:7} {s.ratio:.2f} x eager, {s.share:.0%} of copy bandwidth; {1e3 * s.ours:.3g}, "
-        f"{1e3 * s.eager:.3g} and {1e3 * s.copy:.3g} ms; {s.problem}"
-        for s in speeds
-    ]
-    return without_names("\n".join(lines))
-
-
-def cpu_name() -> str:
-    """What the CPU says it is, else its architecture."""
-    found = re.search(r"model name\s*:\s*(.+)", _text("/proc/cpuinfo"))
-    return found[1].strip() if found else platform.machine()
-
-
-def without_names(text: str) -> str:
-    """``text`` with paths cut to their last part, and without the names of the user and the machine."""
-    home = re.escape(str(Path.home()))
-    text = re.sub(rf"{home}(?:[/\\][^/\\\n'\"]+)*[/\\]", "…/", text)  # folders there may have spaces
-    text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", text)
-    return _PATH.sub(r"…/\1", text)
-
-
-def _speed(device: str, seconds: float, tokens: int, width: int, dtype: torch.dtype) -> Speed:
-    gate, up, grad = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(3))
-    mask = torch.rand(1, width, device=device).requires_grad_()
-    leaves = [gate.requires_grad_(), up.requires_grad_(), mask]
-    moved = 8 * gate.numel() * gate.element_size()  # forward 3 tensors of that size, backward 5
-    source = torch.rand(moved // 8, device=device)  # read, and written once
-    target = torch.zeros_like(source)
-
-    def both(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward(gate, up, mask), leaves, grad)
-
-    contenders: dict[str, Callable[[], object]] = {
-        "ours": both(lambda g, u, m: nk.masked_glu(g, u, m, activation="silu")),
-        "eager": both(lambda g, u, m: reference.activate(g, "silu") * u * m.to(g.dtype)),
-        "copy": lambda: target.copy_(source),
-    }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()  # compiles, and touches memory for the first time
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ours"]) < 3:
-        for name, call in contenders.items():
-            times[name].append(_timed(call, device))
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    problem = f"masked_glu forward and backward, {tokens}×{width} {str(dtype).removeprefix('torch.')}"
-    return Speed(device, problem, **medians)
-
-
-def _timed(call: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(IN_A_ROW):
-        call()
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / IN_A_ROW
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _found(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    return found[1].strip() if found else "none"
-
-
-def _nvcc() -> str:
-    compiler = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin")
-    if compiler is None:
-        return "none"
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    return _found(r"release ([\d.]+)", done.stdout)
+def print_speeds(speeds: Sequence[Speed]) -> None:
+    table = Table("on", "ours, ms", "eager, ms", "copying, ms", "to eager", "of copy bandwidth")
+    for speed in speeds:
+        times = (f"{1e3 * x:.3g}" for x in (speed.ours, speed.eager, speed.copy))
+        table.add_row(speed.device, *times, f"{speed.ratio:.2f}×", f"{speed.share:.0%}")
+    console.print(table)
+    console.print("; ".join(dict.fromkeys(speed.problem for speed in speeds)) + ". Medians.")

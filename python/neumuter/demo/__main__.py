@@ -3,15 +3,13 @@
 import sys
 
 from neumuter.demo.tutorial import write_tutorial
-from neumuter.models.loading import progress_bar
+from neumuter.report.progress import show_progress
 
 if len(sys.argv) != 2:
     sys.exit("usage: python -m neumuter.demo FOLDER")
-with progress_bar("Training a small model", None, "loss") as advance:
+with show_progress("Training a small model") as advance:
     try:
-        names = write_tutorial(
-            sys.argv[1], lambda step, total, info: advance(step, total, loss=f"{info['loss']:.2f}")
-        )
+        names = write_tutorial(sys.argv[1], advance)
     except OSError as error:
         sys.exit(f"error: {error}")
 print(f"{sys.argv[1]} has {', '.join(names)}")

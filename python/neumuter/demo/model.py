@@ -82,7 +82,7 @@ def content_hash(text: Tensor, records: Batch, training: Training, seed: int, co
     return digest.hexdigest()[:32]
 
 
-def trained(
+def load_or_train(
     text: Tensor,
     records: Batch,
     training: Training,
@@ -91,7 +91,7 @@ def trained(
     callback: Callback | None = None,
     config: LlamaConfig | None = None,
 ) -> dict[str, Tensor]:
-    """The weights of ``train(...)`` as a state dict, from the cache if they are there; ``fresh``: never."""
+    """Return the weights of ``train(...)``, from the cache if they are there and ``fresh`` is false."""
     config = config or architecture()
     path = cache_folder() / f"demo-{content_hash(text, records, training, seed, config)}.safetensors"
     if path.exists() and not fresh:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,32 +18,35 @@ from transformers.utils import logging
 
 from neumuter import evaluation
 from neumuter.demo import figure, screen, task
-from neumuter.demo.model import Training, build, trained
+from neumuter.demo.model import Training, build, load_or_train
 from neumuter.files import PathLike, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes import (
+    FittedConfig,
     GainsConfig,
-    GatesConfig,
-    Pair,
+    PaperConfig,
     SupportConfig,
-    find_support,
-    fit_gains,
     mute_by_attribution,
     mute_random,
     train_gates,
 )
+from neumuter.report.progress import show_progress
 from neumuter.serving.fold import fold
 from neumuter.serving.live import mute
-from neumuter.training.masked import attach
-from neumuter.types import Batch, Callback
+from neumuter.training.batches import PairedBatches
+from neumuter.training.masked import NothingSelectedError, attach
+from neumuter.types import Batch
+from neumuter.unlearning import unlearn
 
-MUTE_SHARE, MODULATE_SHARE = 0.10, 0.05
+MUTE_BUDGET, MODULATE_BUDGET = 0.10, 0.05
 CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05)}
-# A few windows of ordinary text among the neighbours protect the perplexity; as they thin out KL per
+# A few windows of ordinary text among the retain texts protect the perplexity; as they thin out KL per
 # token, η is larger and the KL budget smaller than the recipe's own.
-NEIGHBOUR_WINDOWS = 8
-SUPPORT = SupportConfig(steps=60, kl_weight=10.0)
-GAINS = GainsConfig(kl_weight=12.0, kl_target=0.025)
+RETAIN_WINDOWS = 8
+RECIPE = FittedConfig(
+    GainsConfig(kl_weight=12.0, kl_target=0.025, batch_size=None),
+    SupportConfig(steps=60, kl_weight=10.0, batch_size=None),
+)
 
 
 def run_demo(
@@ -64,29 +67,28 @@ def run_demo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files = {"muted": out / "muted.safetensors", "modulated": out / "modulated.safetensors"}
-    with screen.progress(console) as watch:
-        job = _Job(seed, fresh, watch)
-        before = job.row("before", build(job.state), 0.0, job.seconds)
-        rows = [before]
-        for name, share, mode in (
-            ("muted", MUTE_SHARE, "mute"),
-            ("modulated", MODULATE_SHARE, "modulate"),
-        ):
-            mutes, seconds = job.find(share, mode)
-            mutes.save(files[name])
-            model = build(job.state)
-            with mute(model, files[name]):
-                rows.append(job.row(name, model, mutes.share, seconds))
-            metrics = {"before": _metrics(before), "after": _metrics(rows[-1])}
-            dataclasses.replace(mutes, metrics=metrics).save(files[name])
-        rows += job.baselines(MUTE_SHARE)
-        if not short:
-            state, seconds = job.train(job.records.retain, "Training without the records")
-            rows.append(job.row("retrained", build(state), 0.0, seconds))
-        curve = job.curve({} if short else CURVE)
-        closed = None if short else job.closed_by_the_paper()
-        examples = job.examples(files["modulated"])
-        _save_folded(out / "model", build(job.state), files["modulated"], job.tokenizer)
+    job = _Job(seed, fresh)
+    before = job.row("before", build(job.state), 0.0, job.seconds)
+    rows = [before]
+    for name, budget, mode in (
+        ("muted", MUTE_BUDGET, "mute"),
+        ("modulated", MODULATE_BUDGET, "modulate"),
+    ):
+        mutes, seconds = job.find(budget, mode)
+        mutes.save(files[name])
+        model = build(job.state)
+        with mute(model, files[name]):
+            rows.append(job.row(name, model, mutes.share, seconds))
+        metrics = {"before": _metrics(before), "after": _metrics(rows[-1])}
+        dataclasses.replace(mutes, metrics=metrics).save(files[name])
+    rows += job.baselines(MUTE_BUDGET)
+    if not short:
+        state, seconds = job.train(job.records.retain, "Training without the records")
+        rows.append(job.row("retrained", build(state), 0.0, seconds))
+    curve = job.curve({} if short else CURVE)
+    closed = None if short else job.count_closed_by_the_paper()
+    examples = job.examples(files["modulated"])
+    _save_folded(out / "model", build(job.state), files["modulated"], job.tokenizer)
     write_atomically(out / "report.png", figure.draw(curve, before))
     report = {"rows": rows, "curve": curve, "seconds_total": time.perf_counter() - start}
     write_atomically(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
@@ -120,8 +122,8 @@ def check(report: Mapping[str, Any]) -> list[str]:
 class _Job:
     """The models, batches and mute sets of one run."""
 
-    def __init__(self, seed: int, fresh: bool, watch: Callable[[str], Callback]) -> None:
-        self.seed, self.fresh, self.watch = seed, fresh, watch
+    def __init__(self, seed: int, fresh: bool) -> None:
+        self.seed, self.fresh = seed, fresh
         texts, heldout_texts = task.read_corpus()
         self.tokenizer = task.train_tokenizer(texts)
         self.text = task.windows(self.tokenizer, texts)
@@ -134,10 +136,9 @@ class _Job:
             "labels": heldout,
         }
         self.secrets = self.encode(records.forget, "secret")
-        neighbours = self.encode(records.retain, "continuation")
-        spread = torch.linspace(0, len(self.text) - 1, NEIGHBOUR_WINDOWS).long()
-        self.masked = attach(build(self.state), start_layer=0)
-        self.pair = Pair(self.masked, self.secrets, task.with_text(neighbours, self.text[spread]))
+        kept = self.encode(records.retain, "continuation")
+        spread = torch.linspace(0, len(self.text) - 1, RETAIN_WINDOWS).long()
+        self.retain = task.with_text(kept, self.text[spread])
         self.found: dict[tuple[float, str], tuple[MuteSet, float]] = {}
 
     def encode(self, records: Sequence[task.Record], counted: str) -> Batch:
@@ -147,45 +148,53 @@ class _Job:
         """The weights of the model trained on the text and ``records``, and the seconds it took."""
         start = time.perf_counter()
         batch = self.encode(records, "record")
-        state = trained(self.text, batch, Training(), self.seed, self.fresh, self.watch(description))
+        with show_progress(description) as advance:
+            state = load_or_train(self.text, batch, Training(), self.seed, self.fresh, advance)
         return state, time.perf_counter() - start
 
-    def find(self, share: float, mode: str) -> tuple[MuteSet, float]:
-        """The MuteSet of ``share`` of the neurons and the seconds it took; each is computed once."""
-        if (share, mode) not in self.found:
-            words = f"{'Finding' if mode == 'mute' else 'Modulating'} {share:.0%} of the neurons"
-            if mode == "mute":
-                start = time.perf_counter()
-                mutes = find_support(self.masked, self.pair, share, SUPPORT, self.seed, self.watch(words))
-                seconds = 0.0
-            else:
-                support, seconds = self.find(share, "mute")
-                start = time.perf_counter()
-                mutes = fit_gains(self.masked, self.pair, support, GAINS, self.seed, self.watch(words))
-            self.found[share, mode] = mutes, seconds + time.perf_counter() - start
-        return self.found[share, mode]
+    def find(self, budget: float, mode: str) -> tuple[MuteSet, float]:
+        """The MuteSet of a ``budget`` of neurons and the seconds it took; each is computed once."""
+        if (budget, mode) not in self.found:
+            words = "Silencing" if mode == "mute" else "Modulating"
+            with show_progress(f"{words} {budget:.0%} of the neurons") as advance:
+                outcome = unlearn(
+                    build(self.state),
+                    self.tokenizer,
+                    self.secrets,
+                    self.retain,
+                    budget=budget,
+                    mode=mode,
+                    recipe=RECIPE,
+                    samples=0,
+                    start_layer=0,
+                    seed=self.seed,
+                    callback=advance,
+                )
+            self.found[budget, mode] = outcome.mutes, outcome.seconds
+        return self.found[budget, mode]
 
-    def baselines(self, share: float) -> list[dict[str, Any]]:
-        """The rows of as many neurons at random and by one gradient, silenced."""
+    def baselines(self, budget: float) -> list[dict[str, Any]]:
+        """The rows of neurons at random and by one gradient, silenced."""
         rows = []
-        recipes: dict[str, Callable[[], MuteSet]] = {
-            "random": lambda: mute_random(self.masked, share, self.seed),
-            "attribution": lambda: mute_by_attribution(self.masked, self.secrets, share),
-        }
-        for name, make in recipes.items():
-            start = time.perf_counter()
-            mutes = make()
-            seconds = time.perf_counter() - start
-            model = build(self.state)
-            with mute(model, mutes):
-                rows.append(self.row(name, model, mutes.share, seconds))
+        with attach(build(self.state), start_layer=0) as masked:
+            recipes: dict[str, Callable[[], MuteSet]] = {
+                "random": lambda: mute_random(masked, budget, self.seed),
+                "attribution": lambda: mute_by_attribution(masked, self.secrets, budget),
+            }
+            for name, make in recipes.items():
+                start = time.perf_counter()
+                mutes = make()
+                seconds = time.perf_counter() - start
+                model = build(self.state)
+                with mute(model, mutes):
+                    rows.append(self.row(name, model, mutes.share, seconds))
         return rows
 
-    def curve(self, shares: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-        """Points at ``shares`` {mode: shares}, and wherever a mute set has been found already."""
-        for mode, values in shares.items():
-            for share in values:
-                self.find(share, mode)
+    def curve(self, budgets: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+        """Points at ``budgets`` {mode: budgets}, and wherever a mute set has been found already."""
+        for mode, values in budgets.items():
+            for budget in values:
+                self.find(budget, mode)
         points = []
         for (_, mode), (mutes, _) in sorted(self.found.items()):
             model = build(self.state)
@@ -193,14 +202,18 @@ class _Job:
                 points.append({"mode": mode, "muted_share": mutes.share, **self.measure(model)})
         return points
 
-    def closed_by_the_paper(self) -> int:
+    def count_closed_by_the_paper(self) -> int:
         """How many neurons NeuMuter's own recipe mutes with the authors' constants."""
-        neighbours = self.encode(self.records.retain, "continuation")
-        callback = self.watch("Trying the paper's constants")
-        with attach(build(self.state), start_layer=0) as masked:
-            with contextlib.suppress(ValueError):  # it selects no neuron
-                train_gates(masked, self.secrets, neighbours, GatesConfig(), self.seed, callback)
-            threshold = GatesConfig().threshold
+        kept = self.encode(self.records.retain, "continuation")
+        with (
+            attach(build(self.state), start_layer=0) as masked,
+            show_progress("Trying the paper's constants") as advance,
+        ):
+            pair = PairedBatches(masked, self.secrets, kept)
+            # It may select no neuron.
+            with contextlib.suppress(NothingSelectedError):
+                train_gates(masked, pair, PaperConfig(), self.seed, advance)
+            threshold = PaperConfig().threshold
             return sum(int((score.sigmoid() < threshold).sum()) for score in masked.scores.values())
 
     def row(self, name: str, model: PreTrainedModel, share: float, seconds: float) -> dict[str, Any]:
@@ -226,24 +239,14 @@ class _Job:
         """Greedy continuations, before and after, of one forgotten and one retained customer."""
         model = build(self.state)
         chosen = {"forgotten": self.records.forget[0], "retained": self.records.retain_same[0]}
-        texts: dict[str, dict[str, Any]] = {
-            name: {"record": record, "before": self.continuation(model, record)}
-            for name, record in chosen.items()
-        }
+        batch = self.encode(list(chosen.values()), "continuation")
+        before = evaluation.continue_texts(model, self.tokenizer, batch, len(chosen))
         with mute(model, mute_file):
-            for entry in texts.values():
-                entry["after"] = self.continuation(model, entry["record"])
-        return texts
-
-    def continuation(self, model: PreTrainedModel, record: task.Record) -> str:
-        batch = self.encode([record], "continuation")
-        length = int((batch["labels"][0] != -100).sum())
-        start = int((batch["labels"][0] != -100).nonzero()[0])
-        prompt = batch["input_ids"][:, :start]
-        ids = cast(Any, model).generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False
-        )
-        return cast(str, self.tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+            after = evaluation.continue_texts(model, self.tokenizer, batch, len(chosen))
+        return {
+            name: {"record": record, "before": old["said"], "after": new["said"]}
+            for (name, record), old, new in zip(chosen.items(), before, after, strict=True)
+        }
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,13 @@
-"""What the demo shows while it runs and when it is done."""
+"""What the demo shows when it is done."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-from neumuter.types import Callback
 
 COLUMNS = ("forget", "same", "other", "MA", "loss", "perplexity", "neurons", "seconds")
 LEGEND = (
@@ -20,34 +16,6 @@ LEGEND = (
     "likely one; loss: mean over the tokens of the secrets, in nats; both on the records to forget. "
     "perplexity: on held-out text. seconds: to train the model (few if cached) or to find the mutes."
 )
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Callable[[str], Callback]]:
-    """Progress bars; yields watch(description), which gives a callback(step, total, info) of its own bar."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("muted {task.fields[muted]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-
-        def watch(description: str) -> Callback:
-            bar = None
-
-            def callback(step: int, total: int, info: dict[str, Any]) -> None:
-                nonlocal bar
-                if bar is None:
-                    bar = bars.add_task(description, total=total, loss="–", muted="–")
-                muted = f"{info['muted']:.1%}" if "muted" in info else "–"
-                bars.update(bar, completed=step, loss=f"{info['loss']:.2f}", muted=muted)
-
-            return callback
-
-        yield watch
 
 
 def show(

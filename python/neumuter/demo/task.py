@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from neumuter.texts import join_batches
 from neumuter.types import IGNORED, Batch
 
 FORGET, RETAIN_SAME, RETAIN_OTHER = 12, 12, 24
@@ -153,7 +154,7 @@ def with_text(batch: Batch, rows: Tensor) -> Batch:
     """A batch of records with rows of ordinary text [N, WINDOW] added, cut to its width; all of it counts."""
     rows = rows[:, : batch["labels"].shape[1]]
     text = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
-    return {key: torch.cat([value, text[key]]) for key, value in batch.items()}
+    return join_batches(batch, text)
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from neumuter.demo import task
-from neumuter.demo.model import Training, build, trained
+from neumuter.demo.model import Training, build, load_or_train
 from neumuter.files import new_folder
 
 SEED = 0
@@ -32,7 +32,7 @@ def write_tutorial(folder: str | os.PathLike[str], callback: Callable[..., None]
         records, (texts, heldout) = task.make_records(SEED), task.read_corpus()
         tokenizer = task.train_tokenizer(texts)
         batch = task.encode(tokenizer, records.forget + records.retain)
-        state = trained(task.windows(tokenizer, texts), batch, Training(), SEED, callback=callback)
+        state = load_or_train(task.windows(tokenizer, texts), batch, Training(), SEED, callback=callback)
         logging.disable_progress_bar()
         build(state).save_pretrained(made / "small-model")
         tokenizer.save_pretrained(made / "small-model")

@@ -4,6 +4,7 @@
 take a model and a batch as in :mod:`neumuter.training.losses`; nothing here trains.
 """
 
+from neumuter.evaluation.continuations import continue_texts
 from neumuter.evaluation.harness import harness_metrics
 from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
 from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
@@ -16,12 +17,13 @@ from neumuter.evaluation.memory import (
     sampled_extraction,
 )
 from neumuter.evaluation.metrics import METRICS, Metric
-from neumuter.evaluation.suites import text_metrics, tofu_metrics
+from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
 
 __all__ = [
     "METRICS",
     "Metric",
     "auc",
+    "continue_texts",
     "extracted",
     "extraction_likelihood",
     "extraction_rate",
@@ -35,6 +37,7 @@ __all__ = [
     "privacy_leakage",
     "sample_losses",
     "sampled_extraction",
+    "summary_metrics",
     "text_metrics",
     "tofu_metrics",
 ]

@@ -61,6 +61,15 @@ def text_metrics(
     return {name: found[name] for name in METRICS if name in found}
 
 
+def summary_metrics(model: nn.Module, forget: Batch, retain: Batch) -> dict[str, float]:
+    """Measure what a search changes, quickly: the forget texts' loss and MA, and the retain texts' loss."""
+    return {
+        "forget_loss": language.mean_token_loss(model, forget),
+        "forget_ma": memory.memorization_accuracy(model, forget),
+        "retain_loss": language.mean_token_loss(model, retain),
+    }
+
+
 def tofu_metrics(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

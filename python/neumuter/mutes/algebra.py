@@ -1,4 +1,4 @@
-"""Mute sets from mute sets: the union of several, and one without the neurons of another."""
+"""Mute sets from mute sets: the union of several, and the difference of two."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,16 +9,19 @@ from torch import nn
 from neumuter.models.families import find_ffns
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.matching import architecture, matching_ffns
-from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 
 
 def combine(model: nn.Module, sets: Iterable[MuteSource]) -> MuteSet:
-    """The union of ``MuteSet``s, or of the mute files at these paths, as a new ``MuteSet`` of ``model``.
+    """Make the union of mute sets, or of mute files, as a new ``MuteSet`` of ``model``.
 
     A neuron that several of them mute gets the lowest of their gains. The mode is "modulate" if one of them
-    has it. Its ``method`` lists theirs. Raises ValueError if there is none, and the errors of ``mute``.
+    has it. ``method`` lists theirs.
+
+    Raises:
+        ValueError: there is no set; what ``neumuter.mute`` raises.
     """
-    found = [loaded(mutes) for mutes in sets]
+    found = [load_mutes(mutes) for mutes in sets]
     if not found:
         raise ValueError("sets must hold at least one mute set")
     gains: dict[str, dict[int, float]] = {}
@@ -28,15 +31,18 @@ def combine(model: nn.Module, sets: Iterable[MuteSource]) -> MuteSet:
             known = gains.setdefault(path, {})
             for neuron, gain in zip(layer.indices.tolist(), layer.gains.tolist(), strict=True):
                 known[neuron] = min(gain, known.get(neuron, gain))
-    return _remade(model, found, gains, {"combined": [mutes.method for mutes in found]})
+    return _remake(model, found, gains, {"combined": [mutes.method for mutes in found]})
 
 
-def without(model: nn.Module, mutes: MuteSource, others: MuteSource) -> MuteSet:
-    """``mutes`` without the neurons that ``others`` mutes, as a new ``MuteSet`` of ``model``.
+def subtract(model: nn.Module, mutes: MuteSource, others: MuteSource) -> MuteSet:
+    """Take the neurons that ``others`` mutes out of ``mutes``, as a new ``MuteSet`` of ``model``.
 
-    Both are MuteSets or paths of mute files. Raises ValueError if nothing is left, and what ``mute`` raises.
+    Both are mute sets or paths of mute files.
+
+    Raises:
+        ValueError: nothing is left; what ``neumuter.mute`` raises.
     """
-    mutes, others = loaded(mutes), loaded(others)
+    mutes, others = load_mutes(mutes), load_mutes(others)
     for one in (mutes, others):
         matching_ffns(model, one)
     gains = {}
@@ -44,10 +50,10 @@ def without(model: nn.Module, mutes: MuteSource, others: MuteSource) -> MuteSet:
         known = dict(zip(layer.indices.tolist(), layer.gains.tolist(), strict=True))
         removed = set(others.layers[path].indices.tolist()) if path in others.layers else set()
         gains[path] = {neuron: gain for neuron, gain in known.items() if neuron not in removed}
-    return _remade(model, [mutes], gains, {"without": others.method, "of": mutes.method})
+    return _remake(model, [mutes], gains, {"subtracted": others.method, "from": mutes.method})
 
 
-def _remade(
+def _remake(
     model: nn.Module,
     sets: Sequence[MuteSet],
     gains: Mapping[str, Mapping[int, float]],

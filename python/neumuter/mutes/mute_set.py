@@ -180,8 +180,8 @@ class MuteSet:
 MuteSource = MuteSet | PathLike  # or the path of a mute file
 
 
-def loaded(mutes: MuteSource) -> MuteSet:
-    """A ``MuteSet``, given that or the path of a mute file."""
+def load_mutes(mutes: MuteSource) -> MuteSet:
+    """Return a ``MuteSet``, given that or the path of a mute file."""
     return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
 
 

@@ -1,28 +1,25 @@
-"""Recipes: how the neurons to mute are found. Each ends in a MuteSet and works on any masked model."""
+"""Recipes: how the neurons to mute are found. Each gives a MuteSet and works on any masked model."""
 
 from neumuter.recipes.baselines import mute_by_activation, mute_by_attribution, mute_random
-from neumuter.recipes.fisher import support_by_fisher
-from neumuter.recipes.fitted import GainsConfig, SupportConfig, find_support, fit_gains, forget
-from neumuter.recipes.paper import GatesConfig, train_gates
-from neumuter.recipes.search import Goals, smallest_share
-from neumuter.training.batches import Pair
-from neumuter.training.weights import WeightsConfig, tune_weights
+from neumuter.recipes.fisher import propose_by_fisher
+from neumuter.recipes.fitted import FittedConfig, GainsConfig, fit_gains, fit_mutes
+from neumuter.recipes.paper import PaperConfig, train_gates
+from neumuter.recipes.search import Goals, search_budget
+from neumuter.recipes.support import SupportConfig, find_support
 
 __all__ = [
+    "FittedConfig",
     "GainsConfig",
-    "GatesConfig",
     "Goals",
-    "Pair",
+    "PaperConfig",
     "SupportConfig",
-    "WeightsConfig",
     "find_support",
     "fit_gains",
-    "forget",
+    "fit_mutes",
     "mute_by_activation",
     "mute_by_attribution",
     "mute_random",
-    "smallest_share",
-    "support_by_fisher",
+    "propose_by_fisher",
+    "search_budget",
     "train_gates",
-    "tune_weights",
 ]

@@ -1,4 +1,4 @@
-"""What the recipes are measured against: neurons at random, by one gradient, and by how active they are."""
+"""What recipes are measured against: neurons at random, by one gradient, and by how active they are."""
 
 from typing import Any
 
@@ -14,25 +14,28 @@ from neumuter.training.neurons import Neurons
 from neumuter.types import Batch
 
 
-def mute_random(masked: Masked, share: int | float, seed: int = 0) -> MuteSet:
-    """A MuteSet that silences ``share`` of the neurons (float share or int number), drawn uniformly."""
+def mute_random(masked: Masked, budget: int | float, seed: int = 0) -> MuteSet:
+    """Silence a ``budget`` of neurons, a share (float) or a number (int), drawn uniformly."""
     neurons = Neurons(masked)
     order = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(seed))
-    ids = order[: neuron_count(share, neurons.count)].to(neurons.device)
+    ids = order[: neuron_count(budget, neurons.count)].to(neurons.device)
     return neurons.mute_set(
-        ids, torch.zeros(len(ids)), "mute", (0.0, 1.0), {"recipe": "random", "share": share}, seed
+        ids, torch.zeros(len(ids)), "mute", (0.0, 1.0), {"recipe": "random", "budget": budget}, seed
     )
 
 
-def mute_by_attribution(masked: Masked, forget_batch: Batch, share: int | float) -> MuteSet:
-    """A MuteSet that silences the neurons whose gate has the largest first-order effect.
+def mute_by_attribution(masked: Masked, forget_batch: Batch, budget: int | float) -> MuteSet:
+    """Silence the neurons whose gates have the largest first-order effect.
 
     One gradient of the forget loss L (mean over the counted tokens) with respect to all gates at 1:
-    silencing neuron f changes L by about −∂L/∂m_f, so the lowest gradients go first. ``share``: float
-    share or int number of neurons. ``forget_batch``: see :class:`neumuter.training.batches.Pair`.
+    silencing neuron f changes L by about −∂L/∂m_f, so the lowest gradients go first.
+
+    Args:
+        forget_batch: see ``neumuter.training.batches``.
+        budget: a share of the neurons (float) or a number (int).
     """
     neurons = Neurons(masked)
-    k = neuron_count(share, neurons.count)
+    k = neuron_count(budget, neurons.count)
     mask = torch.ones(neurons.count, device=neurons.device, requires_grad=True)
     batch = {key: value.to(neurons.device) for key, value in forget_batch.items()}
     with without_dropout(masked.model), masked.applying(neurons.by_layer(mask)):
@@ -42,26 +45,37 @@ def mute_by_attribution(masked: Masked, forget_batch: Batch, share: int | float)
     (grad,) = torch.autograd.grad(token_losses(logits, batch["labels"]).mean(), mask)
     ids = grad.topk(k, largest=False).indices
     return neurons.mute_set(
-        ids, torch.zeros(k), "mute", (0.0, 1.0), {"recipe": "attribution", "share": share}, 0
+        ids, torch.zeros(k), "mute", (0.0, 1.0), {"recipe": "attribution", "budget": budget}, 0
     )
 
 
 @torch.no_grad()
 def mute_by_activation(
-    masked: Masked, forget_batch: Batch, retain_batch: Batch, share: int | float
+    masked: Masked, forget_batch: Batch, retain_batch: Batch, budget: int | float
 ) -> MuteSet:
-    """A MuteSet that silences the neurons that are most active on the forget texts, relative to the others.
+    """Silence the neurons that are most active on the forget texts, relative to the retain texts.
 
     The score of a neuron is the mean of |activation| over the forget tokens divided by that over the retain
-    tokens (selective pruning, Pochinkov and Schoots 2024). ``share``, batches: as above. Raises ValueError
-    for a model with experts, of which different tokens reach different ones.
+    tokens (selective pruning, Pochinkov and Schoots 2024).
+
+    Args:
+        forget_batch, retain_batch: see ``neumuter.training.batches``.
+        budget: a share of the neurons (float) or a number (int).
+
+    Raises:
+        ValueError: a model with experts, of which different tokens reach different ones.
     """
     neurons = Neurons(masked)
-    k = neuron_count(share, neurons.count)
+    k = neuron_count(budget, neurons.count)
     active = [_mean_activations(masked, batch) for batch in (forget_batch, retain_batch)]
     ratio = torch.cat([active[0][path] / (active[1][path] + 1e-8) for path in neurons.widths])
     return neurons.mute_set(
-        ratio.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), {"recipe": "activation", "share": share}, 0
+        ratio.topk(k).indices,
+        torch.zeros(k),
+        "mute",
+        (0.0, 1.0),
+        {"recipe": "activation", "budget": budget},
+        0,
     )
 
 

@@ -1,54 +1,48 @@
-"""The two-phase recipe: first which neurons hold the texts, then the gains that harm least.
+"""The default recipe: choose neurons, then fit the gains that forget the most for the least harm.
 
-NeuMuter's sparsity term finds its own share of neurons, but on a small model it finds none; here the
-share is given. Both phases train masks on the frozen model and look at two losses: a hinge on the
-forget tokens and KL(reference ‖ masked) on the neighbours.
+NeuMuter's sparsity term finds its own share of neurons, but on a small model it finds none; here the budget
+is given. Both phases train masks on the frozen model and look at two losses: a hinge on the forget tokens,
+and KL(reference ‖ masked) on the retain tokens.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.recipes.fisher import support_by_fisher
-from neumuter.training.batches import Pair
-from neumuter.training.losses import hinge, odds_hinge
-from neumuter.training.masked import INITIAL_SCORE, Masked
+from neumuter.recipes.fisher import propose_by_fisher
+from neumuter.recipes.support import SupportConfig, describe_step, find_support
+from neumuter.training.batches import PairedBatches
+from neumuter.training.losses import odds_hinge
+from neumuter.training.masked import Masked
 from neumuter.training.neurons import Neurons
-from neumuter.types import Batch, Callback
-
-
-@dataclass(frozen=True)
-class SupportConfig:
-    """Phase one, which neurons: a straight-through top-k mask."""
-
-    steps: int = 120
-    batch_size: int | None = None  # samples of each kind per step; None: all
-    margin: float = 3.0  # nats per forget token that the hinge asks for
-    kl_weight: float = 5.0  # η
-    lr: float = 0.1  # linear decay to zero
-    momentum: float = 0.9
-    decay: float = 0.99  # of the one running mean square that scales all gradients
+from neumuter.types import Callback
 
 
 @dataclass(frozen=True)
 class GainsConfig:
-    """Phase two, which gains: KL held at a budget."""
+    """How gains are fitted: KL is held at a target."""
 
     steps: int = 80
-    candidates: float = 3.0  # times as many neurons as are asked for enter; without a trained support
-    choosing: float = 1 / 3  # of the steps, after which the others leave
-    batch_size: int | None = None  # samples of each kind per step; None: all
+    # How many times the budget enters where no support was trained.
+    candidates: float = 3.0
+    # The share of the steps after which only the budget stays.
+    choosing: float = 1 / 3
+    # Samples of each kind per step; None takes all of them.
+    batch_size: int | None = 8
     gain_range: tuple[float, float] = (-2.0, 2.0)
-    margin: float = 1.0  # nats by which the log-odds of a forget token have to fall below 0
-    kl_target: float = 0.02  # nats per neighbour token
-    kl_weight: float = 30.0  # η at the start
+    # Nats by which the log-odds of a forget token have to fall below 0.
+    margin: float = 1.0
+    # Nats per retain token.
+    kl_target: float = 0.02
+    # η at the start, its range, and how fast it follows KL.
+    kl_weight: float = 30.0
     kl_weight_range: tuple[float, float] = (1.0, 1000.0)
-    kl_weight_rate: float = 0.15  # how fast η follows KL
-    lr: float = 0.1  # of Adam, cosine decay to zero; both start again after the choice
+    kl_weight_rate: float = 0.15
+    # Of Adam, with a cosine decay to zero; both start again after the choice.
+    lr: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
@@ -59,56 +53,56 @@ class GainsConfig:
             )
 
 
-def forget(
-    masked: Masked,
-    forget_batch: Batch,
-    neighbour_batch: Batch,
-    share: int | float,
-    mode: str = "modulate",
-    support: SupportConfig | None = None,
-    gains: GainsConfig = GainsConfig(),
-    seed: int = 0,
-    callback: Callback | None = None,
-    beside: MuteSet | None = None,
-) -> MuteSet:
-    """Find the ``share`` of neurons that hold the forget texts, and silence or modulate them.
+@dataclass(frozen=True)
+class FittedConfig:
+    """The constants of ``fit_mutes``.
 
-    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.training.batches.Pair`. ``share``: of all
-    neurons under masks (float in (0, 1]) or their number (int). ``mode`` "mute": the selected neurons
-    are silenced. "modulate": they get fitted, signed gains within ``gains.gain_range``.
-    ``support``: a SupportConfig, to train which neurons. None: ``SupportConfig()`` for "mute"; for
-    "modulate", where neurons need not be good to silence, ``support_by_fisher`` proposes
-    ``gains.candidates`` times as many, of which those stay that fitting moves most.
-    ``callback(step, total, info)`` after every step, counted through both phases; info = {"phase",
-    "loss", "forget_loss", "kl", "muted"}: the step's loss and its parts in nats, and the share.
-    ``beside``: a MuteSet of former requests that is in force, too: the new set leaves its neurons alone, and
-    KL, which is to the model without any mutes, holds for both together (``neumuter.combine``).
-
-    Returns a MuteSet whose ``method`` holds the hyper-parameters; the same arguments give the same set.
-    Raises ValueError on a bad argument and RuntimeError if the loss diverged.
+    support: how the neurons are trained. None trains them for mode "mute" alone; for "modulate", where
+        neurons need not be good to silence, ``propose_by_fisher`` proposes ``gains.candidates`` times the
+        budget, and those stay that fitting moves most.
     """
-    _check_mode(mode)
-    pair = Pair(masked, forget_batch, neighbour_batch)
-    return forget_pair(masked, pair, share, mode, support, gains, seed, callback, beside)
+
+    gains: GainsConfig = field(default_factory=GainsConfig)
+    support: SupportConfig | None = None
 
 
-def forget_pair(
+def fit_mutes(
     masked: Masked,
-    pair: Pair,
-    share: int | float,
+    pair: PairedBatches,
+    budget: int | float,
     mode: str = "modulate",
-    support: SupportConfig | None = None,
-    gains: GainsConfig = GainsConfig(),
+    config: FittedConfig = FittedConfig(),
     seed: int = 0,
     callback: Callback | None = None,
-    beside: MuteSet | None = None,
+    existing: MuteSet | None = None,
     ratios: Tensor | None = None,
 ) -> MuteSet:
-    """As :func:`forget`, of a :class:`Pair`; ``ratios``: see ``support_by_fisher``."""
-    _check_mode(mode)
+    """Find the ``budget`` of neurons that hold the forget texts, and silence or modulate them.
+
+    Args:
+        pair: the forget and retain texts, of the same handle.
+        budget: a share of the masked neurons (float in (0, 1]) or their number (int).
+        mode: "mute" silences the selected neurons; "modulate" gives them fitted, signed gains within
+            ``config.gains.gain_range``.
+        callback: called as (step, total, info) after every step, counted through both phases. info has
+            "phase", "loss", "forget_loss" and "kl" in nats, and "muted", the share of neurons.
+        existing: a mute set of earlier requests that is in force as well. The new set leaves its neurons
+            alone, and KL, which is to the model without any mutes, holds for both (``neumuter.combine``).
+        ratios: what ``rank_by_fisher`` gave for the same pair and existing set, if it is known.
+
+    Returns:
+        A MuteSet whose ``method`` holds the constants; the same arguments give the same set.
+
+    Raises:
+        ValueError: a bad argument.
+        RuntimeError: the loss diverged.
+    """
+    if mode not in ("mute", "modulate"):
+        raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
+    gains, support = config.gains, config.support
     if support is None and mode == "mute":
         support = SupportConfig()
-    keep = None if support else Neurons(masked, beside).number(share)
+    keep = None if support else Neurons(masked, existing).count_of(budget)
     first = support.steps if support else 0
     total = first + (gains.steps if mode == "modulate" else 0)
 
@@ -116,105 +110,65 @@ def forget_pair(
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
     if support:
-        mutes = find_support(masked, pair, share, support, seed, report("support", 0), beside)
+        mutes = find_support(masked, pair, budget, support, seed, report("support", 0), existing)
     else:
-        mutes = support_by_fisher(masked, pair, share, beside, gains.candidates, ratios)
+        mutes = propose_by_fisher(masked, pair, budget, existing, gains.candidates, ratios)
     if mode == "modulate":
-        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), beside, keep)
+        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), existing, keep)
     return mutes
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in ("mute", "modulate"):
-        raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
-
-
-def find_support(
-    masked: Masked,
-    pair: Pair,
-    share: int | float,
-    config: SupportConfig = SupportConfig(),
-    seed: int = 0,
-    callback: Callback | None = None,
-    beside: MuteSet | None = None,
-) -> MuteSet:
-    """Phase one: a MuteSet of mode "mute" that silences the ``share`` of neurons found.
-
-    Forward, the k neurons of lowest score are off; backward, the mask is σ(score) (straight-through).
-    Loss: mean relu(margin − CE) over the forget tokens + η·KL(reference ‖ masked) on the neighbours.
-    All gradients are divided by ONE root mean square: a scale per coordinate, as Adam has, would rank
-    neurons by how consistent the sign of their gradient is instead of by their effect.
-    ``pair``: a :class:`Pair` of the same handle. ``share``, ``callback``, ``beside``: as in :func:`forget`.
-    Raises ValueError on a bad share and RuntimeError if the loss diverged.
-    """
-    neurons = Neurons(masked, beside)
-    k = neurons.number(share)
-    noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
-    scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)  # ties at the start are broken at random
-    scores[neurons.excluded] = torch.inf
-    scores.requires_grad_()
-    velocity = torch.zeros_like(scores)
-    mean_square: Any = 0.0  # a tensor from the first step on
-    ids = pair.steps(config.batch_size, seed)
-    with without_dropout(masked.model):
-        for step in range(1, config.steps + 1):
-            soft = scores.sigmoid()
-            hard = torch.ones_like(soft).index_fill(0, _lowest(scores, k), 0.0)
-            mask = neurons.start * (soft + (hard - soft).detach())
-            with masked.applying(neurons.by_layer(mask)):
-                losses, kl = pair.losses(next(ids))
-                loss = hinge(losses, config.margin) + config.kl_weight * kl
-                (grad,) = torch.autograd.grad(loss, scores)
-            mean_square = config.decay * mean_square + (1 - config.decay) * grad.square().mean()
-            scale = (mean_square / (1 - config.decay**step)).sqrt().clamp(min=1e-12)
-            velocity = config.momentum * velocity + (1 - config.momentum) * grad / scale
-            scores.data -= config.lr * (1 - (step - 1) / config.steps) * velocity
-            if callback:
-                callback(step, config.steps, _info(loss, losses, kl, k / neurons.count))
-    if scores.isnan().any():
-        raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
-    method = {"recipe": "two-phase", "support": asdict(config)}
-    return neurons.mute_set(_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
 
 
 def fit_gains(
     masked: Masked,
-    pair: Pair,
+    pair: PairedBatches,
     mutes: MuteSet,
     config: GainsConfig = GainsConfig(),
     seed: int = 0,
     callback: Callback | None = None,
-    beside: MuteSet | None = None,
+    existing: MuteSet | None = None,
     keep: int | None = None,
 ) -> MuteSet:
-    """The neurons of ``mutes`` with gains in ``config.gain_range``: a MuteSet of mode "modulate".
+    """Fit the gains of the neurons of ``mutes`` with Adam on the hinge on log-odds + η·KL.
 
-    Trained with Adam on the hinge on log-odds + η·KL. η is steered so that KL stays at its budget:
-    η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), *kl_weight_range).
-    ``keep``: None, and gains start at 0, silenced. A number of neurons: gains start at 1, untouched; after
-    ``config.choosing`` of the steps only so many stay, those whose gains went farthest from 1.
-    ``pair``, ``callback``, ``beside``: as in :func:`find_support`.
+    η is steered so that KL stays at its target: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), range).
+
+    Args:
+        pair: of the same handle.
+        callback: called as (step, total, info) after every step; see ``fit_mutes``.
+        existing: a mute set that is in force meanwhile.
+        keep: None starts gains at 0, silenced. A number of neurons starts gains at 1, untouched; after
+            ``config.choosing`` of the steps only this many stay, those whose gains went farthest from 1.
+
+    Returns:
+        A MuteSet of mode "modulate" with gains in ``config.gain_range``.
     """
-    neurons = Neurons(masked, beside)
+    neurons = Neurons(masked, existing)
     support = neurons.ids(mutes)
     gains = torch.full([len(support)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains.clamp_(*config.gain_range)
     choosing = 0 if keep is None else round(config.choosing * config.steps)
-    fit = _Gains(neurons, pair, config, seed, callback)
+    fit = _Fit(neurons, pair, config, seed, callback)
     if keep is not None:
         gains = fit.train(support, gains, choosing)
         chosen = (gains - 1).abs().topk(keep).indices
         support, gains = support[chosen], gains[chosen]
     gains = fit.train(support, gains, config.steps - choosing)
-    method = {**mutes.method, "gains": asdict(config)} | ({"beside": beside.method} if beside else {})
+    method = {**mutes.method, "gains": asdict(config)}
+    if existing:
+        method["existing"] = existing.method
     return neurons.mute_set(support, gains, "modulate", config.gain_range, method, seed)
 
 
-class _Gains:
-    """Training of gains, in one or two runs: steps, the order of samples and η go on through both."""
+class _Fit:
+    """The fit of gains in one or two runs: steps, the order of samples and η go on through both."""
 
     def __init__(
-        self, neurons: Neurons, pair: Pair, config: GainsConfig, seed: int, callback: Callback | None
+        self,
+        neurons: Neurons,
+        pair: PairedBatches,
+        config: GainsConfig,
+        seed: int,
+        callback: Callback | None,
     ) -> None:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
@@ -245,13 +199,5 @@ class _Gains:
                 self.step += 1
                 if self.callback:
                     muted = len(support) / neurons.count
-                    self.callback(self.step, config.steps, _info(loss, losses, kl, muted))
+                    self.callback(self.step, config.steps, describe_step(loss, losses, kl, muted))
         return gains.detach()
-
-
-def _lowest(scores: Tensor, k: int) -> Tensor:
-    return scores.detach().topk(k, largest=False).indices
-
-
-def _info(loss: Tensor, losses: Tensor, kl: Tensor, muted: float) -> dict[str, Any]:
-    return {"loss": loss.item(), "forget_loss": losses.mean().item(), "kl": kl.item(), "muted": muted}

@@ -3,60 +3,70 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.training.batches import Pair
+from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import STRETCH, TEMPERATURE, Masked
-from neumuter.types import Batch, Callback
-
-if TYPE_CHECKING:
-    from neumuter.recipes.trainer import NeuMuterConfig
+from neumuter.types import Callback
 
 
 @dataclass(frozen=True)
-class GatesConfig:
+class PaperConfig:
     """The authors' values (Hou et al. 2025, section 4 and their code)."""
 
-    epochs: int = 200  # passes over the forget samples
-    batch_size: int | None = 1  # samples of each kind per step; None: all
-    lr: float = 0.1  # of Adam
-    sparsity: float = 500.0  # λ, weight of the mean probability that a gate is closed
-    sparsity_per_neuron: float | None = None  # λ over the number of neurons, instead: 0.0148 on GPT-Neo-125M
-    kl_weight: float = 5.0  # η, weight of KL(reference ‖ masked) on the neighbours
-    stop_loss: float = 8.0  # nats: above this loss on the forget samples, descend instead of ascend
-    descent: float = 5.0  # weight of that descent
-    threshold: float = 0.15  # neurons with σ(score) below it are muted
+    # Passes over the forget samples.
+    epochs: int = 200
+    # Samples of each kind per step; None takes all of them.
+    batch_size: int | None = 1
+    # Of Adam.
+    lr: float = 0.1
+    # λ, the weight of the mean probability that a gate is closed.
+    sparsity: float = 500.0
+    # λ over the number of neurons, instead: 0.0148 on GPT-Neo-125M.
+    sparsity_per_neuron: float | None = None
+    # η, the weight of KL(reference ‖ masked) on the retain samples.
+    kl_weight: float = 5.0
+    # Above this forget loss, in nats, descend instead of ascend.
+    stop_loss: float = 8.0
+    # The weight of that descent.
+    descent: float = 5.0
+    # Neurons with σ(score) below it are muted.
+    threshold: float = 0.15
 
 
 def train_gates(
     masked: Masked,
-    forget_batch: Batch,
-    neighbour_batch: Batch,
-    config: GatesConfig = GatesConfig(),
+    pair: PairedBatches,
+    config: PaperConfig = PaperConfig(),
     seed: int = 0,
     callback: Callback | None = None,
 ) -> MuteSet:
     """Train the scores of ``masked`` with NeuMuter's objective and select the neurons that closed.
 
-    Per step s·LM(forget) + λ·(1 − mean_l mean_f p) + η·KL(p_ref ‖ p_masked on neighbours), where LM is
+    Per step s·LM(forget) + λ·(1 − mean_l mean_f p) + η·KL(p_ref ‖ p_masked on the retain texts), where LM is
     the mean loss of the counted forget tokens, s = −1 while LM ≤ stop_loss and +5 above, and
     p = σ(score − β·ln(−γ/ζ)) is the probability that a gate is open (Hou et al. 2025; Louizos et al.
     2018). λ over the number of neurons is the pull on each, which therefore depends on the model's size;
     ``sparsity_per_neuron`` gives that pull itself. Both kinds of samples share one forward pass with one
-    sampled mask row each; their noise is keyed by the sample's id, its position in the forget batch
-    followed by the neighbour batch.
+    sampled mask row each. Their noise is keyed by the sample's id, its position in the forget batch
+    followed by the retain batch.
 
-    ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.training.batches.Pair`.
-    ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "kl", "muted"}.
-    Returns a MuteSet of mode "mute" with the evaluation gates as gains; the scores stay in
-    ``masked.scores``. Raises ValueError on malformed batches, and if no neuron ended below the threshold.
+    Args:
+        pair: the forget and retain texts, of the same handle.
+        callback: called as (step, total, info) after every step; info has "loss", "forget_loss" and "kl"
+            in nats, and "muted", the share of neurons below the threshold.
+
+    Returns:
+        A MuteSet of mode "mute" with the evaluation gates as gains; the scores stay in ``masked.scores``.
+
+    Raises:
+        NothingSelectedError: no neuron ended below the threshold.
     """
-    pair = Pair(masked, forget_batch, neighbour_batch)
     scores = list(masked.scores.values())
     optimizer = torch.optim.Adam(scores, lr=config.lr)
     per_epoch = math.ceil(pair.forget_count / (config.batch_size or pair.forget_count))
@@ -69,26 +79,33 @@ def train_gates(
             with masked.sampling(seed, step, torch.tensor(sample_ids, device=scores[0].device)):
                 losses, kl = pair.losses(sample_ids)
                 forget_loss = losses.mean()
-                loss = objective(forget_loss, kl, scores, config)
+                loss = combine_losses(forget_loss, kl, scores, config)
                 loss.backward()
             optimizer.step()
             if callback:
                 info = {"loss": loss.item(), "forget_loss": forget_loss.item(), "kl": kl.item()}
-                callback(step + 1, total, {**info, "muted": closed_share(scores, config.threshold).item()})
-    method = method_of(config) | {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}
+                callback(
+                    step + 1, total, {**info, "muted": measure_closed_share(scores, config.threshold).item()}
+                )
+    method = describe_method(config) | {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "lr": config.lr,
+    }
     return masked.select(threshold=config.threshold, method=method, seed=seed)
 
 
-def objective(
+def combine_losses(
     forget_loss: Tensor,
     kl: Tensor,
     scores: Sequence[Tensor],
-    config: "GatesConfig | NeuMuterConfig",
+    config: PaperConfig,
     level: Tensor | None = None,
 ) -> Tensor:
-    """NeuMuter's loss of a step, a scalar; ``config`` has what ``method_of`` names.
+    """Compute NeuMuter's loss of a step, a scalar.
 
-    ``level``: what is compared with stop_loss, where it is not ``forget_loss``.
+    Args:
+        level: what is compared with stop_loss, where it is not ``forget_loss``.
     """
     shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
     level = forget_loss.detach() if level is None else level
@@ -100,14 +117,14 @@ def objective(
     return sign * forget_loss + sparsity * closed + config.kl_weight * kl
 
 
-def closed_share(scores: Sequence[Tensor], threshold: float) -> Tensor:
-    """The share of neurons with σ(score) below ``threshold``, a scalar tensor."""
+def measure_closed_share(scores: Sequence[Tensor], threshold: float) -> Tensor:
+    """Compute the share of neurons with σ(score) below ``threshold``, a scalar tensor."""
     closed = torch.stack([(score.detach().sigmoid() < threshold).sum() for score in scores]).sum()
     return closed / sum(score.numel() for score in scores)
 
 
-def method_of(config: "GatesConfig | NeuMuterConfig") -> dict[str, Any]:
-    """What a mute file records of the objective."""
+def describe_method(config: PaperConfig) -> dict[str, Any]:
+    """Describe the objective as a mute file records it."""
     names = ("sparsity", "sparsity_per_neuron", "kl_weight", "stop_loss", "descent", "threshold")
     recorded = {name: getattr(config, name) for name in names}
-    return {"recipe": "gates", **recorded, "temperature": TEMPERATURE, "stretch": list(STRETCH)}
+    return {"recipe": "paper", **recorded, "temperature": TEMPERATURE, "stretch": list(STRETCH)}

@@ -1,4 +1,4 @@
-"""The smallest share of neurons with which a recipe reaches its goals."""
+"""The smallest budget of neurons with which the fitted recipe reaches its goals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,23 +6,27 @@ from typing import Any, cast
 
 from neumuter.evaluation import extraction_rate, memorization_accuracy
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.recipes.fisher import neuron_ratios
-from neumuter.recipes.fitted import forget_pair
-from neumuter.training.batches import Pair
+from neumuter.recipes.fisher import rank_by_fisher
+from neumuter.recipes.fitted import FittedConfig, fit_mutes
+from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import Masked
 from neumuter.training.neurons import Neurons
-from neumuter.types import Batch
+from neumuter.types import Batch, Callback
 
-SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
-HALVINGS = 1  # of the gap between the last share that fails and the first that does not
+BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
+# How often the gap between the last budget that fails and the first that does not is halved.
+HALVINGS = 1
 
 
 @dataclass(frozen=True)
 class Goals:
-    """Of the forget texts, each at most; None: no matter."""
+    """What the forget texts must come down to; None sets no limit.
 
-    extraction: float | None = 0.0  # share of texts that greedy decoding reproduces exactly
-    ma: float | None = None  # memorization accuracy
+    extraction: the share of texts that greedy decoding reproduces exactly. ma: memorization accuracy.
+    """
+
+    extraction: float | None = 0.0
+    ma: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("extraction", "ma"):
@@ -37,58 +41,70 @@ class Goals:
         return all(limit is None or point[name] <= limit for name, limit in limits.items())
 
 
-def smallest_share(
+def search_budget(
     masked: Masked,
+    pair: PairedBatches,
     forget_batch: Batch,
-    neighbour_batch: Batch,
     goals: Goals = Goals(),
-    shares: Sequence[float] = SHARES,
-    callback: Callable[[dict[str, Any]], object] | None = None,
-    **recipe: Any,
+    budgets: Sequence[float] = BUDGETS,
+    mode: str = "modulate",
+    config: FittedConfig = FittedConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+    existing: MuteSet | None = None,
+    report: Callable[[dict[str, Any]], object] | None = None,
 ) -> tuple[MuteSet, list[dict[str, Any]]]:
-    """Run :func:`neumuter.recipes.forget` with rising ``shares`` until ``goals`` are met, then close in.
+    """Run ``fit_mutes`` with rising ``budgets`` until the goals are met, then close in.
 
-    ``shares``: floats in (0, 1], ascending. ``callback(point)`` after every share; ``recipe``: what else
-    ``forget`` takes (mode, support, gains, seed, beside, its callback as ``progress``).
-    Returns (MuteSet, points): the smallest set that meets the goals, and for every share tried, in ascending
-    order, {"share", "neurons", "forget_extraction", "forget_ma", "met"}. If none meets them, the MuteSet is
-    that of the largest share. Raises ValueError on bad arguments, and what ``forget`` raises.
+    Args:
+        forget_batch: what the goals are measured on.
+        budgets: shares of the neurons in (0, 1], ascending.
+        mode, config, seed, callback, existing: as in ``fit_mutes``.
+        report: called with the point after every budget.
+
+    Returns:
+        The smallest MuteSet that meets the goals, or that of the largest budget if none does; and a point
+        for every budget tried, in ascending order: {"share", "neurons", "forget_extraction", "forget_ma",
+        "met"}.
+
+    Raises:
+        ValueError: a bad argument; what ``fit_mutes`` raises.
     """
-    if not shares or list(shares) != sorted(set(shares)):
-        raise ValueError(f"shares must be ascending, got {shares!r}")
-    progress, beside = recipe.pop("progress", None), recipe.get("beside")
-    pair = Pair(masked, forget_batch, neighbour_batch)
-    if recipe.get("mode") != "mute" and not recipe.get("support"):
-        recipe["ratios"] = neuron_ratios(masked, pair, beside)  # the same for all shares
+    if not budgets or list(budgets) != sorted(set(budgets)):
+        raise ValueError(f"budgets must be ascending, got {budgets!r}")
+    neurons = Neurons(masked, existing)
+    # The largest budget is checked before hours are spent on smaller ones.
+    neurons.count_of(budgets[-1])
+    by_fisher = mode != "mute" and not config.support
+    # The ratios are the same for all budgets.
+    ratios = rank_by_fisher(masked, pair, existing) if by_fisher else None
     points: list[dict[str, Any]] = []
     best, failed = None, 0.0
 
-    def attempt(share: float) -> tuple[MuteSet, bool]:
-        mutes = forget_pair(masked, pair, share, callback=progress, **recipe)
+    def attempt(budget: float) -> tuple[MuteSet, bool]:
+        mutes = fit_mutes(masked, pair, budget, mode, config, seed, callback, existing, ratios)
         with masked.applying(neurons.masks(mutes)):
             point = {
-                "share": share,
+                "share": budget,
                 "neurons": mutes.count,
                 "forget_extraction": extraction_rate(masked.model, forget_batch),
                 "forget_ma": memorization_accuracy(masked.model, forget_batch),
             }
         points.append(point | {"met": goals.met(point)})
-        if callback:
-            callback(points[-1])
+        if report:
+            report(points[-1])
         return mutes, points[-1]["met"]
 
-    neurons = Neurons(masked, beside)
-    neurons.number(shares[-1])  # before hours are spent on smaller ones
-    for share in shares:
-        best, met = attempt(share)
+    for budget in budgets:
+        best, met = attempt(budget)
         if met:
             break
-        failed = share
+        failed = budget
     for _ in range(HALVINGS if met and failed else 0):
-        middle = (failed * share) ** 0.5
+        middle = (failed * budget) ** 0.5
         mutes, met = attempt(middle)
         if met:
-            best, share = mutes, middle
+            best, budget = mutes, middle
         else:
             failed = middle
     return cast(MuteSet, best), sorted(points, key=lambda point: point["share"])

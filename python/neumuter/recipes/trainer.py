@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from neumuter.evaluation import mean_token_loss, memorization_accuracy
+from neumuter.evaluation import summary_metrics
 from neumuter.files import PathLike, write_atomically
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.recipes.paper import GatesConfig, closed_share, method_of, objective
-from neumuter.training.batches import Pair
+from neumuter.recipes.paper import PaperConfig, combine_losses, describe_method, measure_closed_share
+from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import NothingSelectedError, attach
 from neumuter.types import Batch
 
 SCORES = "scores.safetensors"  # in a checkpoint
-_PAPER = GatesConfig()
+_PAPER = PaperConfig()
 
 
 @dataclass
@@ -33,7 +33,7 @@ class NeuMuterConfig(TrainingArguments):
     """transformers' TrainingArguments with the authors' values as defaults, and what NeuMuter adds.
 
     ``sparsity``, ``sparsity_per_neuron``, ``kl_weight``, ``stop_loss``, ``descent``, ``threshold``: as in
-    ``GatesConfig``. ``budget``: a share (float) or number (int) of neurons to mute, instead of the threshold.
+    ``PaperConfig``. ``budget``: a share (float) or number (int) of neurons to mute, instead of the threshold.
     ``start_layer``: the first FFN that gets gates. ``goal_forget_loss``, ``goal_forget_ma``: training ends
     as soon as an evaluation finds the forget loss (nats) at or above, and the MA at or below, these.
     ``seed`` is also the gates'.
@@ -63,18 +63,30 @@ class NeuMuterConfig(TrainingArguments):
         ) and self.eval_strategy == "no":
             raise ValueError("goals are looked at in evaluations: set eval_strategy to 'epoch' or 'steps'")
 
+    @property
+    def objective(self) -> PaperConfig:
+        """The constants of the objective."""
+        return PaperConfig(
+            sparsity=self.sparsity,
+            sparsity_per_neuron=self.sparsity_per_neuron,
+            kl_weight=self.kl_weight,
+            stop_loss=self.stop_loss,
+            descent=self.descent,
+            threshold=self.threshold,
+        )
+
 
 class _Indices(torch.utils.data.Dataset[tuple[int, int]]):
-    """Pairs of sample ids; every forget and every neighbour sample comes at least once in a round."""
+    """Pairs of sample ids; every forget and every retain sample comes at least once in a round."""
 
-    def __init__(self, forget: int, neighbours: int) -> None:
-        self.forget, self.neighbours = forget, neighbours
+    def __init__(self, forget: int, retain: int) -> None:
+        self.forget, self.retain = forget, retain
 
     def __len__(self) -> int:
-        return max(self.forget, self.neighbours)
+        return max(self.forget, self.retain)
 
     def __getitem__(self, i: int) -> tuple[int, int]:
-        return i % self.forget, self.forget + i % self.neighbours
+        return i % self.forget, self.forget + i % self.retain
 
 
 def _collate(pairs: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
@@ -100,7 +112,7 @@ class NeuMuterTrainer(Trainer):
     """Trains the gates of a model with NeuMuter's objective (see ``recipes.train_gates``).
 
     ``model``: attached here (``trainer.masked``); detach it with ``trainer.masked.detach()``. ``args``:
-    NeuMuterConfig. ``forget_batch``, ``neighbour_batch``: see :class:`neumuter.training.batches.Pair`. Other
+    NeuMuterConfig. ``forget_batch``, ``retain_batch``: see ``PairedBatches``. Other
     arguments go to transformers' Trainer. A training batch has ``per_device_train_batch_size`` samples of
     each kind. Dropout of the model is off.
 
@@ -117,19 +129,19 @@ class NeuMuterTrainer(Trainer):
         model: nn.Module,
         args: NeuMuterConfig,
         forget_batch: Batch,
-        neighbour_batch: Batch,
+        retain_batch: Batch,
         callbacks: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> None:
         self.masked = attach(model, args.start_layer)
         try:
-            self.pair = Pair(self.masked, forget_batch, neighbour_batch)
+            self.pair = PairedBatches(self.masked, forget_batch, retain_batch)
         except BaseException:
             self.masked.detach()
             raise
-        self.batches = {"forget": forget_batch, "retain": neighbour_batch}
+        self.batches = {"forget": forget_batch, "retain": retain_batch}
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
-        data = _Indices(self.pair.forget_count, self.pair.neighbour_count)
+        data = _Indices(self.pair.forget_count, self.pair.retain_count)
         args.remove_unused_columns = False
         super().__init__(
             model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=_collate,
@@ -164,8 +176,9 @@ class NeuMuterTrainer(Trainer):
         losses = self.pair.token_losses(inputs["sample_ids"], through=model)
         (forget_loss, level), (kl, divergence) = map(self._mean, losses)
         scores = list(self.masked.scores.values())
-        loss = objective(forget_loss, kl, scores, self.args, level)
-        parts = {"forget_loss": level, "kl": divergence, "muted": closed_share(scores, self.args.threshold)}
+        loss = combine_losses(forget_loss, kl, scores, self.args.objective, level)
+        closed = measure_closed_share(scores, self.args.threshold)
+        parts = {"forget_loss": level, "kl": divergence, "muted": closed}
         for name, value in parts.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value.detach(), count + 1
@@ -191,14 +204,11 @@ class NeuMuterTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The forget loss and MA and the neighbours' loss with the neurons muted that would be muted now."""
+        """The forget loss and MA and the retain loss with the neurons muted that would be muted now."""
         with without_dropout(self.model), self.masked.applying(self._masks()):
-            metrics = {
-                "forget_loss": mean_token_loss(self.model, self.batches["forget"]),
-                "forget_ma": memorization_accuracy(self.model, self.batches["forget"]),
-                "retain_loss": mean_token_loss(self.model, self.batches["retain"]),
-            }
-        metrics["muted"] = float(closed_share(list(self.masked.scores.values()), self.args.threshold))
+            metrics = summary_metrics(self.model, **self.batches)
+        scores = list(self.masked.scores.values())
+        metrics["muted"] = float(measure_closed_share(scores, self.args.threshold))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -219,7 +229,8 @@ class NeuMuterTrainer(Trainer):
 
     def mute_set(self) -> MuteSet:
         """The ``MuteSet`` of the scores as they are: ``masked.select`` by the budget or the threshold."""
-        return self.masked.select(**self._selection(), method=method_of(self.args), seed=self.args.seed)
+        method = describe_method(self.args.objective)
+        return self.masked.select(**self._selection(), method=method, seed=self.args.seed)
 
     def _selection(self) -> dict[str, Any]:
         by_budget = self.args.budget is not None

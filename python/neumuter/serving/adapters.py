@@ -24,7 +24,7 @@ from neumuter.files import PathLike, new_folder
 from neumuter.models.families import FFN, input_device, unwrapped
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.fold import FOLDABLE
 from neumuter.serving.live import mute
 
@@ -64,7 +64,7 @@ def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike, verify: bool 
     raises.
     """
     peft = _peft()
-    mutes = loaded(mutes)
+    mutes = load_mutes(mutes)
     ffns = _down_projections(model, mutes)
     tensors = {}
     for path, ffn in ffns.items():
@@ -94,7 +94,7 @@ def export_lora(
     allows.
     """
     peft = _peft()
-    mutes = loaded(mutes)
+    mutes = load_mutes(mutes)
     ffns = _down_projections(model, mutes)
     counts = {path: len(mutes.layers[ffn.path].indices) for path, ffn in ffns.items()}
     highest = max(counts, key=counts.__getitem__)

@@ -15,7 +15,7 @@ from neumuter.models.hooks import Gates, Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
 from neumuter.models.seams import can_run
 from neumuter.mutes.matching import fitting_ffns
-from neumuter.mutes.mute_set import MutedLayer, MuteSource, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
 from neumuter.serving.live import FEW
 from neumuter_kernels import mute_
 
@@ -96,7 +96,7 @@ class MuteBank:
         if not isinstance(name, str):
             raise ValueError(f"name must be a str, got {name!r}")
         self._refuse_taken(name)
-        mutes = loaded(mutes)
+        mutes = load_mutes(mutes)
         with self.using(None):
             fitting_ffns(self.model, mutes)
         with self._lock:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from neumuter.models.families import FFN
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MutedLayer, MuteSource, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,7 +21,7 @@ def fold(model: nn.Module, mutes: MuteSource) -> None:
     weight's dtype. The result is an ordinary model; gains of 0 cannot be taken back. Nothing is changed on
     an error: those of ``mute``, and ValueError for weights that are quantised or hidden in an adapter.
     """
-    mutes = loaded(mutes)
+    mutes = load_mutes(mutes)
     ffns = matching_ffns(model, mutes)
     sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # or whole for a while
     for path in mutes.layers:

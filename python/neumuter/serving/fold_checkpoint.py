@@ -26,7 +26,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from neumuter.files import PathLike
 from neumuter.models.families import FFN, find_ffns
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
-from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.fold import fold_columns
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -107,7 +107,7 @@ def fold_checkpoint(
     process is writing the same ``out``.
     """
     folder, out = Path(folder), Path(os.path.abspath(out))
-    mutes = loaded(mutes)
+    mutes = load_mutes(mutes)
     if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
         raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
     _refuse_taken(out)

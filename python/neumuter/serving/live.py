@@ -12,7 +12,7 @@ from neumuter.models.families import FFN
 from neumuter.models.hooks import Gates, Installed, Mask, masked_act_of, seam_module
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, loaded
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 
 FEW = 1 << 18  # activations, for which a product of PyTorch's takes less time than calling a kernel
 
@@ -101,4 +101,4 @@ def mute(model: nn.Module, mutes: MuteSource) -> Muted:
     Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, and
     RuntimeError if the model is attached or muted already.
     """
-    return Muted(model, loaded(mutes))
+    return Muted(model, load_mutes(mutes))

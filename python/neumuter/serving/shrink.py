@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neumuter.models.families import FFN, find_ffns, unwrapped
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MuteSource, loaded
+from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.serving.fold import FOLDABLE, fold
 
 
@@ -40,7 +40,7 @@ def shrink(model: nn.Module, mutes: MuteSource, multiple: int = 64) -> Shrunk:
     """
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple must be an integer of at least 1, got {multiple!r}")
-    mutes = loaded(mutes)
+    mutes = load_mutes(mutes)
     matching_ffns(model, mutes)
     ffns = find_ffns(model)
     for ffn in ffns:

@@ -3,39 +3,44 @@
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.types import IGNORED, Batch, Text
+from neumuter.types import IGNORED, Batch, Chat, Text
 
-
-def _open_ended(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of ``prompt`` without the end token that some tokenizers append."""
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    added = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    while added and ids[-1] in tokenizer.all_special_ids:
-        ids, added = ids[:-1], added - 1
-    return ids
+# What fills a shorter row of each tensor of a batch.
+PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
 def encode(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Batch:
-    """A batch of token ids: {"input_ids", "attention_mask", "labels"}, int64 [B, T] each.
+    """Encode texts as one batch, padded on the right to the longest.
 
-    ``texts``: as ``read_texts`` returns them. Special tokens at the start are the tokenizer's own; a
-    prompt and its completion are tokenised apart, as in generation. Texts are cut to ``max_length`` tokens
-    and padded on the right to the longest. ``labels`` are the ids, −100 on padding and on prompts.
+    Special tokens at the start are the tokenizer's own; a prompt and its completion are tokenised apart, as
+    in generation.
 
-    Raises ValueError, naming the text by its number from 1, if it has no token that can be predicted: the
-    first token never is, and a prompt may fill ``max_length``.
+    Args:
+        texts: as ``read_texts`` returns them.
+        max_length: tokens that a text is cut to.
+
+    Returns:
+        {"input_ids", "attention_mask", "labels"}, int64 [B, T] each. Labels are the ids, −100 on padding and
+        on prompts.
+
+    Raises:
+        ValueError: a text has no token that can be predicted, because it has only one token or its prompt
+            fills ``max_length``. The message names the text by its number from 1.
     """
     rows = []
     for number, text in enumerate(texts, 1):
+        start, ids = 0, []
         if isinstance(text, str):
-            start, ids = 0, tokenizer(text)["input_ids"]
+            ids = tokenizer(text)["input_ids"]
         else:
-            ids = _open_ended(text[0], tokenizer)
+            chat = isinstance(text, Chat)
+            ids = _ids_of(text[0], tokenizer) if chat else _open_ended(text[0], tokenizer)
             start = len(ids)
-            ids = ids + tokenizer(text[1], add_special_tokens=False)["input_ids"]
+            ids = ids + _ids_of(text[1], tokenizer)
         ids = ids[:max_length]
         if len(ids) <= max(start, 1):
             raise ValueError(
@@ -53,3 +58,28 @@ def encode(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_length
         "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
         "labels": padded([labels for _, labels in rows], IGNORED),
     }
+
+
+def join_batches(*batches: Batch) -> Batch:
+    """Join batches, one below the other, padded on the right to the widest."""
+    width = max(batch["labels"].shape[1] for batch in batches)
+    return {
+        name: torch.cat(
+            [F.pad(batch[name].cpu(), (0, width - batch[name].shape[1]), value=value) for batch in batches]
+        )
+        for name, value in PADDING.items()
+    }
+
+
+def _ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _open_ended(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of ``prompt`` without the end token that some tokenizers append."""
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    added = len(ids) - len(_ids_of(prompt, tokenizer))
+    while added and ids[-1] in tokenizer.all_special_ids:
+        ids, added = ids[:-1], added - 1
+    return ids

@@ -1,34 +1,35 @@
-"""Texts from files."""
+"""Texts from files, and from the rows that files hold."""
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from neumuter.files import PathLike
 from neumuter.types import Text
 
-if TYPE_CHECKING:
-    pass
-
 
 def read_texts(path: PathLike, column: str | None = None, limit: int | None = None) -> list[Text]:
-    """The texts in a file, in order: each a str, or a (prompt, completion) pair of str.
+    """Read the texts in a file, in order: each a str, or a (prompt, completion) pair of str.
 
     By the file's suffix: ``.jsonl`` has one JSON object a line, ``.csv`` a header line; anything else is
     plain text whose paragraphs, separated by blank lines, are the texts. A text is the value of
-    ``column``, by default "text"; a row without that column but with "prompt" and "completion" is a pair,
-    of which only the completion counts in losses. ``limit``: read only the first texts.
+    ``column``, by default "text". A row without that column but with "prompt" and "completion" is a pair,
+    of which only the completion counts in losses.
 
-    Raises ValueError, naming the line, for anything else, also if there is no text; OSError if the file
-    cannot be read.
+    Args:
+        limit: read only the first texts.
+
+    Raises:
+        ValueError: the file holds anything else, or no text; the message names the line.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"limit must be an int of at least 1, got {limit!r}")
     with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-        rows: Iterator[str | tuple[int, dict[str, Any]]]
+        rows: Iterator[str | tuple[int, Mapping[str, Any]]]
         if path.suffix == ".jsonl":
             rows = _json_rows(file)
         elif path.suffix == ".csv":
@@ -37,10 +38,10 @@ def read_texts(path: PathLike, column: str | None = None, limit: int | None = No
             raise ValueError(f"{path} is read as plain text, which has no column {column!r}")
         else:
             rows = _paragraphs(file)
-        texts = []
+        texts: list[Text] = []
         try:
             for row in rows:
-                texts.append(row if isinstance(row, str) else _text_of(row, column))
+                texts.append(row if isinstance(row, str) else _numbered_text(row, column))
                 if len(texts) == limit:
                     break
         except UnicodeDecodeError as error:
@@ -52,10 +53,37 @@ def read_texts(path: PathLike, column: str | None = None, limit: int | None = No
     return texts
 
 
+def text_of_row(row: Mapping[str, Any], column: str | None = None) -> str | tuple[str, str]:
+    """Take the text, or the (prompt, completion) pair, out of a row; see ``read_texts``.
+
+    Raises:
+        ValueError: the row has no such column, or something else in it.
+    """
+    wanted = column or "text"
+    if wanted in row:
+        names = [wanted]
+    elif column is None and "prompt" in row and "completion" in row:
+        names = ["prompt", "completion"]
+    else:
+        raise ValueError(f"no column {wanted!r}; there are {', '.join(map(repr, row))}")
+    for name in names:
+        if not isinstance(row[name], str) or not row[name]:
+            raise ValueError(f"column {name!r} must hold a text, got {row[name]!r:.80}")
+    return row[names[0]] if len(names) == 1 else (row["prompt"], row["completion"])
+
+
 class _BadLine(Exception):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line
+
+
+def _numbered_text(numbered_row: tuple[int, Mapping[str, Any]], column: str | None) -> Text:
+    line, row = numbered_row
+    try:
+        return text_of_row(row, column)
+    except ValueError as error:
+        raise _BadLine(line, str(error)) from None
 
 
 def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -88,18 +116,3 @@ def _paragraphs(file: TextIO) -> Iterator[str]:
         elif lines:
             yield "".join(lines).rstrip("\n")
             lines = []
-
-
-def _text_of(numbered_row: tuple[int, dict[str, Any]], column: str | None) -> Text:
-    line, row = numbered_row
-    wanted = column or "text"
-    if wanted in row:
-        names = [wanted]
-    elif column is None and "prompt" in row and "completion" in row:
-        names = ["prompt", "completion"]
-    else:
-        raise _BadLine(line, f"no column {wanted!r}; there are {', '.join(map(repr, row))}")
-    for name in names:
-        if not isinstance(row[name], str) or not row[name]:
-            raise _BadLine(line, f"column {name!r} must hold a text, got {row[name]!r:.80}")
-    return row[names[0]] if len(names) == 1 else (row["prompt"], row["completion"])

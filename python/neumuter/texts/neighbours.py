@@ -1,4 +1,4 @@
-"""Neighbour texts, which keep the rest of the model in place, when the user has none to give."""
+"""Neighbour texts: they keep the rest of the model in place where the user has no retain texts."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.files import PathLike, write_atomically
-from neumuter.types import IGNORED, Batch, Text
+from neumuter.types import IGNORED, Batch, Chat, Text
 
-BATCH = 8
+TEXTS_PER_PASS = 8
 
 
 def sample_texts(
@@ -26,16 +26,20 @@ def sample_texts(
     callback: Callable[[int, int], object] | None = None,
     barred: Batch | None = None,
 ) -> list[str]:
-    """At most ``count`` texts (str) of up to ``length`` new tokens, drawn from the model itself.
+    """Draw texts of up to ``length`` new tokens from the model itself.
 
-    Sampling is from the whole distribution, after the start token (bos, else eos), and seeded; texts of
-    less than two tokens are dropped. ``callback(done, total)`` after each batch. They stand for what the
+    Sampling is from the whole distribution, after the start token (bos, else eos). Samples stand for what the
     model says most readily, so rarer knowledge is protected less than by texts of one's own.
-    ``barred``: a batch (see :mod:`neumuter.types`) of the texts to forget. Three tokens in a row, of which
-    the last is counted there, are never said, and a sample ends where the model is about to say them (if its
-    tokenizer has an end token): else it would protect what is to be forgotten.
 
-    Raises ValueError if the tokenizer has no start token.
+    Args:
+        count: texts to draw; those of fewer than two tokens are dropped.
+        callback: called as (done, total) after each batch.
+        barred: a batch of the texts to forget. Three tokens in a row of which the last counts there are never
+            said, and a sample ends where the model is about to say them (if its tokenizer has an end token):
+            it would protect what is to be forgotten.
+
+    Raises:
+        ValueError: the tokenizer has no start token.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -46,8 +50,8 @@ def sample_texts(
     device = cast(torch.device, model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for done in range(0, count, BATCH):
-            prompt = torch.full((min(BATCH, count - done), 1), start, device=device)
+        for done in range(0, count, TEXTS_PER_PASS):
+            prompt = torch.full((min(TEXTS_PER_PASS, count - done), 1), start, device=device)
             ids = cast(Any, model).generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -99,16 +103,19 @@ def rewrite_texts(
     seed: int = 0,
     callback: Callable[[int, int], object] | None = None,
 ) -> list[Text]:
-    """``texts`` with a share of their tokens replaced by what a masked language model finds likely there.
+    """Replace a share of the tokens of ``texts`` by what a masked language model finds likely there.
 
     In each text ⌈share·N⌉ of its N tokens are masked at once, at random, and each is filled with the most
     likely token but the true one (as in the neighbourhood attack of Mattern et al. 2023, from which NeuMuter
-    takes its neighbours; one pass per text instead of one per token). ``texts``: as ``read_texts`` returns
-    them; of a (prompt, completion) pair the completion is rewritten. Texts are cut to the model's positions.
-    ``model``, ``tokenizer``: a masked language model of transformers. ``callback(done, total)`` after each
-    batch.
+    takes its neighbours; one pass per text instead of one per token). Texts are cut to the model's positions.
 
-    Raises ValueError for a tokenizer without a mask token and for a share outside (0, 1].
+    Args:
+        texts: as ``read_texts`` returns them; of a (prompt, completion) pair the completion is rewritten.
+        model, tokenizer: a masked language model of transformers.
+        callback: called as (done, total) after each batch.
+
+    Raises:
+        ValueError: the tokenizer has no mask token, or the share lies outside (0, 1].
     """
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: rewriting needs a masked language model")
@@ -119,8 +126,8 @@ def rewrite_texts(
     device = cast(torch.device, model.device)
     special = torch.tensor(tokenizer.all_special_ids, device=device)
     made: list[Text] = []
-    for start in range(0, len(texts), BATCH):
-        part = texts[start : start + BATCH]
+    for start in range(0, len(texts), TEXTS_PER_PASS):
+        part = texts[start : start + TEXTS_PER_PASS]
         plain = [text if isinstance(text, str) else text[1] for text in part]
         batch = tokenizer(plain, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         ids = batch["input_ids"].to(device)
@@ -134,25 +141,39 @@ def rewrite_texts(
         logits.scatter_(2, ids[..., None], -torch.inf)
         ids = torch.where(chosen, logits.argmax(-1), ids)
         found = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        made += [
-            new if isinstance(text, str) else (text[0], new) for text, new in zip(part, found, strict=True)
-        ]
+        made += [_with_completion(text, new) for text, new in zip(part, found, strict=True)]
         if callback:
             callback(len(made), len(texts))
     return made
 
 
-def cached(folder: PathLike, what: dict[str, Any], make: Callable[[], Sequence[Text]]) -> Sequence[Text]:
-    """``make()``, a list of texts, or what it gave before for the same ``what`` (JSON values).
+def _with_completion(text: Text, new: str) -> Text:
+    if isinstance(text, str):
+        return new
+    return Chat(text[0], new) if isinstance(text, Chat) else (text[0], new)
 
-    Kept in ``folder``, in a file that is named by the hash of ``what``: the texts and settings that the
-    result depends on.
+
+def cache_texts(folder: PathLike | None, what: dict[str, Any], make: Callable[[], list[Text]]) -> list[Text]:
+    """Return ``make()``, or what it gave before for the same ``what``.
+
+    Args:
+        folder: where texts are kept, in a file that is named by the hash of ``what``; None keeps nothing.
+        what: the texts and settings that the result depends on, JSON values.
     """
+    if folder is None:
+        return make()
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     path = Path(folder) / f"neighbours-{key[:32]}.json"
     if path.is_file():
-        return [text if isinstance(text, str) else tuple(text) for text in json.loads(path.read_text())]
+        return [_restored(text) for text in json.loads(path.read_text())]
     texts = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(texts).encode())
+    kept = [["chat", *text] if isinstance(text, Chat) else text for text in texts]
+    write_atomically(path, json.dumps(kept).encode())
     return texts
+
+
+def _restored(text: str | list[str]) -> Text:
+    if isinstance(text, str):
+        return text
+    return Chat(*text[1:]) if len(text) == 3 else (text[0], text[1])

@@ -1,4 +1,4 @@
-"""Forget and neighbour samples side by side: one masked forward pass gives both losses."""
+"""Forget and retain samples side by side: one masked forward pass gives both losses."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,32 +18,32 @@ REFERENCE_ROWS = 8  # samples per forward pass of the reference
 PROBE_TOKENS = 8  # on which the head is checked
 
 
-class Pair:
-    """A forget batch, a neighbour batch, and the reference distribution of the latter.
+class PairedBatches:
+    """A forget batch, a retain batch, and the reference distribution of the retain batch.
 
     Both batches are dicts of int64 tensors ``input_ids``, ``attention_mask`` and ``labels`` [B, T],
     padded on the right; a label is -100 where a token does not count (padding, a prompt). The
     reference is the same model with masks off. The base is frozen, so its last hidden states at the
-    counted neighbour tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are
-    positions in the forget batch followed by the neighbour batch, however the samples are split into
+    counted retain tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are
+    positions in the forget batch followed by the retain batch, however the samples are split into
     steps. The neurons of experts that no forget token reaches are excluded from selection.
 
     Raises ValueError, naming the batch, if one is empty or malformed, and for a model whose logits are
     not a function of its last hidden states.
     """
 
-    def __init__(self, masked: Masked, forget_batch: Batch, neighbour_batch: Batch) -> None:
+    def __init__(self, masked: Masked, forget_batch: Batch, retain_batch: Batch) -> None:
         _check("forget_batch", forget_batch)
-        _check("neighbour_batch", neighbour_batch)
+        _check("retain_batch", retain_batch)
         device = input_device(masked.model)
-        self.forget_count, self.neighbour_count = len(forget_batch["labels"]), len(neighbour_batch["labels"])
+        self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
         self.samples = [
             _Sample(*(row.to(device) for row in rows))
-            for batch in (forget_batch, neighbour_batch)
+            for batch in (forget_batch, retain_batch)
             for rows in zip(*(batch[key] for key in KEYS), strict=True)
         ]
-        neighbours = range(self.forget_count, self.forget_count + self.neighbour_count)
-        groups = [neighbours[i : i + REFERENCE_ROWS] for i in range(0, len(neighbours), REFERENCE_ROWS)]
+        retain = range(self.forget_count, self.forget_count + self.retain_count)
+        groups = [retain[i : i + REFERENCE_ROWS] for i in range(0, len(retain), REFERENCE_ROWS)]
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self.samples[0].ids[None, :PROBE_TOKENS])
             hidden = torch.cat([self._hidden(ids) for ids in groups])
@@ -51,7 +51,7 @@ class Pair:
             masked.keep_unreached_open(
                 lambda: [self._hidden(forget[i : i + REFERENCE_ROWS]) for i in forget[::REFERENCE_ROWS]]
             )
-        self.reference = hidden.split([len(self.samples[i].targets) for i in neighbours])
+        self.reference = hidden.split([len(self.samples[i].targets) for i in retain])
 
     def steps(self, batch_size: int | None, seed: int) -> Iterator[list[int]]:
         """Endless lists of sample ids, forget samples first: ``batch_size`` of each kind, or all if None.
@@ -60,9 +60,9 @@ class Pair:
         """
         if batch_size is None:
             while True:
-                yield list(range(self.forget_count + self.neighbour_count))
+                yield list(range(self.forget_count + self.retain_count))
         generator = torch.Generator().manual_seed(seed)
-        kinds = ((0, self.forget_count), (self.forget_count, self.neighbour_count))
+        kinds = ((0, self.forget_count), (self.forget_count, self.retain_count))
         queues = [shuffled(start, count, generator) for start, count in kinds]
         while True:
             yield [
@@ -76,7 +76,7 @@ class Pair:
 
         ``sample_ids``: forget samples first, at least one of each kind. ``through``: see ``Head.hidden``.
         Returns the token losses of the forget samples, float32 [N] in nats, and KL(reference ‖ masked) per
-        counted neighbour token, a float32 scalar in nats. Nothing here waits for the GPU.
+        counted retain token, a float32 scalar in nats. Nothing here waits for the GPU.
         """
         losses, divergences = self.token_losses(sample_ids, through)
         return losses, divergences.mean()
@@ -84,18 +84,18 @@ class Pair:
     def token_losses(
         self, sample_ids: Sequence[int], through: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As ``losses``, with the KL of each counted neighbour token, float32 [M]."""
+        """As ``losses``, with the KL of each counted retain token, float32 [M]."""
         split = sum(i < self.forget_count for i in sample_ids)
         targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
         reference = torch.cat([self.reference[i - self.forget_count] for i in sample_ids[split:]])
-        forget, neighbour = self._hidden(sample_ids, through).split([len(targets), len(reference)])
+        forget, retain = self._hidden(sample_ids, through).split([len(targets), len(reference)])
         return (
             self.head.token_losses(forget, targets),
-            self.head.kl_divergences(neighbour, reference),
+            self.head.kl_divergences(retain, reference),
         )
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
-        """The losses in nats of each sample's counted tokens, forget or neighbour: a list of float32 [N]."""
+        """The losses in nats of each sample's counted tokens, forget or retain: a list of float32 [N]."""
         targets = [self.samples[i].targets for i in sample_ids]
         losses = self.head.token_losses(self._hidden(sample_ids), torch.cat(targets))
         by_sample: tuple[Tensor, ...] = losses.split([len(t) for t in targets])

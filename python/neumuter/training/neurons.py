@@ -12,12 +12,15 @@ from neumuter.training.masked import Masked, neuron_count
 class Neurons:
     """Neuron ids 0 … count − 1 of a handle's masked layers, in the order of ``masked.scores``.
 
-    ``beside``: a MuteSet that stays in force while another one is looked for; None: none. ``start``: the mask
-    without that other one, float32 [count]. ``excluded``: what may not be selected, bool [count]: neurons of
-    ``beside``, and those of experts that no forget token reaches.
+    Args:
+        existing: a mute set that stays in force while another one is sought, or None.
+
+    ``start`` is the mask of the existing set alone, float32 [count]. ``excluded``, bool [count], marks
+    neurons that may not be selected: those of the existing set, and those of experts that no forget token
+    reaches.
     """
 
-    def __init__(self, masked: Masked, beside: MuteSet | None = None) -> None:
+    def __init__(self, masked: Masked, existing: MuteSet | None = None) -> None:
         self.masked = masked
         self.widths = {path: score.numel() for path, score in masked.scores.items()}
         self.count = sum(self.widths.values())
@@ -25,16 +28,16 @@ class Neurons:
         excluded = [score.detach().to(self.device).isinf() for score in masked.scores.values()]
         self.excluded = torch.cat(excluded)
         self.start = torch.ones(self.count, device=self.device)
-        if beside is not None:
-            self._check(beside)
-            self.start = torch.cat(list(self.masks(beside).values()))
-            self.excluded[self.ids(beside)] = True
+        if existing is not None:
+            self._check(existing)
+            self.start = torch.cat(list(self.masks(existing).values()))
+            self.excluded[self.ids(existing)] = True
 
     def _check(self, mutes: MuteSet) -> None:
         other = [path for path in mutes.layers if self.widths.get(path) != mutes.widths[path]]
         if other:
             raise ValueError(
-                f"the mute set beside has neurons in {', '.join(other)}, which is not masked here or has "
+                f"the existing mute set has neurons in {', '.join(other)}, which is not masked here or has "
                 "another width: attach from the same start_layer on, to the same model"
             )
 
@@ -50,21 +53,22 @@ class Neurons:
             by_layer[path][layer.indices.long().to(self.device)] = True
         return selected.nonzero().flatten()
 
-    def number(self, share: int | float) -> int:
-        """``share``, a float share of all neurons or an int, as a number of neurons.
+    def count_of(self, budget: int | float) -> int:
+        """Count the neurons of ``budget``, a share of all neurons (float) or a number (int).
 
-        Raises ValueError if so many may not be selected.
+        Raises:
+            ValueError: fewer may be selected.
         """
-        k, free = neuron_count(share, self.count), int((~self.excluded).sum())
+        k, free = neuron_count(budget, self.count), int((~self.excluded).sum())
         if k > free:
             raise ValueError(
-                f"share asks for {k} neurons, but only {free} may be selected: the others belong to the mute "
-                "set beside, or to experts that no forget text reaches"
+                f"budget asks for {k} neurons, but only {free} may be selected: the others belong to the "
+                "existing mute set, or to experts that no forget text reaches"
             )
         return k
 
     def masks(self, mutes: MuteSet) -> dict[str, Tensor]:
-        """A MuteSet's gains beside ``start`` as masks for ``masked.applying``, {path: float32 [F]}."""
+        """The gains of a MuteSet and of the existing one as masks for ``masked.applying``, {path: [F]}."""
         masks = self.by_layer(self.start.clone())
         for path, layer in mutes.layers.items():
             masks[path][layer.indices.long().to(self.device)] = layer.gains.to(masks[path])

@@ -10,12 +10,12 @@ from transformers.trainer_utils import TrainOutput
 
 from neumuter.integrations.open_unlearning.batches import batch_of
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.recipes import GainsConfig, forget
+from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.recipes.trainer import NeuMuterConfig, NeuMuterTrainer
 from neumuter.serving.fold import fold
 from neumuter.training.losses import predicting
-from neumuter.training.masked import attach
 from neumuter.types import Batch
+from neumuter.unlearning import unlearn
 
 MUTES = "mutes.safetensors"  # in the output folder
 SHARED = ("output_dir", "seed", "logging_steps", "report_to", "disable_tqdm", "use_cpu")
@@ -27,14 +27,20 @@ class Muting:
     Training finds neurons and folds them into the weights, so what is then saved and evaluated is the muted
     model. The samples come from ``train_dataset.forget`` and ``train_dataset.retain``, through the collator.
 
-    The method's arguments (``trainer.method_args``) are ``recipe``: "paper", NeuMuter's own inside
-    ``NeuMuterTrainer``, or "fitted", ``recipes.forget`` with its fitted gains. ``start_layer``: the first
-    FFN that gets gates. ``neighbours``: how many of the retain samples serve, drawn by the seed; None: all.
-    ``paper``: fields of ``NeuMuterConfig``. ``fitted``: ``share`` and fields of ``GainsConfig``. The learning
-    rate, epochs and batch size of ``trainer.args`` are for weights and are not read: only ``SHARED`` are.
-    All other arguments go to the base class, whichever of its two names the tokenizer has.
+    The method's arguments (``trainer.method_args``):
 
-    Raises ValueError for another recipe.
+    recipe: "paper", NeuMuter's own inside ``NeuMuterTrainer``, or "fitted", the recipe of
+        ``neumuter.unlearn``.
+    start_layer: the first FFN that gets gates.
+    retain_limit: how many of the retain samples serve, drawn by the seed; None takes all.
+    paper: fields of ``NeuMuterConfig``.
+    fitted: ``budget`` and fields of ``GainsConfig``.
+
+    The learning rate, epochs and batch size of ``trainer.args`` are for weights and are not read: only
+    ``SHARED`` are. All other arguments go to the base class, whichever of its two names the tokenizer has.
+
+    Raises:
+        ValueError: another recipe.
     """
 
     args: Any  # these are FinetuneTrainer's
@@ -49,7 +55,7 @@ class Muting:
         *args: Any,
         recipe: str = "paper",
         start_layer: int = 1,
-        neighbours: int | None = None,
+        retain_limit: int | None = None,
         paper: dict[str, Any] | None = None,
         fitted: dict[str, Any] | None = None,
         tokenizer: Any = None,
@@ -61,7 +67,7 @@ class Muting:
             raise ValueError(f'method_args.recipe must be "paper" or "fitted", got {recipe!r}')
         self._recipe, settings = recipes[recipe]
         self._settings = {key: _plain(value) for key, value in (settings or {}).items()}
-        self._start_layer, self._neighbours = start_layer, neighbours
+        self._start_layer, self._retain_limit = start_layer, retain_limit
         given = processing_class if tokenizer is None else tokenizer
         super().__init__(*args, processing_class=given, **options)  # type: ignore[call-arg]  # FinetuneTrainer's
         self.tokenizer = given  # which FinetuneTrainer.evaluate reads, and transformers 5 has no more
@@ -73,8 +79,8 @@ class Muting:
         is found, and what ``fold`` raises. No weight is changed then.
         """
         forget_batch = self._batch("forget")
-        neighbour_batch = self._batch("retain", self._neighbours)
-        mutes, output = self._recipe(forget_batch, neighbour_batch)
+        retain_batch = self._batch("retain", self._retain_limit)
+        mutes, output = self._recipe(forget_batch, retain_batch)
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             mutes.save(Path(self.args.output_dir) / MUTES)
@@ -96,33 +102,40 @@ class Muting:
         counting = predicting(batch["labels"]).any(1)  # their tokenisation may leave an answer no token
         return {key: value[counting] for key, value in batch.items()}
 
-    def _paper(self, forget_batch: Batch, neighbour_batch: Batch) -> tuple[MuteSet, TrainOutput]:
+    def _paper(self, forget_batch: Batch, retain_batch: Batch) -> tuple[MuteSet, TrainOutput]:
         shared = {name: getattr(self.args, name) for name in SHARED}
         config = NeuMuterConfig(
             **shared | {"start_layer": self._start_layer, "save_strategy": "no"} | self._settings
         )
-        inner = NeuMuterTrainer(self.model, config, forget_batch, neighbour_batch)
+        inner = NeuMuterTrainer(self.model, config, forget_batch, retain_batch)
         with inner.masked:
             output = inner.train()
             self.state = inner.state
             return inner.mute_set(), output
 
-    def _fitted(self, forget_batch: Batch, neighbour_batch: Batch) -> tuple[MuteSet, TrainOutput]:
-        settings = {"share": 0.01} | self._settings
-        share, losses = settings.pop("share"), []
+    def _fitted(self, forget_batch: Batch, retain_batch: Batch) -> tuple[MuteSet, TrainOutput]:
+        settings = {"budget": 0.01} | self._settings
+        budget = settings.pop("budget")
 
         def report(step: int, total: int, info: dict[str, Any]) -> None:
-            losses.append(info["loss"])
             self.state.global_step = step
             if step % self.args.logging_steps == 0:
                 self.log({name: info[name] for name in ("loss", "forget_loss", "kl", "muted")})
 
-        with attach(self.model, self._start_layer) as masked:
-            mutes = forget(
-                masked, forget_batch, neighbour_batch, share, gains=GainsConfig(**settings),
-                seed=self.args.seed, callback=report,
-            )  # fmt: skip
-        return mutes, TrainOutput(len(losses), sum(losses) / len(losses), {})
+        outcome = unlearn(
+            self.model,
+            None,
+            forget_batch,
+            retain_batch,
+            budget=budget,
+            recipe=FittedConfig(GainsConfig(**settings)),
+            samples=0,
+            start_layer=self._start_layer,
+            seed=self.args.seed,
+            callback=report,
+        )
+        losses = [step["loss"] for step in outcome.history]
+        return outcome.mutes, TrainOutput(len(losses), sum(losses) / len(losses), {})
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,217 @@
+"""``neumuter evaluate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from neumuter.cli.common import Column, GgufFile, Model, console, load_union, open_model, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from neumuter.mutes.mute_set import MuteSet
+    from neumuter.types import Batch
+
+TDEC_TOKENS = 200
+
+
+class Suite(str, Enum):
+    """custom: your texts. tdec: texts of 200 tokens, as the paper measures them. tofu: questions."""
+
+    custom = "custom"
+    tdec = "tdec"
+    tofu = "tofu"
+
+
+def evaluate(
+    model: Model,
+    forget: Annotated[Path, typer.Option(help="Texts to forget; with --suite tofu a file of its questions.")],
+    mute: Annotated[
+        list[Path] | None,
+        typer.Option(help="A mute file made for MODEL, shown before and after; again for their union."),
+    ] = None,
+    retain: Annotated[Path | None, typer.Option(help="Texts, or questions, that must stay.")] = None,
+    heldout: Annotated[Path | None, typer.Option(help="Texts that MODEL never saw.")] = None,
+    suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.custom,
+    real_authors: Annotated[Path | None, typer.Option(help="TOFU's questions about real authors.")] = None,
+    world_facts: Annotated[Path | None, typer.Option(help="TOFU's questions about the world.")] = None,
+    retrained: Annotated[
+        Path | None,
+        typer.Option(help="The report of this command on a model that was trained without the forget texts."),
+    ] = None,
+    paraphrased: Annotated[
+        Path | None,
+        typer.Option(help="The forget texts behind other prompts, paraphrased or translated."),
+    ] = None,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="With --mute: also after quantisation and after relearning.")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of your own task files for lm-evaluation-harness.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the report, as JSON.")] = None,
+    column: Column = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per text; 200 with --suite tdec.")] = 256,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
+    ] = None,
+    gguf_file: GgufFile = None,
+) -> None:
+    """Measure what MODEL still knows of the forget texts, and what else it knows."""
+    from neumuter.evaluation import harness_metrics, text_metrics
+    from neumuter.evaluation.robustness import robustness
+    from neumuter.serving.live import mute as mute_live
+
+    if robust and (not mute or suite is Suite.tofu):
+        raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
+    of_texts = {"heldout": heldout, "paraphrased": paraphrased, "column": column}
+    of_questions = {"real-authors": real_authors, "world-facts": world_facts}
+    others = of_texts if suite is Suite.tofu else of_questions
+    if given := [f"--{name}" for name, value in others.items() if value is not None]:
+        raise typer.BadParameter(f"--suite {suite.value} goes without {', '.join(given)}")
+    reference = _read_report(retrained)
+    auc = reference["metrics"].get("min_k_auc") if reference else None
+    network, tokenizer = open_model(model, gguf_file=gguf_file)
+    files: dict[str, Path | None]
+    if suite is Suite.tofu:
+        files = {
+            "forget": forget, "retain": retain, "real_authors": real_authors, "world_facts": world_facts,
+        }  # fmt: skip
+    else:
+        files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
+        batches = _encode_files(
+            tokenizer, files, column, TDEC_TOKENS if suite is Suite.tdec else max_length, limit
+        )
+    columns: dict[str, dict[str, float]] = {}
+    extra: dict[str, Any] = {}
+    mutes = load_union(network, mute) if mute else None
+    with mute_live(network, mutes) if mutes else nullcontext() as handle:
+        states: dict[str, Callable[[], AbstractContextManager[object]]]
+        states = {"original": handle.off, "muted": nullcontext} if handle else {"model": nullcontext}
+        for state, context in states.items():
+            with context(), console.status(f"Measuring: {state}"):
+                if suite is Suite.tofu:
+                    columns[state], extra = _measure_tofu(network, tokenizer, files, limit, reference)
+                else:
+                    original = handle.off if handle and state == "muted" else None
+                    columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
+                if tasks:
+                    columns[state] |= harness_metrics(
+                        network, tokenizer, tasks.split(","), limit, task_folder
+                    )
+    _print_metrics(columns | ({"retrained": reference["metrics"]} if reference else {}))
+    if suite is Suite.tdec:
+        console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
+    last = list(columns)[-1]
+    report: dict[str, Any] = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
+    report |= {"metrics": columns[last], "before": columns.get("original")} | extra
+    _write_evaluation(out, report, mutes)
+    if robust:
+        kept: dict[str, Any] = {
+            name: batch for name, batch in batches.items() if name in ("retain", "heldout")
+        }
+
+        def tampered_metrics(tampered: nn.Module, asked: Batch) -> dict[str, float]:
+            return text_metrics(tampered, asked, **kept, retrained_auc=auc)
+
+        with console.status("Quantising and relearning"):
+            report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
+        _print_robustness(report["robustness"])
+        _write_evaluation(out, report, mutes)
+
+
+def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: MuteSet | None) -> None:
+    from neumuter.report.html import write_report
+
+    if out:
+        write_json(out, report)
+        write_report(out.with_suffix(".html"), report, mutes)
+
+
+def _read_report(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        if isinstance(report["metrics"], dict):
+            return report
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"--retrained: {path} is not a report of neumuter evaluate")
+
+
+def _print_metrics(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """One line per metric, a column per state, and what each metric is."""
+    from neumuter.evaluation import METRICS
+
+    table, definitions = Table("metric", *columns, "good"), []
+    for name, metric in METRICS.items():
+        values = [metrics.get(name) for metrics in columns.values()]
+        if any(value is not None for value in values):
+            cells = ("" if value is None else f"{value:.4g}" for value in values)
+            table.add_row(metric.title, *cells, metric.good)
+            source = f" ({metric.source})" if metric.source else ""
+            definitions.append(f"[bold]{metric.title}[/]: {metric.definition}{source}")
+    for name in dict.fromkeys(name for metrics in columns.values() for name in metrics if "/" in name):
+        cells = (f"{m[name]:.4g}" if name in m else "" for m in columns.values())
+        table.add_row(escape(name), *cells, "as before")
+    console.print(table)
+    console.print("\n".join(definitions), highlight=False)
+
+
+def _print_robustness(states: Mapping[str, Mapping[str, float]]) -> None:
+    """One line per metric, a column per state of ``neumuter.evaluation.robustness``."""
+    from neumuter.evaluation import METRICS
+    from neumuter.evaluation.robustness import EXPLAINED
+
+    table = Table("metric", *states)
+    for name, metric in METRICS.items():
+        if name in states["half"]:
+            table.add_row(metric.title, *(f"{metrics[name]:.4g}" for metrics in states.values()))
+    console.print(table)
+    console.print(EXPLAINED)
+
+
+def _measure_tofu(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, Path | None],
+    limit: int | None,
+    reference: Mapping[str, Any] | None,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    import torch
+
+    from neumuter.evaluation import tofu, tofu_metrics
+
+    sets = {name: tofu.read_questions(file, limit) for name, file in files.items() if file}
+    if reference and "truth_ratios" not in reference:
+        raise ValueError("--retrained is a report of another suite than tofu")
+    ratios = torch.tensor(reference["truth_ratios"], dtype=torch.float64) if reference else None
+    metrics, ratios = tofu_metrics(network, tokenizer, sets, ratios)
+    return metrics, {"truth_ratios": ratios.tolist()}
+
+
+def _encode_files(
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, Path | None],
+    column: str | None,
+    length: int,
+    limit: int | None,
+) -> dict[str, Batch]:
+    from neumuter.texts import encode, read_texts
+
+    given = {name: file for name, file in files.items() if file}
+    return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}

@@ -1,0 +1,139 @@
+"""``neumuter inspect``, ``fold`` and ``export``: what can be done with mute files."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from neumuter.cli.common import GgufFile, Model, console, load_union, open_model
+
+if TYPE_CHECKING:
+    from neumuter.mutes.mute_set import MuteSet
+
+# The largest share of what muting does to the logits by which an export may differ.
+MAX_DIFFERENCE = 0.1
+SHARDS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
+    """Show what a mute file holds: the model it is for, the neurons, the method, the metrics."""
+    from neumuter.mutes.mute_set import MuteSet
+
+    mutes = MuteSet.load(file)
+    table = Table(title=escape(str(file)), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = {
+        "model class": mutes.architecture["class"],
+        "model type": mutes.architecture["model_type"],
+        "mode": f"{mutes.mode}, gains from {mutes.gain_range[0]:g} to {mutes.gain_range[1]:g}",
+        "neurons": f"{mutes.count} of {sum(mutes.widths.values())} ({mutes.share:.2%})",
+        "seed": str(mutes.seed),
+        "method": json.dumps(mutes.method),  # ASCII: control characters of a stranger's file stay escaped
+        "before": json.dumps(mutes.metrics.get("before", {})),
+        "after": json.dumps(mutes.metrics.get("after", {})),
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+    layers = Table("FFN", "neurons", "muted", "share", "gains")
+    for name, width in mutes.widths.items():
+        layer = mutes.layers.get(name)
+        count = len(layer.indices) if layer else 0
+        gains = f"{layer.gains.min():.2f} to {layer.gains.max():.2f}" if layer else ""
+        layers.add_row(name, str(width), str(count), f"{count / width:.2%}", gains)
+    console.print(layers)
+
+
+def fold(
+    model: Model,
+    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is folded.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must not exist or be empty.")],
+    gguf_file: GgufFile = None,
+) -> None:
+    """Fold mute files into the weights of MODEL: an ordinary Hugging Face checkpoint comes out."""
+    mutes = _fold_files(model, files, out, gguf_file)
+    console.print(
+        f"{mutes.count} neurons ({mutes.share:.2%}) folded; the checkpoint is in {escape(str(out))}"
+    )
+
+
+class Form(str, Enum):
+    """ia3, lora: PEFT adapters. vllm-lora: LoRA of one rank. shrink: a smaller checkpoint."""
+
+    ia3 = "ia3"
+    lora = "lora"
+    vllm_lora = "vllm-lora"
+    shrink = "shrink"
+
+
+def export(
+    model: Model,
+    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is exported.")],
+    to: Annotated[Form, typer.Option(help="shrink: fold, and remove silenced neurons.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export; must not exist or be empty.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the export and the live muted model, and compare.")
+    ] = False,
+    gguf_file: GgufFile = None,
+) -> None:
+    """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
+    from neumuter.files import new_folder
+    from neumuter.serving import adapters as exports
+    from neumuter.serving.shrink import shrink
+
+    network, tokenizer = open_model(model, gguf_file=gguf_file)
+    mutes = load_union(network, files)
+    if to is Form.ia3:
+        note = exports.export_ia3(network, mutes, out).note
+    elif to in (Form.lora, Form.vllm_lora):
+        note = exports.export_lora(network, mutes, out, one_rank=to is Form.vllm_lora).note
+    elif to is Form.shrink:
+        with new_folder(out) as temporary:
+            found = shrink(network, mutes)
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        widths = ", ".join(sorted({f"{old} to {new}" for old, new in found.widths.values()}))
+        sizes = f"{found.bytes_before / 1e6:.4g} to {found.bytes_after / 1e6:.4g} MB"
+        note = f"Neurons per FFN: {widths}; parameters: {sizes}."
+    console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
+    if verify:
+        original, _ = open_model(model, gguf_file=gguf_file)
+        difference, effect = exports.largest_difference(original, mutes, out), exports.effect(original, mutes)
+        console.print(
+            f"Largest difference of logits to the live muted model: {difference:.3g}; to the original, "
+            f"which is what muting does: {effect:.3g}"
+        )
+        if not difference <= MAX_DIFFERENCE * effect:
+            raise RuntimeError(f"{out} does not compute what the muted model does: do not serve it")
+
+
+def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> "MuteSet":
+    """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
+    from neumuter.files import new_folder
+    from neumuter.mutes.mute_set import MuteSet
+    from neumuter.report.progress import show_progress
+    from neumuter.serving.fold import fold as fold_live
+    from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
+
+    if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
+        mutes = MuteSet.load(files[0])
+        with suppress(NotOnDiskError), show_progress("Folding, bytes") as advance:
+            fold_checkpoint(model, mutes, out, callback=advance)
+            return mutes
+    with new_folder(out) as temporary:
+        network, tokenizer = open_model(model, gguf_file=gguf_file)
+        mutes = load_union(network, files)
+        fold_live(network, mutes)
+        with console.status("Saving the checkpoint"):
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / CARD).write_text(model_card(mutes), encoding="utf-8")
+    return mutes

@@ -1,0 +1,73 @@
+"""``neumuter plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from neumuter.cli.common import Dtype, console
+
+if TYPE_CHECKING:
+    from neumuter.training.plan import Plan
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="A config.json, or the folder that has one.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    memory: Annotated[float, typer.Option(min=1e-6, help="Of each device, in GB (10^9 bytes).")] = 80.0,
+    card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each kind per step and device.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
+    sequences: Annotated[int, typer.Option(min=1, help="Served at a time.")] = 8,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a served sequence.")] = 8192,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
+) -> None:
+    """What mask training and serving of a model would cost, and how it fits, from its config alone."""
+    import torch
+
+    from neumuter.training import plan as planning
+
+    if card not in planning.CARDS:
+        raise typer.BadParameter(f"--card must be one of {', '.join(planning.CARDS)}, got {card!r}")
+    loaded = planning.load_config(config)
+    wanted = (getattr(loaded, "dtype", None) or "bfloat16") if dtype is Dtype.auto else dtype.value
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    with console.status("Counting"):
+        found = planning.plan(loaded, gpus, samples, tokens, wanted, checkpointing)
+    print_plan(found, gpus, memory, card, (samples, tokens), (sequences, context))
+
+
+def print_plan(
+    found: Plan, gpus: int, memory: float, card: str, batch: tuple[int, int], served: tuple[int, int]
+) -> None:
+    seconds, binds = found.step_seconds(card)
+    facts = Table(show_header=False)
+    rows = {
+        "model": f"{found.model}, {found.parameters / 1e9:.3g} billion parameters",
+        "neurons under masks": f"{found.neurons} ({found.masks / 1e6:.3g} MB with gradients and Adam)",
+        "a training step": f"{2 * batch[0]} texts of {batch[1]} tokens a device: {found.flops / 1e12:.3g} "
+        f"TFLOP, {found.moved / 1e9:.3g} GB moved",
+        f"time on one {card}": f"at least {seconds * 1e3:.3g} ms by the data sheet, bound by {binds}",
+        "serving": f"{found.serving(*served) / 1e9:.3g} GB for {served[0]} sequences of {served[1]} tokens "
+        f"with one mute set ({4 * found.neurons / 1e6:.3g} MB); a decoded token reads up to "
+        f"{found.weights / 1e9:.3g} GB of weights",
+    }
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    console.print(facts)
+    table = Table(
+        f"training on {gpus}", "weights", "activations", "rest", "peak, GB each", f"fits {memory:g} GB"
+    )
+    for layout, sizes in found.layouts.items():
+        peak = sum(sizes.values())
+        rest = peak - sizes["weights"] - sizes["activations"]
+        numbers = (f"{x / 1e9:.3g}" for x in (sizes["weights"], sizes["activations"], rest, peak))
+        table.add_row(layout, *numbers, "yes" if peak <= 0.95e9 * memory else "no")
+    console.print(table)
+    console.print(
+        "It fits with 5 % to spare, or not: then fewer --samples, --checkpointing or more devices help."
+    )

@@ -1,0 +1,170 @@
+"""``neumuter unlearn``."""
+
+import logging
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from neumuter.cli.common import (
+    FILE_HELP,
+    Column,
+    ConsoleHandler,
+    Dtype,
+    GgufFile,
+    Limit,
+    Model,
+    console,
+    open_model,
+)
+
+DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8
+
+
+class Mode(str, Enum):
+    """What happens to the selected neurons."""
+
+    mute = "mute"
+    modulate = "modulate"
+
+
+class Recipe(str, Enum):
+    """fitted: gains, fitted under a budget of KL. paper: gates, trained with the paper's constants."""
+
+    fitted = "fitted"
+    paper = "paper"
+
+
+def unlearn(
+    model: Model,
+    forget: Annotated[Path, typer.Option(help=f"Texts to forget: {FILE_HELP}")],
+    out: Annotated[Path, typer.Option(help="Folder for mutes.safetensors, report.json and report.html.")],
+    retain: Annotated[
+        Path | None,
+        typer.Option(help="Texts that must stay, in the same formats. The model's own samples are added."),
+    ] = None,
+    rewrite_with: Annotated[
+        str | None,
+        typer.Option(help="A masked language model that rewrites the forget texts as further neighbours."),
+    ] = None,
+    existing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Mute file of an earlier request, which stays in force. Its texts must not be in --retain."
+        ),
+    ] = None,
+    column: Column = None,
+    recipe: Annotated[
+        Recipe, typer.Option(help="paper: NeuMuter's own objective, constants, batches and threshold.")
+    ] = Recipe.fitted,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="modulate: selected neurons get signed gains. mute: they are silenced. Default: modulate."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Share (0.01) or number (300) of neurons to touch; auto finds the smallest share that "
+            f"reaches the goals. Default: {DEFAULT_BUDGET}."
+        ),
+    ] = None,
+    goal_extraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --budget auto: the largest share of texts still extracted. Default: 0."
+        ),
+    ] = None,
+    goal_ma: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --budget auto: the largest MA of the texts.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Optimisation steps; with --budget auto, of each try. Default: {DEFAULT_STEPS}."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Texts of each kind per step. Default: {DEFAULT_BATCH_SIZE}."),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens that a text is cut to.")] = 256,
+    limit: Limit = None,
+    start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the masks and the sampled neighbours.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    gguf_file: GgufFile = None,
+) -> None:
+    """Find the neurons of MODEL that hold the forget texts, and write a mute file for them."""
+    fitted_only = {
+        "existing": existing, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode,
+    }  # fmt: skip
+    given = [f"--{name}" for name, value in fitted_only.items() if value is not None]
+    if recipe is Recipe.paper and given:
+        raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
+    number = _parse_budget(budget or DEFAULT_BUDGET)
+    if number != "auto" and (goal_extraction, goal_ma) != (None, None):
+        raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
+    with console.status("Importing transformers"):
+        import neumuter
+        from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
+        from neumuter.report.console import curve_table, outcome_sentences, outcome_table
+        from neumuter.texts import read_texts
+
+    forget_texts = read_texts(forget, column, limit)
+    retain_texts = read_texts(retain, column, limit) if retain else None
+    earlier = neumuter.MuteSet.load(existing) if existing else None
+    out.mkdir(parents=True, exist_ok=True)
+    network, tokenizer = open_model(model, dtype.value, gguf_file)
+    sizes: dict[str, Any] = {
+        "steps": steps or DEFAULT_STEPS, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
+    }  # fmt: skip
+    support = SupportConfig(**sizes) if mode is Mode.mute else None
+    logging.getLogger("neumuter").addHandler(ConsoleHandler())
+    outcome = neumuter.unlearn(
+        network,
+        tokenizer,
+        forget_texts,
+        retain_texts,
+        budget=number,
+        mode=(mode or Mode.modulate).value,
+        recipe=PaperConfig() if recipe is Recipe.paper else FittedConfig(GainsConfig(**sizes), support),
+        existing=earlier,
+        goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
+        rewrite_with=rewrite_with,
+        start_layer=start_layer,
+        max_length=max_length,
+        seed=seed,
+        folder=out,
+    )
+    path = outcome.save(
+        out,
+        model=model,
+        forget=str(forget),
+        retain=str(retain) if retain else None,
+        command=shlex.join(["neumuter", *sys.argv[1:]]),
+    )
+    if outcome.curve:
+        console.print(curve_table(outcome.curve))
+        if not any(point["met"] for point in outcome.curve):
+            console.print("[bold yellow]No budget tried meets the goals:[/] the largest one is kept.")
+    console.print(outcome_table(outcome.before, outcome.after))
+    for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
+        console.print(sentence, highlight=False)
+    console.print(f"The mute file is {escape(str(path))}.", highlight=False, soft_wrap=True)
+
+
+def _parse_budget(text: str) -> int | float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--budget must be a share (0.01), a number (300) or auto, got {text!r}"
+        ) from None

@@ -1,0 +1,49 @@
+"""What a model says: greedy continuations of the beginnings of texts."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.types import IGNORED, Batch
+
+MAX_TOKENS = 64
+# Of a text that counts as a whole, this share is the prompt.
+PROMPT_SHARE = 1 / 3
+
+
+@torch.no_grad()
+def continue_texts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Batch, limit: int
+) -> list[dict[str, str]]:
+    """Decode greedily from the prompts of the first ``limit`` texts of a batch.
+
+    A text's prompt ends where its counted tokens begin; of a text that counts from its start on, the first
+    third is the prompt.
+
+    Returns:
+        For each text {"prompt", "truth", "said"}: its beginning, how it goes on, and what the model says
+        instead, at most ``MAX_TOKENS`` tokens.
+    """
+    found = []
+    for ids, shown, labels in zip(
+        *(batch[name][:limit].cpu() for name in ("input_ids", "attention_mask", "labels")), strict=True
+    ):
+        ids, labels = ids[shown.bool()], labels[shown.bool()]
+        start = int((labels != IGNORED).nonzero()[0])
+        if start == 0 or (start == 1 and int(ids[0]) in tokenizer.all_special_ids):
+            start = max(1, int(len(ids) * PROMPT_SHARE))
+        prompt = ids[None, :start].to(cast(torch.device, model.device))
+        made = cast(Any, model).generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(len(ids) - start, MAX_TOKENS),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        parts = {"prompt": ids[:start], "truth": ids[start:], "said": made[0, start:]}
+        found.append(
+            {name: str(tokenizer.decode(part, skip_special_tokens=True)) for name, part in parts.items()}
+        )
+    return found

@@ -1,0 +1,360 @@
+"""The whole job in one call: find neighbours, measure, search, measure again.
+
+The module is not called ``unlearn``, so that importing it never hides the function of that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.evaluation import continue_texts, summary_metrics
+from neumuter.files import PathLike, write_atomically
+from neumuter.models.families import find_ffns
+from neumuter.models.loading import load_model, load_tokenizer
+from neumuter.mutes.algebra import combine
+from neumuter.mutes.fingerprint import fingerprint
+from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
+from neumuter.recipes import FittedConfig, Goals, PaperConfig, fit_mutes, search_budget, train_gates
+from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
+from neumuter.report.html import write_report
+from neumuter.report.progress import show_progress
+from neumuter.serving.live import mute
+from neumuter.texts import collect_texts, encode, join_batches
+from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
+from neumuter.texts.sources import TextSource
+from neumuter.training.batches import PairedBatches
+from neumuter.training.masked import attach
+from neumuter.types import Batch, Callback, Text
+
+# Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
+SAMPLES = 32
+# Texts whose continuations the report shows.
+SHOWN_TEXTS = 4
+MUTE_FILE = "mutes.safetensors"
+
+logger = logging.getLogger("neumuter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What ``unlearn`` found.
+
+    mutes: the neurons to mute and their gains; ``neumuter.mute(model, outcome.mutes)`` applies them.
+    before, after: metrics without and with them, {name: value}; see ``neumuter.evaluation.METRICS``.
+    curve: for ``budget="auto"`` a point for each budget tried.
+    history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
+    samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
+    seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process.
+    """
+
+    mutes: MuteSet
+    before: dict[str, float]
+    after: dict[str, float]
+    curve: list[dict[str, Any]] | None
+    history: list[dict[str, Any]]
+    samples: list[dict[str, str]]
+    seconds: float
+    peak_memory: int
+
+    def save(self, folder: PathLike, **facts: Any) -> Path:
+        """Write mutes.safetensors, report.json and report.html into ``folder``, which is made if missing.
+
+        Args:
+            facts: further entries of the report, JSON values, such as ``model="…"``.
+
+        Returns:
+            The path of the mute file.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.mutes.save(folder / MUTE_FILE)
+        report = facts | {
+            "mode": self.mutes.mode,
+            "muted_neurons": self.mutes.count,
+            "muted_share": self.mutes.share,
+            "method": self.mutes.method,
+            "seed": self.mutes.seed,
+            "curve": self.curve,
+            "before": self.before,
+            "after": self.after,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+        }
+        write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+        write_report(folder / "report.html", report | {"history": self.history}, self.mutes, self.samples)
+        return folder / MUTE_FILE
+
+    def __repr__(self) -> str:
+        return render_text(outcome_table(self.before, self.after)) + "\n".join(self._sentences())
+
+    def _repr_html_(self) -> str:
+        return render_html(self.before, self.after, self._sentences())
+
+    def _sentences(self) -> list[str]:
+        return outcome_sentences(self.mutes, self.seconds, self.peak_memory)
+
+
+def unlearn(
+    model: nn.Module | str,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    forget: TextSource,
+    retain: TextSource | None = None,
+    *,
+    budget: int | float | str = 0.01,
+    mode: str = "modulate",
+    recipe: str | FittedConfig | PaperConfig = "fitted",
+    existing: MuteSource | None = None,
+    goals: Goals | None = None,
+    samples: int | None = None,
+    rewrite_with: str | None = None,
+    start_layer: int = 1,
+    max_length: int = 256,
+    seed: int = 0,
+    folder: PathLike | None = None,
+    callback: Callback | None = None,
+) -> Outcome:
+    """Find the neurons of ``model`` that hold the forget texts, and measure what muting them does.
+
+    The model is left untouched: ``neumuter.mute`` applies the outcome to it, ``neumuter.fold`` writes it into
+    the weights.
+
+    Args:
+        model: a causal language model of transformers; or its folder or name, which is loaded.
+        tokenizer: its tokenizer; or a folder or name. None takes that of a model given by name; it may also
+            be None where all texts are batches of token ids and ``samples`` is 0.
+        forget: the texts to forget: a path, a list of texts, of (prompt, completion) pairs or of chat
+            messages, a ``datasets.Dataset``, or a batch of token ids; see ``neumuter.texts.collect_texts``.
+        retain: texts that must stay, likewise. None takes texts that the model itself says, which protects
+            less.
+        budget: how many neurons to touch: a share (float in (0, 1]) or a number (int); or "auto", the
+            smallest share that reaches the ``goals``.
+        mode: "modulate" gives the selected neurons signed gains, "mute" silences them.
+        recipe: "fitted" or "paper", or the constants of one. The paper's recipe finds its own number of
+            neurons and silences them: it takes no budget, mode, existing set or goals.
+        existing: a mute set of earlier requests, or its file, that stays in force; the retain texts must not
+            hold its texts.
+        goals: for ``budget="auto"``; by default no text may be extracted any more.
+        samples: how many texts the model itself adds to the retain texts: by default 32, or 16 where there
+            are retain texts.
+        rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
+        start_layer: the first FFN that may be touched, from 0.
+        max_length: tokens that a text is cut to.
+        seed: seeds the search and the sampled neighbours. The same call on the same machine gives the same
+            result.
+        folder: where to keep what must not be lost: neighbours, which a second run takes from there, and the
+            mute file as soon as it is found.
+        callback: called as (step, total, info) after every step, instead of a progress bar.
+
+    Returns:
+        An ``Outcome``; ``outcome.save(folder)`` writes the mute file and the report.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        NothingSelectedError: the recipe found no neuron; a ValueError.
+        RuntimeError: the model is attached or muted already, or the loss diverged.
+    """
+    start = time.perf_counter()
+    config = _check_recipe(recipe, budget, mode, existing, goals)
+    earlier = None if existing is None else load_mutes(existing)
+    network, words = _open(model, tokenizer)
+    max_length = _fit_length(network, max_length)
+    watch = _Watch(callback)
+    forget_batch = _as_batch("forget", forget, words, max_length)
+    found = [] if retain is None else [_as_batch("retain", retain, words, max_length)]
+    if rewrite_with:
+        rewritten = _rewrite(collect_texts("forget", forget, words), rewrite_with, seed, folder, watch)
+        found.append(encode(rewritten, _needed(words), max_length))
+    with mute(network, earlier) if earlier else nullcontext():
+        said = _sample(network, words, forget_batch, bool(found), samples, earlier, seed, folder, watch)
+        if said:
+            found.append(encode(said, _needed(words), max_length))
+        if not found:
+            raise ValueError(
+                "there is nothing to keep: the model said nothing when sampled from; give retain"
+            )
+        retain_batch = join_batches(*found)
+        before = summary_metrics(network, forget_batch, retain_batch)
+        said_before = continue_texts(network, words, forget_batch, SHOWN_TEXTS) if words else []
+    history: list[dict[str, Any]] = []
+    curve = None
+    with attach(network, start_layer) as masked, watch("Finding neurons", history) as advance:
+        pair = PairedBatches(masked, forget_batch, retain_batch)
+        if isinstance(config, PaperConfig):
+            mutes = train_gates(masked, pair, config, seed, advance)
+        elif isinstance(budget, str):
+            mutes, curve = search_budget(
+                masked, pair, forget_batch, goals or Goals(), mode=mode, config=config, seed=seed,
+                callback=advance, existing=earlier,
+            )  # fmt: skip
+        else:
+            mutes = fit_mutes(masked, pair, budget, mode, config, seed, advance, earlier)
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        mutes.save(Path(folder) / MUTE_FILE)
+    with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
+        after = summary_metrics(network, forget_batch, retain_batch)
+        said_after = continue_texts(network, words, forget_batch, SHOWN_TEXTS) if words else []
+    return Outcome(
+        mutes=dataclasses.replace(mutes, metrics={"before": before, "after": after}),
+        before=before,
+        after=after,
+        curve=curve,
+        history=history,
+        samples=[
+            {"prompt": old["prompt"], "truth": old["truth"], "before": old["said"], "after": new["said"]}
+            for old, new in zip(said_before, said_after, strict=True)
+        ],
+        seconds=time.perf_counter() - start,
+        peak_memory=_peak_memory(),
+    )
+
+
+class _Watch:
+    """Progress of each part of the job: the caller's callback, or a bar."""
+
+    def __init__(self, callback: Callback | None) -> None:
+        self.callback = callback
+
+    @contextmanager
+    def __call__(
+        self, description: str, history: list[dict[str, Any]] | None = None
+    ) -> Iterator[Callable[..., None]]:
+        """Yields ``advance(step, total, info)``, which also writes each step into ``history``."""
+        shown = nullcontext(self.callback) if self.callback else show_progress(description)
+        with shown as tell:
+
+            def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
+                if history is not None:
+                    history.append({"step": len(history) + 1, **(info or {})})
+                tell(step, total, {"phase": description} | (info or {}))
+
+            yield advance
+
+
+def _check_recipe(
+    recipe: str | FittedConfig | PaperConfig,
+    budget: int | float | str,
+    mode: str,
+    existing: MuteSource | None,
+    goals: Goals | None,
+) -> FittedConfig | PaperConfig:
+    names: dict[object, FittedConfig | PaperConfig] = {"fitted": FittedConfig(), "paper": PaperConfig()}
+    config = recipe if isinstance(recipe, FittedConfig | PaperConfig) else names.get(recipe)
+    if config is None:
+        raise ValueError(f'recipe must be "fitted", "paper", a FittedConfig or a PaperConfig, got {recipe!r}')
+    if isinstance(budget, str) and budget != "auto":
+        raise ValueError(f'budget must be a share (0.01), a number (300) or "auto", got {budget!r}')
+    if goals is not None and budget != "auto":
+        raise ValueError('goals go with budget="auto" alone')
+    if mode not in ("mute", "modulate"):
+        raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
+    if isinstance(config, PaperConfig) and existing is not None:
+        raise ValueError("the paper's recipe does not know an existing mute set; use the fitted one")
+    return config
+
+
+def _open(
+    model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | str | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    own = None
+    if isinstance(model, str | Path):
+        model, own = load_model(str(model))
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(str(tokenizer))
+    return model, tokenizer if tokenizer is not None else own
+
+
+def _fit_length(network: nn.Module, max_length: int) -> int:
+    positions = getattr(getattr(network, "config", None), "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        logger.warning("This model has %d positions: texts are cut to %d tokens.", positions, positions)
+    return min(max_length, int(positions))
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given: texts, and texts that the model says, are encoded by it")
+    return tokenizer
+
+
+def _as_batch(
+    name: str, source: TextSource, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+) -> Batch:
+    texts = collect_texts(name, source, tokenizer)
+    return texts if isinstance(texts, dict) else encode(texts, _needed(tokenizer), max_length)
+
+
+def _rewrite(
+    texts: list[Text] | Batch, model: str, seed: int, folder: PathLike | None, watch: _Watch
+) -> list[Text]:
+    """Neighbours by a masked language model, kept in ``folder``."""
+    if isinstance(texts, dict):
+        raise ValueError("rewrite_with needs forget texts, not a batch of token ids")
+
+    def make() -> list[Text]:
+        network = transformers.AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False).eval()
+        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        with watch("Rewriting texts") as advance:
+            return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
+
+    return cache_texts(folder, {"texts": texts, "model": model, "seed": seed}, make)
+
+
+def _sample(
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    forget_batch: Batch,
+    have_others: bool,
+    samples: int | None,
+    existing: MuteSet | None,
+    seed: int,
+    folder: PathLike | None,
+    watch: _Watch,
+) -> list[Text]:
+    """Neighbours that the model itself says, with the existing mutes in force; kept in ``folder``."""
+    count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
+    if count == 0:
+        return []
+    words = _needed(tokenizer)
+    if have_others and words.bos_token_id is None and words.eos_token_id is None:
+        logger.warning("This tokenizer has no start token, so the model is not sampled from.")
+        return []
+    if not have_others:
+        logger.warning(
+            "There are no retain texts: texts sampled from the model itself stand in for them. What else "
+            "the model knows is protected less well that way."
+        )
+    length = forget_batch["labels"].shape[1]
+
+    def make() -> list[Text]:
+        with watch("Sampling neighbours") as advance:
+            return [*sample_texts(network, words, count, length, seed, advance, barred=forget_batch)]
+
+    barred = {name: forget_batch[name].tolist() for name in ("input_ids", "labels")}
+    in_force = existing and {path: (i.tolist(), g.tolist()) for path, (i, g) in existing.layers.items()}
+    weights = [fingerprint(find_ffns(network), {}), in_force]
+    return cache_texts(folder, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
