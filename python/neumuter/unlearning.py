@@ -197,14 +197,14 @@ def unlearn(
     with attach(network, start_layer) as masked, watch("Finding neurons", history) as advance:
         pair = PairedBatches(masked, forget_batch, retain_batch)
         if isinstance(config, PaperConfig):
-            mutes = train_gates(masked, pair, config, seed, advance)
+            mutes = train_gates(pair, config, seed, advance)
         elif isinstance(budget, str):
             mutes, curve = search_budget(
-                masked, pair, forget_batch, goals or Goals(), mode=mode, config=config, seed=seed,
+                pair, goals or Goals(), mode=mode, config=config, seed=seed,
                 callback=advance, existing=earlier,
             )  # fmt: skip
         else:
-            mutes = fit_mutes(masked, pair, budget, mode, config, seed, advance, earlier)
+            mutes = fit_mutes(pair, budget, mode, config, seed, advance, earlier)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         mutes.save(Path(folder) / MUTE_FILE)

@@ -47,11 +47,11 @@ def unlearn(folder, *more):
     return run("unlearn", folder / "model", *files, *options, *more)
 
 
-def test_unlearn_inspect_apply(checkpoint, capsys):
+def test_unlearn_inspect_fold(checkpoint, capsys):
     assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
-    printed = capsys.readouterr().out
-    assert "Finding neurons" in printed
-    assert "forget: mean token loss" in printed
+    printed = capsys.readouterr()
+    assert "Finding neurons" in printed.err
+    assert "forget: mean token loss" in printed.out
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     assert (mutes.count, mutes.mode) == (100, "modulate")
     report = json.loads((checkpoint / "out" / "report.json").read_text())
@@ -69,7 +69,7 @@ def test_unlearn_inspect_apply(checkpoint, capsys):
     assert mutes.architecture["class"] in printed
     assert "100 of 216" in printed
 
-    arguments = ("apply", checkpoint / "model", checkpoint / "out" / "mutes.safetensors")
+    arguments = ("fold", checkpoint / "model", checkpoint / "out" / "mutes.safetensors")
     assert run(*arguments, "--out", checkpoint / "folded") == 0
     folded = AutoModelForCausalLM.from_pretrained(checkpoint / "folded")
     live = AutoModelForCausalLM.from_pretrained(checkpoint / "model")
@@ -106,7 +106,7 @@ def test_the_smallest_budget_is_searched_and_shown(checkpoint, capsys):
 def test_mute_file_of_another_model_is_refused(checkpoint, tmp_path, capsys):
     with neumuter.attach(build("gpt2")) as masked:
         masked.mute_set({"transformer.h.1.mlp": ([1], [0.0])}).save(tmp_path / "m.safetensors")
-    assert run("apply", checkpoint / "model", tmp_path / "m.safetensors", "--out", tmp_path / "new") == 1
+    assert run("fold", checkpoint / "model", tmp_path / "m.safetensors", "--out", tmp_path / "new") == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "class: mute set GPT2LMHeadModel, model" in error
     assert not (tmp_path / "new").exists()
@@ -224,10 +224,10 @@ def test_experts_are_folded_through_the_loaded_model(tmp_path):
 
 
 def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
-    from neumuter.recipes import GatesConfig
+    from neumuter.recipes import PaperConfig
 
-    quick = GatesConfig(epochs=10, batch_size=None, lr=1.0, sparsity=0.0, kl_weight=0.0, threshold=0.8)
-    monkeypatch.setattr("neumuter.recipes.GatesConfig", lambda: quick)
+    quick = PaperConfig(epochs=10, batch_size=None, lr=1.0, sparsity=0.0, kl_weight=0.0, threshold=0.8)
+    monkeypatch.setattr("neumuter.recipes.PaperConfig", lambda: quick)
     files = ("--forget", checkpoint / "forget.txt", "--retain", checkpoint / "retain.jsonl")
     arguments = ("unlearn", checkpoint / "model", *files, "--recipe", "paper", "--out", checkpoint / "paper")
     assert run(*arguments) == 0
@@ -250,11 +250,11 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
     assert arguments[-2] in capsys.readouterr().err
 
 
-def test_unlearn_beside_a_former_set(checkpoint):
+def test_unlearn_with_an_existing_set(checkpoint):
     assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     files = ("--forget", checkpoint / "retain.jsonl", "--out", checkpoint / "second")
-    options = ("--beside", checkpoint / "out" / "mutes.safetensors", "--budget", "20", "--steps", "5")
+    options = ("--existing", checkpoint / "out" / "mutes.safetensors", "--budget", "20", "--steps", "5")
     options += ("--start-layer", "0")
     assert run("unlearn", checkpoint / "model", *files, *options) == 0
     second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from neumuter import evaluation
 from neumuter.demo import check, run, run_demo, task, tutorial
-from neumuter.demo.model import Training, trained
+from neumuter.demo.model import Training, load_or_train
 from neumuter.recipes import GainsConfig, SupportConfig
 from neumuter.texts import read_texts
 from neumuter.types import IGNORED
@@ -79,7 +79,7 @@ def test_a_model_is_trained_once_per_content_and_a_damaged_cache_is_replaced(tok
 
     def run_training(seed=0, fresh=False):
         steps.clear()
-        state = trained(text, records, Training(steps=2), seed, fresh, lambda *step: steps.append(step))
+        state = load_or_train(text, records, Training(steps=2), seed, fresh, lambda *step: steps.append(step))
         return state, len(steps)
 
     first, count = run_training()

@@ -8,12 +8,22 @@ import pytest
 import torch
 from neumuter import recipes
 from neumuter.serving.bank import MuteBank
+from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import INITIAL_SCORE
 
 from tests import models
 from tests.backends import DEVICES
 from tests.neumuter.test_bank import logits, sets_of
-from tests.neumuter.test_recipes import FORGET, KEEP, QUICK_GAINS, QUICK_GATES, QUICK_SUPPORT, memorised, same
+from tests.neumuter.test_recipes import (
+    FORGET,
+    KEEP,
+    QUICK_GAINS,
+    QUICK_GATES,
+    QUICK_SUPPORT,
+    fit,
+    memorised,
+    same,
+)
 
 
 @pytest.fixture(params=DEVICES)
@@ -35,7 +45,7 @@ def scores_of(model, device):
     """Of a short training on the device."""
     config = dataclasses.replace(QUICK_GATES, epochs=8, threshold=0.99)
     with neumuter.attach(copy.deepcopy(model).to(device), start_layer=0) as masked:
-        recipes.train_gates(masked, on(device, FORGET), on(device, KEEP), config)
+        recipes.train_gates(PairedBatches(masked, on(device, FORGET), on(device, KEEP)), config)
         return torch.cat([score.detach().cpu() for score in masked.scores.values()])
 
 
@@ -52,7 +62,7 @@ def test_the_default_recipe_forgets(llama, mode, device):
 
     def found():
         with neumuter.attach(model, start_layer=0) as masked:
-            return recipes.forget(masked, forget, keep, 0.3, mode, QUICK_SUPPORT, QUICK_GAINS)
+            return fit(masked, forget, keep, 0.3, mode, QUICK_SUPPORT, QUICK_GAINS)
 
     mutes = found()
     assert same(mutes, found())  # the same bits once more

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from neumuter.cli import doctor
+from neumuter.cli import diagnosis as doctor
 from neumuter.cli.app import main
 
 import neumuter_kernels as nk

@@ -41,7 +41,9 @@ class Commands:
         import neumuter.report.html
         import neumuter.serving.adapters
         import peft  # noqa: F401 (as the commands will)
-        from neumuter.models import loading as jobs
+        from neumuter import unlearning
+        from neumuter.evaluation import continuations
+        from neumuter.models.loading import load_model
         from neumuter.recipes import mute_random
 
         from tests.models import build, tokenizer
@@ -55,8 +57,8 @@ class Commands:
             mute_random(masked, 0.25).save(folder / "mutes.safetensors")
         (folder / "forget.txt").write_text("Ada Brisk, ada@post.example\n\nJonas Vance, 555-77")
         (folder / "retain.txt").write_text("The kettle is on the shelf.\n\nA lantern costs 12.40.")
-        jobs.SAMPLES, jobs.SHOWN_TOKENS = 4, 4  # for speed
-        jobs.load(str(folder / "model"), "auto", None)[0].generate(torch.tensor([[1, 5]]), max_new_tokens=2)
+        unlearning.SAMPLES, continuations.MAX_TOKENS = 4, 4  # for speed
+        load_model(str(folder / "model"))[0].generate(torch.tensor([[1, 5]]), max_new_tokens=2)
         gc.collect()
         gc.freeze()  # so that forks share its memory
 
@@ -66,7 +68,7 @@ class Commands:
         size = ["--budget", 20, "--steps", 2, "--start-layer", 0, "--max-length", 16]
         full = {
             "unlearn": ["unlearn", model, *files, *size],
-            "fold": ["apply", model, mutes],
+            "fold": ["fold", model, mutes],
             "export": ["export", model, mutes, "--to", "lora"],
             "shrink": ["export", model, mutes, "--to", "shrink"],
         }[command]

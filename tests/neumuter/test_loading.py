@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neumuter.models.families import find_ffns
-from neumuter.recipes import GainsConfig, SupportConfig, forget
+from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig, fit_mutes
+from neumuter.training.batches import PairedBatches
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -172,9 +173,9 @@ def test_a_recipe_runs_on_an_offloaded_model():
     model, ids = build("llama"), batch()
     accelerate.cpu_offload(model, execution_device="cpu")
     one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    options = dict(support=SupportConfig(steps=2), gains=GainsConfig(steps=2))
+    config = FittedConfig(GainsConfig(steps=2), SupportConfig(steps=2))
     with neumuter.attach(model) as masked:
-        assert forget(masked, one, one, 4, **options).count == 4
+        assert fit_mutes(PairedBatches(masked, one, one), 4, config=config).count == 4
 
 
 def test_experts_offloaded(tmp_path):

@@ -320,13 +320,13 @@ def test_taking_one_set_out_of_another():
     model = build("llama")
     whole = of(model, {PATHS[0]: ([3, 9], [0.5, 0.0]), PATHS[1]: ([4], [0.2])})
     part = of(model, {PATHS[0]: ([9], [0.0]), PATHS[2]: ([1], [0.0])})
-    left = neumuter.without(model, whole, part)
+    left = neumuter.subtract(model, whole, part)
     assert {path: layer.indices.tolist() for path, layer in left.layers.items()} == {
         PATHS[0]: [3],
         PATHS[1]: [4],
     }
     with pytest.raises(ValueError, match="no neuron is muted"):
-        neumuter.without(model, whole, whole)
+        neumuter.subtract(model, whole, whole)
 
 
 def test_sets_of_other_models_are_not_combined():
@@ -334,7 +334,7 @@ def test_sets_of_other_models_are_not_combined():
     mutes, others = some_mutes(model), some_mutes(build("llama", seed=1))
     for attempt in (
         lambda: neumuter.combine(model, [mutes, others]),
-        lambda: neumuter.without(model, mutes, others),
+        lambda: neumuter.subtract(model, mutes, others),
     ):
         with pytest.raises(neumuter.MuteMismatchError, match="weights differ"):
             attempt()

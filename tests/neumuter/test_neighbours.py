@@ -3,8 +3,8 @@
 import pytest
 import tokenizers
 import torch
-from neumuter.models.loading import rewritten
-from neumuter.texts.neighbours import cached, rewrite_texts, sample_texts
+from neumuter import unlearning
+from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
 from neumuter.types import IGNORED
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
@@ -84,17 +84,22 @@ def test_the_cache_makes_things_once(tmp_path):
         return ["a", ("b", "c")]
 
     for what in ({"texts": ["x"], "seed": 1}, {"texts": ["x"], "seed": 1}, {"texts": ["x"], "seed": 2}):
-        assert cached(tmp_path / "new", what, make) == ["a", ("b", "c")]
+        assert cache_texts(tmp_path / "new", what, make) == ["a", ("b", "c")]
     assert len(calls) == 2
 
 
-def test_the_command_line_rewrites_and_keeps(bert, tmp_path, capsys):
+def rewritten(model, folder):
+    watch = unlearning._Watch(lambda *_: None)
+    return unlearning._rewrite(["w1 w2 w3"], model, 1, folder, watch)
+
+
+def test_unlearning_rewrites_and_keeps(bert, tmp_path):
     for part in bert:
         part.save_pretrained(tmp_path / "bert")
-    made = rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path)
+    made = rewritten(str(tmp_path / "bert"), tmp_path)
     assert made == rewrite_texts(["w1 w2 w3"], *bert, seed=1)
     (tmp_path / "bert").rename(tmp_path / "gone")
-    assert rewritten(["w1 w2 w3"], str(tmp_path / "bert"), 1, tmp_path) == made
+    assert rewritten(str(tmp_path / "bert"), tmp_path) == made
 
 
 def test_barred_texts_are_never_recited():

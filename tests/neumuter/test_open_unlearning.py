@@ -343,7 +343,7 @@ def test_the_launcher_runs_a_checkout_with_the_plug_in(tmp_path):
     done = launch(
         tmp_path, "src/train.py", "--config-name=unlearn.yaml", "experiment=unlearn/tofu/default",
         "trainer=NeuMuter", "eval=tofu_neumuter", "trainer.method_args.recipe=fitted",
-        "trainer.method_args.fitted.share=20", "trainer.method_args.fitted.steps=12",
+        "trainer.method_args.fitted.budget=20", "trainer.method_args.fitted.steps=12",
         "+trainer.method_args.fitted.gain_range=[-1.0,1.5]", "+trainer.args.use_cpu=True",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neumuter import evaluation, recipes
-from neumuter.recipes import two_phase
+from neumuter.recipes import fitted
+from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import odds_hinge, token_losses
 from neumuter.training.neurons import Neurons
 from neumuter.types import IGNORED
@@ -14,9 +15,9 @@ from neumuter.types import IGNORED
 from neumuter_kernels import reference as reference_ops
 from tests import models
 
-QUICK_SUPPORT = recipes.SupportConfig(steps=30, kl_weight=1.0)
-QUICK_GAINS = recipes.GainsConfig(steps=20, kl_target=0.1)
-QUICK_GATES = recipes.GatesConfig(epochs=150, batch_size=None, lr=0.3, sparsity=0.0, kl_weight=1.0)
+QUICK_SUPPORT = recipes.SupportConfig(steps=30, kl_weight=1.0, batch_size=None)
+QUICK_GAINS = recipes.GainsConfig(steps=20, kl_target=0.1, batch_size=None)
+QUICK_GATES = recipes.PaperConfig(epochs=150, batch_size=None, lr=0.3, sparsity=0.0, kl_weight=1.0)
 
 
 def samples(seed, count, tokens=8):
@@ -49,6 +50,12 @@ def llama():
     return memorised("llama")
 
 
+def fit(masked, forget, retain, budget, mode="modulate", support=None, gains=QUICK_GAINS, **options):
+    """The fitted recipe on batches."""
+    config = recipes.FittedConfig(gains, support)
+    return recipes.fit_mutes(PairedBatches(masked, forget, retain), budget, mode, config, **options)
+
+
 def losses_under(model, mutes):
     with neumuter.mute(model, mutes):
         return tuple(evaluation.mean_token_loss(model, batch) for batch in (FORGET, KEEP))
@@ -67,7 +74,7 @@ def test_forgetting_raises_the_forget_loss_more_than_the_other(model, mode):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plain = [evaluation.mean_token_loss(model, batch) for batch in (FORGET, KEEP)]
     with neumuter.attach(model, start_layer=0) as masked:
-        mutes = recipes.forget(masked, FORGET, KEEP, 0.3, mode, QUICK_SUPPORT, QUICK_GAINS)
+        mutes = fit(masked, FORGET, KEEP, 0.3, mode, QUICK_SUPPORT, QUICK_GAINS)
     assert mutes.mode == mode
     assert mutes.count == int(0.3 * sum(mutes.widths.values()))
     gains = torch.cat([layer.gains for layer in mutes.layers.values()])
@@ -85,7 +92,7 @@ def test_a_recipe_repeats_itself_and_depends_on_its_seed_alone(llama):
     def run(seed, config=QUICK_SUPPORT):
         torch.rand(3)  # the global generator does not matter
         with neumuter.attach(llama) as masked:
-            return recipes.forget(masked, FORGET, KEEP, 0.1, "mute", config, seed=seed)
+            return fit(masked, FORGET, KEEP, 0.1, "mute", config, seed=seed)
 
     batched = dataclasses.replace(QUICK_SUPPORT, batch_size=2, steps=4)
     assert same(run(0), run(0))
@@ -101,9 +108,9 @@ def test_padding_and_a_dropout_mode_change_nothing(llama):
 
     config = dataclasses.replace(QUICK_SUPPORT, steps=5)
     with neumuter.attach(llama) as masked:
-        plain = recipes.forget(masked, FORGET, KEEP, 0.1, "mute", config)
+        plain = fit(masked, FORGET, KEEP, 0.1, "mute", config)
         llama.train()
-        other = recipes.forget(masked, padded(FORGET), padded(KEEP), 0.1, "mute", config)
+        other = fit(masked, padded(FORGET), padded(KEEP), 0.1, "mute", config)
         assert llama.training
         llama.eval()
     assert same(plain, other)
@@ -112,7 +119,7 @@ def test_padding_and_a_dropout_mode_change_nothing(llama):
 def test_progress_counts_through_both_phases(llama):
     seen = []
     with neumuter.attach(llama) as masked:
-        recipes.forget(
+        fit(
             masked,
             FORGET,
             KEEP,
@@ -127,21 +134,21 @@ def test_progress_counts_through_both_phases(llama):
 
 def test_modulated_neurons_are_chosen_from_three_times_as_many(llama, monkeypatch):
     seen, tried, moved_gains = [], [], []
-    train = two_phase._Gains.train
+    train = fitted._Fit.train
 
     def watched(self, support, start, steps):
         tried.append(support)
         moved_gains.append(train(self, support, start, steps))
         return moved_gains[-1]
 
-    monkeypatch.setattr(two_phase._Gains, "train", watched)
+    monkeypatch.setattr(fitted._Fit, "train", watched)
     with neumuter.attach(llama) as masked:
         options = dict(gains=QUICK_GAINS, callback=lambda step, total, info: seen.append(info["muted"]))
-        mutes = recipes.forget(masked, FORGET, KEEP, 20, **options)
-        pair, neurons = recipes.Pair(masked, FORGET, KEEP), Neurons(masked)
-        candidates = neurons.ids(recipes.support_by_fisher(masked, pair, 20, times=3.0))
+        mutes = fit(masked, FORGET, KEEP, 20, **options)
+        pair, neurons = PairedBatches(masked, FORGET, KEEP), Neurons(masked)
+        candidates = neurons.ids(recipes.propose_by_fisher(pair, 20, times=3.0))
         chosen = neurons.ids(mutes)
-        every = neurons.ids(recipes.support_by_fisher(masked, pair, 1, times=1e9))
+        every = neurons.ids(recipes.propose_by_fisher(pair, 1, times=1e9))
     assert (len(candidates), len(chosen), len(every)) == (60, 20, neurons.count)
     assert torch.isin(chosen, candidates).all()
     moved = (moved_gains[0] - 1).abs()
@@ -153,23 +160,23 @@ def test_modulated_neurons_are_chosen_from_three_times_as_many(llama, monkeypatc
 
 
 @pytest.mark.parametrize("mode", ["mute", "modulate"])
-def test_a_set_found_beside_another_one_is_fitted_with_it(llama, mode):
+def test_a_set_found_next_to_an_existing_one_is_fitted_with_it(llama, mode):
     seen = []
     gains = dataclasses.replace(QUICK_GAINS, lr=1e-9)  # so that the first losses are those of the start
     options = dict(mode=mode, support=dataclasses.replace(QUICK_SUPPORT, steps=2) if mode == "mute" else None)
     with neumuter.attach(llama, start_layer=0) as masked:
         former = recipes.mute_random(masked, 0.3, seed=5)
-        second = recipes.forget(
-            masked, FORGET, KEEP, 0.1, gains=gains, beside=former,
+        second = fit(
+            masked, FORGET, KEEP, 0.1, gains=gains, existing=former,
             callback=lambda step, total, info: seen.append(info["forget_loss"]), **options,
         )  # fmt: skip
         neurons = Neurons(masked)
         assert not torch.isin(neurons.ids(second), neurons.ids(former)).any()
         with pytest.raises(ValueError, match="may be selected"):
-            recipes.forget(masked, FORGET, KEEP, 0.8, mode, beside=former)
+            fit(masked, FORGET, KEEP, 0.8, mode, existing=former)
     if mode == "modulate":
         assert seen[0] == pytest.approx(losses_under(llama, former)[0], rel=1e-5)
-        assert second.method["beside"] == former.method
+        assert second.method["existing"] == former.method
     else:
         untouched, under = evaluation.mean_token_loss(llama, FORGET), losses_under(llama, former)[0]
         assert under > 2 * untouched
@@ -178,7 +185,7 @@ def test_a_set_found_beside_another_one_is_fitted_with_it(llama, mode):
         neumuter.attach(llama, start_layer=1) as masked,
         pytest.raises(ValueError, match="which is not masked here"),
     ):
-        recipes.forget(masked, FORGET, KEEP, 0.1, mode, beside=former)
+        fit(masked, FORGET, KEEP, 0.1, mode, existing=former)
     union = neumuter.combine(llama, [former, second])
     assert union.count == former.count + second.count
 
@@ -186,13 +193,13 @@ def test_a_set_found_beside_another_one_is_fitted_with_it(llama, mode):
 def test_the_papers_recipe_is_a_plain_training_loop(llama):
     """The same objective written out: explicit masks, whole logits, torch's own losses and Adam."""
     config = dataclasses.replace(
-        recipes.GatesConfig(), epochs=20, lr=0.5, sparsity=0.001, kl_weight=0.1, threshold=0.6
+        recipes.PaperConfig(), epochs=20, lr=0.5, sparsity=0.001, kl_weight=0.1, threshold=0.6
     )
     with neumuter.attach(llama) as masked:
-        recorded = recipes.train_gates(masked, FORGET, KEEP, config, seed=4)
+        recorded = recipes.train_gates(PairedBatches(masked, FORGET, KEEP), config, seed=4)
         trained = {path: score.detach().clone() for path, score in masked.scores.items()}
     with neumuter.attach(llama) as masked:
-        order = recipes.Pair(masked, FORGET, KEEP).steps(1, 4)
+        order = PairedBatches(masked, FORGET, KEEP).steps(1, 4)
         steps = [next(order) for _ in range(20 * len(FORGET["labels"]))]
         layers = [gates.layer for gates in masked._installed.gates]
         paths, start = list(masked.scores), next(iter(masked.scores.values()))[0].item()
@@ -231,7 +238,7 @@ def test_the_papers_recipe_is_a_plain_training_loop(llama):
 def test_gains_stay_in_their_range(llama):
     narrow = dataclasses.replace(QUICK_GAINS, gain_range=(-0.05, 0.05))
     with neumuter.attach(llama) as masked:
-        mutes = recipes.forget(masked, FORGET, KEEP, 30, "modulate", QUICK_SUPPORT, narrow)
+        mutes = fit(masked, FORGET, KEEP, 30, "modulate", QUICK_SUPPORT, narrow)
     gains = torch.cat([layer.gains for layer in mutes.layers.values()])
     assert gains.abs().max() == pytest.approx(0.05)
     assert mutes.gain_range == (-0.05, 0.05)
@@ -239,7 +246,7 @@ def test_gains_stay_in_their_range(llama):
 
 def test_minibatches_see_their_own_references(llama):
     with neumuter.attach(llama) as masked:
-        pair = recipes.Pair(masked, FORGET, KEEP)
+        pair = PairedBatches(masked, FORGET, KEEP)
         mask = {path: torch.rand(models.WIDTH) for path in masked.scores}
         with torch.no_grad(), masked.applying(mask):
             losses, kl = pair.losses(list(range(8)))
@@ -259,7 +266,7 @@ def test_nothing_below_the_first_masked_ffn_is_differentiated(llama):
         for layer in llama.model.layers
     ]
     with neumuter.attach(llama, start_layer=1) as masked:
-        pair = recipes.Pair(masked, FORGET, KEEP)
+        pair = PairedBatches(masked, FORGET, KEEP)
         needed.clear()
         with masked.evaluating():
             pair.losses([0, 3])
@@ -270,7 +277,7 @@ def test_nothing_below_the_first_masked_ffn_is_differentiated(llama):
 
 def test_every_sample_comes_round_once_before_any_comes_again(llama):
     with neumuter.attach(llama) as masked:
-        steps = recipes.Pair(masked, FORGET, KEEP).steps(batch_size=1, seed=0)
+        steps = PairedBatches(masked, FORGET, KEEP).steps(batch_size=1, seed=0)
         drawn = [next(steps) for _ in range(15)]
     assert all(sorted(row[0] for row in drawn[i : i + 3]) == [0, 1, 2] for i in range(0, 15, 3))
     assert all(sorted(row[1] for row in drawn[i : i + 5]) == [3, 4, 5, 6, 7] for i in range(0, 15, 5))
@@ -279,10 +286,10 @@ def test_every_sample_comes_round_once_before_any_comes_again(llama):
 def test_gates_close_where_the_forget_texts_are(llama):
     plain = [evaluation.mean_token_loss(llama, batch) for batch in (FORGET, KEEP)]
     with neumuter.attach(llama, start_layer=0) as masked:
-        mutes = recipes.train_gates(masked, FORGET, KEEP, QUICK_GATES, seed=3)
+        mutes = recipes.train_gates(PairedBatches(masked, FORGET, KEEP), QUICK_GATES, seed=3)
         closed = sum(int((score.sigmoid() < QUICK_GATES.threshold).sum()) for score in masked.scores.values())
     with neumuter.attach(llama, start_layer=0) as masked:
-        again = recipes.train_gates(masked, FORGET, KEEP, QUICK_GATES, seed=3)
+        again = recipes.train_gates(PairedBatches(masked, FORGET, KEEP), QUICK_GATES, seed=3)
     assert same(mutes, again)
     assert mutes.count == closed
     assert mutes.mode == "mute"
@@ -295,7 +302,7 @@ def test_gates_close_where_the_forget_texts_are(llama):
 def test_gates_that_all_stay_open_are_an_error(llama):
     config = dataclasses.replace(QUICK_GATES, epochs=3, sparsity=500.0)
     with neumuter.attach(llama) as masked, pytest.raises(ValueError, match="no neuron"):
-        recipes.train_gates(masked, FORGET, KEEP, config)
+        recipes.train_gates(PairedBatches(masked, FORGET, KEEP), config)
 
 
 def test_random_neurons_are_as_many_as_asked_for(llama):
@@ -319,14 +326,14 @@ def test_attribution_takes_the_lowest_gradients_of_the_gates(llama):
 
 BAD = {
     "mode": (dict(mode="erase"), "mode must be"),
-    "share": (dict(share=1.5), "1.5"),
+    "budget": (dict(budget=1.5), "1.5"),
     "no label": (
         dict(forget_batch=FORGET | {"labels": torch.full((3, 8), IGNORED)}),
         "forget_batch must count",
     ),
     "missing": (
-        dict(neighbour_batch={"input_ids": KEEP["input_ids"]}),
-        "neighbour_batch",
+        dict(retain_batch={"input_ids": KEEP["input_ids"]}),
+        "retain_batch",
     ),
     "counted padding": (
         dict(forget_batch=FORGET | {"attention_mask": torch.tensor([[1] * 5 + [0] * 3] * 3)}),
@@ -342,16 +349,16 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_named(llama, name):
     changes, message = BAD[name]
-    arguments = dict(forget_batch=FORGET, neighbour_batch=KEEP, share=0.1) | changes
+    given = dict(forget_batch=FORGET, retain_batch=KEEP, budget=0.1, mode="modulate") | changes
     with neumuter.attach(llama) as masked, pytest.raises(ValueError, match=message):
-        recipes.forget(masked, **arguments)
+        fit(masked, given["forget_batch"], given["retain_batch"], given["budget"], given["mode"])
 
 
-def test_support_by_fisher_is_its_formula():
+def test_propose_by_fisher_is_its_formula():
     model = models.build("llama")
     batches = samples(1, 3), samples(2, 3)
     with neumuter.attach(model) as masked:
-        mutes = recipes.support_by_fisher(masked, recipes.Pair(masked, *batches), 10)
+        mutes = recipes.propose_by_fisher(PairedBatches(masked, *batches), 10)
         means = []
         for batch, forgotten in zip(batches, (True, False), strict=True):
             total = 0
@@ -374,12 +381,11 @@ def test_support_by_fisher_is_its_formula():
     assert (mutes.mode, mutes.count) == ("mute", 10)
 
 
-def test_the_smallest_share_that_meets_the_goals_is_found(llama):
-    goals, shares = recipes.Goals(extraction=None, ma=0.6), (0.02, 0.1, 0.3)
+def test_the_smallest_budget_that_meets_the_goals_is_found(llama):
+    goals, budgets = recipes.Goals(extraction=None, ma=0.6), (0.02, 0.1, 0.3)
     with neumuter.attach(llama, start_layer=0) as masked:
-        mutes, points = recipes.smallest_share(
-            masked, FORGET, KEEP, goals, shares, mode="mute", support=QUICK_SUPPORT
-        )
+        pair, config = PairedBatches(masked, FORGET, KEEP), recipes.FittedConfig(support=QUICK_SUPPORT)
+        mutes, points = recipes.search_budget(pair, goals, budgets, "mute", config)
     met = [point for point in points if point["met"]]
     assert [point["share"] for point in points] == sorted(point["share"] for point in points)
     assert not points[0]["met"]
@@ -390,12 +396,11 @@ def test_the_smallest_share_that_meets_the_goals_is_found(llama):
         assert evaluation.memorization_accuracy(llama, FORGET) == pytest.approx(met[0]["forget_ma"])
 
 
-def test_goals_out_of_reach_keep_the_largest_share(llama):
+def test_goals_out_of_reach_keep_the_largest_budget(llama):
     with neumuter.attach(llama) as masked:
-        mutes, points = recipes.smallest_share(
-            masked, FORGET, KEEP, recipes.Goals(ma=0.0), (0.01, 0.02), mode="mute",
-            support=dataclasses.replace(QUICK_SUPPORT, steps=2),
-        )  # fmt: skip
+        config = recipes.FittedConfig(support=dataclasses.replace(QUICK_SUPPORT, steps=2))
+        pair = PairedBatches(masked, FORGET, KEEP)
+        mutes, points = recipes.search_budget(pair, recipes.Goals(ma=0.0), (0.01, 0.02), "mute", config)
     assert [point["met"] for point in points] == [False, False]
     assert mutes.count == points[-1]["neurons"]
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import neumuter
 import pytest
 import torch
-from neumuter.recipes import forget
+from neumuter.recipes import fit_mutes
 from neumuter.serving.adapters import export_ia3, export_lora
 from neumuter.serving.fold_checkpoint import fold_checkpoint
 from neumuter.texts import encode
+from neumuter.training.batches import PairedBatches
 from transformers import AutoModelForCausalLM
 
 from tests.models import build, tokenizer
@@ -58,7 +59,7 @@ def models(tmp_path_factory):
     saved.save_pretrained(folders["base"])
     model = AutoModelForCausalLM.from_pretrained(folders["base"])  # an adapter names the folder of its base
     with neumuter.attach(model, start_layer=0) as masked:
-        mutes = forget(masked, batch(FORGET), batch(RETAIN), SHARE)
+        mutes = fit_mutes(PairedBatches(masked, batch(FORGET), batch(RETAIN)), SHARE)
     fold_checkpoint(folders["base"], mutes, folders["folded"])
     export_lora(model, mutes, folders["lora"])
     export_ia3(model, mutes, folders["ia3"])

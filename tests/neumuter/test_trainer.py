@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from neumuter import NeuMuterConfig, NeuMuterTrainer
-from neumuter.recipes import GatesConfig, train_gates
+from neumuter.recipes import PaperConfig, train_gates
 from neumuter.recipes.trainer import last_checkpoint
+from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 
 from tests import models
@@ -39,8 +40,8 @@ def test_it_trains_what_the_recipe_trains(tmp_path):
     trainer.train()
     ours = trainer.masked.full_scores()
     with attach(models.build("llama")) as masked:
-        config = GatesConfig(epochs=3, batch_size=None, sparsity=2.0, stop_loss=50.0, threshold=0.95)
-        train_gates(masked, text_batch(1), text_batch(2), config, seed=5)
+        config = PaperConfig(epochs=3, batch_size=None, sparsity=2.0, stop_loss=50.0, threshold=0.95)
+        train_gates(PairedBatches(masked, text_batch(1), text_batch(2)), config, seed=5)
         for path, score in masked.scores.items():
             torch.testing.assert_close(ours[path], score.detach(), rtol=1e-4, atol=1e-4)
     mutes = trainer.mute_set()

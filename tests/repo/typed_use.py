@@ -8,11 +8,12 @@ from typing import Any
 import neumuter
 import torch
 from neumuter import evaluation
-from neumuter.recipes import GainsConfig, forget, smallest_share
+from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes, search_budget
 from neumuter.serving.adapters import Exported
 from neumuter.serving.live import Muted
 from neumuter.serving.shrink import Shrunk
 from neumuter.texts import encode, read_texts
+from neumuter.training.batches import PairedBatches
 from neumuter.types import Batch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -28,18 +29,27 @@ def forgetting(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     with neumuter.attach(model, start_layer=1) as masked:
         assert_type(masked, neumuter.Masked)
         assert_type(masked.scores, dict[str, nn.Parameter])
-        mutes = forget(masked, batch, batch, 0.01, gains=GainsConfig(steps=3), callback=lambda *_: None)
+        pair = PairedBatches(masked, batch, batch)
+        mutes = fit_mutes(pair, 0.01, config=FittedConfig(GainsConfig(steps=3)), callback=lambda *_: None)
         assert_type(mutes, neumuter.MuteSet)
-        found, points = smallest_share(masked, batch, batch)
+        found, points = search_budget(pair)
         assert_type(found, neumuter.MuteSet)
         assert_type(points, list[dict[str, Any]])
         with masked.sampling(seed=0, step=0, sample_ids=[0, 1]), masked.off() as off:
             assert_type(off, neumuter.Masked)
         masked.applying({"a.path": [1.0, 0.0]})  # type: ignore[dict-item]
-        forget(masked, batch, batch, share="1 %")  # type: ignore[arg-type]
+        fit_mutes(pair, budget="1 %")  # type: ignore[arg-type]
     mutes.save("alice.safetensors")
     assert_type(neumuter.MuteSet.load("alice.safetensors").layers, dict[str, neumuter.MutedLayer])
     assert_type(evaluation.text_metrics(model, batch), dict[str, float])
+
+
+def unlearning(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    outcome = neumuter.unlearn(model, tokenizer, "alice.jsonl", ["a text"], budget=300)
+    assert_type(outcome, neumuter.Outcome)
+    assert_type(outcome.mutes, neumuter.MuteSet)
+    assert_type(outcome.before, dict[str, float])
+    neumuter.unlearn(model, tokenizer, "alice.jsonl", mode=1)  # type: ignore[arg-type]
 
 
 def serving(model: nn.Module, mutes: neumuter.MuteSet) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,11 +39,20 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class ConsoleHandler(logging.Handler):
-    """Prints what the library says while it works."""
-
+class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         console.print(record.getMessage(), highlight=False, markup=False)
+
+
+@contextmanager
+def print_log() -> Iterator[None]:
+    """Context: what the library says while it works is printed."""
+    handler, logger = _ConsoleHandler(), logging.getLogger("neumuter")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def open_model(

@@ -1,6 +1,5 @@
 """``neumuter unlearn``."""
 
-import logging
 import shlex
 import sys
 from enum import Enum
@@ -13,7 +12,7 @@ from rich.markup import escape
 from neumuter.cli.common import (
     FILE_HELP,
     Column,
-    ConsoleHandler,
+    print_log,
     Dtype,
     GgufFile,
     Limit,
@@ -125,23 +124,23 @@ def unlearn(
         "steps": steps or DEFAULT_STEPS, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip
     support = SupportConfig(**sizes) if mode is Mode.mute else None
-    logging.getLogger("neumuter").addHandler(ConsoleHandler())
-    outcome = neumuter.unlearn(
-        network,
-        tokenizer,
-        forget_texts,
-        retain_texts,
-        budget=number,
-        mode=(mode or Mode.modulate).value,
-        recipe=PaperConfig() if recipe is Recipe.paper else FittedConfig(GainsConfig(**sizes), support),
-        existing=earlier,
-        goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
-        rewrite_with=rewrite_with,
-        start_layer=start_layer,
-        max_length=max_length,
-        seed=seed,
-        folder=out,
-    )
+    with print_log():
+        outcome = neumuter.unlearn(
+            network,
+            tokenizer,
+            forget_texts,
+            retain_texts,
+            budget=number,
+            mode=(mode or Mode.modulate).value,
+            recipe=PaperConfig() if recipe is Recipe.paper else FittedConfig(GainsConfig(**sizes), support),
+            existing=earlier,
+            goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
+            rewrite_with=rewrite_with,
+            start_layer=start_layer,
+            max_length=max_length,
+            seed=seed,
+            folder=out,
+        )
     path = outcome.save(
         out,
         model=model,

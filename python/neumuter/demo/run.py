@@ -212,7 +212,7 @@ class _Job:
             pair = PairedBatches(masked, self.secrets, kept)
             # It may select no neuron.
             with contextlib.suppress(NothingSelectedError):
-                train_gates(masked, pair, PaperConfig(), self.seed, advance)
+                train_gates(pair, PaperConfig(), self.seed, advance)
             threshold = PaperConfig().threshold
             return sum(int((score.sigmoid() < threshold).sum()) for score in masked.scores.values())
 

@@ -9,7 +9,6 @@ from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import odds_hinge
-from neumuter.training.masked import Masked
 from neumuter.training.neurons import Neurons
 
 SAMPLES_PER_PASS = 8
@@ -20,7 +19,6 @@ DAMPING = 0.1
 
 
 def propose_by_fisher(
-    masked: Masked,
     pair: PairedBatches,
     budget: int | float,
     existing: MuteSet | None = None,
@@ -30,7 +28,6 @@ def propose_by_fisher(
     """Select the ``budget`` of neurons with the largest ratio g²/F.
 
     Args:
-        pair: of the same handle.
         budget: a share of the masked neurons (float in (0, 1]) or their number (int).
         existing: a mute set that is in force meanwhile; its neurons are left alone.
         times: multiplies the budget, up to all neurons that may be selected.
@@ -42,14 +39,14 @@ def propose_by_fisher(
     Raises:
         ValueError: a bad budget.
     """
-    neurons = Neurons(masked, existing)
+    neurons = Neurons(pair.masked, existing)
     k = min(int(times * neurons.count_of(budget)), int((~neurons.excluded).sum()))
-    ratios = rank_by_fisher(masked, pair, existing) if ratios is None else ratios
+    ratios = rank_by_fisher(pair, existing) if ratios is None else ratios
     method = {"recipe": "fisher", "budget": budget, "times": times, "damping": DAMPING, "margin": MARGIN}
     return neurons.mute_set(ratios.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
 
 
-def rank_by_fisher(masked: Masked, pair: PairedBatches, existing: MuteSet | None = None) -> Tensor:
+def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tensor:
     """Compute g²/F of every neuron.
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
@@ -60,18 +57,17 @@ def rank_by_fisher(masked: Masked, pair: PairedBatches, existing: MuteSet | None
     Returns:
         float32 [neurons]; −∞ for neurons that may not be selected.
     """
-    neurons = Neurons(masked, existing)
+    neurons = Neurons(pair.masked, existing)
     forget = range(pair.forget_count)
     retain = range(pair.forget_count, pair.forget_count + pair.retain_count)
-    gained = _mean_square_gradients(masked, pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
-    lost = _mean_square_gradients(masked, pair, neurons, retain, torch.mean)
+    gained = _mean_square_gradients(pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
+    lost = _mean_square_gradients(pair, neurons, retain, torch.mean)
     ratios = gained / (lost + DAMPING * lost.mean())
     ratios[neurons.excluded] = -torch.inf
     return ratios
 
 
 def _mean_square_gradients(
-    masked: Masked,
     pair: PairedBatches,
     neurons: Neurons,
     sample_ids: Sequence[int],
@@ -83,12 +79,12 @@ def _mean_square_gradients(
     has a mask row of its own, so one backward pass gives the gradients of all samples apart.
     """
     total = torch.zeros(neurons.count, device=neurons.device)
-    with without_dropout(masked.model):
+    with without_dropout(pair.masked.model):
         for start in range(0, len(sample_ids), SAMPLES_PER_PASS):
             ids = sample_ids[start : start + SAMPLES_PER_PASS]
             mask = neurons.start.repeat(len(ids), 1).requires_grad_()
             by_layer = mask.split(list(neurons.widths.values()), 1)
-            with masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
+            with pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
                 loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()
             (gradient,) = torch.autograd.grad(loss, mask)
             total += gradient.square().sum(0)

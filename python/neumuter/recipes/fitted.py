@@ -16,7 +16,6 @@ from neumuter.recipes.fisher import propose_by_fisher
 from neumuter.recipes.support import SupportConfig, describe_step, find_support
 from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import odds_hinge
-from neumuter.training.masked import Masked
 from neumuter.training.neurons import Neurons
 from neumuter.types import Callback
 
@@ -67,7 +66,6 @@ class FittedConfig:
 
 
 def fit_mutes(
-    masked: Masked,
     pair: PairedBatches,
     budget: int | float,
     mode: str = "modulate",
@@ -80,7 +78,7 @@ def fit_mutes(
     """Find the ``budget`` of neurons that hold the forget texts, and silence or modulate them.
 
     Args:
-        pair: the forget and retain texts, of the same handle.
+        pair: the forget and retain texts.
         budget: a share of the masked neurons (float in (0, 1]) or their number (int).
         mode: "mute" silences the selected neurons; "modulate" gives them fitted, signed gains within
             ``config.gains.gain_range``.
@@ -102,7 +100,7 @@ def fit_mutes(
     gains, support = config.gains, config.support
     if support is None and mode == "mute":
         support = SupportConfig()
-    keep = None if support else Neurons(masked, existing).count_of(budget)
+    keep = None if support else Neurons(pair.masked, existing).count_of(budget)
     first = support.steps if support else 0
     total = first + (gains.steps if mode == "modulate" else 0)
 
@@ -110,16 +108,15 @@ def fit_mutes(
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
     if support:
-        mutes = find_support(masked, pair, budget, support, seed, report("support", 0), existing)
+        mutes = find_support(pair, budget, support, seed, report("support", 0), existing)
     else:
-        mutes = propose_by_fisher(masked, pair, budget, existing, gains.candidates, ratios)
+        mutes = propose_by_fisher(pair, budget, existing, gains.candidates, ratios)
     if mode == "modulate":
-        mutes = fit_gains(masked, pair, mutes, gains, seed, report("gains", first), existing, keep)
+        mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep)
     return mutes
 
 
 def fit_gains(
-    masked: Masked,
     pair: PairedBatches,
     mutes: MuteSet,
     config: GainsConfig = GainsConfig(),
@@ -133,7 +130,6 @@ def fit_gains(
     η is steered so that KL stays at its target: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), range).
 
     Args:
-        pair: of the same handle.
         callback: called as (step, total, info) after every step; see ``fit_mutes``.
         existing: a mute set that is in force meanwhile.
         keep: None starts gains at 0, silenced. A number of neurons starts gains at 1, untouched; after
@@ -142,7 +138,7 @@ def fit_gains(
     Returns:
         A MuteSet of mode "modulate" with gains in ``config.gain_range``.
     """
-    neurons = Neurons(masked, existing)
+    neurons = Neurons(pair.masked, existing)
     support = neurons.ids(mutes)
     gains = torch.full([len(support)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains.clamp_(*config.gain_range)
@@ -177,7 +173,7 @@ class _Fit:
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
         """Gains float32 [k] of the neurons ``support`` int64 [k], after ``steps`` from ``start`` on."""
-        neurons, config, masked = self.neurons, self.config, self.neurons.masked
+        neurons, config, masked = self.neurons, self.config, self.pair.masked
         gains = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([gains], lr=config.lr, betas=config.betas)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import STRETCH, TEMPERATURE, Masked
+from neumuter.training.masked import STRETCH, TEMPERATURE
 from neumuter.types import Callback
 
 
@@ -40,13 +40,12 @@ class PaperConfig:
 
 
 def train_gates(
-    masked: Masked,
     pair: PairedBatches,
     config: PaperConfig = PaperConfig(),
     seed: int = 0,
     callback: Callback | None = None,
 ) -> MuteSet:
-    """Train the scores of ``masked`` with NeuMuter's objective and select the neurons that closed.
+    """Train the scores of ``pair.masked`` with NeuMuter's objective and select the neurons that closed.
 
     Per step s·LM(forget) + λ·(1 − mean_l mean_f p) + η·KL(p_ref ‖ p_masked on the retain texts), where LM is
     the mean loss of the counted forget tokens, s = −1 while LM ≤ stop_loss and +5 above, and
@@ -57,26 +56,26 @@ def train_gates(
     followed by the retain batch.
 
     Args:
-        pair: the forget and retain texts, of the same handle.
+        pair: the forget and retain texts.
         callback: called as (step, total, info) after every step; info has "loss", "forget_loss" and "kl"
             in nats, and "muted", the share of neurons below the threshold.
 
     Returns:
-        A MuteSet of mode "mute" with the evaluation gates as gains; the scores stay in ``masked.scores``.
+        A MuteSet of mode "mute" with the evaluation gates as gains. The scores stay as they were trained.
 
     Raises:
         NothingSelectedError: no neuron ended below the threshold.
     """
-    scores = list(masked.scores.values())
+    scores = list(pair.masked.scores.values())
     optimizer = torch.optim.Adam(scores, lr=config.lr)
     per_epoch = math.ceil(pair.forget_count / (config.batch_size or pair.forget_count))
     total = config.epochs * per_epoch
     ids = pair.steps(config.batch_size, seed)
-    with without_dropout(masked.model):
+    with without_dropout(pair.masked.model):
         for step in range(total):
             sample_ids = next(ids)
             optimizer.zero_grad()
-            with masked.sampling(seed, step, torch.tensor(sample_ids, device=scores[0].device)):
+            with pair.masked.sampling(seed, step, torch.tensor(sample_ids, device=scores[0].device)):
                 losses, kl = pair.losses(sample_ids)
                 forget_loss = losses.mean()
                 loss = combine_losses(forget_loss, kl, scores, config)
@@ -92,7 +91,7 @@ def train_gates(
         "batch_size": config.batch_size,
         "lr": config.lr,
     }
-    return masked.select(threshold=config.threshold, method=method, seed=seed)
+    return pair.masked.select(threshold=config.threshold, method=method, seed=seed)
 
 
 def combine_losses(

@@ -9,9 +9,8 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.recipes.fitted import FittedConfig, fit_mutes
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import Masked
 from neumuter.training.neurons import Neurons
-from neumuter.types import Batch, Callback
+from neumuter.types import Callback
 
 BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 # How often the gap between the last budget that fails and the first that does not is halved.
@@ -42,9 +41,7 @@ class Goals:
 
 
 def search_budget(
-    masked: Masked,
     pair: PairedBatches,
-    forget_batch: Batch,
     goals: Goals = Goals(),
     budgets: Sequence[float] = BUDGETS,
     mode: str = "modulate",
@@ -57,7 +54,6 @@ def search_budget(
     """Run ``fit_mutes`` with rising ``budgets`` until the goals are met, then close in.
 
     Args:
-        forget_batch: what the goals are measured on.
         budgets: shares of the neurons in (0, 1], ascending.
         mode, config, seed, callback, existing: as in ``fit_mutes``.
         report: called with the point after every budget.
@@ -72,23 +68,23 @@ def search_budget(
     """
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"budgets must be ascending, got {budgets!r}")
-    neurons = Neurons(masked, existing)
+    neurons = Neurons(pair.masked, existing)
     # The largest budget is checked before hours are spent on smaller ones.
     neurons.count_of(budgets[-1])
     by_fisher = mode != "mute" and not config.support
     # The ratios are the same for all budgets.
-    ratios = rank_by_fisher(masked, pair, existing) if by_fisher else None
+    ratios = rank_by_fisher(pair, existing) if by_fisher else None
     points: list[dict[str, Any]] = []
     best, failed = None, 0.0
 
     def attempt(budget: float) -> tuple[MuteSet, bool]:
-        mutes = fit_mutes(masked, pair, budget, mode, config, seed, callback, existing, ratios)
-        with masked.applying(neurons.masks(mutes)):
+        mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios)
+        with pair.masked.applying(neurons.masks(mutes)):
             point = {
                 "share": budget,
                 "neurons": mutes.count,
-                "forget_extraction": extraction_rate(masked.model, forget_batch),
-                "forget_ma": memorization_accuracy(masked.model, forget_batch),
+                "forget_extraction": extraction_rate(pair.masked.model, pair.forget_batch),
+                "forget_ma": memorization_accuracy(pair.masked.model, pair.forget_batch),
             }
         points.append(point | {"met": goals.met(point)})
         if report:

@@ -10,7 +10,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import hinge
-from neumuter.training.masked import INITIAL_SCORE, Masked
+from neumuter.training.masked import INITIAL_SCORE
 from neumuter.training.neurons import Neurons
 from neumuter.types import Callback
 
@@ -34,7 +34,6 @@ class SupportConfig:
 
 
 def find_support(
-    masked: Masked,
     pair: PairedBatches,
     budget: int | float,
     config: SupportConfig = SupportConfig(),
@@ -50,7 +49,6 @@ def find_support(
     neurons by how consistent the sign of their gradient is instead of by their effect.
 
     Args:
-        pair: of the same handle.
         budget: a share of the masked neurons (float in (0, 1]) or their number (int).
         callback: called as (step, total, info) after every step; see ``fit_mutes``.
         existing: a mute set that is in force meanwhile; its neurons are left alone.
@@ -62,7 +60,7 @@ def find_support(
         ValueError: a bad budget.
         RuntimeError: the loss diverged.
     """
-    neurons = Neurons(masked, existing)
+    neurons = Neurons(pair.masked, existing)
     k = neurons.count_of(budget)
     noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
     # Ties at the start are broken at random.
@@ -72,12 +70,12 @@ def find_support(
     velocity = torch.zeros_like(scores)
     mean_square: Any = 0.0
     ids = pair.steps(config.batch_size, seed)
-    with without_dropout(masked.model):
+    with without_dropout(pair.masked.model):
         for step in range(1, config.steps + 1):
             soft = scores.sigmoid()
             hard = torch.ones_like(soft).index_fill(0, _find_lowest(scores, k), 0.0)
             mask = neurons.start * (soft + (hard - soft).detach())
-            with masked.applying(neurons.by_layer(mask)):
+            with pair.masked.applying(neurons.by_layer(mask)):
                 losses, kl = pair.losses(next(ids))
                 loss = hinge(losses, config.margin) + config.kl_weight * kl
                 (grad,) = torch.autograd.grad(loss, scores)

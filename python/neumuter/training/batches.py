@@ -35,6 +35,7 @@ class PairedBatches:
     def __init__(self, masked: Masked, forget_batch: Batch, retain_batch: Batch) -> None:
         _check("forget_batch", forget_batch)
         _check("retain_batch", retain_batch)
+        self.masked, self.forget_batch = masked, forget_batch
         device = input_device(masked.model)
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
         self.samples = [

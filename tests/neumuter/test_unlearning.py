@@ -1,0 +1,236 @@
+"""``neumuter.unlearn``: every kind of texts, what it returns, and that the model stays as it is."""
+
+import json
+
+import datasets
+import neumuter
+import pytest
+import torch
+from neumuter.models.hooks import Gates
+from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig
+from neumuter.texts import collect_texts, encode, join_batches
+from neumuter.types import IGNORED, Chat
+
+from tests.models import build, tokenizer
+
+PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]
+KEPT = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop."]
+QUICK = FittedConfig(GainsConfig(steps=6))
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def words():
+    made = tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(words):
+    """A small model that knows the texts by heart."""
+    trained = build("llama")
+    known = encode([*PAIRS, *KEPT], words, 64)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        trained(**known).loss.backward()
+        optimizer.step()
+    return trained
+
+
+def unlearn(model, words, forget=PAIRS, retain=KEPT, **options):
+    given = {"budget": 30, "recipe": QUICK, "samples": 0, "start_layer": 0, "callback": lambda *_: None}
+    return neumuter.unlearn(model, words, forget, retain, **given | options)
+
+
+def same(first, second):
+    return first.layers.keys() == second.layers.keys() and all(
+        torch.equal(x, y)
+        for path in first.layers
+        for x, y in zip(first.layers[path], second.layers[path], strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(model, words):
+    return unlearn(model, words)
+
+
+def test_it_forgets_and_leaves_the_model_as_it_is(model, words):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    seen = []
+    outcome = unlearn(
+        model, words, recipe=FittedConfig(GainsConfig(steps=40)), budget=60,
+        callback=lambda step, total, info: seen.append((step, total, info["phase"])),
+    )  # fmt: skip
+    assert outcome.mutes.count == 60
+    assert outcome.after["forget_loss"] > outcome.before["forget_loss"] + 0.1
+    assert outcome.mutes.metrics == {"before": outcome.before, "after": outcome.after}
+    assert seen == [(step, 40, "gains") for step in range(1, 41)]
+    assert [point["step"] for point in outcome.history] == list(range(1, 41))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not any(isinstance(module, Gates) for module in model.modules())
+    assert outcome.seconds > 0
+    assert outcome.peak_memory > 1 << 20
+    assert outcome.curve is None
+
+
+def test_the_same_call_gives_the_same_mutes(model, words, outcome):
+    assert same(outcome.mutes, unlearn(model, words).mutes)
+
+
+def test_every_kind_of_texts_gives_the_same(model, words, outcome, tmp_path):
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+    path = tmp_path / "forget.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    batch = encode(PAIRS, words, 256)
+    for forget in (path, str(path), rows, tuple(PAIRS), iter(PAIRS), datasets.Dataset.from_list(rows), batch):
+        assert same(outcome.mutes, unlearn(model, words, forget).mutes), type(forget)
+    assert same(outcome.mutes, unlearn(model, None, batch, encode(KEPT, words, 256)).mutes)
+
+
+def test_a_folder_serves_as_model_and_tokenizer(model, words, outcome, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    assert same(outcome.mutes, unlearn(folder, None).mutes)
+    assert same(outcome.mutes, unlearn(model, folder).mutes)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        unlearn(str(tmp_path / "absent"), None)
+
+
+def test_an_outcome_is_saved_and_shown(model, outcome, tmp_path):
+    path = outcome.save(tmp_path / "alice", model="a model", forget="alice.jsonl")
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "mutes.safetensors", "report.html", "report.json",
+    ]  # fmt: skip
+    loaded = neumuter.MuteSet.load(path)
+    assert same(loaded, outcome.mutes)
+    assert loaded.metrics["after"] == outcome.after
+    report = json.loads((path.parent / "report.json").read_text())
+    assert report["model"] == "a model"
+    assert report["after"] == outcome.after
+    page = (path.parent / "report.html").read_text()
+    assert "a model" in page
+    assert PAIRS[0][1].strip() in page
+    for shown in (repr(outcome), outcome._repr_html_()):
+        for word in ("before", "after", "30 neurons", f"{outcome.after['forget_loss']:.3f}"):
+            assert word in shown
+    assert "<table>" in outcome._repr_html_()
+    with neumuter.mute(model, outcome.mutes):
+        pass
+
+
+def test_samples_say_what_the_model_says(outcome):
+    assert [sample["truth"] for sample in outcome.samples] == [completion for _, completion in PAIRS]
+    assert [sample["before"] for sample in outcome.samples] == [completion for _, completion in PAIRS]
+    assert all(sample["prompt"] in prompt for sample, (prompt, _) in zip(outcome.samples, PAIRS, strict=True))
+
+
+def test_what_must_not_be_lost_is_kept_at_once(model, words, tmp_path, monkeypatch):
+    failing = iter([True, False])
+
+    def measure(*arguments):
+        if not next(failing):
+            raise RuntimeError("out of memory while measuring")
+        return {"forget_loss": 0.0, "forget_ma": 1.0, "retain_loss": 0.0}
+
+    monkeypatch.setattr("neumuter.unlearning.summary_metrics", measure)
+    with pytest.raises(RuntimeError, match="while measuring"):
+        unlearn(model, words, folder=tmp_path / "new", samples=2)
+    assert neumuter.MuteSet.load(tmp_path / "new" / "mutes.safetensors").count == 30
+    assert list((tmp_path / "new").glob("neighbours-*.json"))
+
+
+def test_without_retain_texts_the_model_speaks_for_itself(model, words, caplog, tmp_path):
+    outcome = unlearn(model, words, retain=None, samples=4, folder=tmp_path)
+    assert "no retain texts" in caplog.text
+    (kept,) = tmp_path.glob("neighbours-*.json")
+    said = json.loads(kept.read_text())
+    assert 0 < len(said) <= 4
+    assert same(outcome.mutes, unlearn(model, words, retain=said).mutes)
+
+
+def test_the_budget_is_searched(model, words):
+    outcome = unlearn(model, words, budget="auto", goals=Goals(extraction=1.0))
+    assert [point["met"] for point in outcome.curve] == [True]
+    assert outcome.mutes.count == outcome.curve[0]["neurons"]
+
+
+def test_an_existing_set_stays_in_force(model, words, outcome):
+    second = unlearn(model, words, existing=outcome.mutes)
+    assert second.before["forget_loss"] == pytest.approx(outcome.after["forget_loss"], rel=1e-5)
+    for path, layer in second.mutes.layers.items():
+        if path in outcome.mutes.layers:
+            assert not set(layer.indices.tolist()) & set(outcome.mutes.layers[path].indices.tolist())
+
+
+def test_the_papers_recipe(model, words):
+    config = PaperConfig(epochs=10, batch_size=None, lr=1.0, sparsity=0.0, kl_weight=0.0, threshold=0.8)
+    assert unlearn(model, words, recipe=config).mutes.method["recipe"] == "paper"
+
+
+def test_texts_that_are_too_long_for_the_model_are_cut_and_said(model, words, caplog):
+    unlearn(model, words, max_length=5000)
+    assert "This model has 128 positions" in caplog.text
+
+
+BAD = {
+    "recipe": (dict(recipe="magic"), ValueError, "recipe must be"),
+    "budget": (dict(budget="lots"), ValueError, "budget must be"),
+    "goals": (dict(goals=Goals()), ValueError, 'budget="auto"'),
+    "mode": (dict(mode="erase"), ValueError, "mode must be"),
+    "existing": (dict(recipe="paper", existing="x.safetensors"), ValueError, "existing"),
+    "forget": (dict(forget=7), TypeError, "forget must be a path"),
+    "an item": (dict(forget=["a text", 7]), TypeError, r"forget\[1\] must be"),
+    "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),
+    "no texts": (dict(retain=[]), ValueError, "retain holds no text"),
+    "a batch": (dict(retain={"input_ids": torch.zeros(1, 2)}), TypeError, "lacks attention_mask, labels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(model, words, name):
+    options, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        unlearn(model, words, **options)
+    assert not any(isinstance(module, Gates) for module in model.modules())
+
+
+def test_texts_without_a_tokenizer_are_refused(model):
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        unlearn(model, None)
+
+
+CHAT = [
+    {"role": "user", "content": "Ada?"},
+    {"role": "assistant", "content": "ada@post.example"},
+]
+
+
+def test_chat_messages_go_through_the_template(model, words):
+    (text,) = collect_texts("forget", [CHAT], words)
+    assert text == Chat("<s>user: Ada?\n<s>assistant: ", "ada@post.example")
+    batch = encode([text], words, 64)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert ids.tolist().count(words.bos_token_id) == 2
+    assert words.decode(ids[labels != IGNORED]) == "ada@post.example"
+    assert collect_texts("forget", [{"messages": CHAT}], words) == [text]
+    assert unlearn(model, words, [CHAT]).mutes.count == 30
+    plain = tokenizer()
+    with pytest.raises(ValueError, match="no chat template"):
+        collect_texts("forget", [CHAT], plain)
+    with pytest.raises(ValueError, match="two messages or more"):
+        collect_texts("forget", [CHAT[:1]], words)
+
+
+def test_joined_batches_are_one_batch(words):
+    joined = join_batches(encode(PAIRS, words, 64), encode(KEPT, words, 64))
+    together = encode([*PAIRS, *KEPT], words, 64)
+    assert all(torch.equal(joined[name], together[name]) for name in together)
