@@ -205,7 +205,7 @@ class Odd(nn.Module):
 
 def test_unknown_layouts_are_named_and_can_be_described():
     model = nn.Sequential(Odd())
-    with pytest.raises(ValueError, match=r"0, a Odd, looks like an FFN.*register_family.*of w1, w3, w2"):
+    with pytest.raises(ValueError, match=r"0, a Odd, looks like an FFN.*register_family.*are: w1, w3, w2"):
         neumuter.attach(model, 0)
     neumuter.register_family(gate="w1", up="w3", down="w2", activation="act")
     try:

@@ -12,13 +12,13 @@ from rich.markup import escape
 from neumuter.cli.common import (
     FILE_HELP,
     Column,
-    print_log,
     Dtype,
     GgufFile,
     Limit,
     Model,
     console,
     open_model,
+    print_log,
 )
 
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8

@@ -1,8 +1,8 @@
 """Where the FFNs of a model are, found by structure: no code per model.
 
-A module is an FFN if an activation stands among its children beside an up and a down projection, or a gate,
-an up and a down projection, or one that makes gate and up together; sizes tell which is which. Experts are
-found by the attributes of transformers' experts interface. ``register_family`` describes what this misses.
+A module is an FFN if its children are an activation and the projections of an FFN: up and down; gate, up and
+down; or one that makes gate and up together, and down. Sizes tell which is which. Experts are found by the
+attributes of transformers' experts interface. ``register_family`` describes what this misses.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-# By exact type: a subclass may compute something else.
+# Keys are exact types, because a subclass may compute something else.
 ACTIVATION_NAMES = {
     nn.SiLU: "silu",
     activations.SiLUActivation: "silu",
@@ -30,7 +30,7 @@ ACTIVATION_NAMES = {
 
 
 def activation_name(module: object) -> str | None:
-    """The kernels' name of an activation module: silu, gelu, gelu_tanh, relu or relu2; None for others."""
+    """Name an activation module as the kernels do: silu, gelu, gelu_tanh, relu or relu2; None for others."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return ACTIVATION_NAMES.get(type(module))
@@ -38,8 +38,12 @@ def activation_name(module: object) -> str | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the children that make a module an FFN: ``up`` or ``gate_up`` (gate in the first half), and
-    ``down``; ``gate`` in a gated FFN with separate projections; the module of the ``activation``, if any."""
+    """Names of the children that make a module an FFN.
+
+    down: the down projection. up: the up projection, and gate the gate projection of a gated FFN; or gate_up:
+    one projection that makes both, the gate in the first half of its output. activation: the module of the
+    activation function, if there is one.
+    """
 
     down: str
     up: str | None = None
@@ -64,19 +68,21 @@ def register_family(
 ) -> None:
     """Describe an FFN that is not found by its structure: every module with children of these names is one.
 
-    ``down``, ``up``, ``gate``: the projections. ``gate_up``: one projection that makes both, the gate in the
-    first half of its output. ``activation``: the module of the activation function; leave it out if the
-    model calls a function instead.
+    Args:
+        down, up, gate: the names of the projections.
+        gate_up: the name of one projection that makes both, the gate in the first half of its output.
+        activation: the name of the activation module; leave it out if the model calls a function instead.
 
-    Raises ValueError unless exactly one of ``up`` and ``gate_up`` is given, and ``gate`` only with ``up``.
+    Raises:
+        ValueError: neither or both of up and gate_up are given, or gate is given with gate_up.
     """
     if (up is None) == (gate_up is None) or (gate and gate_up):
-        raise ValueError("give up, or gate and up, or gate_up alone, beside down")
+        raise ValueError("down needs up, or gate and up, or gate_up alone")
     REGISTERED.append(Layout(down, up, gate, gate_up, activation))
 
 
 class Experts(Protocol):
-    """What modules have that follow transformers' experts interface."""
+    """The attributes of modules that follow transformers' experts interface."""
 
     num_experts: int
     down_proj: Tensor
@@ -88,10 +94,11 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class FFN:
-    """One FFN of a model. ``layer`` is its position among all FFNs of the model, from 0.
+    """One FFN of a model.
 
-    ``layout``: of a dense FFN; None for experts, whose neurons are counted expert after expert.
-    ``activation``: the kernels' name of it, None if they do not have it.
+    path: of the module in the model. layer: its position among all FFNs of the model, from 0. layout: of a
+    dense FFN; None for experts, whose neurons are counted expert after expert. activation: the kernels' name
+    of it, None if they do not have it. dtype: of the hidden states.
     """
 
     path: str
@@ -99,7 +106,7 @@ class FFN:
     module: nn.Module
     layout: Layout | None
     activation: str | None
-    dtype: torch.dtype  # of the hidden states
+    dtype: torch.dtype
 
     @property
     def experts(self) -> int:
@@ -129,11 +136,12 @@ class FFN:
         """The device mesh over which tensor parallelism splits the neurons, or None."""
         weight: Any = getattr(self.down, "weight", None) if self.layout else self._experts.down_proj
         splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
-        if not splits or splits == [0]:  # FSDP splits along dimension 0, and gathers before a forward
+        # FSDP splits along dimension 0, and gathers before a forward.
+        if not splits or splits == [0]:
             return None
         if not self.layout or splits != [1]:
             raise ValueError(
-                f"the neurons of {self.path} are split in a way that masks cannot follow: {splits}"
+                f"the neurons of {self.path} are split along dimensions {splits}, which masks cannot follow"
             )
         mesh: DeviceMesh = weight.device_mesh
         return mesh
@@ -144,7 +152,8 @@ class FFN:
         places = self.down.parameters() if self.layout else [self._experts.down_proj]
         tensors = [*places, *(self.down.buffers() if self.layout else [])]
         found = next((t.device for t in tensors if t.device.type != "meta"), None)
-        hook = getattr(self.down if self.layout else self.module, "_hf_hook", None)  # of Accelerate
+        # Accelerate's hook knows where offloaded weights are loaded to.
+        hook = getattr(self.down if self.layout else self.module, "_hf_hook", None)
         return found or torch.device(getattr(hook, "execution_device", None) or "cpu")
 
     @property
@@ -172,7 +181,8 @@ def _plain(weight: Any) -> Tensor | None:
     if hasattr(weight, "full_tensor"):
         plain = weight.detach().full_tensor()
         return plain
-    if hasattr(weight, "ds_id"):  # of DeepSpeed's ZeRO-3
+    # DeepSpeed's ZeRO-3 marks its parameters so.
+    if hasattr(weight, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([weight]):
@@ -183,7 +193,7 @@ def _plain(weight: Any) -> Tensor | None:
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear projection of any kind, plain, quantised or adapted; else None."""
+    """Find (inputs, outputs) of a linear projection of any kind, plain, quantised or adapted; else None."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -197,7 +207,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def infer_layout(module: nn.Module) -> Layout | None:
-    """The Layout of a module that is an FFN by its children, else None."""
+    """Find the Layout of a module that is an FFN by its children, else None."""
     children = dict(module.named_children())
     for layout in REGISTERED:
         if all(name in children for name in layout.names):
@@ -206,7 +216,8 @@ def infer_layout(module: nn.Module) -> Layout | None:
     acting = [name for name, child in children.items() if _is_activation(child)]
     if len(acting) != 1:
         return None
-    for down in reversed(linear):  # the down projection comes last where sizes do not tell
+    # The down projection comes last where sizes do not tell.
+    for down in reversed(linear):
         width, hidden = linear[down]
         others = [name for name in linear if name != down]
         sizes = {linear[name] for name in others}
@@ -229,7 +240,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside what PEFT, torch.compile and data parallelism put around it."""
+    """Find the transformers model inside what PEFT, torch.compile and data parallelism put around it."""
     while True:
         outer: Any = model
         inner: nn.Module | None = getattr(outer, "_orig_mod", None)
@@ -243,10 +254,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """All FFNs of ``model`` in model order, a list of ``FFN``; those of a vision or audio tower are not.
+    """Find all FFNs of ``model``, in model order, but those of a vision or audio tower.
 
-    Raises ValueError, naming the module, if one looks like an FFN or like experts but is not understood; and
-    if there is none.
+    Raises:
+        ValueError: there is none; or a module, which the message names, looks like an FFN or like experts
+            but is not understood.
     """
     model = unwrapped(model)
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
@@ -269,42 +281,46 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             found[path] = module, None, plain or None
         elif layout := infer_layout(module):
             acting = getattr(module, layout.activation) if layout.activation else None
+            # A mask at an activation that several FFNs share would mask them all.
             if layout.up and not layout.gate and parents[acting] > 1:
-                acting = None  # a mask there would be everybody's
+                acting = None
             found[path] = module, layout, activation_name(acting)
         elif not isinstance(module, nn.modules.conv._ConvNd):
             _refuse_unknown_experts(path, module)
             if _looks_like_ffn(module):
                 unknown[path] = module
-    # What contains an FFN is none, whatever else it has: decoder layers with a gate of their own.
+    # A module that contains an FFN is none, even if it has a gate of its own, as some decoder layers do.
     outer = {path for path in found for other in found if other.startswith(f"{path}.")}
     kept = {path: parts for path, parts in found.items() if path not in outer}
     for path, module in unknown.items():
         if not any(other.startswith(f"{path}.") for other in kept):
             raise ValueError(
                 f"{path}, a {type(module).__name__}, looks like an FFN but has no activation among its "
-                "children; describe it with neumuter.register_family(down=..., up=..., gate=...), naming of "
+                "children; describe it with neumuter.register_family(down=..., up=..., gate=...). Its "
+                "projections are: "
                 + ", ".join(name for name, child in module.named_children() if features(child))
             )
     if not kept:
         raise ValueError(
-            f"no FFN found in {type(model).__name__}: no module has an activation among its children beside "
-            "the projections of an FFN; describe it with neumuter.register_family(down=..., up=..., "
-            "gate=..., activation=...), naming the children of one of: " + _classes(model)
+            f"no FFN found in {type(model).__name__}: no module has both an activation and the projections "
+            "of an FFN among its children; describe its FFNs with neumuter.register_family(down=..., "
+            "up=..., gate=..., activation=...). Modules with projections are: " + _classes(model)
         )
+    # Compiled layers have one more name in their paths.
     return [
-        FFN(path.replace("._orig_mod", ""), layer, *parts, dtype)  # of compiled layers
+        FFN(path.replace("._orig_mod", ""), layer, *parts, dtype)
         for layer, (path, parts) in enumerate(kept.items())
     ]
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go."""
+    """Find the device that token ids go to."""
     embeddings = cast(Any, unwrapped(model)).get_input_embeddings()
     weight: Tensor = embeddings.weight
     if not weight.is_meta:
         return weight.device
-    hook = getattr(embeddings, "_hf_hook", None)  # of Accelerate: offloaded
+    # The weight is offloaded by Accelerate, whose hook knows where it is loaded to.
+    hook = getattr(embeddings, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 

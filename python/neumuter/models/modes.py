@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode, and each of its modules back in its own afterwards."""
+    """Context: the module is in evaluation mode; afterwards each of its modules is back in its own."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -40,9 +40,13 @@ def _signs(size: int, side: int) -> Tensor:
 
 
 def sketch(weight: Tensor, columns: Tensor | None = None) -> list[float]:
-    """The sketch of ``weight`` [d, E, F] (any floating dtype, any device): 32 floats of 6 significant digits.
+    """Sketch ``weight``: 32 floats of 6 significant digits.
 
-    Neuron f of expert e has the sign number e·F + f. ``columns``: integers [n]; these neurons alone.
+    Neuron f of expert e has the sign number e·F + f.
+
+    Args:
+        weight: [d, E, F], any floating dtype, any device.
+        columns: integers [n]; sketch these neurons alone.
     """
     d, experts, width = weight.shape
     left, right = _signs(d, 0).to(weight.device), _signs(experts * width, 1).to(weight.device)
@@ -57,7 +61,7 @@ def sketch(weight: Tensor, columns: Tensor | None = None) -> list[float]:
 
 @torch.no_grad()
 def sketch_through(ffn: FFN, columns: Tensor | None = None) -> list[float]:
-    """``sketch`` of a down projection that has no plain weight: W·b_j is what the module makes of b_j.
+    """Sketch a down projection that has no plain weight: W·b_j is what the module makes of b_j.
 
     Exact up to the rounding of the module's dtype, whatever the weight is stored as.
     """
@@ -66,9 +70,11 @@ def sketch_through(ffn: FFN, columns: Tensor | None = None) -> list[float]:
         chosen = torch.zeros(ffn.width).index_fill(0, columns.long(), 1.0)
         right = right * chosen
     inputs = torch.cat([right, torch.zeros(1, ffn.width)]).to(ffn.device, ffn.dtype)
-    with without_dropout(ffn.down):  # adapters have it
+    # Adapters may have dropout.
+    with without_dropout(ffn.down):
         outputs = ffn.down(inputs).float()
-    products = outputs[:-1] - outputs[-1]  # without the bias
+    # The last row is the bias.
+    products = outputs[:-1] - outputs[-1]
     left = _signs(products.shape[1], 0).to(products.device)
     return _rounded((left.double() * products).sum(1))
 
@@ -78,9 +84,13 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]]:
-    """{what: sketch} of an FFN's down projection and, if there is a ``MutedLayer``, of its muted columns.
+    """Sketch an FFN's down projection and, if there is a ``MutedLayer``, its muted columns.
 
-    Raises ValueError for experts whose weights are quantised.
+    Returns:
+        {what: sketch}.
+
+    Raises:
+        ValueError: quantised experts.
     """
     weight = ffn.down_weight
     if weight is None and not ffn.layout:
@@ -98,12 +108,12 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
 
 
 def fingerprint(ffns: Iterable[FFN], layers: Mapping[str, MutedLayer]) -> dict[str, list[float]]:
-    """{path: the sketches, one after the other} for each ``FFN``; ``layers``: {path: MutedLayer}."""
+    """Compute {path: the sketches, one after the other} of each ``FFN``, with the muted columns of layers."""
     return {
         ffn.path: [x for part in sketches(ffn, layers.get(ffn.path)).values() for x in part] for ffn in ffns
     }
 
 
 def distance(expected: Sequence[float], actual: Sequence[float]) -> float:
-    """The estimated relative distance of the weights behind two sketches (0 = equal)."""
+    """Estimate the relative distance of the weights behind two sketches; 0 means equal."""
     return math.dist(expected, actual) / (math.hypot(*expected) or 1.0)

@@ -15,27 +15,28 @@ class MuteMismatchError(ValueError):
 
 
 def architecture(model: nn.Module) -> dict[str, str]:
-    """{"class": the model's class name, "model_type": that of its config, "none" without one}."""
+    """Describe a model: {"class": its class name, "model_type": that of its config, "none" without one}."""
     model = unwrapped(model)
-    own = next(
-        c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed")
-    )  # not FSDP's
+    # FSDP makes a class of its own.
+    own = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed"))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return {"class": own.__name__, "model_type": model_type or "none"}
 
 
 def matching_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
-    """The FFNs of ``model`` that ``mutes`` was made on, {path: FFN}.
+    """Find the FFNs of ``model`` that ``mutes`` was made on, {path: FFN}.
 
-    Raises MuteMismatchError if the architecture, a module path, an intermediate size or the weights differ
-    (see ``neumuter.mutes.fingerprint``), and RuntimeError if the model is attached or muted.
+    Raises:
+        MuteMismatchError: the architecture, a module path, an intermediate size or the weights differ (see
+            ``neumuter.mutes.fingerprint``).
+        RuntimeError: the model is attached or muted.
     """
     refuse_wrapped(model)
     return fitting_ffns(model, mutes)
 
 
 def fitting_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
-    """As ``matching_ffns``, of a model that may have gates, as long as none of them is in force."""
+    """Do as ``matching_ffns`` for a model that may have gates, as long as none of them is in force."""
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
     refuse_other([text for path in mutes.widths for text in weights_differ(ffns[path], mutes)])
@@ -43,7 +44,7 @@ def fitting_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
 
 
 def structure_differs(model: nn.Module, ffns: Mapping[str, FFN], mutes: MuteSet) -> list[str]:
-    """What differs, a list of str: the architecture of ``model``, and the paths and widths of ``ffns``."""
+    """List what differs: the architecture of ``model``, and the paths and widths of ``ffns``."""
     differences = [
         f"{key}: mute set {mutes.architecture[key]}, model {value}"
         for key, value in architecture(model).items()
@@ -58,15 +59,15 @@ def structure_differs(model: nn.Module, ffns: Mapping[str, FFN], mutes: MuteSet)
 
 
 def weights_differ(ffn: FFN, mutes: MuteSet) -> list[str]:
-    """Whether the weights of an FFN are others than ``mutes`` was made for, a list of str."""
+    """List how the weights of an FFN differ from those that ``mutes`` was made for."""
     differences = []
     for number, (what, actual) in enumerate(sketches(ffn, mutes.layers.get(ffn.path)).items()):
         expected = mutes.fingerprint[ffn.path][number * SKETCHES : (number + 1) * SKETCHES]
         apart = distance(expected, actual)
         if not apart <= TOLERANCE:
             differences.append(
-                f"{ffn.path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding); another "
-                "checkpoint, or mutes folded already?"
+                f"{ffn.path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding). Is this "
+                "another checkpoint, or are the mutes folded in already?"
             )
     return differences
 

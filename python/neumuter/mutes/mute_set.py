@@ -16,10 +16,12 @@ from safetensors.torch import save as to_safetensors
 from neumuter.files import PathLike, write_atomically
 
 FORMAT = 1
-SKETCHES = 32  # numbers of a sketch of weights, see neumuter.mutes.fingerprint
+# Numbers in a sketch of weights, see neumuter.mutes.fingerprint.
+SKETCHES = 32
 MODES = ("mute", "modulate")
 MAX_FILE_BYTES = 1 << 28
-MAX_HEADER_BYTES = 1 << 24  # parsed, it takes up to 25 times as much memory
+# Parsed, a header takes up to 25 times its size in memory.
+MAX_HEADER_BYTES = 1 << 24
 MAX_LAYERS = 1 << 14
 MAX_WIDTH = 1 << 24
 _PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,31}", re.ASCII)
@@ -39,15 +41,20 @@ class MutedLayer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MuteSet:
-    """Selected neurons with their gains, bound to the model they were made for.
+    """Selected neurons with their gains, bound to the model that they were made for.
 
-    ``layers``: {FFN module path: MutedLayer}, only FFNs with muted neurons. ``widths``: {path: F} of every
-    masked FFN in model order. ``architecture``: {"class": ..., "model_type": ...}. ``fingerprint``:
-    {path: sketches} for every masked FFN, see ``neumuter.mutes.fingerprint``. ``mode``: "mute" or "modulate".
-    ``gain_range``: (lowest, highest) gain that the mode allows. ``method``: hyper-parameters, JSON values.
-    ``seed``: int. ``metrics``: {"before": {...}, "after": {...}}, JSON values.
+    Args:
+        layers: {FFN module path: MutedLayer}, only FFNs with muted neurons.
+        widths: {path: F} of every masked FFN, in model order.
+        architecture: {"class": the model's class name, "model_type": that of its config}.
+        fingerprint: {path: sketches} for every masked FFN, see ``neumuter.mutes.fingerprint``.
+        mode: "mute" or "modulate".
+        gain_range: the lowest and the highest gain that the mode allows.
+        method: hyper-parameters, JSON values.
+        metrics: {"before": {...}, "after": {...}}, JSON values.
 
-    Raises ValueError if anything in it is not as described.
+    Raises:
+        ValueError: anything in it is not as described.
     """
 
     layers: dict[str, MutedLayer]
@@ -69,6 +76,13 @@ class MuteSet:
         if not self.layers:
             raise ValueError("no neuron is muted: layers is empty")
 
+    def __repr__(self) -> str:
+        total = sum(self.widths.values())
+        return (
+            f"MuteSet({self.count} of {total} neurons, {self.share:.2%}, in {len(self.layers)} of "
+            f"{len(self.widths)} FFNs of {self.architecture['class']}, mode {self.mode!r})"
+        )
+
     @property
     def count(self) -> int:
         """The number of muted neurons."""
@@ -82,7 +96,9 @@ class MuteSet:
     def save(self, path: PathLike) -> None:
         """Write the mute file, whole or not at all; equal content gives equal bytes.
 
-        Raises OSError, and ValueError if method and metrics hold too much for a file's header.
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: method and metrics are too large for a file's header.
         """
         tensors = {}
         for name, layer in self.layers.items():
@@ -114,8 +130,9 @@ class MuteSet:
     def load(cls, path: PathLike) -> "MuteSet":
         """Read and fully validate a mute file.
 
-        Raises MuteFileError for a file that is anything but a mute file of this format, and OSError
-        (FileNotFoundError, PermissionError) if it cannot be read.
+        Raises:
+            MuteFileError: the file is anything but a mute file of this format.
+            OSError: the file cannot be read.
         """
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -163,7 +180,7 @@ class MuteSet:
                 shape = file.get_slice(f"{name}.{kind}").get_shape()
                 if shape != [count]:
                     raise ValueError(f"{name}.{kind} has shape {shape}, the header says {count} neurons")
-            # Copies: what is validated must not change when somebody writes to the file.
+            # These are copies, so that what is validated does not change when somebody writes to the file.
             indices, gains = (file.get_tensor(f"{name}.{kind}").clone() for kind in ("indices", "gains"))
             layers[name] = MutedLayer(indices, gains)
         if not isinstance(metadata["gain_range"], list):
@@ -177,7 +194,8 @@ class MuteSet:
         )
 
 
-MuteSource = MuteSet | PathLike  # or the path of a mute file
+# A mute set, or the path of a mute file.
+MuteSource = MuteSet | PathLike
 
 
 def load_mutes(mutes: MuteSource) -> MuteSet:
@@ -234,18 +252,19 @@ def check_layer(path: str, layer: MutedLayer, width: int, gain_range: tuple[floa
             )
     if len(indices) != len(gains) or len(indices) == 0:
         raise ValueError(
-            f"{path} has {len(indices)} indices and {len(gains)} gains; need as many, and at least 1"
+            f"{path} has {len(indices)} indices and {len(gains)} gains; it needs a gain per index"
         )
     if indices[0] < 0 or indices[-1] >= width or (indices[1:] <= indices[:-1]).any():
         raise ValueError(f"{path}.indices must ascend within [0, {width})")
-    low, high = map(float, gain_range)  # an int may have more bits than a tensor compares with
-    # NaN compares false, and infinity may compare equal: low and high are rounded to float32.
+    # An int may have more bits than a tensor compares with.
+    low, high = map(float, gain_range)
+    # NaN compares false. Infinity may compare equal, because low and high are rounded to float32.
     if not ((gains >= low) & (gains <= high) & gains.isfinite()).all():
         raise ValueError(f"{path}.gains must be finite and lie within {low} to {high}")
 
 
 def _check_header(data: bytes) -> None:
-    """``data``: of a safetensors file, which begins with the size of its header."""
+    """Check the size of a safetensors file's header, with which its ``data`` begins."""
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"its header has {size} bytes, that of a mute file at most {MAX_HEADER_BYTES}")

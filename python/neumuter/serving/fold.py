@@ -15,15 +15,20 @@ FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def fold(model: nn.Module, mutes: MuteSource) -> None:
-    """Multiply the gains of a ``MuteSet``, or of the mute file at that path, into the weights, in place.
+    """Multiply the gains of a mute set, or of a mute file, into the weights, in place.
 
     Neuron f's column of the down projection is multiplied by its gain, in float32, and rounded to the
     weight's dtype. The result is an ordinary model; gains of 0 cannot be taken back. Nothing is changed on
-    an error: those of ``mute``, and ValueError for weights that are quantised or hidden in an adapter.
+    an error.
+
+    Raises:
+        ValueError: weights that are quantised, hidden in an adapter, sharded or offloaded; what
+            ``neumuter.mute`` raises.
     """
     mutes = load_mutes(mutes)
     ffns = matching_ffns(model, mutes)
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())  # or whole for a while
+    # FSDP may have gathered the weights for a while.
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     for path in mutes.layers:
         weight = ffns[path].down_weight
         if sharded or weight is None or weight.dtype not in FOLDABLE or not _is_view(weight, ffns[path]):
@@ -37,7 +42,7 @@ def fold(model: nn.Module, mutes: MuteSource) -> None:
 
 
 def fold_columns(weight: Tensor, layer: MutedLayer) -> None:
-    """Multiply the columns of a ``MutedLayer`` in ``weight`` [d, E, F], a view, by their gains, in place."""
+    """Multiply the columns of a ``MutedLayer`` in ``weight``, a view [d, E, F], by their gains, in place."""
     neurons = layer.indices.long().to(weight.device)
     expert, column = neurons // weight.shape[2], neurons % weight.shape[2]
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -14,7 +14,8 @@ from neumuter.models.seams import choose_seams
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 
-FEW = 1 << 18  # activations, for which a product of PyTorch's takes less time than calling a kernel
+# Up to this number of activations a product of PyTorch takes less time than calling a kernel.
+FEW = 1 << 18
 
 
 class ConstantGates(Gates):
@@ -39,7 +40,7 @@ class ConstantGates(Gates):
 
 
 def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-    """The forward of a muted down projection. Little Python: between layers the caches are cold."""
+    """Run a muted down projection, with little Python: between layers the caches are cold."""
     if gates.on:
         gains = gates._buffers["gains"]
         assert gains is not None
@@ -48,7 +49,8 @@ def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: An
             if hidden.dtype == torch.float32:
                 hidden = hidden * gains
             else:
-                hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))  # rounded once
+                # Into a tensor of that dtype, so that the product is rounded once.
+                hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))
         else:
             hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
     if gates.former is None:
@@ -68,6 +70,9 @@ class Muted:
             [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns],
             [seam_module(ffn, seams[ffn.path]) for ffn in ffns],
         )
+
+    def __repr__(self) -> str:
+        return f"Muted({type(self.model).__name__}, {self.mutes!r})"
 
     @contextmanager
     def off(self) -> Iterator["Muted"]:
@@ -92,13 +97,18 @@ class Muted:
 
 
 def mute(model: nn.Module, mutes: MuteSource) -> Muted:
-    """Apply a ``MuteSet``, or the mute file at that path, to a live model; returns a ``Muted`` handle.
+    """Apply a mute set, or a mute file, to a live model.
 
     Only FFNs with muted neurons are touched, in this model instance only, at the input of their down
     projection. The weights and the state_dict stay the same, so ``save_pretrained`` saves the model without
     mutes: use ``fold`` for that.
 
-    Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, and
-    RuntimeError if the model is attached or muted already.
+    Returns:
+        A ``Muted`` handle; its ``undo()`` takes the mutes off.
+
+    Raises:
+        MuteMismatchError: the set was made for another model.
+        MuteFileError: a bad file.
+        RuntimeError: the model is attached or muted already.
     """
     return Muted(model, load_mutes(mutes))

@@ -14,22 +14,26 @@ from neumuter.training.masked import Masked
 from neumuter.types import IGNORED, Batch
 
 KEYS = ("input_ids", "attention_mask", "labels")
-REFERENCE_ROWS = 8  # samples per forward pass of the reference
-PROBE_TOKENS = 8  # on which the head is checked
+REFERENCE_SAMPLES_PER_PASS = 8
+# Tokens that the head is checked on.
+PROBE_TOKENS = 8
 
 
 class PairedBatches:
     """A forget batch, a retain batch, and the reference distribution of the retain batch.
 
-    Both batches are dicts of int64 tensors ``input_ids``, ``attention_mask`` and ``labels`` [B, T],
-    padded on the right; a label is -100 where a token does not count (padding, a prompt). The
-    reference is the same model with masks off. The base is frozen, so its last hidden states at the
-    counted retain tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are
-    positions in the forget batch followed by the retain batch, however the samples are split into
-    steps. The neurons of experts that no forget token reaches are excluded from selection.
+    The reference is the same model with masks off. The base is frozen, so its last hidden states at the
+    counted retain tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are positions in
+    the forget batch followed by the retain batch, however the samples are split into steps. The neurons of
+    experts that no forget token reaches are excluded from selection.
 
-    Raises ValueError, naming the batch, if one is empty or malformed, and for a model whose logits are
-    not a function of its last hidden states.
+    Args:
+        masked: the handle of the model; every recipe takes it from here.
+        forget_batch, retain_batch: the texts to forget and those to keep.
+
+    Raises:
+        ValueError: a batch, which the message names, is empty or malformed; or the model's logits are not a
+            function of its last hidden states.
     """
 
     def __init__(self, masked: Masked, forget_batch: Batch, retain_batch: Batch) -> None:
@@ -44,20 +48,29 @@ class PairedBatches:
             for rows in zip(*(batch[key] for key in KEYS), strict=True)
         ]
         retain = range(self.forget_count, self.forget_count + self.retain_count)
-        groups = [retain[i : i + REFERENCE_ROWS] for i in range(0, len(retain), REFERENCE_ROWS)]
+        groups = [
+            retain[i : i + REFERENCE_SAMPLES_PER_PASS]
+            for i in range(0, len(retain), REFERENCE_SAMPLES_PER_PASS)
+        ]
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self.samples[0].ids[None, :PROBE_TOKENS])
             hidden = torch.cat([self._hidden(ids) for ids in groups])
             forget = range(self.forget_count)
             masked.keep_unreached_open(
-                lambda: [self._hidden(forget[i : i + REFERENCE_ROWS]) for i in forget[::REFERENCE_ROWS]]
+                lambda: [
+                    self._hidden(forget[i : i + REFERENCE_SAMPLES_PER_PASS])
+                    for i in forget[::REFERENCE_SAMPLES_PER_PASS]
+                ]
             )
         self.reference = hidden.split([len(self.samples[i].targets) for i in retain])
 
     def steps(self, batch_size: int | None, seed: int) -> Iterator[list[int]]:
-        """Endless lists of sample ids, forget samples first: ``batch_size`` of each kind, or all if None.
+        """Yield lists of sample ids without end, forget samples first.
 
-        Either kind goes round in a new random order each time; the same seed gives the same lists.
+        Each kind goes round in a new random order each time; the same seed gives the same lists.
+
+        Args:
+            batch_size: samples of each kind; None takes all.
         """
         if batch_size is None:
             while True:
@@ -73,11 +86,15 @@ class PairedBatches:
             ]
 
     def losses(self, sample_ids: Sequence[int], through: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """One forward pass of the samples under the masks that are in force.
+        """Run the samples once, under the masks that are in force.
 
-        ``sample_ids``: forget samples first, at least one of each kind. ``through``: see ``Head.hidden``.
-        Returns the token losses of the forget samples, float32 [N] in nats, and KL(reference ‖ masked) per
-        counted retain token, a float32 scalar in nats. Nothing here waits for the GPU.
+        Args:
+            sample_ids: forget samples first, at least one of each kind.
+            through: see ``Head.hidden``.
+
+        Returns:
+            The token losses of the forget samples, float32 [N] in nats; and KL(reference ‖ masked) per
+            counted retain token, a float32 scalar in nats.
         """
         losses, divergences = self.token_losses(sample_ids, through)
         return losses, divergences.mean()
@@ -85,7 +102,7 @@ class PairedBatches:
     def token_losses(
         self, sample_ids: Sequence[int], through: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As ``losses``, with the KL of each counted retain token, float32 [M]."""
+        """Do as ``losses``, but return the KL of each counted retain token, float32 [M]."""
         split = sum(i < self.forget_count for i in sample_ids)
         targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
         reference = torch.cat([self.reference[i - self.forget_count] for i in sample_ids[split:]])
@@ -96,7 +113,7 @@ class PairedBatches:
         )
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
-        """The losses in nats of each sample's counted tokens, forget or retain: a list of float32 [N]."""
+        """Compute the losses in nats of each sample's counted tokens, forget or retain: float32 [N] each."""
         targets = [self.samples[i].targets for i in sample_ids]
         losses = self.head.token_losses(self._hidden(sample_ids), torch.cat(targets))
         by_sample: tuple[Tensor, ...] = losses.split([len(t) for t in targets])
@@ -141,6 +158,6 @@ def _check(name: str, batch: Batch) -> None:
 
 
 def shuffled(start: int, count: int, generator: torch.Generator) -> Iterator[int]:
-    """start … start + count − 1 endlessly, in a new random order each time round."""
+    """Yield start … start + count − 1 without end, in a new random order each time round."""
     while True:
         yield from (start + torch.randperm(count, generator=generator)).tolist()

@@ -1,9 +1,4 @@
-"""The losses that mask training is made of. Padding never enters any of them.
-
-A batch is a dict of int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 on real tokens) and
-``labels`` (the input ids, or -100 where a token is not part of the loss). As usual for causal
-models, the logits at position t predict the label at position t + 1.
-"""
+"""The losses that mask training is made of. Padding never enters any of them."""
 
 import math
 
@@ -15,7 +10,7 @@ from neumuter.types import IGNORED
 
 
 def predicting(labels: Tensor) -> Tensor:
-    """Where a counted token is predicted: bool [B, T], true at t if ``labels[:, t + 1]`` is not -100.
+    """Mark where a counted token is predicted: bool [B, T], true at t if ``labels[:, t + 1]`` is not −100.
 
     Indexing logits [B, T, V] with it gives [N, V], for N counted tokens in row-major order.
     """
@@ -25,10 +20,13 @@ def predicting(labels: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats of each counted token, float32 [N], row by row.
+    """Compute the cross-entropy in nats of each counted token, float32 [N], row by row.
 
-    ``logits``: [B, T, V], any float dtype; ``labels``: int64 [B, T] with -100 on tokens that do not
-    count. The first token of a row has no prediction and never counts.
+    The first token of a row has no prediction and never counts.
+
+    Args:
+        logits: [B, T, V], any float dtype.
+        labels: int64 [B, T], −100 on tokens that do not count.
     """
     where = predicting(labels)
     targets = labels[:, 1:][labels[:, 1:] != IGNORED]
@@ -36,7 +34,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def hinge(losses: Tensor, margin: float) -> Tensor:
-    """mean relu(margin − loss) over ``losses`` [N]: zero once every token costs ``margin`` nats.
+    """Compute mean relu(margin − loss) over ``losses`` [N]: zero once every token costs ``margin`` nats.
 
     Ascending a cross-entropy has no end and wrecks the model; this stops where the token is no
     longer predicted.
@@ -45,7 +43,7 @@ def hinge(losses: Tensor, margin: float) -> Tensor:
 
 
 def odds_hinge(losses: Tensor, margin: float) -> Tensor:
-    """mean relu(margin + ln(p / (1 − p))) over tokens of probability p, given their ``losses`` −ln p, [N].
+    """Compute mean relu(margin + ln(p / (1 − p))) over tokens, given their ``losses`` −ln p, [N].
 
     Zero once every token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
     so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
@@ -54,5 +52,6 @@ def odds_hinge(losses: Tensor, margin: float) -> Tensor:
     certain = 1e-3
     inside = losses.clamp(min=certain)
     log_odds = -inside - torch.log(-torch.expm1(-inside))
-    beyond = (losses - inside) / -math.expm1(-certain)  # zero, and without a gradient, where not clamped
+    # Zero, and without a gradient, where nothing was clamped.
+    beyond = (losses - inside) / -math.expm1(-certain)
     return F.relu(margin + log_odds - beyond).mean()

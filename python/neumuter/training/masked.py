@@ -28,7 +28,8 @@ INITIAL_SCORE = math.log(OPEN / (1 - OPEN))
 @dataclass(frozen=True)
 class _Sampling:
     seed: int
-    step: torch.Tensor  # not an int, for which torch.compile would compile again in every step
+    # A tensor, because torch.compile would compile again for every int.
+    step: torch.Tensor
     sample_ids: torch.Tensor
     row_ids: torch.Tensor | None
 
@@ -37,7 +38,7 @@ class _Sampling:
         _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
         device = gates.scores.device
         step, ids = self.step.to(device), self.sample_ids.to(device)
-        # Made here, not once per step, so that activation checkpointing recomputes them.
+        # They are made here, not once per step, so that activation checkpointing recomputes them.
         values = hard_concrete(
             gates.scores, rows, self.seed, step, gates.layer, ids, TEMPERATURE, STRETCH, training=True
         )
@@ -104,16 +105,17 @@ class TrainableGates(Gates):
 
 
 class NothingSelectedError(ValueError):
-    """No neuron is selected, or only such whose gates are open."""
+    """No neuron is selected, or only neurons whose gates are open."""
 
 
 class Masked:
     """A model with gates on its FFN neurons, made by ``attach``. As a context manager it detaches at the end.
 
-    ``model``: the model itself, changed in place. ``ffns``: its masked FFNs (see ``models.families``).
-    Outside every context below it is the untouched model, bit for bit. The contexts nest, and each restores
-    the state it found. Run the backward pass inside the context as well if the model uses activation
-    checkpointing, which runs the forward again.
+    model: the model itself, changed in place. ffns: its masked FFNs (see ``neumuter.models.families``).
+
+    Outside of the contexts below it is the untouched model, bit for bit. The contexts nest, and each restores
+    the state that it found. Run the backward pass inside the context as well if the model uses activation
+    checkpointing, which runs the forward pass again.
     """
 
     def __init__(self, model: nn.Module, start_layer: int) -> None:
@@ -127,7 +129,7 @@ class Masked:
         self.model = model
         self.ffns = found[start_layer:]
         seams = choose_seams(model, self.ffns)
-        # By name: wrappers such as FSDP put other objects in their place.
+        # They are known by name, because wrappers such as FSDP put other objects in their place.
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._installed = Installed(
             [TrainableGates(ffn, seams[ffn.path]) for ffn in self.ffns],
@@ -137,6 +139,11 @@ class Masked:
             if name in self._trainable:
                 parameter.requires_grad_(False)
         self._attached = True
+
+    def __repr__(self) -> str:
+        neurons = sum(ffn.width for ffn in self.ffns)
+        state = "attached" if self._attached else "detached"
+        return f"Masked({type(self.model).__name__}, {len(self.ffns)} FFNs, {neurons} neurons, {state})"
 
     @property
     def scores(self) -> dict[str, nn.Parameter]:
@@ -148,15 +155,15 @@ class Masked:
 
     @torch.no_grad()
     def full_scores(self) -> dict[str, Tensor]:
-        """``scores`` as plain tensors, [F] each, gathered from all processes where they are sharded.
+        """Gather ``scores`` from all processes where they are sharded: plain tensors, [F] each.
 
-        Collective: where it gathers, every process must call it.
+        Every process must call it.
         """
         return {path: _gathered(score) for path, score in self.scores.items()}
 
     @property
     def seams(self) -> dict[str, str]:
-        """Where the mask comes in, by FFN module path, see ``neumuter.models.hooks``; "down" is not fused."""
+        """Where the mask comes in, {path: seam}; see ``neumuter.models.hooks``. "down" is not fused."""
         return {gates.path: gates.seam for gates in self._installed.gates}
 
     def sampling(
@@ -168,11 +175,14 @@ class Masked:
     ) -> AbstractContextManager["Masked"]:
         """Context: training gates, one row of hard-concrete samples per sample of the batch.
 
-        The noise depends on ``seed``, ``step``, the layer, the neuron and the sample's own id alone, not on
-        how samples are batched. ``sample_ids``: int64 [B], an id for each sample of the batch. A forward
-        with another batch size raises ValueError (where FFNs see all tokens of a batch in a row, as experts
-        do, only if the tokens do not divide evenly). ``row_ids``: for sequences packed into one row,
-        integers with one entry per token, the position of its sample in ``sample_ids``, or −1 for no mask.
+        The noise depends on the seed, the step, the layer, the neuron and the sample's own id alone, not on
+        how samples are batched. A forward pass with another batch size raises ValueError; where FFNs see all
+        tokens of a batch in a row, as experts do, only if the tokens do not divide evenly.
+
+        Args:
+            sample_ids: int64 [B], an id for each sample of the batch.
+            row_ids: for sequences packed into one row, integers with one entry per token: the position of its
+                sample in ``sample_ids``, or −1 for no mask.
         """
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64:
@@ -190,11 +200,14 @@ class Masked:
     def applying(
         self, masks: Mapping[str, Tensor], row_ids: Tensor | Sequence[int] | None = None
     ) -> AbstractContextManager["Masked"]:
-        """Context: explicit masks, {path: float32 [F] or [G, F]}, G = 1 or the batch size; differentiable.
+        """Context: explicit masks, differentiable. FFNs that are not named run unmasked.
 
-        FFNs that are not named run unmasked. ``row_ids``: as in ``sampling``, the mask row of each token,
-        with any G; all masks must have as many rows then. Raises ValueError for an unknown path, dtype or
-        shape.
+        Args:
+            masks: {path: float32 [F] or [G, F]}, G = 1 or the batch size.
+            row_ids: the mask row of each token, as in ``sampling``, with any G that all masks share.
+
+        Raises:
+            ValueError: an unknown path, or a wrong dtype or shape.
         """
         checked = {}
         widths = {gates.path: gates.width for gates in self._installed.gates}
@@ -211,7 +224,7 @@ class Masked:
         if row_ids is not None and not rows:
             raise ValueError("row_ids needs masks")
         if row_ids is not None and len(rows) > 1:
-            raise ValueError(f"with row_ids all masks must have as many rows, got {sorted(rows)}")
+            raise ValueError(f"with row_ids all masks must have the same number of rows, got {sorted(rows)}")
         return self._using(_Applying(checked, _checked(row_ids, max(rows, default=0))))
 
     def off(self) -> AbstractContextManager["Masked"]:
@@ -235,9 +248,12 @@ class Masked:
     def keep_unreached_open(self, forward: Callable[[], object]) -> None:
         """Exclude the neurons of experts that no token of the forget texts is routed to.
 
-        ``forward()`` runs the model on these texts, with gates off. The scores of experts that got no token
-        become +∞: their gates stay 1, no gradient moves them, and they are never selected. Those that an
-        earlier call excluded and that are reached now begin anew. Without experts nothing is run.
+        The scores of experts that got no token become +∞: their gates stay 1, no gradient moves them, and
+        they are never selected. Those that an earlier call excluded and that are reached now begin anew.
+        Without experts nothing is run.
+
+        Args:
+            forward: runs the model on the forget texts; it is called with gates off.
         """
         experts = [ffn for ffn in self.ffns if not ffn.layout]
         if not experts:
@@ -271,13 +287,19 @@ class Masked:
         method: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> MuteSet:
-        """The ``MuteSet`` of the neurons with the lowest scores; their gains are the evaluation gates.
+        """Select the neurons with the lowest scores; their gains are the evaluation gates.
 
-        Give one of ``budget``, a share of the masked neurons (float in (0, 1], rounded down, at least one
-        neuron) or an exact count (int), or ``threshold``: all neurons with σ(score) below it (float in
-        (0, 1); the paper's r is 0.15). ``method`` and ``seed`` are recorded in the mute set.
+        Args:
+            budget: a share of the masked neurons (float in (0, 1], rounded down, at least one neuron) or a
+                number (int).
+            threshold: instead of a budget, all neurons with σ(score) below it (float in (0, 1)); the paper's
+                r is 0.15.
+            method, seed: recorded in the mute set.
 
-        Raises as ``selected`` does.
+        Raises:
+            ValueError, TypeError: bad arguments, or NaN scores.
+            NothingSelectedError: nothing is selected, or every selected gate is fully open, so that muting
+                would change nothing.
         """
         neurons = self.selected(budget, threshold)
         selection = {"budget": budget} if threshold is None else {"threshold": threshold}
@@ -286,11 +308,9 @@ class Masked:
     def selected(
         self, budget: int | float | None = None, threshold: float | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What ``select`` puts into a mute set: {path: (indices int32 [n], gains float32 [n])}, on the CPU.
+        """Find what ``select`` puts into a mute set: {path: (indices int32 [n], gains float32 [n])}.
 
-        Raises ValueError (TypeError for a wrong type) for bad arguments and for NaN scores; and
-        NothingSelectedError, a ValueError, if nothing is selected or every selected gate is fully open, so
-        that muting would change nothing.
+        Takes and raises what ``select`` does; the tensors are on the CPU.
         """
         scores = self.full_scores()
         total = sum(len(s) for s in scores.values())
@@ -334,10 +354,15 @@ class Masked:
         method: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> MuteSet:
-        """A ``MuteSet`` of explicit neurons, {path: (indices [n] integers ascending, gains [n])}.
+        """Make a ``MuteSet`` of explicit neurons.
 
-        ``gain_range``: what the mode allows. ``method``: hyper-parameters, JSON values. Raises ValueError
-        if something does not fit the model, or if no neuron is given.
+        Args:
+            neurons: {path: (indices [n], integers ascending, gains [n])}.
+            gain_range: the lowest and the highest gain that the mode allows.
+            method: hyper-parameters, JSON values.
+
+        Raises:
+            ValueError: something does not fit the model, or no neuron is given.
         """
         widths = {ffn.path: ffn.width for ffn in self.ffns}
         gain_range = (float(gain_range[0]), float(gain_range[1]))
@@ -405,8 +430,13 @@ def _checked(row_ids: Tensor | Sequence[int] | None, rows: int) -> Tensor | None
 
 
 def neuron_count(budget: int | float, total: int) -> int:
-    """``budget`` as a number of neurons out of ``total``: a float in (0, 1] is a share, rounded down but at
-    least one; an int is the count. Raises TypeError or ValueError for anything else."""
+    """Count the neurons of ``budget`` out of ``total``.
+
+    A float in (0, 1] is a share, rounded down but at least one neuron; an int is the count.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
     count = neuron_budget(budget, total)
     if isinstance(budget, float):
         count = max(1, count)
@@ -416,14 +446,21 @@ def neuron_count(budget: int | float, total: int) -> int:
 
 
 def attach(model: nn.Module, start_layer: int = 1) -> Masked:
-    """Put gates on the neurons of ``model``'s FFNs and freeze everything else; returns a ``Masked`` handle.
+    """Put gates on the neurons of ``model``'s FFNs and freeze everything else.
 
-    ``model``: a causal language model of transformers, dense or with experts, quantised, adapted by PEFT,
-    compiled or offloaded; see docs/models.md. It is changed in place, this instance only, and runs once on
-    two tokens to see which kernels fit. ``start_layer``: the first FFN that gets gates, counted from 0
-    (the paper leaves the first layer alone). Every score starts where its evaluation gate is exactly 1.
+    Every score starts where its evaluation gate is exactly 1.
 
-    Raises ValueError for a model without FFNs that are understood (``register_family`` describes others),
-    and RuntimeError for one that is attached or muted already.
+    Args:
+        model: a causal language model of transformers, dense or with experts, quantised, adapted by PEFT,
+            compiled or offloaded; see docs/models.md. This instance is changed in place, and runs once on two
+            tokens to see which kernels fit.
+        start_layer: the first FFN that gets gates, counted from 0; the paper leaves the first layer alone.
+
+    Returns:
+        A ``Masked`` handle.
+
+    Raises:
+        ValueError: a model without FFNs that are understood; ``register_family`` describes others.
+        RuntimeError: a model that is attached or muted already.
     """
     return Masked(model, start_layer)
