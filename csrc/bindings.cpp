@@ -13,24 +13,15 @@ STABLE_TORCH_LIBRARY(neumuter, m) {
       "masked_glu_backward(Tensor grad, Tensor gate, Tensor up, Tensor mask, Tensor? row_ids, "
       "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "masked_glu_backward_(Tensor grad, Tensor(a!) gate, Tensor(b!) up, Tensor mask, Tensor? row_ids, "
-      "int activation, bool mask_grad) -> Tensor");
-  m.def(
       "masked_glu_packed(Tensor gate_up, Tensor mask, Tensor? row_ids, int activation, "
       "bool interleaved) -> Tensor");
   m.def(
       "masked_glu_packed_backward(Tensor grad, Tensor gate_up, Tensor mask, Tensor? row_ids, "
       "int activation, bool interleaved, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
-  m.def(
-      "masked_glu_packed_backward_(Tensor grad, Tensor(a!) gate_up, Tensor mask, Tensor? row_ids, "
-      "int activation, bool interleaved, bool mask_grad) -> Tensor");
   m.def("masked_act(Tensor hidden, Tensor mask, Tensor? row_ids, int activation) -> Tensor");
   m.def(
       "masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Tensor? row_ids, "
       "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
-  m.def(
-      "masked_act_backward_(Tensor grad, Tensor(a!) hidden, Tensor mask, Tensor? row_ids, "
-      "int activation, bool mask_grad) -> Tensor");
   m.def(
       "hard_concrete(Tensor scores, Tensor sample_ids, Tensor step, int seed, int layer, "
       "float temperature, float gamma, float zeta, bool training) -> Tensor");

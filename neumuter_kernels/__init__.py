@@ -18,7 +18,7 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps neumuter-kernels (or '.' in a checkout)"
     ) from error
 
-from neumuter_kernels import fake, gpu  # noqa: F401 (register what the ops need)
+from neumuter_kernels import autograd, fake, gpu  # noqa: F401 (register what the ops need)
 from neumuter_kernels.ops import (
     MutedNeurons,
     cross_entropy_,

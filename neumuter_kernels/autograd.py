@@ -4,9 +4,7 @@ Registered for the Autograd key directly. torch.library.register_autograd does t
 Python around it, and at a few hundred tokens the call itself weighs as much as the work.
 """
 
-import functools
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,35 +16,27 @@ _library = torch.library.Library("neumuter", "IMPL", "Autograd")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # What _register wants from its ``gradients``.
-Gradients = Callable[
-    [Tensor, Sequence[Tensor], tuple[Any, ...], Sequence[bool], bool], tuple[Tensor | None, ...]
-]
-
-# {op name: function of the op's arguments}: the op, whose backward pass may write the gradients of
-# the activations into their memory where nobody else holds it.
-reusing: dict[str, Callable[..., Tensor]] = {}
+Gradients = Callable[[Tensor, Sequence[Tensor], tuple[Any, ...], Sequence[bool]], tuple[Tensor | None, ...]]
 
 
 def _register(name: str, tensors: int, gradients: Gradients) -> None:
     """Make the op ``name`` differentiable.
 
     ``tensors``: how many of its arguments, the first ones, are tensors (or None). ``gradients``:
-    called with the gradient of the output, the saved tensors, the other arguments, a bool per tensor
-    (is its gradient needed?) and whether it may reuse the memory of the activations; returns a
-    gradient or None per tensor.
+    called with the gradient of the output, the saved tensors, the other arguments and a bool per tensor
+    (is its gradient needed?); returns a gradient or None per tensor.
     """
     op: Callable[..., Tensor] = getattr(_ops, name).default
 
     @once_differentiable
     def once(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[1 : 1 + tensors]
-        wanted = gradients(grad, ctx.saved_tensors, ctx.options, needed, ctx.reuse)
-        return None, *wanted, *[None] * len(ctx.options)
+        needed = ctx.needs_input_grad[:tensors]
+        wanted = gradients(grad, ctx.saved_tensors, ctx.options, needed)
+        return *wanted, *[None] * len(ctx.options)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, reuse: bool, *arguments: Any) -> Tensor:
-            ctx.reuse = reuse
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
             ctx.save_for_backward(*arguments[:tensors])
             ctx.options = arguments[tensors:]
             with _below_autograd():
@@ -60,84 +50,37 @@ def _register(name: str, tensors: int, gradients: Gradients) -> None:
                 grad = grad.detach().requires_grad_()
             return once(ctx, grad)
 
-    def kernel(*arguments: Any, reuse: bool = False) -> Tensor:
+    def kernel(*arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
-            output: Tensor = Differentiable.apply(reuse, *arguments)
+            output: Tensor = Differentiable.apply(*arguments)
             return output
         with _below_autograd():
             return op(*arguments)
 
     _library.impl(name, kernel)
-    reusing[name] = functools.partial(kernel, reuse=True)
 
 
-def _holders(tensors: Sequence[Tensor], i: int) -> tuple[int, int, int]:
-    """Numbers that grow with whatever holds tensor i: the graph and C++, other tensors, Python."""
-    storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
-    uses: int = tensors[i]._use_count()  # type: ignore[attr-defined]  # not in torch's stubs
-    return uses, storage, sys.getrefcount(tensors[i])
-
-
-@functools.cache
-def _holders_of_an_unshared_tensor() -> tuple[int, int, int]:
-    """What ``_holders`` gives in a backward pass for a tensor that only the pass itself holds.
-
-    Measured, since the ways of counting are Python's and PyTorch's own affair.
-    """
-    count = (0, 0, 0)
-
-    class Probe(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            nonlocal count
-            count = _holders(ctx.saved_tensors, 0)
-            return grad
-
-    with torch.enable_grad():
-        Probe.apply(torch.zeros(1, requires_grad=True) * 1).backward()
-    return count
-
-
-def _unshared(tensors: Sequence[Tensor], indices: Iterable[int]) -> bool:
-    """Whether nothing but the backward pass that is under way can see the memory of these tensors."""
-    if not hasattr(torch.Tensor, "_use_count"):  # an old torch, in which there is no telling
-        return False
-    alone = _holders_of_an_unshared_tensor()
-    return all(tensors[i].is_contiguous() and _holders(tensors, i) == alone for i in indices)
-
-
-def _ffn(name: str, inputs: int) -> Gradients:
-    """The gradients of a masked FFN whose first ``inputs`` tensors are its activations."""
-    backward, backward_in_place = getattr(_ops, f"{name}_backward"), getattr(_ops, f"{name}_backward_")
+def _ffn(name: str) -> Gradients:
+    """The gradients of a masked FFN: of its activations, of its mask, and None for the row ids."""
+    backward = getattr(_ops, f"{name}_backward")
 
     def gradients(
-        grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool], reuse: bool
+        grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        *inputs_needed, mask, _ = needed
-        if reuse and all(inputs_needed) and _unshared(tensors, range(inputs)):
-            grad_mask = backward_in_place(grad, *tensors, *options, mask)
-            # A second backward pass through here must not take gradients for activations.
-            torch.autograd.graph.increment_version(tensors[:inputs])
-            found = (*tensors[:inputs], grad_mask)
-        else:
-            found = backward(grad, *tensors, *options, any(inputs_needed), mask)
+        *inputs, mask, _ = needed
+        found = backward(grad, *tensors, *options, any(inputs), mask)
         return *(g if need else None for g, need in zip(found, needed[:-1], strict=True)), None
 
     return gradients
 
 
 def _hard_concrete(
-    grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool], reuse: bool
+    grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     return _ops.hard_concrete_backward(grad, *tensors, *options), None, None
 
 
-_register("masked_glu", 4, _ffn("masked_glu", 2))
-_register("masked_glu_packed", 3, _ffn("masked_glu_packed", 1))
-_register("masked_act", 3, _ffn("masked_act", 1))
+_register("masked_glu", 4, _ffn("masked_glu"))
+_register("masked_glu_packed", 3, _ffn("masked_glu_packed"))
+_register("masked_act", 3, _ffn("masked_act"))
 _register("hard_concrete", 3, _hard_concrete)

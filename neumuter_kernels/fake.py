@@ -68,39 +68,6 @@ def _(
     return _empty(hidden, input_grad), _empty(mask, mask_grad)
 
 
-@torch.library.register_fake("neumuter::masked_glu_backward_")
-def _(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    mask_grad: bool,
-) -> Tensor:
-    return _empty(mask, mask_grad)
-
-
-@torch.library.register_fake("neumuter::masked_glu_packed_backward_")
-def _(
-    grad: Tensor,
-    gate_up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    interleaved: bool,
-    mask_grad: bool,
-) -> Tensor:
-    return _empty(mask, mask_grad)
-
-
-@torch.library.register_fake("neumuter::masked_act_backward_")
-def _(
-    grad: Tensor, hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, mask_grad: bool
-) -> Tensor:
-    return _empty(mask, mask_grad)
-
-
 @torch.library.register_fake("neumuter::hard_concrete")
 def _(scores: Tensor, sample_ids: Tensor, *settings: object) -> Tensor:
     return scores.new_empty((sample_ids.shape[0], scores.shape[0]))

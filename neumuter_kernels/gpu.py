@@ -27,20 +27,6 @@ def masked_glu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.backward(*arguments)
 
 
-def masked_glu_backward_(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    mask_grad: bool,
-) -> Tensor:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.backward(grad, gate, up, mask, row_ids, activation, True, mask_grad, in_place=True)[2]
-
-
 def masked_glu_packed(
     gate_up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, interleaved: bool
 ) -> Tensor:
@@ -66,22 +52,6 @@ def masked_glu_packed_backward(
     )[::2]
 
 
-def masked_glu_packed_backward_(
-    grad: Tensor,
-    gate_up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    interleaved: bool,
-    mask_grad: bool,
-) -> Tensor:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.backward(
-        grad, gate_up, None, mask, row_ids, activation, True, mask_grad, True, interleaved, in_place=True
-    )[2]
-
-
 def masked_act(hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
     from neumuter_kernels.triton import masked_ffn as kernels
 
@@ -100,14 +70,6 @@ def masked_act_backward(
     from neumuter_kernels.triton import masked_ffn as kernels
 
     return kernels.backward(grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad)[::2]
-
-
-def masked_act_backward_(
-    grad: Tensor, hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, mask_grad: bool
-) -> Tensor:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.backward(grad, hidden, None, mask, row_ids, activation, True, mask_grad, in_place=True)[2]
 
 
 def hard_concrete(*arguments: Any) -> Tensor:
@@ -160,9 +122,9 @@ def mute_(
 
 
 TRITON_OPS = (
-    masked_glu, masked_glu_backward, masked_glu_backward_,
-    masked_glu_packed, masked_glu_packed_backward, masked_glu_packed_backward_,
-    masked_act, masked_act_backward, masked_act_backward_,
+    masked_glu, masked_glu_backward,
+    masked_glu_packed, masked_glu_packed_backward,
+    masked_act, masked_act_backward,
     hard_concrete, hard_concrete_backward,
     cross_entropy_, kl_divergence_,
 )  # fmt: skip

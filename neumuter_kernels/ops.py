@@ -8,14 +8,13 @@ G the number of mask rows.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # after a change in place: autograd may need the former
 
-from neumuter_kernels import autograd
 from neumuter_kernels.checks import (
     activation_number,
     check_activations,
@@ -53,7 +52,6 @@ def masked_glu(
     *,
     gate_up: Tensor | None = None,
     interleaved: bool = False,
-    reuse_inputs: bool = False,
 ) -> Tensor:
     """The gated FFN activation times the neuron mask: h[t, f] = φ(gate[t, f]) · up[t, f] · mask[r(t), f].
 
@@ -73,10 +71,6 @@ def masked_glu(
             somebody else has computed).
         gate_up: [..., 2F] instead of gate and up: both in one tensor, read without a copy.
         interleaved: gate_up holds gate in its even and up in its odd columns (else in its halves).
-        reuse_inputs: let the backward pass write the gradients of gate and up over gate and up, which
-            saves 2·T·F elements of memory. It does so only where both need a gradient, are
-            contiguous, and no variable, view or other node of the graph holds them; a second
-            backward pass then raises. Ignored under torch.compile.
 
     Returns:
         h: [..., F] in the dtype of the input.
@@ -95,7 +89,7 @@ def masked_glu(
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up must have an even last dimension, got shape {tuple(gate_up.shape)}")
         mask = check_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
-        return _op("masked_glu_packed", reuse_inputs)(gate_up, mask, row_ids, number, interleaved)
+        return _ops.masked_glu_packed(gate_up, mask, row_ids, number, interleaved)
     if interleaved:
         raise TypeError("interleaved describes gate_up; gate and up were given")
     gate = check_activations("gate", gate)
@@ -104,7 +98,7 @@ def masked_glu(
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(f"up must match gate, {describe(gate)}, got {describe(up)}")
     mask = check_mask(mask, gate, gate.shape[-1], row_ids)
-    return _op("masked_glu", reuse_inputs)(gate, up, mask, row_ids, number)
+    return _ops.masked_glu(gate, up, mask, row_ids, number)
 
 
 def masked_act(
@@ -112,8 +106,6 @@ def masked_act(
     mask: Tensor,
     row_ids: Tensor | None = None,
     activation: str = "gelu_tanh",
-    *,
-    reuse_inputs: bool = False,
 ) -> Tensor:
     """The plain FFN activation times the neuron mask: h[t, f] = φ(hidden[t, f]) · mask[r(t), f].
 
@@ -125,7 +117,7 @@ def masked_act(
     number = activation_number(activation)
     check_activations("hidden", hidden)
     mask = check_mask(mask, hidden, hidden.shape[-1], row_ids)
-    return _op("masked_act", reuse_inputs)(hidden, mask, row_ids, number)
+    return _ops.masked_act(hidden, mask, row_ids, number)
 
 
 def hard_concrete(
@@ -382,10 +374,3 @@ def neuron_budget(budget: int | float, neurons: int) -> int:
     if budget < 0:
         raise ValueError(f"budget must not be negative, got {budget}")
     return budget
-
-
-def _op(name: str, reuse_inputs: bool) -> Callable[..., Tensor]:
-    if reuse_inputs and not torch.compiler.is_compiling():
-        return autograd.reusing[name]
-    op: Callable[..., Tensor] = getattr(_ops, name)
-    return op

@@ -226,74 +226,6 @@ def test_only_the_gradients_that_are_needed(device, needs):
         assert torch.equal(x.grad, expected) if need else x.grad is None
 
 
-def reusing(layout, leaves, ids, keep=None):
-    """h of activations that are no leaves, and where they are in memory; ``keep`` may hold on to them."""
-    *inputs, mask = leaves
-    inputs = [x * 1 for x in inputs]
-    if keep is not None:
-        keep.extend(inputs if keep == [] else [x.detach() for x in inputs])
-    places = [x.data_ptr() for x in inputs]
-    if layout == "plain":
-        return nk.masked_act(inputs[0], mask, ids, "silu", reuse_inputs=True), places
-    if layout == "separate":
-        return nk.masked_glu(*inputs, mask, ids, reuse_inputs=True), places
-    interleaved = layout == "interleaved"
-    h = nk.masked_glu(gate_up=inputs[0], mask=mask, row_ids=ids, interleaved=interleaved, reuse_inputs=True)
-    return h, places
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ragged", [False, True])
-def test_gradients_take_the_place_of_unshared_inputs(device, layout, ragged):
-    ids = torch.randint(-1, 2, (70,), device=device) if ragged else None
-    leaves, ids, grad = make_case(layout, (70,), 33, 2, torch.float32, device, ids)
-    expected = results(nk, layout, leaves, ids, "silu", grad)[1:]
-    h, places = reusing(layout, leaves, ids)
-    node = h.grad_fn
-    seen = []
-    node.register_hook(lambda inputs, _: seen.extend(g.data_ptr() for g in inputs if g is not None))
-    ours = torch.autograd.grad(h, leaves, grad, retain_graph=True)
-    assert set(places) <= set(seen)
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(h, leaves, grad)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("holder", ["variable", "view"])
-def test_inputs_that_somebody_holds_stay(device, layout, holder):
-    leaves, ids, grad = make_case(layout, (6,), 10, 2, torch.float32, device)
-    keep = [] if holder == "variable" else [None]
-    h, _ = reusing(layout, leaves, ids, keep)
-    held = [x for x in keep if x is not None]
-    before = [x.detach().clone() for x in held]
-    for _ in range(2):
-        ours = torch.autograd.grad(h, leaves, grad, retain_graph=True)
-        for a, b in zip(ours, results(nk, layout, leaves, ids, "silu", grad)[1:], strict=True):
-            assert torch.equal(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["input", "output"])
-def test_inputs_that_another_node_needs_stay(device, kind):
-    """Whether the other node saved the activations as its input or as its output."""
-    leaves, _, grad = make_case("separate", (6,), 10, 2, torch.float32, device)
-
-    def both(reuse_inputs):
-        gate = torch.sigmoid(leaves[0]) if kind == "output" else leaves[0] * 1
-        up = leaves[1] * 1
-        other = gate.square()
-        return other, nk.masked_glu(gate, up, leaves[2], reuse_inputs=reuse_inputs)
-
-    ours, expected = (
-        torch.autograd.grad(list(both(reuse)), leaves, [grad, grad], retain_graph=reuse)
-        for reuse in (True, False)
-    )
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_same_bits_for_any_number_of_threads(dtype, ragged):
@@ -329,8 +261,6 @@ def test_opcheck(layout, ragged):
     detached = [x.detach() for x in (*inputs, mask)]
     for flags in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(backward.default, (grad, *detached, ids, *extra, *flags))
-    in_place = getattr(ops, f"{backward.__name__}_").default
-    torch.library.opcheck(in_place, (grad, *detached, ids, *extra, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -168,38 +168,30 @@ static void sum_chunks(const Chunks& work, const Input& in, const C* partial, C*
   });
 }
 
-// Where the gradients of gate (or gate_up) and up go.
-enum class InputGrad { kNone, kNew, kInPlace };
-
 // grad_gate (or grad_gate_up), grad_up and grad_mask; those not wanted are empty.
-static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor& grad_, InputGrad input_grad,
+static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor& grad_, bool input_grad,
                                                    bool mask_grad) {
   const Rows grad(grad_);
   STD_TORCH_CHECK(grad.rows == in.tokens && grad.columns == in.columns &&
                       grad_.scalar_type() == in.gate.tensor.scalar_type(),
                   "grad must have the shape and dtype of the output");
-  const bool in_place = input_grad == InputGrad::kInPlace, wanted = input_grad != InputGrad::kNone;
-  STD_TORCH_CHECK(!in_place || (in.gate.tensor.is_contiguous() && (!in.up || in.up->tensor.is_contiguous())),
-                  "gradients can replace contiguous inputs only");
-  auto place = [&](const Rows* input) {
-    if (in_place && input) return input->tensor;
-    return torch::stable::new_empty(in.gate.tensor,
-                                    wanted && input ? sizes_of(in.gate.tensor) : std::vector<int64_t>{0});
+  auto like = [](const Tensor& x, bool wanted) {
+    return torch::stable::new_empty(x, wanted ? sizes_of(x) : std::vector<int64_t>{0});
   };
-  Tensor grad_gate = place(&in.gate);
-  Tensor grad_up = place(in.up ? &*in.up : nullptr);
+  Tensor grad_gate = like(in.gate.tensor, input_grad);
+  Tensor grad_up = like(in.gate.tensor, input_grad && in.up);
   FfnGrad d{grad.tensor.data_ptr(), grad.stride, nullptr, nullptr, 0, 0, in.ffn.column_stride};
-  if (wanted) {
+  if (input_grad) {
     d.grad_gate = grad_gate.data_ptr();
     d.grad_gate_stride = in.gate.columns;
   }
-  if (wanted && in.ffn.up != nullptr) {
+  if (input_grad && in.ffn.up != nullptr) {
     d.grad_up = in.packed ? offset(grad_gate, in.interleaved ? 1 : in.columns) : grad_up.data_ptr();
     d.grad_up_stride = in.gate.columns;
   }
   Ffn ffn = in.ffn;
-  ffn.stream = input_grad == InputGrad::kNew &&
-               in.elements() * static_cast<int64_t>(in.gate.tensor.element_size()) >= kStreamBytes;
+  ffn.stream =
+      input_grad && in.elements() * static_cast<int64_t>(in.gate.tensor.element_size()) >= kStreamBytes;
   const Chunks work(in);
   const int64_t panels = in.panels(), chunks = static_cast<int64_t>(work.chunks.size());
   Tensor partial = torch::stable::new_empty(
@@ -217,8 +209,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
     }
     k.masked_ffn_backward(ffn, d, block, sums);
   });
-  Tensor grad_mask = torch::stable::new_empty(in.mask.tensor,
-                                              mask_grad ? sizes_of(in.mask.tensor) : std::vector<int64_t>{0});
+  Tensor grad_mask = like(in.mask.tensor, mask_grad);
   if (mask_grad && in.ffn.dtype == Dtype::kDouble) {
     sum_chunks(work, in, static_cast<const double*>(partial.data_ptr()),
                static_cast<double*>(grad_mask.data_ptr()));
@@ -231,8 +222,6 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
 
 using Ids = std::optional<Tensor>;
 
-static InputGrad new_if(bool wanted) { return wanted ? InputGrad::kNew : InputGrad::kNone; }
-
 static Tensor masked_glu(Tensor gate, Tensor up, Tensor mask, Ids row_ids, int64_t activation) {
   return forward(Input(gate, up, mask, row_ids, activation, false, false));
 }
@@ -241,13 +230,7 @@ static std::tuple<Tensor, Tensor, Tensor> masked_glu_backward(Tensor grad, Tenso
                                                               Tensor mask, Ids row_ids, int64_t activation,
                                                               bool input_grad, bool mask_grad) {
   const Input in(gate, up, mask, row_ids, activation, false, false);
-  return backward(in, grad, new_if(input_grad), mask_grad);
-}
-
-static Tensor masked_glu_backward_(Tensor grad, Tensor gate, Tensor up, Tensor mask, Ids row_ids,
-                                   int64_t activation, bool mask_grad) {
-  const Input in(gate, up, mask, row_ids, activation, false, false);
-  return std::get<2>(backward(in, grad, InputGrad::kInPlace, mask_grad));
+  return backward(in, grad, input_grad, mask_grad);
 }
 
 static Tensor masked_glu_packed(Tensor gate_up, Tensor mask, Ids row_ids, int64_t activation,
@@ -260,14 +243,8 @@ static std::tuple<Tensor, Tensor> masked_glu_packed_backward(Tensor grad, Tensor
                                                              bool interleaved, bool input_grad,
                                                              bool mask_grad) {
   const Input in(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved);
-  auto [grad_gate_up, unused, grad_mask] = backward(in, grad, new_if(input_grad), mask_grad);
+  auto [grad_gate_up, unused, grad_mask] = backward(in, grad, input_grad, mask_grad);
   return {grad_gate_up, grad_mask};
-}
-
-static Tensor masked_glu_packed_backward_(Tensor grad, Tensor gate_up, Tensor mask, Ids row_ids,
-                                          int64_t activation, bool interleaved, bool mask_grad) {
-  const Input in(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved);
-  return std::get<2>(backward(in, grad, InputGrad::kInPlace, mask_grad));
 }
 
 static Tensor masked_act(Tensor hidden, Tensor mask, Ids row_ids, int64_t activation) {
@@ -277,26 +254,17 @@ static Tensor masked_act(Tensor hidden, Tensor mask, Ids row_ids, int64_t activa
 static std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Ids row_ids,
                                                       int64_t activation, bool input_grad, bool mask_grad) {
   const Input in(hidden, std::nullopt, mask, row_ids, activation, false, false);
-  auto [grad_hidden, unused, grad_mask] = backward(in, grad, new_if(input_grad), mask_grad);
+  auto [grad_hidden, unused, grad_mask] = backward(in, grad, input_grad, mask_grad);
   return {grad_hidden, grad_mask};
-}
-
-static Tensor masked_act_backward_(Tensor grad, Tensor hidden, Tensor mask, Ids row_ids, int64_t activation,
-                                   bool mask_grad) {
-  const Input in(hidden, std::nullopt, mask, row_ids, activation, false, false);
-  return std::get<2>(backward(in, grad, InputGrad::kInPlace, mask_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neumuter, CPU, m) {
   m.impl("masked_glu", TORCH_BOX(&masked_glu));
   m.impl("masked_glu_backward", TORCH_BOX(&masked_glu_backward));
-  m.impl("masked_glu_backward_", TORCH_BOX(&masked_glu_backward_));
   m.impl("masked_glu_packed", TORCH_BOX(&masked_glu_packed));
   m.impl("masked_glu_packed_backward", TORCH_BOX(&masked_glu_packed_backward));
-  m.impl("masked_glu_packed_backward_", TORCH_BOX(&masked_glu_packed_backward_));
   m.impl("masked_act", TORCH_BOX(&masked_act));
   m.impl("masked_act_backward", TORCH_BOX(&masked_act_backward));
-  m.impl("masked_act_backward_", TORCH_BOX(&masked_act_backward_));
 }
 
 }  // namespace neumuter::cpu

@@ -279,22 +279,13 @@ def backward(
     mask_grad: bool,
     packed: bool = False,
     interleaved: bool = False,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_gate (or grad_gate_up), grad_up and grad_mask [G, F]; those not wanted are empty.
-
-    ``in_place``: the gradients take the place of gate and up, which must be contiguous.
-    """
+    """grad_gate (or grad_gate_up), grad_up and grad_mask [G, F]; those not wanted are empty."""
     x = _Input.of(gate, up, mask, row_ids, packed, interleaved)
     G, F = x.mask.shape[0], x.F
     grad = _rows(grad)
-    if in_place:
-        if not gate.is_contiguous() or (up is not None and not up.is_contiguous()):
-            raise RuntimeError("gradients can replace contiguous inputs only")
-        grad_gate, grad_up = gate, gate.new_empty(0) if up is None else up
-    else:
-        grad_gate = gate.new_empty(gate.shape if input_grad else 0)
-        grad_up = gate.new_empty(gate.shape if input_grad and up is not None else 0)
+    grad_gate = gate.new_empty(gate.shape if input_grad else 0)
+    grad_up = gate.new_empty(gate.shape if input_grad and up is not None else 0)
     grad_mask = mask.new_empty(mask.shape if mask_grad else 0)
     if x.tokens == 0 or F == 0:
         return grad_gate, grad_up, grad_mask.zero_()

@@ -50,21 +50,19 @@ class Mask(NamedTuple):
 def masked_act_of(hidden: Tensor, activation: str, mask: Mask) -> Tensor:
     """φ(hidden)·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_act``."""
     values = mask.fitting(hidden, hidden.shape[-1])
-    return masked_act(hidden, values, mask.row_ids, activation, reuse_inputs=True)
+    return masked_act(hidden, values, mask.row_ids, activation)
 
 
 def masked_glu_of(gate: Tensor, up: Tensor, activation: str, mask: Mask) -> Tensor:
     """φ(gate)·up·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_glu``."""
     values = mask.fitting(gate, gate.shape[-1])
-    return masked_glu(gate, up, values, mask.row_ids, activation, reuse_inputs=True)
+    return masked_glu(gate, up, values, mask.row_ids, activation)
 
 
 def masked_packed_of(gate_up: Tensor, activation: str, mask: Mask) -> Tensor:
     """As ``masked_glu_of`` for gate and up in the halves of one tensor, [..., 2F]."""
     values = mask.fitting(gate_up, gate_up.shape[-1] // 2)
-    return masked_glu(
-        mask=values, row_ids=mask.row_ids, activation=activation, gate_up=gate_up, reuse_inputs=True
-    )
+    return masked_glu(mask=values, row_ids=mask.row_ids, activation=activation, gate_up=gate_up)
 
 
 # --- The seams: functions of the module that they replace the forward of --------------------
