@@ -8,20 +8,12 @@
 #include "cpu/kernels.h"
 
 STABLE_TORCH_LIBRARY(neumuter, m) {
-  m.def("masked_glu(Tensor gate, Tensor up, Tensor mask, Tensor? row_ids, int activation) -> Tensor");
   m.def(
-      "masked_glu_backward(Tensor grad, Tensor gate, Tensor up, Tensor mask, Tensor? row_ids, "
-      "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor, Tensor)");
+      "masked_ffn(Tensor gate, Tensor? up, Tensor mask, Tensor? row_ids, int activation, int layout) "
+      "-> Tensor");
   m.def(
-      "masked_glu_packed(Tensor gate_up, Tensor mask, Tensor? row_ids, int activation, "
-      "bool interleaved) -> Tensor");
-  m.def(
-      "masked_glu_packed_backward(Tensor grad, Tensor gate_up, Tensor mask, Tensor? row_ids, "
-      "int activation, bool interleaved, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
-  m.def("masked_act(Tensor hidden, Tensor mask, Tensor? row_ids, int activation) -> Tensor");
-  m.def(
-      "masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Tensor? row_ids, "
-      "int activation, bool input_grad, bool mask_grad) -> (Tensor, Tensor)");
+      "masked_ffn_backward(Tensor grad, Tensor gate, Tensor? up, Tensor mask, Tensor? row_ids, "
+      "int activation, int layout, bool input_grad, bool mask_grad) -> (Tensor, Tensor, Tensor)");
   m.def(
       "hard_concrete(Tensor scores, Tensor sample_ids, Tensor step, int seed, int layer, "
       "float temperature, float gamma, float zeta, bool training) -> Tensor");

@@ -21,7 +21,7 @@ def backends() -> dict[str, tuple[str, str]]:
     cuda = bool(_C.build_info()["cuda"])
     cpu = f"C++ ({_C.cpu_capability()})"
     fused = "Triton" if importlib.util.find_spec("triton") else "none: install triton"
-    fused_ops = ("masked_glu", "masked_act", "hard_concrete", "cross_entropy_", "kl_divergence_")
+    fused_ops = ("masked_ffn", "hard_concrete", "cross_entropy_", "kl_divergence_")
     return {
         **{op: (cpu, fused) for op in fused_ops},
         "select_muted": (cpu, "CUDA C++" if cuda else "C++ on the CPU (built without nvcc)"),

@@ -60,18 +60,12 @@ def _register(name: str, tensors: int, gradients: Gradients) -> None:
     _library.impl(name, kernel)
 
 
-def _ffn(name: str) -> Gradients:
-    """The gradients of a masked FFN: of its activations, of its mask, and None for the row ids."""
-    backward = getattr(_ops, f"{name}_backward")
-
-    def gradients(
-        grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        *inputs, mask, _ = needed
-        found = backward(grad, *tensors, *options, any(inputs), mask)
-        return *(g if need else None for g, need in zip(found, needed[:-1], strict=True)), None
-
-    return gradients
+def _masked_ffn(
+    grad: Tensor, tensors: Sequence[Tensor], options: tuple[Any, ...], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    gate, up, mask, _ = needed
+    found = _ops.masked_ffn_backward(grad, *tensors, *options, gate or up, mask)
+    return *(g if need else None for g, need in zip(found, needed[:-1], strict=True)), None
 
 
 def _hard_concrete(
@@ -80,7 +74,5 @@ def _hard_concrete(
     return _ops.hard_concrete_backward(grad, *tensors, *options), None, None
 
 
-_register("masked_glu", 4, _ffn("masked_glu"))
-_register("masked_glu_packed", 3, _ffn("masked_glu_packed"))
-_register("masked_act", 3, _ffn("masked_act"))
+_register("masked_ffn", 4, _masked_ffn)
 _register("hard_concrete", 3, _hard_concrete)

@@ -5,67 +5,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neumuter_kernels.reference import compute_dtype
+from neumuter_kernels.reference import Layout, compute_dtype
 
 
 def _empty(x: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty(x.shape if wanted else (0,))
 
 
-@torch.library.register_fake("neumuter::masked_glu")
-def _(gate: Tensor, up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
-    return _empty(gate)
+@torch.library.register_fake("neumuter::masked_ffn")
+def _(
+    gate: Tensor, up: Tensor | None, mask: Tensor, row_ids: Tensor | None, activation: int, layout: int
+) -> Tensor:
+    return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // (2 if Layout(layout).packed else 1)))
 
 
-@torch.library.register_fake("neumuter::masked_glu_backward")
+@torch.library.register_fake("neumuter::masked_ffn_backward")
 def _(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     mask: Tensor,
     row_ids: Tensor | None,
     activation: int,
+    layout: int,
     input_grad: bool,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(gate, input_grad), _empty(gate, input_grad), _empty(mask, mask_grad)
-
-
-@torch.library.register_fake("neumuter::masked_glu_packed")
-def _(gate_up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, interleaved: bool) -> Tensor:
-    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-
-
-@torch.library.register_fake("neumuter::masked_glu_packed_backward")
-def _(
-    grad: Tensor,
-    gate_up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    interleaved: bool,
-    input_grad: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty(gate_up, input_grad), _empty(mask, mask_grad)
-
-
-@torch.library.register_fake("neumuter::masked_act")
-def _(hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
-    return _empty(hidden)
-
-
-@torch.library.register_fake("neumuter::masked_act_backward")
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    input_grad: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty(hidden, input_grad), _empty(mask, mask_grad)
+    return _empty(gate, input_grad), _empty(gate, input_grad and up is not None), _empty(mask, mask_grad)
 
 
 @torch.library.register_fake("neumuter::hard_concrete")

@@ -15,61 +15,16 @@ from neumuter_kernels import _C, reference
 _ops = torch.ops.neumuter
 
 
-def masked_glu(gate: Tensor, up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
+def masked_ffn(*arguments: Any) -> Tensor:
     from neumuter_kernels.triton import masked_ffn as kernels
 
-    return kernels.forward(gate, up, mask, row_ids, activation)
+    return kernels.forward(*arguments)
 
 
-def masked_glu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def masked_ffn_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from neumuter_kernels.triton import masked_ffn as kernels
 
     return kernels.backward(*arguments)
-
-
-def masked_glu_packed(
-    gate_up: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int, interleaved: bool
-) -> Tensor:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.forward(gate_up, None, mask, row_ids, activation, True, interleaved)
-
-
-def masked_glu_packed_backward(
-    grad: Tensor,
-    gate_up: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    interleaved: bool,
-    input_grad: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, ...]:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.backward(
-        grad, gate_up, None, mask, row_ids, activation, input_grad, mask_grad, True, interleaved
-    )[::2]
-
-
-def masked_act(hidden: Tensor, mask: Tensor, row_ids: Tensor | None, activation: int) -> Tensor:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.forward(hidden, None, mask, row_ids, activation)
-
-
-def masked_act_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    input_grad: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, ...]:
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    return kernels.backward(grad, hidden, None, mask, row_ids, activation, input_grad, mask_grad)[::2]
 
 
 def hard_concrete(*arguments: Any) -> Tensor:
@@ -122,9 +77,7 @@ def mute_(
 
 
 TRITON_OPS = (
-    masked_glu, masked_glu_backward,
-    masked_glu_packed, masked_glu_packed_backward,
-    masked_act, masked_act_backward,
+    masked_ffn, masked_ffn_backward,
     hard_concrete, hard_concrete_backward,
     cross_entropy_, kl_divergence_,
 )  # fmt: skip

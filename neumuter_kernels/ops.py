@@ -8,7 +8,7 @@ G the number of mask rows.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,10 @@ from neumuter_kernels.checks import (
     check_not_negated,
     describe,
 )
-from neumuter_kernels.reference import logit
+from neumuter_kernels.reference import Layout, logit
 
 _ops = torch.ops.neumuter
+_masked_ffn: Callable[..., Tensor] = _ops.masked_ffn.default
 
 
 class MutedNeurons(NamedTuple):
@@ -89,7 +90,8 @@ def masked_glu(
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up must have an even last dimension, got shape {tuple(gate_up.shape)}")
         mask = check_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
-        return _ops.masked_glu_packed(gate_up, mask, row_ids, number, interleaved)
+        layout = Layout.INTERLEAVED if interleaved else Layout.HALVES
+        return _masked_ffn(gate_up, None, mask, row_ids, number, layout)
     if interleaved:
         raise TypeError("interleaved describes gate_up; gate and up were given")
     gate = check_activations("gate", gate)
@@ -98,7 +100,7 @@ def masked_glu(
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(f"up must match gate, {describe(gate)}, got {describe(up)}")
     mask = check_mask(mask, gate, gate.shape[-1], row_ids)
-    return _ops.masked_glu(gate, up, mask, row_ids, number)
+    return _masked_ffn(gate, up, mask, row_ids, number, Layout.SEPARATE)
 
 
 def masked_act(
@@ -117,7 +119,7 @@ def masked_act(
     number = activation_number(activation)
     check_activations("hidden", hidden)
     mask = check_mask(mask, hidden, hidden.shape[-1], row_ids)
-    return _ops.masked_act(hidden, mask, row_ids, number)
+    return _masked_ffn(hidden, None, mask, row_ids, number, Layout.PLAIN)
 
 
 def hard_concrete(

@@ -7,12 +7,28 @@ the number of mask rows.
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# An op names an activation by its place here.
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+
+
+class Layout(IntEnum):
+    """How the gate and up activations of an FFN lie in memory, [..., F] each."""
+
+    PLAIN = 0  # there is no up: a plain FFN
+    SEPARATE = 1  # two tensors
+    HALVES = 2  # one tensor [..., 2F]: gate in its first half, up in its second
+    INTERLEAVED = 3  # one tensor [..., 2F]: gate in its even columns, up in its odd ones
+
+    @property
+    def packed(self) -> bool:
+        """Whether gate and up share a tensor."""
+        return self in (Layout.HALVES, Layout.INTERLEAVED)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

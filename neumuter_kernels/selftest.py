@@ -56,17 +56,14 @@ def _masked(
                 yield from _far(f"{name} of {activation}, {dtype}", x, y, tolerance)
 
 
-def _masked_glu(device: str) -> Iterator[str]:
+def _masked_ffn(device: str) -> Iterator[str]:
+    yield from _masked(ops.masked_act, reference.masked_act, 1, device)
     yield from _masked(ops.masked_glu, reference.masked_glu, 2, device)
     for interleaved in (False, True):
         gate_up, mask = torch.randn(TOKENS, 2 * WIDTH), torch.rand(ROWS, WIDTH)
         h = ops.masked_glu(gate_up=gate_up.to(device), mask=mask.to(device), interleaved=interleaved)
         wanted = reference.masked_glu_packed(gate_up.double(), mask.double(), interleaved=interleaved)
         yield from _far(f"packed, interleaved={interleaved}", h, wanted, TOLERANCE[torch.float32])
-
-
-def _masked_act(device: str) -> Iterator[str]:
-    yield from _masked(ops.masked_act, reference.masked_act, 1, device)
 
 
 def _hard_concrete(device: str) -> Iterator[str]:
@@ -137,8 +134,7 @@ def _mute(device: str) -> Iterator[str]:
 
 
 CHECKS: dict[str, Callable[[str], Iterator[str]]] = {
-    "masked_glu": _masked_glu,
-    "masked_act": _masked_act,
+    "masked_ffn": _masked_ffn,
     "hard_concrete": _hard_concrete,
     "cross_entropy_": _cross_entropy,
     "kl_divergence_": _kl_divergence,

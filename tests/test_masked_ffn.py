@@ -250,17 +250,13 @@ def test_opcheck(layout, ragged):
     ids = torch.tensor([1, -1, 0, 1], dtype=torch.int32) if ragged else None
     (*inputs, mask), _, grad = make_case(layout, (4,), 6, 2, torch.float32, "cpu")
     ops = torch.ops.neumuter
-    if layout == "separate":
-        forward, backward, extra = ops.masked_glu, ops.masked_glu_backward, (0,)
-    elif layout == "plain":
-        forward, backward, extra = ops.masked_act, ops.masked_act_backward, (0,)
-    else:
-        forward, backward = ops.masked_glu_packed, ops.masked_glu_packed_backward
-        extra = (0, layout == "interleaved")
-    torch.library.opcheck(forward.default, (*inputs, mask, ids, *extra))
-    detached = [x.detach() for x in (*inputs, mask)]
-    for flags in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(backward.default, (grad, *detached, ids, *extra, *flags))
+    number = int(reference.Layout[layout.upper()])
+    gate, up = inputs if layout == "separate" else (*inputs, None)
+    torch.library.opcheck(ops.masked_ffn.default, (gate, up, mask, ids, 0, number))
+    gate, up, mask = (None if x is None else x.detach() for x in (gate, up, mask))
+    for flags in ((True, True), (False, True), (True, False), (False, False)):
+        arguments = (grad, gate, up, mask, ids, 0, number, *flags)
+        torch.library.opcheck(ops.masked_ffn_backward.default, arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -303,6 +299,20 @@ BAD = [
 def test_bad_input_names_the_argument(error, names, call):
     with pytest.raises(error, match=names):
         call(torch.randn(4, 6), torch.rand(1, 6))
+
+
+@pytest.mark.parametrize("layout", reference.Layout)
+def test_the_op_takes_up_exactly_where_its_layout_has_it(layout):
+    x, mask = torch.randn(4, 6), torch.rand(1, 3 if layout.packed else 6)
+    up = None if layout == reference.Layout.SEPARATE else x
+    with pytest.raises(RuntimeError, match="up must be given if layout is SEPARATE, and only then"):
+        torch.ops.neumuter.masked_ffn(x, up, mask, None, 0, layout)
+
+
+@pytest.mark.parametrize("number", [-1, 4])
+def test_the_op_refuses_a_layout_that_is_not_there(number):
+    with pytest.raises(RuntimeError, match=f"there is no layout number {number}"):
+        torch.ops.neumuter.masked_ffn(torch.randn(4, 6), None, torch.rand(1, 6), None, 0, number)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 14, 2000])

@@ -1,10 +1,11 @@
-// masked_glu, masked_glu_packed, masked_act and their backwards on the CPU.
+// masked_ffn and its backward on the CPU.
 //
 // Work is cut into blocks by the shapes alone, never by the number of threads, and the mask's
 // gradient is summed over blocks in a fixed order: the same bits for any number of threads.
 #include <algorithm>
 #include <tuple>
 
+#include "../layout.h"
 #include "dtypes.h"
 
 namespace neumuter::cpu {
@@ -31,23 +32,27 @@ static void for_each_block(int64_t blocks, int64_t elements, F f) {
   });
 }
 
-// The checked inputs of a masked FFN. `packed` gate and up share the tensor `gate`.
+// The checked inputs of a masked FFN. Packed gate and up (kHalves, kInterleaved) share the tensor `gate`.
 struct Input {
   Rows gate;
   std::optional<Rows> up;
   Rows mask;
-  bool packed, interleaved;
+  Layout layout;
   int64_t tokens, columns, masks;
   std::vector<int64_t> mask_rows;  // of each token
   Ffn ffn{};
 
   Input(const Tensor& gate_, const std::optional<Tensor>& up_, const Tensor& mask_,
-        const std::optional<Tensor>& row_ids, int64_t activation, bool packed_, bool interleaved_)
-      : gate(gate_), mask(mask_), packed(packed_), interleaved(interleaved_) {
+        const std::optional<Tensor>& row_ids, int64_t activation, int64_t layout_)
+      : gate(gate_), mask(mask_), layout(static_cast<Layout>(layout_)) {
     const Dtype dtype = dtype_of(gate_.scalar_type());
-    STD_TORCH_CHECK(!packed || gate.columns % 2 == 0, "gate_up must have an even number of columns");
+    STD_TORCH_CHECK(layout_ >= 0 && layout_ < static_cast<int64_t>(Layout::kCount),
+                    "there is no layout number ", layout_);
+    STD_TORCH_CHECK(up_.has_value() == (layout == Layout::kSeparate),
+                    "up must be given if layout is SEPARATE, and only then");
+    STD_TORCH_CHECK(!packed() || gate.columns % 2 == 0, "packed gate must have an even number of columns");
     tokens = gate.rows;
-    columns = packed ? gate.columns / 2 : gate.columns;
+    columns = packed() ? gate.columns / 2 : gate.columns;
     masks = mask.rows;
     if (up_) {
       up.emplace(*up_);
@@ -63,11 +68,11 @@ struct Input {
 
     ffn.dtype = dtype;
     ffn.activation = static_cast<Activation>(activation);
-    ffn.column_stride = interleaved ? 2 : 1;
+    ffn.column_stride = layout == Layout::kInterleaved ? 2 : 1;
     ffn.gate = gate.tensor.data_ptr();
     ffn.gate_stride = gate.stride;
-    if (packed) {
-      ffn.up = offset(gate.tensor, interleaved ? 1 : columns);
+    if (packed()) {
+      ffn.up = offset(gate.tensor, up_offset());
       ffn.up_stride = gate.stride;
     } else if (up) {
       ffn.up = up->tensor.data_ptr();
@@ -78,6 +83,8 @@ struct Input {
     ffn.mask_rows = mask_rows.data();
   }
 
+  bool packed() const { return layout == Layout::kHalves || layout == Layout::kInterleaved; }
+  int64_t up_offset() const { return layout == Layout::kInterleaved ? 1 : columns; }  // if packed
   int64_t elements() const { return tokens * columns; }
   int64_t panels() const { return ceil_div(columns, kColumns); }
 
@@ -108,7 +115,11 @@ struct Input {
   }
 };
 
-static Tensor forward(const Input& in) {
+using OptionalTensor = std::optional<Tensor>;
+
+static Tensor masked_ffn(Tensor gate, OptionalTensor up, Tensor mask, OptionalTensor row_ids,
+                         int64_t activation, int64_t layout) {
+  const Input in(gate, up, mask, row_ids, activation, layout);
   std::vector<int64_t> sizes = sizes_of(in.gate.tensor);
   sizes.back() = in.columns;
   Tensor out = torch::stable::new_empty(in.gate.tensor, sizes);
@@ -168,9 +179,12 @@ static void sum_chunks(const Chunks& work, const Input& in, const C* partial, C*
   });
 }
 
-// grad_gate (or grad_gate_up), grad_up and grad_mask; those not wanted are empty.
-static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor& grad_, bool input_grad,
-                                                   bool mask_grad) {
+// The gradients of gate, up and mask; those that are not wanted, and that of a missing up, are empty.
+static std::tuple<Tensor, Tensor, Tensor> masked_ffn_backward(Tensor grad_, Tensor gate, OptionalTensor up,
+                                                              Tensor mask, OptionalTensor row_ids,
+                                                              int64_t activation, int64_t layout,
+                                                              bool input_grad, bool mask_grad) {
+  const Input in(gate, up, mask, row_ids, activation, layout);
   const Rows grad(grad_);
   STD_TORCH_CHECK(grad.rows == in.tokens && grad.columns == in.columns &&
                       grad_.scalar_type() == in.gate.tensor.scalar_type(),
@@ -186,7 +200,7 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
     d.grad_gate_stride = in.gate.columns;
   }
   if (input_grad && in.ffn.up != nullptr) {
-    d.grad_up = in.packed ? offset(grad_gate, in.interleaved ? 1 : in.columns) : grad_up.data_ptr();
+    d.grad_up = in.packed() ? offset(grad_gate, in.up_offset()) : grad_up.data_ptr();
     d.grad_up_stride = in.gate.columns;
   }
   Ffn ffn = in.ffn;
@@ -220,51 +234,9 @@ static std::tuple<Tensor, Tensor, Tensor> backward(const Input& in, const Tensor
   return {grad_gate, grad_up, grad_mask};
 }
 
-using Ids = std::optional<Tensor>;
-
-static Tensor masked_glu(Tensor gate, Tensor up, Tensor mask, Ids row_ids, int64_t activation) {
-  return forward(Input(gate, up, mask, row_ids, activation, false, false));
-}
-
-static std::tuple<Tensor, Tensor, Tensor> masked_glu_backward(Tensor grad, Tensor gate, Tensor up,
-                                                              Tensor mask, Ids row_ids, int64_t activation,
-                                                              bool input_grad, bool mask_grad) {
-  const Input in(gate, up, mask, row_ids, activation, false, false);
-  return backward(in, grad, input_grad, mask_grad);
-}
-
-static Tensor masked_glu_packed(Tensor gate_up, Tensor mask, Ids row_ids, int64_t activation,
-                                bool interleaved) {
-  return forward(Input(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved));
-}
-
-static std::tuple<Tensor, Tensor> masked_glu_packed_backward(Tensor grad, Tensor gate_up, Tensor mask,
-                                                             Ids row_ids, int64_t activation,
-                                                             bool interleaved, bool input_grad,
-                                                             bool mask_grad) {
-  const Input in(gate_up, std::nullopt, mask, row_ids, activation, true, interleaved);
-  auto [grad_gate_up, unused, grad_mask] = backward(in, grad, input_grad, mask_grad);
-  return {grad_gate_up, grad_mask};
-}
-
-static Tensor masked_act(Tensor hidden, Tensor mask, Ids row_ids, int64_t activation) {
-  return forward(Input(hidden, std::nullopt, mask, row_ids, activation, false, false));
-}
-
-static std::tuple<Tensor, Tensor> masked_act_backward(Tensor grad, Tensor hidden, Tensor mask, Ids row_ids,
-                                                      int64_t activation, bool input_grad, bool mask_grad) {
-  const Input in(hidden, std::nullopt, mask, row_ids, activation, false, false);
-  auto [grad_hidden, unused, grad_mask] = backward(in, grad, input_grad, mask_grad);
-  return {grad_hidden, grad_mask};
-}
-
 STABLE_TORCH_LIBRARY_IMPL(neumuter, CPU, m) {
-  m.impl("masked_glu", TORCH_BOX(&masked_glu));
-  m.impl("masked_glu_backward", TORCH_BOX(&masked_glu_backward));
-  m.impl("masked_glu_packed", TORCH_BOX(&masked_glu_packed));
-  m.impl("masked_glu_packed_backward", TORCH_BOX(&masked_glu_packed_backward));
-  m.impl("masked_act", TORCH_BOX(&masked_act));
-  m.impl("masked_act_backward", TORCH_BOX(&masked_act_backward));
+  m.impl("masked_ffn", TORCH_BOX(&masked_ffn));
+  m.impl("masked_ffn_backward", TORCH_BOX(&masked_ffn_backward));
 }
 
 }  // namespace neumuter::cpu

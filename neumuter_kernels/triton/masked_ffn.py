@@ -1,4 +1,4 @@
-"""masked_glu, masked_glu_packed, masked_act and their backwards in Triton.
+"""masked_ffn and its backward in Triton.
 
 Forward: one program per token and column block. Backward: one program per chunk of tokens and
 column block; it keeps its block's mask gradient in registers while it walks the chunk's tokens,
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neumuter_kernels.reference import Layout
 from neumuter_kernels.triton.activations import activation
 
 BLOCK_F = 1024  # columns a program: 128 threads with 8 elements each
@@ -22,9 +23,15 @@ RESIDENT = 8  # backward programs that a multiprocessor has room for
 LEAST = 4  # tokens that a backward program walks
 SUMMED = 32, 64  # partial sums and columns that a program adds up at a time
 
-# How gate and up lie: PLAIN has no up; SPLIT are two tensors or two halves; INTERLEAVED are the
-# even and odd columns of one tensor.
+# What of a ``Layout`` the kernels are compiled for: SPLIT are two tensors as well as two halves of one,
+# which are two pointers either way.
 PLAIN, SPLIT, INTERLEAVED = 0, 1, 2
+COMPILED_FOR = {
+    Layout.PLAIN: PLAIN,
+    Layout.SEPARATE: SPLIT,
+    Layout.HALVES: SPLIT,
+    Layout.INTERLEAVED: INTERLEAVED,
+}
 
 
 @triton.jit
@@ -184,27 +191,21 @@ class _Input:
     up: torch.Tensor
     mask: torch.Tensor
     row_ids: torch.Tensor | None
-    layout: int
+    layout: Layout
     F: int
 
     @classmethod
     def of(
-        cls,
-        gate: Tensor,
-        up: Tensor | None,
-        mask: Tensor,
-        row_ids: Tensor | None,
-        packed: bool = False,
-        interleaved: bool = False,
+        cls, gate: Tensor, up: Tensor | None, mask: Tensor, row_ids: Tensor | None, layout: Layout
     ) -> "_Input":
         gate = _rows(gate)
-        F = gate.shape[1] // 2 if packed else gate.shape[1]
-        if packed:
-            up, layout = gate[:, 1:] if interleaved else gate[:, F:], INTERLEAVED if interleaved else SPLIT
-        elif up is None:
-            up, layout = gate, PLAIN
+        F = gate.shape[1] // 2 if layout.packed else gate.shape[1]
+        if up is not None:
+            up = _rows(up)
+        elif layout == Layout.PLAIN:
+            up = gate
         else:
-            up, layout = _rows(up), SPLIT
+            up = gate[:, 1 if layout == Layout.INTERLEAVED else F :]
         if row_ids is not None:
             row_ids = row_ids.reshape(-1).contiguous()
         return cls(gate, up, _rows(mask), row_ids, layout, F)
@@ -227,23 +228,17 @@ class _Input:
 
 
 def forward(
-    gate: Tensor,
-    up: Tensor | None,
-    mask: Tensor,
-    row_ids: Tensor | None,
-    activation: int,
-    packed: bool = False,
-    interleaved: bool = False,
+    gate: Tensor, up: Tensor | None, mask: Tensor, row_ids: Tensor | None, activation: int, layout: int
 ) -> Tensor:
-    """h [..., F] of gate [..., F] (or packed [..., 2F]), up (None: plain FFN) and mask [G, F]."""
-    x = _Input.of(gate, up, mask, row_ids, packed, interleaved)
+    """h [..., F] of gate [..., F] (or packed [..., 2F]), up (None unless SEPARATE) and mask [G, F]."""
+    x = _Input.of(gate, up, mask, row_ids, Layout(layout))
     out = torch.empty((*gate.shape[:-1], x.F), dtype=gate.dtype, device=gate.device)
     if out.numel() == 0:
         return out
     masked_ffn_forward_kernel[(x.tokens * x.blocks,)](
         x.gate, x.up, x.mask, x.row_ids, out,
         x.F, x.mask.shape[0], x.tokens_per_mask, x.gate.stride(0), x.up.stride(0), x.mask.stride(0),
-        ACTIVATION=activation, LAYOUT=x.layout, HAS_IDS=row_ids is not None, BLOCK=x.block,
+        ACTIVATION=activation, LAYOUT=COMPILED_FOR[x.layout], HAS_IDS=row_ids is not None, BLOCK=x.block,
     )  # fmt: skip
     return out
 
@@ -275,13 +270,12 @@ def backward(
     mask: Tensor,
     row_ids: Tensor | None,
     activation: int,
+    layout: int,
     input_grad: bool,
     mask_grad: bool,
-    packed: bool = False,
-    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_gate (or grad_gate_up), grad_up and grad_mask [G, F]; those not wanted are empty."""
-    x = _Input.of(gate, up, mask, row_ids, packed, interleaved)
+    """The gradients of gate, up and mask; those that are not wanted, and that of a missing up, are empty."""
+    x = _Input.of(gate, up, mask, row_ids, Layout(layout))
     G, F = x.mask.shape[0], x.F
     grad = _rows(grad)
     grad_gate = gate.new_empty(gate.shape if input_grad else 0)
@@ -296,13 +290,14 @@ def backward(
     order, chunk_rows, chunk_starts, chunk_ends, first_chunks = ragged or (None,) * 5
     chunks = G * chunks_per_mask if chunk_rows is None else chunk_rows.numel()
     partial = torch.empty((chunks, F) if mask_grad else 0, dtype=mask.dtype, device=mask.device)
-    p_grad_up = grad_gate.view(-1, 2 * F)[:, F:] if packed and input_grad and not interleaved else grad_up
+    in_halves = x.layout == Layout.HALVES and input_grad
+    p_grad_up = grad_gate.view(-1, 2 * F)[:, F:] if in_halves else grad_up
     masked_ffn_backward_kernel[(chunks * x.blocks,)](
         grad, x.gate, x.up, x.mask, order, chunk_rows, chunk_starts, chunk_ends,
         grad_gate, p_grad_up, partial,
         F, G, x.tokens_per_mask, length, chunks_per_mask,
         grad.stride(0), x.gate.stride(0), x.up.stride(0), x.mask.stride(0), x.gate.shape[1],
-        ACTIVATION=activation, LAYOUT=x.layout, RAGGED=ragged is not None,
+        ACTIVATION=activation, LAYOUT=COMPILED_FOR[x.layout], RAGGED=ragged is not None,
         INPUT_GRAD=input_grad, MASK_GRAD=mask_grad, BLOCK=x.block,
     )  # fmt: skip
     if mask_grad:

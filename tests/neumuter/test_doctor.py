@@ -52,25 +52,47 @@ def test_every_op_passes_on_every_backend(device, monkeypatch):
 
 
 def test_a_broken_kernel_is_reported(capsys, monkeypatch, breaking):
-    def wrong(hidden, mask, row_ids, activation):
-        return reference.masked_act(hidden, mask, row_ids, nk.ACTIVATIONS[activation]) * 1.0001
+    def wrong(*arguments):
+        return masked_ffn(*arguments) * 1.0001
 
     def raising(*arguments):
         raise RuntimeError(f"in {Path.home()}/secret project/kernel.py on {socket.gethostname()}")
 
     monkeypatch.setattr(doctor, "SECONDS", 0.0)
-    breaking("masked_act", wrong)
+    breaking("masked_ffn", wrong)
     breaking("kl_divergence_", raising)
     code, tables, text = run(capsys)
     assert code == 1
     assert "A kernel fails here" in tables
     failed = {line.split()[2]: line for line in text.splitlines() if line.startswith("test cpu")}
     failed = {op: line for op, line in failed.items() if "passed" not in line}
-    assert failed.keys() == {"masked_act", "kl_divergence_"}
-    assert "relative error 0.0001, at most 1e-05" in failed["masked_act"]
+    assert failed.keys() == {"masked_ffn", "kl_divergence_"}
+    assert "relative error 0.0001, at most 1e-05" in failed["masked_ffn"]
     assert "RuntimeError: in " in failed["kl_divergence_"]
     assert str(Path.home()) not in text
     assert socket.gethostname() not in text
+
+
+def masked_ffn(gate, up, mask, row_ids, activation, layout):
+    """The op, out of the reference."""
+    activation = nk.ACTIVATIONS[activation]
+    if layout == reference.Layout.PLAIN:
+        return reference.masked_act(gate, mask, row_ids, activation)
+    if layout == reference.Layout.SEPARATE:
+        return reference.masked_glu(gate, up, mask, row_ids, activation)
+    interleaved = layout == reference.Layout.INTERLEAVED
+    return reference.masked_glu_packed(gate, mask, row_ids, activation, interleaved)
+
+
+def halves_only(gate, up, mask, row_ids, activation, layout):
+    """Takes interleaved activations for halves."""
+    if layout == reference.Layout.INTERLEAVED:
+        layout = reference.Layout.HALVES
+    return masked_ffn(gate, up, mask, row_ids, activation, layout)
+
+
+def no_mask_gradient(grad, gate, up, mask, *rest):
+    return grad, grad, torch.zeros_like(mask)
 
 
 def next_float(scores, ids, step, seed, layer, temperature, gamma, zeta, training):
@@ -98,8 +120,8 @@ def other_losses(logits, targets):
         ("select_muted", next_neuron, "indices by budget"),
         ("cross_entropy_", other_losses, "losses"),
         ("mute_", lambda *arguments: None, "other bits"),
-        ("masked_act_backward", lambda grad, hidden, mask, *rest: (grad, torch.zeros_like(mask)), "gradient"),
-        ("masked_glu_packed", lambda gate_up, *rest: gate_up.chunk(2, -1)[0].clone(), "packed"),
+        ("masked_ffn_backward", no_mask_gradient, "gradient"),
+        ("masked_ffn", halves_only, "interleaved"),
     ],
 )
 def test_what_is_a_little_wrong_fails(op, broken, error, breaking):

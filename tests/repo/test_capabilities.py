@@ -73,7 +73,7 @@ def test_report_says_what_is_installed():
         torch.__version__,
         "CPU capability",
         _C.cpu_capability(),
-        "op masked_glu",
+        "op masked_ffn",
         "op select_muted",
     ):
         assert expected in done.stdout
