@@ -42,8 +42,8 @@ struct Mutes {
                         (hidden.rows <= 1 || hidden.stride >= hidden.columns),
                     "hidden must have rows of one stride that do not overlap");
     for (const Tensor& x : {indptr, indices, gains}) check_device(hidden_, x);
-    STD_TORCH_CHECK(indptr.dim() == 2 && indptr.size(1) >= 1 && indptr.scalar_type() == ScalarType::Long,
-                    "indptr must be int64 [S, L + 1]");
+    STD_TORCH_CHECK(indptr.dim() == 2 && indptr.size(1) >= 1 && indptr.scalar_type() == ScalarType::Int,
+                    "indptr must be int32 [S, L + 1]");
     sets = indptr.size(0);
     layers = indptr.size(1) - 1;
     STD_TORCH_CHECK(layer >= 0 && layer < layers, "layer must lie in [0, ", layers, "), got ", layer);

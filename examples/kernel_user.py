@@ -75,6 +75,6 @@ print(f"without {len(indices)} at random: accuracy {accuracy(random):.3f}")
 
 with torch.no_grad():  # for serving: behind anybody's activation, in place, the selected neurons alone
     hidden = nn.functional.silu(model.gate(test_points)) * model.up(test_points)
-    nk.mute_(hidden, indptr.long(), indices, torch.zeros_like(gains))
+    nk.mute_(hidden, indptr, indices, torch.zeros_like(gains))
     difference = (model.down(hidden)[:, 0] - model(test_points, found)).abs().max().item()
 print(f"mute_ and masked_glu differ by {difference:.1e}")

@@ -309,8 +309,9 @@ def mute_(
     Args:
         hidden: [..., F] of T tokens, float32, bfloat16, float16 (or float64), rows of one stride. Products
             are computed in float32 (float64) and rounded once.
-        indptr: int64 [S, L + 1], or [L + 1] for S = 1: the neurons of set s in layer l are the slots
-            indptr[s, l] … indptr[s, l + 1] − 1. Sets may lie anywhere and share slots.
+        indptr: int32 [S, L + 1], or [L + 1] for S = 1, as ``select_muted`` returns it: the neurons of set s
+            in layer l are the slots indptr[s, l] … indptr[s, l + 1] − 1. Sets may lie anywhere and share
+            slots.
         indices: int32 [N], neurons in [0, F), each at most once per set and layer.
         gains: float32 [N].
         row_ids: int32 or int64, the set of each token; −1: none. None: the tokens are S equal
@@ -329,7 +330,7 @@ def mute_(
         raise ValueError("hidden requires grad, and mute_ has no gradient: use masked_act with 'identity'")
     check_not_negated("hidden", hidden)
     tensors = {
-        "indptr": (indptr, torch.int64),
+        "indptr": (indptr, torch.int32),
         "indices": (indices, torch.int32),
         "gains": (gains, torch.float32),
     }

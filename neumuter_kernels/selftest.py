@@ -122,7 +122,7 @@ def _select_muted(device: str) -> Iterator[str]:
 
 def _mute(device: str) -> Iterator[str]:
     selected = [ops.select_muted(torch.randn(2, WIDTH), budget=40) for _ in range(2)]
-    indptr = torch.stack([selected[0].indptr, selected[1].indptr + 40]).long()
+    indptr = torch.stack([selected[0].indptr, selected[1].indptr + 40])
     indices = torch.cat([one.indices for one in selected])
     gains, rows = torch.randn(80), torch.randint(-1, 2, (TOKENS,))
     for dtype in TOLERANCE:

@@ -11,9 +11,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def mute_sets(sets, layers, width, share=0.3, seed=0):
-    """(indptr int64 [S, L + 1], indices int32 [N], gains float32 [N]) of random sets."""
+    """(indptr int32 [S, L + 1], indices int32 [N], gains float32 [N]) of random sets."""
     generator = torch.Generator().manual_seed(seed)
-    indptr, indices = torch.zeros(sets, layers + 1, dtype=torch.int64), []
+    indptr, indices = torch.zeros(sets, layers + 1, dtype=torch.int32), []
     end = 0
     for s in range(sets):
         indptr[s, 0] = end
@@ -98,7 +98,7 @@ def test_selected_neurons_are_a_set():
     scores = torch.randn(2, 40)
     selected = nk.select_muted(scores, budget=9)
     hidden = torch.ones(3, 40)
-    nk.mute_(hidden, selected.indptr.long(), selected.indices, selected.gains, layer=1)
+    nk.mute_(hidden, *selected, layer=1)
     muted = selected.indices[selected.indptr[1] : selected.indptr[2]].long()
     assert torch.equal((hidden != 1).any(0).nonzero().flatten(), muted.sort().values)
 
@@ -154,7 +154,7 @@ ROWS = torch.tensor([0, 1, -1, 0])
     [
         ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a float32"),
         ({"hidden": HIDDEN.clone().requires_grad_()}, ValueError, "hidden requires grad"),
-        ({"indptr": SETS[0].int()}, TypeError, "indptr must be a torch.int64"),
+        ({"indptr": SETS[0].long()}, TypeError, "indptr must be a torch.int32"),
         ({"indptr": SETS[0][None]}, ValueError, r"indptr must have shape \[S, L \+ 1\]"),
         ({"indices": SETS[1].long()}, TypeError, "indices must be a torch.int32"),
         ({"gains": SETS[2].double()}, TypeError, "gains must be a torch.float32"),

@@ -360,7 +360,11 @@ def test_autograd_sees_a_change_in_place(op):
     x, weight = torch.randn(3, 5), torch.ones(5, requires_grad=True)
     product = weight * x
     others = {
-        nk.mute_: (torch.tensor([0, 2]), torch.tensor([1, 3], dtype=torch.int32), torch.zeros(2)),
+        nk.mute_: (
+            torch.tensor([0, 2], dtype=torch.int32),
+            torch.tensor([1, 3], dtype=torch.int32),
+            torch.zeros(2),
+        ),
         nk.cross_entropy_: (torch.tensor([0, 1, 2]),),
         nk.kl_divergence_: (torch.randn(3, 5),),
     }[op]
@@ -376,7 +380,7 @@ def test_memory_that_is_shared(data):
     size, start, other = rows * width, *(data.draw(st.integers(0, 32)) for _ in range(2))
     before, x = memory.clone(), memory[start : start + size].view(rows, width)
     y, gains = memory[other : other + size].view(rows, width), memory[other : other + width]
-    indptr, indices = torch.tensor([0, width]), torch.arange(width, dtype=torch.int32)
+    indptr, indices = torch.tensor([0, width], dtype=torch.int32), torch.arange(width, dtype=torch.int32)
     for call, kept in (
         (lambda: nk.kl_divergence_(x, y), y),
         (lambda: nk.mute_(x, indptr, indices, gains), gains),

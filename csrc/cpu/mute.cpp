@@ -13,7 +13,7 @@ constexpr int64_t kGrain = 1 << 12;  // neurons that are worth a thread
 // The slots of each token, [2, tokens]: checked before anything is changed.
 template <typename Id>
 static void find_slots(const Mutes& in, const Id* rows, std::vector<int64_t>& slots) {
-  const auto* indptr = static_cast<const int64_t*>(in.indptr.data_ptr());
+  const auto* indptr = static_cast<const int32_t*>(in.indptr.data_ptr());
   const auto* indices = static_cast<const int32_t*>(in.indices.data_ptr());
   const int64_t tokens = in.hidden.rows;
   int64_t known = -1;
@@ -24,7 +24,7 @@ static void find_slots(const Mutes& in, const Id* rows, std::vector<int64_t>& sl
       slots[2 * t] = slots[2 * t + 1] = 0;
       continue;
     }
-    const int64_t* ends = indptr + set * (in.layers + 1) + in.layer;
+    const int32_t* ends = indptr + set * (in.layers + 1) + in.layer;
     STD_TORCH_CHECK(0 <= ends[0] && ends[0] <= ends[1] && ends[1] <= in.pool, "indptr of set ", set,
                     " must ascend within the ", in.pool, " slots, got ", ends[0], " and ", ends[1]);
     if (set != known) {

@@ -14,7 +14,7 @@ template <typename T, typename Wide>
 static void mute_rows(const Mutes& in, cudaStream_t stream) {
   const auto launch = [&](const auto* rows) {
     mute<T, Wide>(static_cast<T*>(in.hidden.tensor.data_ptr()), in.hidden.rows, in.hidden.columns,
-                  in.hidden.stride, static_cast<const int64_t*>(in.indptr.data_ptr()), in.sets, in.layers,
+                  in.hidden.stride, static_cast<const int32_t*>(in.indptr.data_ptr()), in.sets, in.layers,
                   in.layer, static_cast<const int32_t*>(in.indices.data_ptr()),
                   static_cast<const float*>(in.gains.data_ptr()), in.pool, rows, stream);
   };

@@ -1,6 +1,6 @@
 // Runs mute.cuh in the emulator: mute_main forward|reverse|random < case > result
 //
-// A case: int64 tokens, width, stride, sets, layers, layer, pool, whether there are rows; int64 indptr
+// A case: int64 tokens, width, stride, sets, layers, layer, pool, whether there are rows; int32 indptr
 // [sets · (layers + 1)]; int32 indices [pool]; float32 gains [pool]; int64 rows [tokens]; float32 hidden
 // [tokens · stride]. The result is hidden.
 #include <cstdio>
@@ -25,7 +25,7 @@ int main(int, char** arguments) {
                                                   : Schedule::random;
   const auto n = read<int64_t>(8);
   const int64_t tokens = n[0], stride = n[2], sets = n[3], layers = n[4], pool = n[6];
-  const auto indptr = read<int64_t>(sets * (layers + 1));
+  const auto indptr = read<int32_t>(sets * (layers + 1));
   const auto indices = read<int32_t>(pool);
   const auto gains = read<float>(pool);
   const auto rows = read<int64_t>(tokens);

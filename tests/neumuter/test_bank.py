@@ -151,6 +151,27 @@ def test_room_is_little_more_than_what_sets_take():
         assert bank.bytes < 1.3 * 100 * (8 * mutes.count + 8 * 4)
 
 
+def test_more_neurons_than_offsets_can_tell_apart_are_refused(monkeypatch):
+    model = models.build("llama")
+    first, second, third = sets_of(model, 3)
+    monkeypatch.setattr(serving, "MAX_SLOTS", first.count + second.count)
+    ids = models.batch(1, 6)
+    with MuteBank(model) as bank:
+        bank.add("a", first)
+        bank.add("b", second)
+        with bank.using("a"):
+            before = logits(model, ids)
+        message = f"at most {first.count + second.count} muted neurons.*this one has {third.count} more"
+        with pytest.raises(ValueError, match=message):
+            bank.add("c", third)
+        assert bank.names == ("a", "b")
+        with bank.using("a"):
+            assert torch.equal(logits(model, ids), before)
+        bank.remove("b")
+        bank.add("c", second)
+        assert bank.names == ("a", "c")
+
+
 def test_ten_thousand_sets_of_a_7b_model():
     """1 % of 32 layers of 11,008 neurons, 10,000 times, with the room for more, in less than 400 MB."""
     count = int(1.25 * 10_000)

@@ -78,6 +78,6 @@ def kernels(gate: Tensor, up: Tensor, scores: Tensor) -> None:
     selected = nk.select_muted([scores], budget=0.01)
     assert_type(selected.indices, Tensor)
     with torch.no_grad():
-        assert_type(nk.mute_(hidden, selected.indptr.long(), selected.indices, selected.gains), Tensor)
+        assert_type(nk.mute_(hidden, *selected), Tensor)
     nk.masked_glu(gate, up, gates, activation=3)  # type: ignore[arg-type]
     nk.select_muted(scores, budget="all")  # type: ignore[arg-type]

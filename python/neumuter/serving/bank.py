@@ -19,6 +19,7 @@ from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
 from neumuter.serving.live import FEW
 from neumuter_kernels import mute_
 
+MAX_SLOTS = 2**31 - 1  # that int32 offsets tell apart: muted neurons of all sets, with the room for more
 GROWTH = 1.25  # of the room for sets, where it is used up
 CACHED = 8  # numbers of tokens whose row ids a batch keeps
 Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]  # of a _Pool
@@ -31,7 +32,7 @@ class MuteBank:
     ``model``: a causal language model without experts, neither attached nor muted. Without a set it stays
     untouched, bit for bit; with one, only the muted neurons change, at the down projections' inputs, so
     whatever computes these may be quantised or foreign. Sets come and go while it serves; a batch keeps to
-    those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 8 per
+    those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 4 per
     layer of a set, and a quarter more as room, and for each batch at work up to a megabyte per layer::
 
         bank = MuteBank(model)
@@ -91,7 +92,7 @@ class MuteBank:
         """Add a ``MuteSet``, or the mute file at that path, as ``name``, a str.
 
         Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, ValueError if
-        there is a set of that name.
+        there is a set of that name, or if the sets would have 2^31 muted neurons or more.
         """
         if not isinstance(name, str):
             raise ValueError(f"name must be a str, got {name!r}")
@@ -320,7 +321,7 @@ class _Rows:
 
 
 class _Pool:
-    """Sets one after another, on each device: (indptr int64 [S, L + 1], indices int32 [N], gains [N]).
+    """Sets one after another, on each device: (indptr int32 [S, L + 1], indices int32 [N], gains [N]).
 
     What a batch may be reading is never written: new sets are appended, and where the room ends, those that
     are left move to new tensors.
@@ -337,7 +338,7 @@ class _Pool:
         return sum(x.numel() * x.element_size() for x in next(iter(self.tensors.values())))
 
     def _room(self, device: torch.device, sets: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
-        indptr = torch.zeros(sets, self.layers + 1, dtype=torch.int64, device=device)
+        indptr = torch.zeros(sets, self.layers + 1, dtype=torch.int32, device=device)
         indices = torch.zeros(neurons, dtype=torch.int32, device=device)
         return indptr, indices, torch.zeros(neurons, device=device)
 
@@ -360,7 +361,12 @@ class _Pool:
     def _moved(self, more: int) -> tuple[dict[str, Place], Tensors, int, int]:
         """(sets, tensors, row, end) without sets that are gone, with room for ``more`` neurons and some."""
         live = sum(stop - start for _, start, stop in self.sets.values())
-        size = int(GROWTH * (len(self.sets) + 1)) + 1, int(GROWTH * (live + more))
+        if live + more > MAX_SLOTS:
+            raise ValueError(
+                f"a MuteBank holds at most {MAX_SLOTS} muted neurons: its sets have {live}, and this one has "
+                f"{more} more; remove sets that are not in use"
+            )
+        size = int(GROWTH * (len(self.sets) + 1)) + 1, min(int(GROWTH * (live + more)), MAX_SLOTS)
         tensors = {device: self._room(device, *size) for device in self.tensors}
         indptr, indices, gains = next(iter(self.tensors.values()))
         sets, end = {}, 0
