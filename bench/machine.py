@@ -9,7 +9,7 @@ import torch
 from neumuter.doctor import cpu_name
 
 from neumuter_kernels import _C
-from neumuter_kernels.__main__ import version
+from neumuter_kernels.info import version
 
 LOAD = os.getloadavg()[0]  # before this process adds to it: other processes make CPU times too long
 PACKAGES = ("neumuter-kernels", "torch", "triton", "liger-kernel", "peft")

@@ -1,7 +1,7 @@
 // The schemas of the ops (namespace torch.ops.neumuter) and what the build was made with.
 //
-// Everything that touches torch goes through libtorch's stable ABI; see neumuter_kernels/ops.py
-// for the meaning, the fake kernels and the autograd of each op.
+// Everything that touches torch goes through libtorch's stable ABI. neumuter_kernels/reference.py says what
+// each op means; the file of its name in neumuter_kernels has its fake kernel and its gradient.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 

@@ -18,19 +18,12 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps neumuter-kernels (or '.' in a checkout)"
     ) from error
 
-from neumuter_kernels import autograd, fake, gpu  # noqa: F401 (register what the ops need)
-from neumuter_kernels.ops import (
-    MutedNeurons,
-    cross_entropy_,
-    hard_concrete,
-    kl_divergence_,
-    masked_act,
-    masked_glu,
-    mute_,
-    neuron_budget,
-    select_muted,
-)
+from neumuter_kernels.hard_concrete import hard_concrete
+from neumuter_kernels.masked_ffn import masked_act, masked_glu
+from neumuter_kernels.mute import mute_
 from neumuter_kernels.reference import ACTIVATIONS
+from neumuter_kernels.select_muted import MutedNeurons, neuron_budget, select_muted
+from neumuter_kernels.token_losses import cross_entropy_, kl_divergence_
 
 __all__ = [
     "ACTIVATIONS",

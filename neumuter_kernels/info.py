@@ -1,4 +1,4 @@
-"""``python -m neumuter_kernels``: what is installed, and which backend each op will use."""
+"""What is installed, and which backend each op uses."""
 
 import importlib.metadata
 import importlib.util
@@ -7,9 +7,11 @@ import platform
 import torch
 
 from neumuter_kernels import _C
+from neumuter_kernels.registration import OPS, Triton
 
 
 def version(package: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -17,16 +19,23 @@ def version(package: str) -> str:
 
 
 def backends() -> dict[str, tuple[str, str]]:
-    """{op: (what computes it on CPU tensors, what on GPU tensors)}; "none: ..." where nothing does."""
-    cuda = bool(_C.build_info()["cuda"])
-    cpu = f"C++ ({_C.cpu_capability()})"
-    fused = "Triton" if importlib.util.find_spec("triton") else "none: install triton"
-    fused_ops = ("masked_ffn", "hard_concrete", "cross_entropy_", "kl_divergence_")
-    return {
-        **{op: (cpu, fused) for op in fused_ops},
-        "select_muted": (cpu, "CUDA C++" if cuda else "C++ on the CPU (built without nvcc)"),
-        "mute_": ("C++", "CUDA C++" if cuda else "plain PyTorch (built without nvcc)"),
-    }
+    """What computes each op (backward ops go with theirs) on CPU tensors and on GPU tensors.
+
+    Returns:
+        {op: (on the CPU, on a GPU)}; "none: ..." where nothing does.
+    """
+    with_triton = importlib.util.find_spec("triton") is not None
+    with_cuda = bool(_C.build_info()["cuda"])
+    found = {}
+    for name, op in OPS.items():
+        if name.endswith("_backward"):
+            continue
+        if isinstance(op.gpu, Triton):
+            gpu = "Triton" if with_triton else "none: install triton"
+        else:
+            gpu = "CUDA C++" if with_cuda else f"{op.gpu.fallback_name} (built without nvcc)"
+        found[name] = (f"C++ ({_C.cpu_capability()})" if op.vectorised else "C++", gpu)
+    return found
 
 
 def report() -> list[tuple[str, str]]:
@@ -45,8 +54,3 @@ def report() -> list[tuple[str, str]]:
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         *((f"op {op}", f"CPU {cpu}; GPU {gpu}") for op, (cpu, gpu) in backends().items()),
     ]
-
-
-if __name__ == "__main__":
-    for what, value in report():
-        print(f"{what:18} {value}")

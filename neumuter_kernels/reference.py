@@ -336,7 +336,10 @@ def mute(
     row_ids: Tensor | None = None,
     layer: int = 0,
 ) -> Tensor:
-    """``hidden`` [T, F] with the muted neurons of each token's set multiplied; see ``ops.mute_``."""
+    """``hidden`` [T, F] with the muted neurons of each token's set multiplied by their gains.
+
+    The other arguments are those of the public ``mute_``, and indptr is [S, L + 1].
+    """
     hidden = hidden.clone()
     tokens, sets = len(hidden), len(indptr)
     if row_ids is None:

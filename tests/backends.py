@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-from neumuter_kernels import gpu
+from neumuter_kernels.registration import OPS, Triton
 
 HAVE_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAVE_GPU
@@ -23,8 +23,9 @@ def use(name):
         return
     library = torch.library.Library("neumuter", "IMPL", "CPU")
     try:
-        for op in gpu.TRITON_OPS:
-            library.impl(op.__name__, op)
+        for name, op in OPS.items():
+            if isinstance(op.gpu, Triton):
+                library.impl(name, op.gpu)
         yield "cpu"
     finally:
         library._destroy()

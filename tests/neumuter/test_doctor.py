@@ -10,7 +10,7 @@ from neumuter.cli.app import main
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference, selftest
-from neumuter_kernels.__main__ import backends
+from neumuter_kernels.info import backends
 
 
 @pytest.fixture

@@ -30,6 +30,23 @@ def cost(statement, before):
     return min(seconds for seconds, _ in found), set(found[0][1])
 
 
+@pytest.mark.parametrize("name", ["select_muted", "hard_concrete"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import neumuter_kernels.{name}",
+        "from neumuter_kernels.{name} import {name}",
+        "import importlib; importlib.import_module('neumuter_kernels.{name}')",
+        "from neumuter_kernels import selftest",
+    ],
+)
+def test_functions_are_not_replaced_by_the_modules_of_their_names(name, statement):
+    """Whatever is imported first: the package imports all its modules before it binds the functions."""
+    script = f"{statement.format(name=name)}; import neumuter_kernels as nk; print(type(nk.{name}).__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "function\n"
+
+
 @pytest.mark.parametrize(
     ("statement", "before", "forbidden", "limit"),
     [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference, selftest
-from neumuter_kernels.__main__ import backends, report, version
+from neumuter_kernels.info import backends, report, version
 
 PACKAGES = ("peft", "accelerate", "tokenizers", "safetensors", "numpy", "bitsandbytes", "torchao")
 VARIABLES = (  # of the environment; none that holds a path

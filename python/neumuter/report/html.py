@@ -25,7 +25,7 @@ from neumuter.evaluation import METRICS
 from neumuter.evaluation.robustness import EXPLAINED
 from neumuter.files import PathLike, write_atomically
 from neumuter.mutes.mute_set import MuteSet
-from neumuter_kernels.__main__ import version
+from neumuter_kernels.info import version
 
 States = Mapping[str, Mapping[str, Any]]  # metrics by state of the model
 Points = Sequence[Mapping[str, Any]]  # of a curve

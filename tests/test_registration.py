@@ -1,0 +1,36 @@
+"""One list of ops: torch has registered these, reports name them, and the self-test tests them."""
+
+import pytest
+import torch
+
+from neumuter_kernels import selftest
+from neumuter_kernels.info import backends
+from neumuter_kernels.registration import OPS
+
+REGISTERED = {
+    name.removeprefix("neumuter::").partition(".")[0]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("neumuter::")
+}
+
+
+def test_every_op_with_a_schema_is_listed():
+    assert set(OPS) == REGISTERED
+    assert {"masked_ffn", "masked_ffn_backward", "mute_"} <= REGISTERED
+
+
+def test_every_op_is_reported_and_tested():
+    forward = {op for op in REGISTERED if not op.endswith("_backward")}
+    assert set(backends()) == set(selftest.CHECKS) == forward
+
+
+@pytest.mark.parametrize("op", sorted(REGISTERED))
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
+def test_every_op_has_code_for_every_device(op, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"neumuter::{op}", key)
+
+
+@pytest.mark.parametrize("op", sorted(op for op in REGISTERED if op.endswith("_backward")))
+def test_an_op_with_a_backward_has_a_gradient(op):
+    forward = op.removesuffix("_backward")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"neumuter::{forward}", "Autograd")
