@@ -5,13 +5,15 @@ import neumuter
 import pytest
 import torch
 from neumuter import evaluation
-from neumuter.demo import check, run, run_demo, task, tutorial
+from neumuter.demo import run, run_demo, task, tutorial
 from neumuter.demo.model import Training, load_or_train
 from neumuter.recipes import GainsConfig, SupportConfig
 from neumuter.texts import read_texts
 from neumuter.types import IGNORED
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import demo_bars
 
 KEYS = {
     "name",
@@ -148,7 +150,7 @@ def test_the_tutorial_has_each_secret_once(monkeypatch, tmp_path):
         tutorial.write_tutorial(folder)
 
 
-def test_check_names_each_missed_bar():
+def test_each_missed_bar_is_named(tmp_path, capsys):
     perfect = {
         "forget_extraction": 0.0,
         "retain_same_extraction": 1.0,
@@ -157,13 +159,17 @@ def test_check_names_each_missed_bar():
     }
     rows = {name: perfect | {"name": name} for name in ("before", "muted", "modulated", "random")}
     rows["before"]["forget_extraction"] = rows["random"]["forget_extraction"] = 1.0
-    assert check({"rows": list(rows.values())}) == []
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"rows": list(rows.values())}))
+    assert demo_bars.main(path) == 0
+    assert capsys.readouterr().out == "the demo meets all its bars\n"
     rows["modulated"]["heldout_ppl"] = 53.5  # +7 %
     rows["muted"]["heldout_ppl"] = 53.5
     rows["random"]["forget_extraction"] = 0.5
     rows["muted"]["retain_same_extraction"] = float("nan")
-    missed = check({"rows": list(rows.values())})
-    assert [sentence.split(" is ")[0] for sentence in missed] == [
+    path.write_text(json.dumps({"rows": list(rows.values())}))
+    assert demo_bars.main(path) == 1
+    assert [sentence.split(" is ")[0] for sentence in capsys.readouterr().out.splitlines()] == [
         "muted: retain_same_extraction",
         "modulated: heldout_ppl",
         "random: forget_extraction",

@@ -7,8 +7,10 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 
+import matplotlib.style
 import pytest
 import torch
 from neumuter.mutes.mute_set import MutedLayer, MuteSet
@@ -160,6 +162,35 @@ def test_strings_come_out_as_text(tmp_path, mutes):
     style = document.find("head/style").text
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
+
+
+def test_pictures_have_no_ids_that_could_clash_and_no_links(tmp_path, mutes):
+    _, document = written(tmp_path / "report.html", UNLEARN, mutes)
+    drawn = [element for svg in document.iter() if svg.tag.endswith("svg") for element in svg.iter()]
+    assert len(drawn) > 100
+    attributes = {name for element in drawn for name in element.attrib}
+    assert attributes.isdisjoint({"id", "style", "href", "xlink:href", "xmlns"})
+
+
+def test_a_style_of_the_user_changes_nothing(tmp_path, mutes):
+    write_report(tmp_path / "a", UNLEARN, mutes)
+    with matplotlib.style.context("dark_background"), matplotlib.rc_context({"svg.fonttype": "path"}):
+        write_report(tmp_path / "b", UNLEARN, mutes)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_without_matplotlib_there_are_tables_and_a_sentence(tmp_path, mutes, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "neumuter.report.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, document = written(tmp_path / "report.html", UNLEARN, mutes, [SAMPLE])
+    assert pictures(document) == []
+    assert words(document).count("pip install matplotlib") == 1
+    assert len(headings(document)) == 8
+    assert "82 of 3000" in words(document)
+    _, document = written(tmp_path / "report.html", EVALUATE)
+    assert "matplotlib" not in words(document)
 
 
 def test_same_input_same_bytes(tmp_path, mutes):

@@ -4,8 +4,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+except ImportError as error:
+    raise ImportError("the demo draws a picture, which needs matplotlib: pip install matplotlib") from error
 
 COLOURS = {"mute": "#b3432b", "modulate": "#1f6f8b"}
 WORDS = {"mute": "silenced (gain 0)", "modulate": "modulated (fitted gains)"}

@@ -29,7 +29,7 @@ States = Mapping[str, Mapping[str, Any]]  # metrics by state of the model
 
 KEY_METRICS = ("forget_extraction", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity")
 CURVE_METRICS = ("forget_extraction", "forget_ma")
-MISSING_PACKAGE = "This report has no pictures: they need matplotlib, pip install 'neumuter-kernels[report]'."
+MISSING_PACKAGE = "This report has no pictures: they need matplotlib, pip install matplotlib."
 
 
 class Table(NamedTuple):

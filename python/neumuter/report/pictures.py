@@ -28,8 +28,10 @@ COLOURS = {"c0": "#000001", "c1": "#000002", "soft": "#000003", "line": "#000004
 SERIES = (("c0", "-"), ("c1", "--"))  # colour and line style
 STYLE = {
     "axes.spines.bottom": False, "axes.spines.left": False, "axes.spines.right": False,
-    "axes.spines.top": False, "axes.xmargin": 0, 
+    "axes.autolimit_mode": "round_numbers", "axes.spines.top": False, "axes.xmargin": 0, "axes.ymargin": 0,
+    
     "font.size": 11, "grid.color": COLOURS["line"], "legend.frameon": False, "lines.linewidth": 2,
+    "lines.dash_capstyle": "round", "lines.solid_capstyle": "round",
     "svg.fonttype": "none", "svg.hashsalt": "neumuter", "text.parse_math": False,
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.labelsize": 11, "ytick.labelsize": 11,
 }  # fmt: skip
@@ -110,21 +112,15 @@ def draw_lines(
     for name, title in series.items():
         known = [(p[x_name], p[name]) for p in points if p.get(name) is not None and math.isfinite(p[name])]
         if known:
-            lines[title] = np.array(known, float)
+            # The last point comes again, so that a line of one point is a dot.
+            lines[title] = np.array([*known, known[-1]], float)
     if not lines:
         return None
-    (x_low, y_low), (x_high, y_high) = (
-        limit(np.concatenate([*lines.values()]), axis=0) for limit in (np.min, np.max)
-    )
     with style.context(["default", STYLE]):
         figure = _figure(HEIGHT)
         axes = figure.subplots()
         for (title, line), (colour, dashes) in zip(lines.items(), SERIES, strict=False):
-            # A single point is seen by the round ends of its line.
-            axes.plot(
-                *line.T, dashes, color=COLOURS[colour], label=title, clip_on=False, solid_capstyle="round"
-            )
-        axes.set(xlim=_widen(x_low, x_high), ylim=_widen(y_low, y_high))
+            axes.plot(*line.T, dashes, color=COLOURS[colour], label=title, clip_on=False)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, borderaxespad=0.2)
         _finish(axes, x_name)
         spans = (f"{title} from {line[0, 1]:.3g} to {line[-1, 1]:.3g}" for title, line in lines.items())
