@@ -1,6 +1,8 @@
 """Files and folders that are either whole or not there."""
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,9 +13,12 @@ PathLike = str | os.PathLike[str]
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """Write the bytes ``data`` to ``path`` through a temporary file in the same folder.
+    """Write ``data`` to ``path`` through a temporary file in the same folder.
 
-    Whatever happens, ``path`` holds either its former content or all of ``data``. Raises OSError.
+    Whatever happens, ``path`` holds either its earlier content or all of ``data``.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -31,23 +36,89 @@ def write_atomically(path: PathLike, data: bytes) -> None:
 
 @contextmanager
 def new_folder(path: PathLike) -> Iterator[Path]:
-    """Fill a temporary folder beside ``path`` (the value of ``with``), renamed to ``path`` at the end.
+    """Fill a hidden folder next to ``path``, which is renamed to ``path`` at the end of the context.
 
-    Raises FileExistsError if ``path`` is there and is not an empty folder. On an exception the
-    temporary folder is removed and ``path`` is as before.
+    An exception removes the hidden folder. A kill leaves it behind, and the next call for the same ``path``
+    removes it: its owner locks it, and a lock ends with its process. Where the file system has no locks, it
+    stays, named ``.NAME.????????.tmp``.
+
+    Args:
+        path: the new folder: one that does not exist or is empty. Missing parents are made.
+
+    Yields:
+        The hidden folder.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not an empty folder, at the start or by the end.
+        BlockingIOError: another process is filling ``path``.
+        OSError: the folder cannot be written.
     """
     path = Path(path)
+    _refuse_taken(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    with _locked(temporary):
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            _refuse_taken(path)
+            # Should something be written to path at this very moment, the system refuses to replace it.
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+
+
+def _refuse_taken(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder; name another one or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the hidden folders for ``path`` whose processes were killed."""
+    names = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.tmp")
+    for folder in [entry for entry in path.parent.iterdir() if names.fullmatch(entry.name)]:
+        try:
+            descriptor = _lock(folder)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing {path}, in {folder}") from None
+        except OSError:
+            continue  # It is gone by now, is not ours, or the file system has no locks.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Context in which no other process takes ``folder`` for abandoned."""
     try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary)
+        descriptor = _lock(folder)
+    except (BlockingIOError, FileNotFoundError):
+        raise BlockingIOError(f"another process has just taken {folder} for its own") from None
+    except OSError:
+        yield  # Without locks nobody takes a folder for abandoned.
+        return
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder for as long as the returned descriptor is open.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: there is no such folder, or there are no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
         raise
+    return descriptor
 
 
 def _umask() -> int:

@@ -4,7 +4,6 @@ Folding changes neither shapes nor dtypes, so a shard is copied with its header 
 of the touched down projections are others. Where these are, a model without weights says.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TextIO, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from neumuter.files import PathLike
+from neumuter.files import PathLike, new_folder
 from neumuter.models.families import FFN, find_ffns
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
@@ -32,7 +31,6 @@ from neumuter.serving.fold import fold_columns
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PIECE = 1 << 22  # bytes copied at a time
 ROWS = 1024  # rows of a weight compared at a time
-JOURNAL = ".folding-journal"
 CARD = "README.md"
 # Of anything else, weights in other formats know what is to be forgotten.
 COPIED = (".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".py", ".yaml")
@@ -88,29 +86,35 @@ def fold_checkpoint(
     verify: bool = True,
     callback: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Fold a ``MuteSet``, or the mute file at that path, into a copy of a Hugging Face checkpoint.
+    """Fold a mute set into a copy of a Hugging Face checkpoint.
 
-    ``folder``: with config.json and model.safetensors, or model.safetensors.index.json and its shards.
-    ``out``: the new folder; it holds what ``neumuter.fold`` and ``save_pretrained`` would have written, the
-    other files of ``folder`` but no weights in other formats, and a model card. ``verify``: read each shard
-    back and compare. ``callback(done, total)``: called as bytes of the new shards are written. Memory: two of
-    the down projections, whatever the size of the model.
+    The copy holds what ``neumuter.fold`` and ``save_pretrained`` would have written, the other files of
+    ``folder`` but no weights in other formats, and a model card. It appears whole or not at all: the shards
+    are written to a hidden folder next to ``out``, which is renamed at the end. A fold that was killed starts
+    anew, and removes what the killed one left. Memory: two of the down projections, whatever the size of the
+    model.
 
-    All is written to a hidden folder beside ``out``, renamed at the end. After an error, or a kill, that
-    folder stays, and the same call goes on after the shards that are complete in it.
+    Args:
+        folder: the checkpoint: config.json with model.safetensors, or with model.safetensors.index.json and
+            its shards.
+        mutes: a ``MuteSet``, or the path of a mute file.
+        out: the new folder; it must not exist, or be empty.
+        verify: read each shard back and compare.
+        callback: called as ``callback(done, total)`` as bytes of the new shards are written.
 
-    Before anything is written, raises FileExistsError if ``out`` is there and is not an empty folder,
-    MuteMismatchError if the set was made for another model or is folded already, MuteFileError for a bad mute
-    file, NotOnDiskError for a checkpoint that stores a down projection under another name than the model's,
-    and ValueError for one that is damaged or quantised, or an ``out`` that cannot be renamed to. Later,
-    raises OSError if a shard that was read back is not what was written, and BlockingIOError if another
-    process is writing the same ``out``.
+    Raises:
+        FileExistsError: ``out`` exists and is not an empty folder, at the start or by the end.
+        BlockingIOError: another process is writing the same ``out``.
+        MuteMismatchError: the set was made for another model, or is folded in already.
+        MuteFileError: the mute file is bad.
+        NotOnDiskError: the checkpoint stores a down projection under another name than the model does.
+        ValueError: the checkpoint is damaged or quantised, or ``out`` cannot be renamed to.
+        OSError: a shard that was read back is not what was written, or ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(os.path.abspath(out))
     mutes = load_mutes(mutes)
     if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
         raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
-    _refuse_taken(out)
     shards = _find_shards(folder)
     downs = _find_downs(folder, shards, mutes)
     _check_fingerprint(downs, mutes)
@@ -122,24 +126,15 @@ def fold_checkpoint(
         if callback:
             callback(done, total)
 
-    with _resumable_folder(out, _digest(mutes, shards, verify)) as (temporary, finished, record):
+    with new_folder(out) as temporary:
         for shard in shards:
             target, touched = temporary / shard.name, [d for d in downs if d.layer and d.place.shard == shard]
-            if target.exists() and finished.get(shard.name) == _sha256(target):
-                advance(shard.stat().st_size)
-                continue
-            written = _write(_folded(shard, touched), target, advance)
+            written = _write(_fold_pieces(shard, touched), target, advance)
             if verify and (_sha256(target) != written or not all(_is_folded(d, target) for d in touched)):
                 raise OSError(f"{target} reads back other than it was written; is the disk in order?")
-            record(shard.name, written)
         _copy_others(folder, temporary, shards)
         card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
         (temporary / CARD).write_bytes(card + model_card(mutes).encode())
-
-
-def _refuse_taken(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; name another one or remove it")
 
 
 # --- What is there, and whether it fits ------------------------------------------------------
@@ -233,7 +228,7 @@ def _check_fingerprint(downs: Iterable[_Down], mutes: MuteSet) -> None:
 # --- Bytes -----------------------------------------------------------------------------------
 
 
-def _folded(shard: Path, touched: Iterable[_Down]) -> Iterator[bytearray]:
+def _fold_pieces(shard: Path, touched: Iterable[_Down]) -> Iterator[bytearray]:
     """The bytes of ``shard`` with the mutes of ``touched``, of type ``_Down``, folded in; in pieces."""
     with open(shard, "rb") as file:
         for down in sorted(touched, key=lambda down: down.place.begin):
@@ -292,57 +287,6 @@ def _sha256(path: Path) -> str:
         for piece in _pieces(file, os.fstat(file.fileno()).st_size):
             digest.update(piece)
     return digest.hexdigest()
-
-
-# --- The new folder --------------------------------------------------------------------------
-
-
-@contextmanager
-def _resumable_folder(
-    out: Path, digest: str
-) -> Iterator[tuple[Path, dict[str, str], Callable[[str, str], None]]]:
-    """Fill the hidden folder ``.NAME.folding`` beside ``out``, renamed to ``out`` at the end.
-
-    Yields (that folder, {file name: its SHA-256} of what ``record(name, sha256)`` was called for earlier, by
-    a call with the same ``digest``, ``record``). On an exception the folder stays; what it holds for another
-    ``digest`` is removed. Raises BlockingIOError if another process fills it.
-    """
-    temporary = out.parent / f".{out.name}.folding"
-    temporary.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f".{out.name}{JOURNAL}", "a+") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by any death of this process
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is writing {out}") from None
-        _refuse_taken(out)  # by another process, meanwhile
-        journal.seek(0)
-        first, *lines = journal.read().split("\n")
-        if first != digest:
-            for entry in temporary.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            lines = []
-            journal.truncate(0)
-            _append(journal, digest)
-
-        def record(name: str, sha256: str) -> None:
-            _append(journal, f"\n{name}\t{sha256}")  # on a line of its own, if a kill cut the last one short
-
-        finished = dict(line.split("\t") for line in lines if "\t" in line)
-        yield temporary, finished, record
-        os.replace(temporary, out)
-        os.unlink(journal.name)
-
-
-def _append(file: TextIO, text: str) -> None:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _digest(mutes: MuteSet, shards: Sequence[Path], verify: bool) -> str:
-    layers = {path: (i.tolist(), g.tolist()) for path, (i, g) in mutes.layers.items()}
-    files = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    return hashlib.sha256(json.dumps([layers, files, verify]).encode()).hexdigest()
 
 
 def _copy_others(folder: Path, target: Path, shards: Sequence[Path]) -> None:
