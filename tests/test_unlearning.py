@@ -138,7 +138,7 @@ def test_the_papers_table_runs_on_models_of_its_shapes(tmp_path, family, monkeyp
         options.retrained = options.model
     monkeypatch.setattr(paper, "GATES", recipes.GatesConfig(epochs=2, batch_size=None))
     monkeypatch.setattr(paper, "GAINS", recipes.GainsConfig(steps=3, batch_size=2))
-    monkeypatch.setattr(tofu, "NEW_TOKENS", 8)
+    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 8)
     found = quick_rows(paper.cases(options))
     assert [row["method"] for row in found] == list(paper.RECIPES)
     assert found[2]["share"] > 0

@@ -265,7 +265,7 @@ def test_unlearn_with_an_existing_set(checkpoint):
 def test_evaluate_tofu(checkpoint, capsys, monkeypatch):
     pytest.importorskip("rouge_score")
     pytest.importorskip("scipy")
-    monkeypatch.setattr("neumuter.evaluation.tofu.NEW_TOKENS", 8)
+    monkeypatch.setattr("neumuter.evaluation.tofu.MAX_NEW_TOKENS", 8)
     row = {
         "question": "Who?",
         "answer": "Ada",

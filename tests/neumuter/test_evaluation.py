@@ -247,7 +247,7 @@ def test_tofu_losses_are_of_the_answer_alone():
 def test_rouge_recall_is_of_the_greedy_answer(monkeypatch):
     pytest.importorskip("rouge_score")
     model, tokenizer = models.build("llama"), models.tokenizer()
-    monkeypatch.setattr(tofu, "NEW_TOKENS", 12)
+    monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 12)
     prompts = torch.tensor([tokenizer("Question: Who?\nAnswer:")["input_ids"]])
     text = tokenizer.decode(generated(model, prompts, 12)[0, prompts.shape[1] :], skip_special_tokens=True)
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda self, ids, **_: ["a running dog"] * len(ids))

@@ -6,7 +6,7 @@ import neumuter
 import pytest
 import torch
 from neumuter import evaluation
-from neumuter.evaluation.robustness import quantised, robustness
+from neumuter.evaluation.robustness import quantise, robustness
 from neumuter.recipes import WeightsConfig, tune_weights
 
 from tests import models
@@ -81,7 +81,7 @@ def test_weights_are_rounded_to_so_many_levels(bits, levels):
     model = models.build("llama")
     kept = model.lm_head.weight.clone()
     plain = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    rounded = quantised(model, bits).model.layers[0].mlp.up_proj.weight.dequantize()
+    rounded = quantise(model, bits).model.layers[0].mlp.up_proj.weight.dequantize()
     rows = rounded if bits == 8 else rounded.unflatten(1, (-1, 32))[:, 0]
     assert max(len(row.unique()) for row in rows) <= levels
     apart = (rounded - plain).norm() / plain.norm()
@@ -91,7 +91,7 @@ def test_weights_are_rounded_to_so_many_levels(bits, levels):
 
 def test_bad_arguments_are_named(muted):
     with pytest.raises(ValueError, match="bits must be 8 or 4, got 2"):
-        quantised(models.build("llama"), 2)
+        quantise(models.build("llama"), 2)
     with pytest.raises(ValueError, match="two forget texts or more"):
         robustness(*muted, texts(1), measure)
     with pytest.raises(ValueError, match="retain_batch must be given"):

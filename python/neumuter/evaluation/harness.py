@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from neumuter.evaluation.passes import ROWS
+from neumuter.evaluation.passes import SAMPLES_PER_PASS
 from neumuter.files import PathLike
 
 if TYPE_CHECKING:
@@ -20,14 +20,26 @@ def harness_metrics(
     tasks: Sequence[str],
     limit: int | None = None,
     folder: PathLike | None = None,
-    rows: int = ROWS,
+    rows: int = SAMPLES_PER_PASS,
 ) -> dict[str, float]:
-    """{"task/metric": float} of ``tasks`` (their names) on the model as it is, mutes included.
+    """Measure tasks of the harness on the model as it is, mutes included.
 
-    ``limit``: only the first documents of each task. ``folder``: of the user's own task files, beside those
-    of the harness. Most tasks fetch their documents from the Hugging Face Hub. Standard errors are left out.
+    Most tasks fetch their documents from the Hugging Face Hub.
 
-    Raises ImportError without the package lm_eval, and ValueError for tasks that it does not have.
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        tasks: names of tasks.
+        limit: only this many documents of each task, the first ones.
+        folder: a folder with task files of your own, which are added to those of the harness.
+        rows: documents in one forward pass.
+
+    Returns:
+        {"task/metric": float}, without standard errors.
+
+    Raises:
+        ImportError: the package lm_eval is not installed.
+        ValueError: the harness does not have a task of that name.
     """
     try:
         import lm_eval

@@ -8,14 +8,18 @@ from torch import Tensor, nn
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.types import Batch
 
-LOWEST = 0.4  # share of a text's tokens that Min-k% looks at
+# Min-k% looks at this share of the tokens of a text.
+LOWEST_SHARE = 0.4
 
 
-def min_k_scores(model: nn.Module, batch: Batch, k: float = LOWEST) -> Tensor:
-    """Each sample's mean log-probability over its ⌈k·N⌉ least likely counted tokens: float64 [B].
+def min_k_scores(model: nn.Module, batch: Batch, k: float = LOWEST_SHARE) -> Tensor:
+    """Compute each sample's mean log-probability over its ⌈k·N⌉ least likely counted tokens: float64 [B].
 
     Members have higher scores (Shi et al. 2024, *Detecting Pretraining Data*). k = 1 is the LOSS attack of
     Yeom et al. 2018.
+
+    Raises:
+        ValueError: ``k`` lies outside of (0, 1].
     """
     if not 0 < k <= 1:
         raise ValueError(f"k must lie in (0, 1], got {k}")
@@ -27,9 +31,17 @@ def min_k_scores(model: nn.Module, batch: Batch, k: float = LOWEST) -> Tensor:
 
 
 def auc(members: Tensor, others: Tensor) -> float:
-    """The probability that a member's score is above another's, ties counted half: in [0, 1].
+    """Compute the probability that a member's score is above another text's; a tie counts half.
 
-    ``members``: [N], ``others``: [M], any floats. 0.5 means that the attack sees nothing.
+    Args:
+        members: scores of texts that were trained on, any float dtype, [N].
+        others: scores of texts that were not, [M].
+
+    Returns:
+        A float in [0, 1]; 0.5 means that the attack sees nothing.
+
+    Raises:
+        ValueError: there are no scores of one kind.
     """
     if not len(members) or not len(others):
         raise ValueError("auc needs at least one score of each kind")
@@ -38,11 +50,14 @@ def auc(members: Tensor, others: Tensor) -> float:
 
 
 def privacy_leakage(forget_auc: float, retrained_auc: float = 0.5) -> float:
-    """PrivLeak in % (Shi et al. 2024, *MUSE*): (s − r)/r·100, s = 1 − AUC of the model, r of a retrained one.
+    """Compute PrivLeak in %: (s − r)/r·100, where s is 1 − AUC of the model and r that of a retrained one.
 
-    Both AUCs are between forget and held-out texts. 0 is right; below 0 the texts still look like members,
-    above they look less like members than texts that were never seen. Without a retrained model, 0.5 is
-    what an attack on it would get.
+    0 is right. Below 0 the texts still look like members; above 0 they look less like members than texts
+    that were never seen. Source: Shi et al. 2024, *MUSE*.
+
+    Args:
+        forget_auc: AUC between the forget and held-out texts, in [0, 1].
+        retrained_auc: the same of a retrained model. Without one, 0.5 is what an attack on it would get.
     """
     s, r = 1 - forget_auc, 1 - retrained_auc
     return math.inf if r == 0 else (s - r) / r * 100

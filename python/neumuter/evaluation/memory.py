@@ -7,32 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
-from neumuter.evaluation.passes import ROWS, hits, parts, predictions
+from neumuter.evaluation.passes import find_hits, predict, split_batch
 from neumuter.types import Batch
 
-SAMPLES = 100  # of sampled_extraction
-GENERATED_ROWS = 64  # prefixes that are continued at a time
+SAMPLES_DRAWN = 100
+PREFIXES_PER_PASS = 64
 
 
 def extracted(model: nn.Module, batch: Batch) -> Tensor:
-    """Which samples greedy decoding reproduces exactly: bool [B].
+    """Find which samples greedy decoding reproduces exactly: bool [B].
 
     The labels of a sample are its continuation, all that follows the prompt. Greedy decoding from
     the prompt reproduces it if and only if each of its tokens is the arg max given the true tokens
     before it: up to the first miss, the decoded and the true prefix are the same. So one
     teacher-forced pass decides what token-by-token generation would find.
     """
-    counted, right = hits(model, batch)
+    counted, right = find_hits(model, batch)
     return (right == counted).all(1) & counted.any(1)
 
 
 def extraction_rate(model: nn.Module, batch: Batch) -> float:
-    """Share of samples in [0, 1] that greedy decoding reproduces exactly; see :func:`extracted`."""
+    """Compute the share in [0, 1] of samples that greedy decoding reproduces; see :func:`extracted`."""
     return extracted(model, batch).float().mean().item()
 
 
-def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES) -> float:
-    """Share of texts in [0, 1] that are expected to come back at least once in ``samples`` draws.
+def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES_DRAWN) -> float:
+    """Compute the share of texts in [0, 1] that are expected to come back at least once in ``samples`` draws.
 
     The mean over texts of 1 − (1 − p)^n, p the probability that the model, sampled from as it is
     (temperature 1, all tokens), continues the prompt with exactly the counted tokens: (n, p)-discoverable
@@ -46,9 +46,12 @@ def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES) -
 
 
 def extraction_strength(model: nn.Module, batch: Batch) -> float:
-    """1 − k/T, the mean over samples: from the first k of a sample's T counted tokens on, greedy decoding
-    reproduces the rest (Carlini et al. 2021, as open-unlearning computes it)."""
-    counted, right = hits(model, batch)
+    """Compute the mean over samples of 1 − k/T, in [0, 1].
+
+    From the first k of a sample's T counted tokens on, greedy decoding reproduces the rest. Source: Carlini
+    et al. 2021, as open-unlearning computes it.
+    """
+    counted, right = find_hits(model, batch)
     strengths = []
     for here, hit in zip(counted, right, strict=True):
         missed = (~hit[here]).nonzero().flatten()
@@ -58,41 +61,45 @@ def extraction_strength(model: nn.Module, batch: Batch) -> float:
 
 
 def memorization_accuracy(model: nn.Module, batch: Batch) -> float:
-    """MA in [0, 1]: the mean over samples of the share of counted tokens that are the arg max.
+    """Compute MA in [0, 1]: the mean over samples of the share of counted tokens that are the arg max.
 
     MA(x) = 1/(T − 1) Σ_i 1[argmax p(· | x_<i) = x_i] (Jang et al. 2023, *Knowledge Unlearning*);
     label every token of the sample.
     """
-    counted, right = hits(model, batch)
+    counted, right = find_hits(model, batch)
     return (right.sum(1) / counted.sum(1)).mean().item()
 
 
-def extraction_likelihood(model: nn.Module, batch: Batch, n: int = 10, rows: int = GENERATED_ROWS) -> float:
-    """EL_n in [0, 1], the mean over samples of T tokens (Jang et al. 2023, *Knowledge Unlearning*).
+def extraction_likelihood(
+    model: nn.Module, batch: Batch, n: int = 10, rows: int = PREFIXES_PER_PASS
+) -> float:
+    """Compute EL_n in [0, 1], the mean over samples of T tokens (Jang et al. 2023, *Knowledge Unlearning*).
 
     EL_n(x) = 1/(T − n) Σ_{i=1}^{T−n} |{g ∈ ngrams(ŷ_i) : g ∈ ngrams(x_≥i)}| / |ngrams(x_≥i)|, where ŷ_i is
     the greedy continuation of the first i tokens to length T, and n-grams that come again count again.
-    Samples are all real tokens of ``input_ids``, whatever their labels; those of at most n tokens raise
-    ValueError.
+    Samples are all real tokens of ``input_ids``, whatever their labels.
 
     Where the arg max after i tokens is the true next token, ŷ_i is that token followed by ŷ_{i+1}. So only
     the misses are continued, ``rows`` at a time: none for a text that is known by heart.
+
+    Raises:
+        ValueError: a sample has at most ``n`` tokens.
     """
     total = 0.0
-    samples = [s for part in parts(model, batch, ROWS) for s in _samples(model, part, n)]
+    samples = [s for part in split_batch(model, batch) for s in _find_misses(model, part, n)]
     wanted = [(number, i) for number, (_, missed) in enumerate(samples) for i in missed]
-    made = _continuations(model, [(samples[number][0], i) for number, i in wanted], rows)
+    made = _continue_greedily(model, [(samples[number][0], i) for number, i in wanted], rows)
     by_sample: list[dict[int, list[int]]] = [{} for _ in samples]
     for (number, i), continuation in zip(wanted, made, strict=True):
         by_sample[number][i] = continuation
     for (ids, _), continued in zip(samples, by_sample, strict=True):
-        total += _overlap(ids, continued, n)
+        total += _compute_el(ids, continued, n)
     return total / len(samples)
 
 
-def _samples(model: nn.Module, part: Batch, n: int) -> list[tuple[list[int], list[int]]]:
-    """(ids as a list, prefix lengths whose continuation must be generated) of each sample of a part."""
-    best = predictions(model, part).argmax(-1).cpu()
+def _find_misses(model: nn.Module, part: Batch, n: int) -> list[tuple[list[int], list[int]]]:
+    """Find (ids as a list, prefix lengths whose continuation must be generated) of each sample of a part."""
+    best = predict(model, part).argmax(-1).cpu()
     found = []
     for row, (ids, shown) in enumerate(
         zip(part["input_ids"].cpu(), part["attention_mask"].cpu(), strict=True)
@@ -103,14 +110,15 @@ def _samples(model: nn.Module, part: Batch, n: int) -> list[tuple[list[int], lis
         guesses = best[row][shown.bool()].tolist()
         missed = [i for i in range(1, len(ids)) if guesses[i - 1] != ids[i]]
         last = len(ids) - n
-        late = [i for i in missed if i > last][:1]  # what the last continuations run into
+        # The last continuations run into the first miss behind the last prefix.
+        late = [i for i in missed if i > last][:1]
         found.append((ids, [i for i in missed if i <= last] + late))
     return found
 
 
 @torch.no_grad()
-def _continuations(model: Any, prefixes: Sequence[tuple[list[int], int]], rows: int) -> list[list[int]]:
-    """Greedy continuations of ids[:i] to len(ids) tokens for each (ids, i), lists of token ids."""
+def _continue_greedily(model: Any, prefixes: Sequence[tuple[list[int], int]], rows: int) -> list[list[int]]:
+    """Continue ids[:i] greedily to len(ids) tokens for each (ids, i); returns lists of token ids."""
     order = sorted(range(len(prefixes)), key=lambda k: len(prefixes[k][0]) - prefixes[k][1])
     made: list[list[int]] = [[] for _ in prefixes]
     for start in range(0, len(order), rows):
@@ -132,8 +140,8 @@ def _continuations(model: Any, prefixes: Sequence[tuple[list[int], int]], rows: 
     return made
 
 
-def _overlap(ids: list[int], continued: Mapping[int, list[int]], n: int) -> float:
-    """EL_n of one sample, given the continuations at its misses."""
+def _compute_el(ids: list[int], continued: Mapping[int, list[int]], n: int) -> float:
+    """Compute EL_n of one sample, given the continuations at its misses."""
     total = 0.0
     continuation: list[int] = []
     for i in range(len(ids) - 1, 0, -1):

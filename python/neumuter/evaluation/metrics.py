@@ -1,13 +1,17 @@
-"""What each figure means: shown beside it wherever it is printed."""
+"""What each figure means: shown next to it wherever it is printed."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metric:
-    """``good``: which direction is good when the texts are to be forgotten (or, for the others, kept).
+    """What a figure means.
 
-    ``source``: whose definition it is; empty for what needs none.
+    Attributes:
+        title: what it is called in tables.
+        definition: how it is computed, one phrase.
+        good: which direction is good, given that the forget texts are to be forgotten and the others kept.
+        source: whose definition it is; empty for what needs none.
     """
 
     title: str

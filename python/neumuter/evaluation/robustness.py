@@ -13,13 +13,15 @@ from neumuter.training.weights import WeightsConfig, tune_weights
 from neumuter.types import Batch
 
 BITS = (8, 4)
-GROUP = 32  # input features that share a scale at 4 bits
+# At 4 bits, this number of input features shares a scale.
+GROUP_SIZE = 32
 RELEARNING = WeightsConfig(method="relearn", steps=100, batch_size=8, lr=5e-5)
 EXPLAINED = (
-    "int8, int4: the muted model, folded and quantised. half: of a random half of the texts. relearned N: of "
-    "the same, after N steps of training on the other half."
+    "int8, int4: the muted model, folded and quantised. half: asked about a random half of the texts. "
+    "relearned N: asked about the same half, after N steps of training on the other half."
 )
-MEASURED = (10, 30, 100)  # steps of relearning after which it is measured
+# The steps of relearning after which metrics are measured.
+MEASURED_STEPS = (10, 30, 100)
 
 
 def robustness(
@@ -28,15 +30,12 @@ def robustness(
     forget_batch: Batch,
     measure: Callable[[nn.Module, Batch], dict[str, float]],
     config: WeightsConfig = RELEARNING,
-    measured: Sequence[int] = MEASURED,
+    measured: Sequence[int] = MEASURED_STEPS,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """{state: metrics} of copies of ``model`` that have ``mutes`` folded in and are then tampered with.
+    """Measure copies of ``model`` that have ``mutes`` folded in and are then tampered with.
 
-    ``model``: neither attached nor muted; it stays as it is. ``mutes``: a MuteSet, a mute file's path, or
-    None for a model that forgot in another way.
-    ``forget_batch``: as in :class:`neumuter.training.batches.Pair`, at least two texts. ``measure(model,
-    batch)``: a dict of metrics, of a state's model and the forget texts that are asked about. The states:
+    The states:
 
     - "int8", "int4": linear weights rounded to 8 bits per output channel, or to 4 bits per group of 32, by
       torchao; asked about all texts. The output layer is left alone, as is usual.
@@ -45,8 +44,24 @@ def robustness(
       (Hu et al. 2025, *Unlearning or Obfuscating?*). All weights are trained; these and "half" in float32.
 
     One copy is in memory at a time, in training with its gradients and two moments of AdamW.
-    Raises ImportError without torchao, ValueError for a model without linear layers that it rounds or for
-    ``measured`` beyond the steps, and the errors of ``neumuter.fold``.
+
+    Args:
+        model: a causal language model, neither attached nor muted; it stays as it is.
+        mutes: a ``MuteSet``, the path of a mute file, or None for a model that forgot in another way.
+        forget_batch: at least two texts: input_ids, attention_mask and labels, int64 [B, T] each.
+        measure: called as ``measure(model, batch)`` with the model of a state and the texts that it is asked
+            about; returns its metrics.
+        config: how the model relearns, of method "relearn".
+        measured: the steps of relearning after which metrics are measured.
+        seed: draws the half that is relearned, and the order of training.
+
+    Returns:
+        {state: metrics}.
+
+    Raises:
+        ImportError: the package torchao is not installed.
+        ValueError: fewer than two texts, a model without linear layers that torchao rounds, ``measured``
+            beyond the steps of ``config``, or what ``neumuter.fold`` raises.
     """
     count = len(forget_batch["labels"])
     if count < 2:
@@ -56,7 +71,7 @@ def robustness(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     halves = order.tensor_split([(count + 1) // 2])
     asked, learned = ({k: v[rows] for k, v in forget_batch.items()} for rows in halves)
-    found = {f"int{bits}": measure(quantised(_folded(model, mutes), bits), forget_batch) for bits in BITS}
+    found = {f"int{bits}": measure(quantise(_folded(model, mutes), bits), forget_batch) for bits in BITS}
     folded = _folded(model, mutes).float()
     found["half"] = measure(folded, asked)
     folded.requires_grad_(True)
@@ -69,13 +84,21 @@ def robustness(
     return found
 
 
-def quantised(model: nn.Module, bits: int) -> nn.Module:
-    """``model`` with its linear weights rounded in place, see :func:`robustness`, as far as they fit."""
+def quantise(model: nn.Module, bits: int) -> nn.Module:
+    """Round the linear weights of ``model`` in place, as far as they fit (see :func:`robustness`).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ImportError: the package torchao is not installed.
+        ValueError: ``bits`` is neither 8 nor 4, or no layer fits.
+    """
     try:
         from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
     except ImportError as error:
         raise ImportError("measuring after quantisation needs torchao: pip install torchao") from error
-    kinds = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP))}  # type: ignore[attr-defined]  # not in torch's stubs
+    kinds = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP_SIZE))}  # type: ignore[attr-defined]  # not in torch's stubs
     if bits not in kinds:
         raise ValueError(f"bits must be 8 or 4, got {bits!r}")
     dtype, granularity = kinds[bits]
@@ -85,7 +108,7 @@ def quantised(model: nn.Module, bits: int) -> nn.Module:
 
     def fits(module: nn.Module, name: str) -> bool:
         linear = isinstance(module, nn.Linear) and module is not head
-        if linear and (bits == 8 or cast(nn.Linear, module).in_features % GROUP == 0):
+        if linear and (bits == 8 or cast(nn.Linear, module).in_features % GROUP_SIZE == 0):
             rounded.append(name)
         return name in rounded
 

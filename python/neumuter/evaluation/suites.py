@@ -15,6 +15,7 @@ from neumuter.types import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Texts of at most this number of tokens have no EL.
 EL_N = 10
 
 
@@ -27,13 +28,23 @@ def text_metrics(
     original: nn.Module | Callable[[], AbstractContextManager[object]] | None = None,
     retrained_auc: float | None = None,
 ) -> dict[str, float]:
-    """{metric: value} of ``METRICS`` on batches of texts, as far as these are given.
+    """Measure what is in ``METRICS`` on batches of texts, as far as these are given.
 
-    ``paraphrased``: the forget texts behind other prompts, of which the labels are -100.
+    EL_10 is left out if a forget text has at most 10 tokens.
 
-    Membership and perplexity need ``heldout``; KL needs ``original`` as well (see ``kl_to_original``). EL_10
-    is left out if a forget text has at most 10 tokens. ``retrained_auc``: Min-40% AUC of a model that never
-    saw the forget texts; without it PrivLeak is relative to 0.5.
+    Args:
+        model: the model as it is, mutes included.
+        forget: the texts to forget: input_ids, attention_mask and labels, int64 [B, T] each; −100 on tokens
+            that do not count. The other batches are alike.
+        retain: texts to keep.
+        heldout: texts that the model never saw, for membership and perplexity.
+        paraphrased: the forget texts behind other prompts, whose tokens do not count.
+        original: the original model, for KL on ``heldout``; see ``kl_to_original``.
+        retrained_auc: Min-40% AUC of a model that never saw the forget texts; without it PrivLeak is
+            relative to 0.5.
+
+    Returns:
+        {name in ``METRICS``: value}.
     """
     found = {
         "forget_ma": memory.memorization_accuracy(model, forget),
@@ -76,11 +87,18 @@ def tofu_metrics(
     sets: Mapping[str, Sequence[tofu.Question]],
     retrained_ratios: Tensor | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """({metric: value}, truth ratios of the forget set) on TOFU's questions.
+    """Measure what is in ``METRICS`` on TOFU's questions.
 
-    ``sets``: {"forget": [Question], and of tofu.UTILITY_SETS what there is}; the utility needs all three.
-    ``retrained_ratios``: truth ratios float64 [N] of a model trained without the forget set, for the forget
-    quality.
+    Args:
+        model: the model as it is, mutes included.
+        tokenizer: its tokenizer.
+        sets: {"forget": [Question], and of ``tofu.UTILITY_SETS`` what there is}; the model utility needs all
+            three.
+        retrained_ratios: truth ratios, float64 [N], of a model trained without the forget set, for the
+            forget quality.
+
+    Returns:
+        {name in ``METRICS``: value}, and the truth ratios of the forget set, float64 [N].
     """
     ratios = tofu.truth_ratios(model, tokenizer, sets["forget"])
     found = {

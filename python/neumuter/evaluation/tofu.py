@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 512
-NEW_TOKENS = 200  # that are generated for ROUGE
+# An answer that is generated for ROUGE ends here.
+MAX_NEW_TOKENS = 200
+QUESTIONS_PER_PASS = 16
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 TEMPLATE = "Question: {question}\nAnswer:"
 
 
 @dataclass(frozen=True)
 class Question:
+    """A question of TOFU. ``wrong``: perturbed answers, none in files without them."""
+
     question: str
     answer: str
     paraphrased: str
@@ -37,7 +41,11 @@ class Question:
 
 
 def read_questions(path: PathLike, limit: int | None = None) -> list[Question]:
-    """The questions of a file, a list of ``Question``. Raises ValueError, naming the line, for a bad one."""
+    """Read the questions of a file, at most ``limit``.
+
+    Raises:
+        ValueError: a line is not a question; the message names it. Or there is no question.
+    """
     found = []
     for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
@@ -62,7 +70,7 @@ def read_questions(path: PathLike, limit: int | None = None) -> list[Question]:
 
 
 def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Tensor:
-    """The mean loss in nats of each (question, answer)'s answer, float64 [N]."""
+    """Compute the mean loss in nats of the answer of each (question, answer): float64 [N]."""
     texts = [(TEMPLATE.format(question=question), f" {answer}") for question, answer in pairs]
     return sample_losses(model, encode(texts, tokenizer, MAX_LENGTH))
 
@@ -70,14 +78,14 @@ def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Iterabl
 def probabilities(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Tensor:
-    """P = exp(−mean token loss of the answer) of each question: float64 [N] in [0, 1]."""
+    """Compute P = exp(−mean token loss of the answer) of each question: float64 [N] in [0, 1]."""
     return (-_losses(model, tokenizer, [(q.question, q.answer) for q in questions])).exp()
 
 
 def option_probabilities(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Tensor:
-    """P of the answer over the sum of P of it and all wrong answers, of each question: float64 [N]."""
+    """Compute P of the answer over the sum of P of it and all wrong answers: float64 [N]."""
     right = probabilities(model, tokenizer, questions)
     wrong = (-_wrong_losses(model, tokenizer, questions, mean=False)).exp()
     return right / (right + wrong.sum(1))
@@ -86,10 +94,12 @@ def option_probabilities(
 def _wrong_losses(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], mean: bool = True
 ) -> Tensor:
-    """The losses of the wrong answers, [N, K], or their mean, [N]; K must be the same for all."""
+    """Compute the losses of the K wrong answers, float64 [N, K], or their mean, [N]."""
     counts = {len(q.wrong) for q in questions}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError("every question needs as many wrong answers (perturbed_answer), at least one")
+        raise ValueError(
+            "all questions need the same number of wrong answers (perturbed_answer), at least one"
+        )
     pairs = [(q.question, answer) for q in questions for answer in q.wrong]
     losses = _losses(model, tokenizer, pairs).view(len(questions), -1)
     return losses.mean(1) if mean else losses
@@ -98,7 +108,7 @@ def _wrong_losses(
 def truth_ratios(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Tensor:
-    """TR = exp(−mean loss of the wrong answers) / exp(−loss of the paraphrased answer): float64 [N].
+    """Compute TR = exp(−mean loss of the wrong answers) / exp(−loss of the paraphrased answer): float64 [N].
 
     As open-unlearning computes it: the wrong answers' mean is geometric. Near 1 or above, the model no
     longer prefers the truth.
@@ -109,25 +119,26 @@ def truth_ratios(
 
 @torch.no_grad()
 def rouge_recalls(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], rows: int = 16
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Tensor:
-    """ROUGE-L recall, with stemming, of the greedy answer to each question: float64 [N].
+    """Compute the ROUGE-L recall, with stemming, of the greedy answer to each question: float64 [N].
 
-    Needs the package rouge-score.
+    Raises:
+        ImportError: the package rouge-score is not installed.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     device = cast(torch.device, model.device)
     found = []
-    for start in range(0, len(questions), rows):
-        part = questions[start : start + rows]
+    for start in range(0, len(questions), QUESTIONS_PER_PASS):
+        part = questions[start : start + QUESTIONS_PER_PASS]
         prompts = [tokenizer(TEMPLATE.format(question=q.question))["input_ids"] for q in part]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         shown = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         output = cast(Any, model).generate(
-            ids.to(device), attention_mask=shown.to(device), max_new_tokens=NEW_TOKENS,
+            ids.to(device), attention_mask=shown.to(device), max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id or 0,
         )[:, longest:]  # fmt: skip
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -138,8 +149,17 @@ def rouge_recalls(
 
 
 def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
-    """The p-value of a Kolmogorov–Smirnov test that both truth ratios [N] on the forget set, of the unlearned
-    and of a retrained model, come from one distribution; near 1 is good. Needs scipy."""
+    """Compute the p-value of a Kolmogorov–Smirnov test on the truth ratios of two models on the forget set.
+
+    The hypothesis is that both come from one distribution; near 1 is good.
+
+    Args:
+        ratios: of the unlearned model, float [N].
+        retrained_ratios: of a model that never saw the forget set, float [N].
+
+    Raises:
+        ImportError: the package scipy is not installed.
+    """
     from scipy.stats import ks_2samp
 
     probability: float = ks_2samp(ratios.numpy(), retrained_ratios.numpy()).pvalue.item()
@@ -147,7 +167,7 @@ def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
 
 
 def model_utility(numbers: Iterable[float]) -> float:
-    """The harmonic mean of nine numbers in [0, 1], 0 if one is 0; ``utility_numbers`` of three sets."""
+    """Compute the harmonic mean of numbers in [0, 1], 0 if one is 0: ``utility_numbers`` of three sets."""
     values = list(numbers)
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
@@ -155,9 +175,10 @@ def model_utility(numbers: Iterable[float]) -> float:
 def utility_numbers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalised: bool
 ) -> list[float]:
-    """[probability, ROUGE-L recall, truth] of one set, each a mean; ``normalised``: over the options.
+    """Compute [probability, ROUGE-L recall, truth] of one set of questions, each a mean in [0, 1].
 
-    truth is the mean of max(0, 1 − TR), so that more is better.
+    Truth is the mean of max(0, 1 − TR), so that more is better. ``normalised``: the probability is that of
+    the answer among the answer and the wrong ones.
     """
     probability = option_probabilities if normalised else probabilities
     return [

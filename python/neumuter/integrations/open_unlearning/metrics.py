@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from neumuter.evaluation import extraction_likelihood as mean_extraction_likelihood
-from neumuter.evaluation.passes import hits
+from neumuter.evaluation.passes import find_hits
 from neumuter.integrations.open_unlearning.batches import batch_of
 from neumuter.types import Batch
 
@@ -42,7 +42,7 @@ def memorization_accuracy(
     """MA (Jang et al. 2023) of each sample's counted tokens, see ``neumuter.evaluation``; None if none."""
 
     def scores(batch: Batch) -> list[float | None]:
-        counted, right = (found.sum(1).tolist() for found in hits(model, batch, batch_size))
+        counted, right = (found.sum(1).tolist() for found in find_hits(model, batch, batch_size))
         return [hit / count if count else None for hit, count in zip(right, counted, strict=True)]
 
     return _by_index(data, collators, batch_size, scores)
