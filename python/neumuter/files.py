@@ -54,7 +54,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     path = Path(path)
-    _refuse_taken(path)
+    refuse_taken(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -62,7 +62,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
-            _refuse_taken(path)
+            refuse_taken(path)
             # Should something be written to path at this very moment, the system refuses to replace it.
             os.replace(temporary, path)
         except BaseException:
@@ -70,7 +70,8 @@ def new_folder(path: PathLike) -> Iterator[Path]:
             raise
 
 
-def _refuse_taken(path: Path) -> None:
+def refuse_taken(path: Path) -> None:
+    """Raise FileExistsError unless ``path`` does not exist or is an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder; name another one or remove it")
 

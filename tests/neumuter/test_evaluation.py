@@ -230,7 +230,7 @@ def test_tofu_numbers_by_hand(answers):
     assert tofu.truth_ratios(None, None, answers).item() == pytest.approx(math.exp(-2.0) / math.exp(-0.7))
     assert tofu.model_utility([0.5, 1.0]) == pytest.approx(2 / 3)
     assert tofu.model_utility([0.5, 0.0]) == 0
-    with pytest.raises(ValueError, match="as many wrong answers"):
+    with pytest.raises(ValueError, match="the same number of wrong answers"):
         tofu.truth_ratios(None, None, [*answers, tofu.Question("q", "right", "right", ())])
 
 

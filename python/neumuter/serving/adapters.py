@@ -28,105 +28,126 @@ from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.fold import FOLDABLE
 from neumuter.serving.live import mute
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRAConfig; its newer versions have 1 as well
-FOR_PEFT = (
+# The ranks of vLLM's LoRAConfig; its newer versions have 1 as well.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+PEFT_NOTE = (
     "load it with peft.PeftModel.from_pretrained; vLLM and llama.cpp need the form of one rank, vllm-lora"
 )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An adapter that was written: its folder, and its ``kind``, "ia3" or "lora".
+    """An adapter that was written.
 
-    ``largest_difference``: see the function of that name; None if it was not asked for. ``note``: what to
-    load it with.
+    Attributes:
+        path: its folder.
+        kind: "ia3" or "lora".
+        note: what to load it with.
     """
 
     path: Path
     kind: str
-    largest_difference: float | None
     note: str
 
 
-def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike, verify: bool = False) -> Exported:
-    """Write a ``MuteSet``, or the mute file at that path, as an IA³ adapter; returns an ``Exported``.
-
-    ``model``: the one it was made for, neither attached nor muted; it stays as it is. ``out``: a folder that
-    does not exist or is empty; it is written whole or not at all. ``verify``: measure
-    ``largest_difference`` with a copy of the model.
+def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike) -> Exported:
+    """Write a mute set as an IA³ adapter.
 
     Each down projection with muted neurons gets a vector of float32 [1, F]: the gains, and 1 elsewhere. With
     bitsandbytes, the IA³ layers of PEFT 0.21 need torch.autocast in bfloat16 and float16.
 
-    Raises ValueError for experts, for models that have adapters and for sharded ones, MuteMismatchError for
-    the mute set of another model, RuntimeError for a model that is attached or muted, FileExistsError for a
-    folder with something in it, and ImportError without peft; with ``verify`` what ``largest_difference``
-    raises.
+    Args:
+        model: the model that the set was made for, neither attached nor muted; it stays as it is.
+        mutes: a ``MuteSet``, or the path of a mute file.
+        out: a folder that does not exist or is empty; it is written whole or not at all.
+
+    Raises:
+        ValueError: the model has experts or adapters, or is sharded.
+        MuteMismatchError: the set was made for another model.
+        RuntimeError: the model is attached or muted.
+        FileExistsError: something is in ``out``.
+        BlockingIOError: another process is writing ``out``.
+        ImportError: the package peft is not installed.
     """
-    peft = _peft()
+    peft = _import_peft()
     mutes = load_mutes(mutes)
-    ffns = _down_projections(model, mutes)
+    ffns = _find_down_projections(model, mutes)
     tensors = {}
     for path, ffn in ffns.items():
         layer = mutes.layers[ffn.path]
         gains = torch.ones(1, ffn.width)
         gains[0, layer.indices.long()] = layer.gains
         tensors[f"{path}.ia3_l"] = gains
-    config = peft.IA3Config(**_common(model, ffns))
+    config = peft.IA3Config(**_common_options(model, ffns))
     config.target_modules = config.feedforward_modules = list(ffns)  # PEFT would make sets of them
-    return _write(model, mutes, out, config, tensors, FOR_PEFT, verify)
+    return _write(out, config, tensors, PEFT_NOTE)
 
 
-def export_lora(
-    model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bool = False, verify: bool = False
-) -> Exported:
-    """Write a ``MuteSet``, or the mute file at that path, as a LoRA adapter; returns an ``Exported``.
+def export_lora(model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bool = False) -> Exported:
+    """Write a mute set as a LoRA adapter.
 
-    Arguments are those of ``export_ia3``. Merging the adapter is folding the mute set; unmerged, it takes off
-    again what a muted neuron adds, up to rounding. Each down projection with k muted neurons gets A [k, F]
-    and B [d, k], computed in float32 and rounded to the dtype of its weight.
+    Merging the adapter is folding the mute set; unmerged, it takes off again what a muted neuron adds, up to
+    rounding. Each down projection with k muted neurons gets A [k, F] and B [d, k], computed in float32 and
+    rounded to the dtype of its weight.
 
-    ``one_rank``: the form that vLLM loads, which knows one rank for all layers. It is the lowest of RANKS
-    that is enough, the rest of A and B is zero, and ``note`` has the flags of ``vllm serve``.
+    Args:
+        model: the model that the set was made for, neither attached nor muted; it stays as it is.
+        mutes: a ``MuteSet``, or the path of a mute file.
+        out: a folder that does not exist or is empty; it is written whole or not at all.
+        one_rank: write the form that vLLM loads, which knows one rank for all layers: the lowest of
+            ``VLLM_RANKS`` that is enough. The rest of A and B is zero, and ``note`` has the flags of ``vllm
+            serve``.
 
-    Raises what ``export_ia3`` raises, and ValueError if the weights of a down projection cannot be read,
-    being quantised or offloaded, and if with ``one_rank`` one of them has more muted neurons than RANKS
-    allows.
+    Raises:
+        ValueError: the weights of a down projection are quantised or offloaded; with ``one_rank``, one of
+            them has more muted neurons than the highest rank; or what ``export_ia3`` raises, as all else.
     """
-    peft = _peft()
+    peft = _import_peft()
     mutes = load_mutes(mutes)
-    ffns = _down_projections(model, mutes)
+    ffns = _find_down_projections(model, mutes)
     counts = {path: len(mutes.layers[ffn.path].indices) for path, ffn in ffns.items()}
     highest = max(counts, key=counts.__getitem__)
-    rank = _allowed_rank(highest, counts[highest]) if one_rank else counts[highest]
+    rank = _find_rank(highest, counts[highest]) if one_rank else counts[highest]
     own = {} if one_rank else counts
     tensors = {}
     for path, ffn in ffns.items():
-        factors = _factors(path, ffn, mutes.layers[ffn.path], own.get(path, rank))
+        factors = _factorise(path, ffn, mutes.layers[ffn.path], own.get(path, rank))
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = factors
     # PEFT and vLLM multiply B·A by alpha / r.
     ranks = {"r": rank, "lora_alpha": rank, "rank_pattern": own, "alpha_pattern": own}
-    config = peft.LoraConfig(**ranks, **_common(model, ffns))
+    config = peft.LoraConfig(**ranks, **_common_options(model, ffns))
     config.target_modules = list(ffns)
     flags = f"vllm serve MODEL --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}"
-    return _write(model, mutes, out, config, tensors, flags if one_rank else FOR_PEFT, verify)
+    return _write(out, config, tensors, flags if one_rank else PEFT_NOTE)
 
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) -> float:
-    """The largest absolute difference between the logits of ``model`` muted live and of an export.
+    """Measure how far an export is from the model that is muted live.
 
-    ``folder``: of an adapter, which PEFT loads on a deep copy of the model, or of a checkpoint. Both read two
-    sequences of 16 random tokens, always the same. The result is a float, NaN if a logit is. Raises
-    ValueError for an offloaded model, where PEFT loads nothing, what ``neumuter.mute`` and PEFT raise, and
-    ImportError for an adapter without peft.
+    Both read two sequences of 16 random tokens, always the same.
+
+    Args:
+        model: the model that the set was made for, neither attached nor muted.
+        mutes: a ``MuteSet``, or the path of a mute file.
+        folder: the export: an adapter, which PEFT loads on a deep copy of the model, or a checkpoint.
+
+    Returns:
+        The largest absolute difference between the logits; NaN if one of them is.
+
+    Raises:
+        ValueError: the model is offloaded, where PEFT loads nothing, or what ``neumuter.mute`` and PEFT
+            raise.
+        ImportError: the export is an adapter, and the package peft is not installed.
     """
     model = unwrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("verify: PEFT loads no adapter on an offloaded model; load the model into memory")
-    ids = _tokens(model)
+        raise ValueError(
+            "PEFT loads no adapter on an offloaded model; to compare, load the model into memory"
+        )
+    ids = _random_tokens(model)
     if (Path(folder) / "adapter_config.json").exists():
-        exported = _peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
+        exported = _import_peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
     else:
         exported = cast(
             Any, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
@@ -141,9 +162,9 @@ def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) ->
 
 @torch.no_grad()
 def effect(model: nn.Module, mutes: MuteSource) -> float:
-    """The largest absolute difference that muting makes to the logits of ``model``, on the same tokens."""
+    """Measure the largest absolute difference that muting makes to the logits, on the same random tokens."""
     model = unwrapped(model)
-    ids = _tokens(model)
+    ids = _random_tokens(model)
     with without_dropout(model):
         plain = model(input_ids=ids).logits
         with mute(model, mutes):
@@ -152,13 +173,13 @@ def effect(model: nn.Module, mutes: MuteSource) -> float:
     return difference
 
 
-def _tokens(model: nn.Module) -> Tensor:
+def _random_tokens(model: nn.Module) -> Tensor:
     vocabulary: int = cast(Any, model).get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return ids.to(input_device(model))
 
 
-def _peft() -> Any:
+def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
@@ -166,8 +187,8 @@ def _peft() -> Any:
     return peft
 
 
-def _down_projections(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
-    """{path of the down projection: FFN} of the FFNs with muted neurons, in model order."""
+def _find_down_projections(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
+    """Find the FFNs with muted neurons, {path of the down projection: FFN}, in model order."""
     for path, module in model.named_modules():
         if hasattr(module, "base_layer"):
             raise ValueError(f"{path} has an adapter already; merge it into the model first")
@@ -190,25 +211,26 @@ def _is_sharded(module: nn.Module) -> bool:
     """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split it: each process would write."""
     parameters = module.parameters(recurse=False)
     split = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in parameters)
-    return split or isinstance(module, FSDPModule)  # whose parameters are whole after a forward
+    # The parameters of an FSDP module are whole after a forward pass.
+    return split or isinstance(module, FSDPModule)
 
 
-def _allowed_rank(path: str, count: int) -> int:
-    """The lowest of RANKS that is enough for ``count`` neurons, those of the down projection at ``path``."""
-    if count > RANKS[-1]:
+def _find_rank(path: str, count: int) -> int:
+    """Find the lowest of ``VLLM_RANKS`` that is enough for the ``count`` muted neurons of ``path``."""
+    if count > VLLM_RANKS[-1]:
         raise ValueError(
-            f"one_rank: {path} has {count} muted neurons, and vLLM's highest rank is {RANKS[-1]}; mute fewer "
-            "neurons of that layer, or fold the mute set"
+            f"one_rank: {path} has {count} muted neurons, and vLLM's highest rank is {VLLM_RANKS[-1]}; mute "
+            "fewer neurons of that layer, or fold the mute set"
         )
-    return next(rank for rank in RANKS if rank >= count)
+    return next(rank for rank in VLLM_RANKS if rank >= count)
 
 
-def _factors(path: str, ffn: FFN, layer: MutedLayer, rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, F] and B [d, rank] of one down projection, on the CPU in its dtype."""
+def _factorise(path: str, ffn: FFN, layer: MutedLayer, rank: int) -> tuple[Tensor, Tensor]:
+    """Compute A [rank, F] and B [d, rank] of one down projection, on the CPU in its dtype."""
     weight = ffn.down_weight
     if weight is None or weight.dtype not in FOLDABLE:
         raise ValueError(
-            f"{path} is quantised or offloaded: its weights, of which a LoRA adapter is made, cannot be "
+            f"{path} is quantised or offloaded: its weights, which a LoRA adapter is made of, cannot be "
             "read; use export_ia3, or dequantise the model and load it into memory"
         )
     neurons = layer.indices.long()
@@ -220,8 +242,8 @@ def _factors(path: str, ffn: FFN, layer: MutedLayer, rank: int) -> tuple[Tensor,
     return down, up.to(weight.dtype)
 
 
-def _common(model: nn.Module, ffns: Mapping[str, FFN]) -> dict[str, Any]:
-    """The options that PEFT's configs of both kinds have."""
+def _common_options(model: nn.Module, ffns: Mapping[str, FFN]) -> dict[str, Any]:
+    """Build the options that PEFT's configs of both kinds have."""
     return {
         "fan_in_fan_out": any(isinstance(ffn.down, Conv1D) for ffn in ffns.values()),
         "base_model_name_or_path": unwrapped(model).name_or_path,
@@ -230,18 +252,9 @@ def _common(model: nn.Module, ffns: Mapping[str, FFN]) -> dict[str, Any]:
     }
 
 
-def _write(
-    model: nn.Module,
-    mutes: MuteSet,
-    out: PathLike,
-    config: Any,
-    tensors: Mapping[str, Tensor],
-    note: str,
-    verify: bool,
-) -> Exported:
+def _write(out: PathLike, config: Any, tensors: Mapping[str, Tensor], note: str) -> Exported:
     named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
     with new_folder(out) as temporary:
         config.save_pretrained(temporary)
         save_file(named, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        difference = largest_difference(model, mutes, temporary) if verify else None
-    return Exported(Path(out), config.peft_type.value.lower(), difference, note)
+    return Exported(Path(out), config.peft_type.value.lower(), note)

@@ -1,7 +1,7 @@
-"""Mute sets folded into checkpoints on disk: the model is never loaded, nor a whole shard.
+"""Mute sets folded into checkpoints on disk: neither the model nor a whole shard is ever loaded.
 
-Folding changes neither shapes nor dtypes, so a shard is copied with its header as it is, and only the bytes
-of the touched down projections are others. Where these are, a model without weights says.
+Folding changes neither shapes nor dtypes. So a shard is copied with its header as it is, and only the bytes
+of the touched down projections change. A model without weights says where these are.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from neumuter.files import PathLike, new_folder
+from neumuter.files import PathLike, new_folder, refuse_taken
 from neumuter.models.families import FFN, find_ffns
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.fold import fold_columns
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-PIECE = 1 << 22  # bytes copied at a time
-ROWS = 1024  # rows of a weight compared at a time
+BYTES_PER_COPY = 1 << 22
+ROWS_PER_COMPARISON = 1024
 CARD = "README.md"
-# Of anything else, weights in other formats know what is to be forgotten.
-COPIED = (".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".py", ".yaml")
+# No other files are copied: weights in other formats still know what is to be forgotten.
+COPIED_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".py", ".yaml")
 COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
@@ -43,7 +43,10 @@ class NotOnDiskError(ValueError):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is: bytes ``begin`` to ``end`` of the file ``shard``. ``dtype``: safetensors' name."""
+    """Where a tensor is: bytes ``begin`` to ``end`` of the file ``shard``.
+
+    ``dtype`` is the name that safetensors has for it.
+    """
 
     shard: Path
     begin: int
@@ -54,7 +57,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Down:
-    """The down projection of one FFN, on disk. ``ffn``: of a model on the meta device."""
+    """The down projection of one FFN, on disk. ``ffn`` belongs to a model on the meta device."""
 
     ffn: FFN
     place: _Place
@@ -62,7 +65,7 @@ class _Down:
 
     @contextmanager
     def holding(self, data: bytearray) -> Iterator[Tensor]:
-        """Context: the weight is the bytes ``data``, a bytearray; yields a view of them, [d, E, F]."""
+        """Context in which the weight is the bytes ``data``; yields a view of them, [d, E, F]."""
         holder, name = (self.ffn.down, "weight") if self.ffn.layout else (self.ffn.module, "down_proj")
         empty = getattr(holder, name)
         tensor = torch.frombuffer(data, dtype=DTYPES[self.place.dtype]).view(self.place.shape)
@@ -73,7 +76,7 @@ class _Down:
             setattr(holder, name, empty)
 
     def read(self, shard: Path) -> bytearray:
-        """The weight's bytes in the file ``shard``, the original or a copy of it."""
+        """Read the weight's bytes from the file ``shard``, the original or a copy of it."""
         with open(shard, "rb") as file:
             file.seek(self.place.begin)
             return _read(file, self.place.end - self.place.begin)
@@ -83,23 +86,21 @@ def fold_checkpoint(
     folder: PathLike,
     mutes: MuteSource,
     out: PathLike,
-    verify: bool = True,
     callback: Callable[[int, int], object] | None = None,
 ) -> None:
     """Fold a mute set into a copy of a Hugging Face checkpoint.
 
     The copy holds what ``neumuter.fold`` and ``save_pretrained`` would have written, the other files of
     ``folder`` but no weights in other formats, and a model card. It appears whole or not at all: the shards
-    are written to a hidden folder next to ``out``, which is renamed at the end. A fold that was killed starts
-    anew, and removes what the killed one left. Memory: two of the down projections, whatever the size of the
-    model.
+    are written to a hidden folder next to ``out``, read back and compared, and the folder is renamed at the
+    end. A fold that was killed starts anew, and removes what the killed one left. Memory: two of the down
+    projections, whatever the size of the model.
 
     Args:
         folder: the checkpoint: config.json with model.safetensors, or with model.safetensors.index.json and
             its shards.
         mutes: a ``MuteSet``, or the path of a mute file.
         out: the new folder; it must not exist, or be empty.
-        verify: read each shard back and compare.
         callback: called as ``callback(done, total)`` as bytes of the new shards are written.
 
     Raises:
@@ -115,6 +116,7 @@ def fold_checkpoint(
     mutes = load_mutes(mutes)
     if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
         raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
+    refuse_taken(out)
     shards = _find_shards(folder)
     downs = _find_downs(folder, shards, mutes)
     _check_fingerprint(downs, mutes)
@@ -130,7 +132,7 @@ def fold_checkpoint(
         for shard in shards:
             target, touched = temporary / shard.name, [d for d in downs if d.layer and d.place.shard == shard]
             written = _write(_fold_pieces(shard, touched), target, advance)
-            if verify and (_sha256(target) != written or not all(_is_folded(d, target) for d in touched)):
+            if _hash(target) != written or not all(_is_folded(down, target) for down in touched):
                 raise OSError(f"{target} reads back other than it was written; is the disk in order?")
         _copy_others(folder, temporary, shards)
         card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
@@ -141,9 +143,11 @@ def fold_checkpoint(
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would load from ``folder``, a list of Path.
+    """Find the safetensors files that transformers would load from ``folder``.
 
-    Raises FileNotFoundError if there are none, and ValueError for an index that names files elsewhere.
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the index names files outside of the folder.
     """
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
@@ -157,10 +161,15 @@ def _find_shards(folder: Path) -> list[Path]:
 
 
 def _read_header(shard: Path) -> dict[str, _Place]:
-    """{name: _Place} of a safetensors file. Raises ValueError if it is damaged."""
+    """Read where the tensors of a safetensors file are, {name: _Place}.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
         with safe_open(shard, framework="pt"):
-            pass  # it checks every name, dtype, shape and offset
+            # Opening it checks every name, dtype, shape and offset.
+            pass
     except SafetensorError as error:
         raise ValueError(f"{shard} is not a valid safetensors file: {error}") from error
     with open(shard, "rb") as file:
@@ -175,10 +184,11 @@ def _read_header(shard: Path) -> dict[str, _Place]:
 
 
 def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_Down]:
-    """The ``_Down`` of every FFN that ``mutes`` was made on.
+    """Find the down projection of every FFN that ``mutes`` was made on.
 
-    Raises MuteMismatchError if the architecture, a module path or an intermediate size differs, and
-    ValueError for weights that cannot be folded where they are.
+    Raises:
+        MuteMismatchError: the architecture, a module path or an intermediate size differs.
+        ValueError: weights that cannot be folded where they are.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
@@ -201,7 +211,8 @@ def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_D
 
 def _locate(ffn: FFN, places: dict[str, _Place], prefix: str) -> _Place:
     name = f"{ffn.path}.{ffn.layout.down}.weight" if ffn.layout else f"{ffn.path}.down_proj"
-    place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))  # saved without its head
+    # A model that was saved without its head has no prefix.
+    place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))
     if place is None:
         raise NotOnDiskError(
             f"the checkpoint has no tensor {name}: it is quantised, or stores this weight in another form, "
@@ -229,27 +240,30 @@ def _check_fingerprint(downs: Iterable[_Down], mutes: MuteSet) -> None:
 
 
 def _fold_pieces(shard: Path, touched: Iterable[_Down]) -> Iterator[bytearray]:
-    """The bytes of ``shard`` with the mutes of ``touched``, of type ``_Down``, folded in; in pieces."""
+    """Yield the bytes of ``shard`` with the mutes of the ``touched`` down projections folded in."""
     with open(shard, "rb") as file:
         for down in sorted(touched, key=lambda down: down.place.begin):
-            yield from _pieces(file, down.place.begin - file.tell())
+            yield from _read_pieces(file, down.place.begin - file.tell())
             data = _read(file, down.place.end - down.place.begin)
             with down.holding(data) as weight:
                 fold_columns(weight, cast(MutedLayer, down.layer))
             yield data
-        yield from _pieces(file, os.fstat(file.fileno()).st_size - file.tell())
+        yield from _read_pieces(file, os.fstat(file.fileno()).st_size - file.tell())
 
 
 def _is_folded(down: _Down, target: Path) -> bool:
-    """Whether in the file ``target`` the weight is the original times the gains, rounded once."""
+    """Check that in the file ``target`` the weight is the original times the gains, rounded once."""
     before, after = down.read(down.place.shard), down.read(target)
     with down.holding(before) as source, down.holding(after) as result:
         gains = torch.ones(source.shape[1:])
         layer = cast(MutedLayer, down.layer)
         gains.view(-1)[layer.indices.long()] = layer.gains
+        # The product is float32, or float64.
         return all(
-            torch.equal(rows, (original * gains).to(rows.dtype))  # the product is float32, or float64
-            for original, rows in zip(source.split(ROWS), result.split(ROWS), strict=True)
+            torch.equal(rows, (original * gains).to(rows.dtype))
+            for original, rows in zip(
+                source.split(ROWS_PER_COMPARISON), result.split(ROWS_PER_COMPARISON), strict=True
+            )
         )
 
 
@@ -260,15 +274,15 @@ def _read(file: BufferedReader, size: int) -> bytearray:
     return data
 
 
-def _pieces(file: BufferedReader, size: int) -> Iterator[bytearray]:
+def _read_pieces(file: BufferedReader, size: int) -> Iterator[bytearray]:
     while size:
-        piece = _read(file, min(size, PIECE))
+        piece = _read(file, min(size, BYTES_PER_COPY))
         size -= len(piece)
         yield piece
 
 
 def _write(pieces: Iterable[bytearray], target: Path, advance: Callable[[int], None]) -> str:
-    """Write ``pieces`` to the file ``target``, for good; returns their SHA-256."""
+    """Write ``pieces`` to the file ``target`` and to the disk; returns their SHA-256."""
     digest = hashlib.sha256()
     with open(target, "wb") as file:
         for piece in pieces:
@@ -277,25 +291,27 @@ def _write(pieces: Iterable[bytearray], target: Path, advance: Callable[[int], N
             advance(len(piece))
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back what the disk has
+        # What is read back must come from the disk, not from memory.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for piece in _pieces(file, os.fstat(file.fileno()).st_size):
+        for piece in _read_pieces(file, os.fstat(file.fileno()).st_size):
             digest.update(piece)
     return digest.hexdigest()
 
 
 def _copy_others(folder: Path, target: Path, shards: Sequence[Path]) -> None:
-    """Copy configurations, tokenizers, texts and the index of ``shards``; not what links to elsewhere."""
+    """Copy configurations, tokenizers, texts and the index of ``shards``, but no links to elsewhere."""
     others = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
     index = shards != [folder / SAFE_WEIGHTS_NAME] and folder / SAFE_WEIGHTS_INDEX_NAME
-    homes = folder.resolve(), folder.resolve().parent.parent / "blobs"  # of the Hub's cache
+    # In the Hub's cache, files are links to blobs.
+    homes = folder.resolve(), folder.resolve().parent.parent / "blobs"
     for file in others:
-        known = file.suffix in COPIED or file.name.split(".")[0] in COPIED_NAMES
+        known = file.suffix in COPIED_SUFFIXES or file.name.split(".")[0] in COPIED_NAMES
         if file.name.endswith(".index.json") and file != index:
             known = False
         if known and file.is_file() and any(file.resolve().is_relative_to(home) for home in homes):
@@ -305,7 +321,7 @@ def _copy_others(folder: Path, target: Path, shards: Sequence[Path]) -> None:
 
 
 def model_card(mutes: MuteSet) -> str:
-    """What was done to a checkpoint that ``mutes`` is folded into, a section in Markdown."""
+    """Write what was done to a checkpoint that ``mutes`` is folded into, a section in Markdown."""
     counts = {path: len(layer.indices) for path, layer in mutes.layers.items()}
     layers = [
         (f"`{path}`", counts.get(path, 0), width, f"{counts.get(path, 0) / width:.2%}")
@@ -344,5 +360,5 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def _code(value: object) -> str:
-    """JSON that stays one cell of a table and means nothing else in Markdown, whoever wrote it."""
+    """Write JSON that stays one cell of a table and means nothing else in Markdown, whoever wrote it."""
     return "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"
