@@ -13,38 +13,32 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 NEEDED = ("torch", "cmake", "ninja", "pybind11")
+HELP = """
+neumuter-kernels is compiled for the torch that is installed, and this build cannot find: {missing}.
+pip builds in an environment without torch unless you tell it not to. Run:
+
+    pip install {needed} 'setuptools>=77'
+    pip install --no-build-isolation .
+"""
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        missing = [m for m in NEEDED if importlib.util.find_spec(m) is None and shutil.which(m) is None]
+        # cmake and ninja may be packages of Python or programs of the system.
+        missing = [name for name in NEEDED if not (importlib.util.find_spec(name) or shutil.which(name))]
         if missing:
-            sys.exit(
-                f"neumuter-kernels builds against the torch that is installed, but {', '.join(missing)} "
-                f"cannot be imported here; run: pip install {' '.join(NEEDED)} 'setuptools>=77' && "
-                "pip install --no-build-isolation ."
-            )
-        destination = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()
+            sys.exit(HELP.format(missing=", ".join(missing), needed=" ".join(NEEDED)))
         build = Path(self.build_temp).resolve() / "cmake"
-        configure = [
-            "-S",
-            str(ROOT),
-            "-B",
-            str(build),
-            "-G",
-            "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}",
-        ]
+        prefix = Path(self.get_ext_fullpath(ext.name)).parent.parent.resolve()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        # cmake and ninja may be there for this Python only, whose environment nobody has activated.
+        self.cmake("-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+        self.cmake("--build", build, "--parallel", jobs)
+        self.cmake("--install", build, "--prefix", prefix)
+
+    def cmake(self, *arguments):
+        # The programs of this Python's environment are not on the PATH if nobody has activated it.
         path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
-        environment = os.environ | {"PATH": path}
-        for arguments in (
-            configure,
-            ["--build", str(build), "--parallel", jobs],
-            ["--install", str(build), "--prefix", str(destination)],
-        ):
-            subprocess.run(["cmake", *arguments], check=True, env=environment)
+        subprocess.run(["cmake", *map(str, arguments)], check=True, env=os.environ | {"PATH": path})
 
 
 setup(ext_modules=[Extension("neumuter_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
