@@ -53,13 +53,21 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.training.masked import attach as attach
     from neumuter.unlearning import Outcome as Outcome
     from neumuter.unlearning import unlearn as unlearn
+
+    __version__: str
 else:
 
     def __getattr__(name: str) -> object:
         # On first use: torch and transformers take seconds to import, and `neumuter --help` needs neither.
-        if name not in _HOMES:
+        value: object
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version("neumuter-kernels")
+        elif name in _HOMES:
+            value = getattr(importlib.import_module(f"neumuter.{_HOMES[name]}"), name)
+        else:
             raise AttributeError(f"module 'neumuter' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"neumuter.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
 

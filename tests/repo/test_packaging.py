@@ -1,0 +1,163 @@
+"""The wheel and the source distribution have what an installation needs, and nothing else.
+
+Both are built from a copy of the checkout in ``build/packaging``, without a network, and installed into
+environments of their own. One build folder serves both wheels, so the extension is compiled once: about 150
+seconds of CPU time the first time, seconds later on, because the folder stays.
+"""
+
+import os
+import re
+import site
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / "build/packaging"
+SOURCE = WORK / "source"
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+PACKAGES = ("python/neumuter/", "neumuter_kernels/")
+TO_BUILD = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+GENERATED = re.compile(r"PKG-INFO|setup\.cfg|neumuter_kernels\.egg-info/.*")
+COMPILED = f"neumuter_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+class Built(NamedTuple):
+    """The archives, and all that the tools printed while they built them."""
+
+    sdist: Path
+    wheel: Path
+    wheel_of_sdist: Path
+    printed: str
+
+
+def checkout():
+    """{path: content} of all files of the checkout but those that git ignores."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split("\0")  # fmt: skip
+    return {name: (ROOT / name).read_bytes() for name in listed if (ROOT / name).is_file()}
+
+
+def unpacked(sdist):
+    """{path: content} of a source distribution."""
+    with tarfile.open(sdist) as archive:
+        return {
+            member.name.split("/", 1)[1]: archive.extractfile(member).read()
+            for member in archive
+            if member.isfile()
+        }
+
+
+def fill_source(files):
+    """Make SOURCE these files alone. What stays the same is not written, so that it is not compiled again."""
+    for path in [path for path in SOURCE.rglob("*") if not path.is_dir()]:
+        if path.relative_to(SOURCE).as_posix() not in files:
+            path.unlink()
+    for name, content in files.items():
+        path = SOURCE / name
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def run(*command, cwd, **variables):
+    """What a command prints, which must succeed. It sees the paths that it was installed with alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def pip(*arguments, cwd, **variables):
+    options = ("--disable-pip-version-check", "--no-input")
+    return run(sys.executable, "-m", "pip", *options, *arguments, cwd=cwd, **variables)
+
+
+def build_wheel(out):
+    """The wheel of SOURCE, and what was printed."""
+    printed = pip(
+        "wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out, SOURCE,
+        cwd=WORK, DIST_EXTRA_CONFIG=str(WORK / "build.cfg"),
+    )  # fmt: skip
+    (wheel,) = out.iterdir()
+    return wheel, printed
+
+
+@pytest.fixture(scope="module")
+def files():
+    return checkout()
+
+
+@pytest.fixture(scope="module")
+def built(files, tmp_path_factory):
+    SOURCE.mkdir(parents=True, exist_ok=True)
+    (WORK / "build.cfg").write_text(f"[build]\nbuild_temp = {WORK}\n")
+    out = tmp_path_factory.mktemp("dist")
+    fill_source(files)
+    build_sdist = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    printed = run(sys.executable, "-c", build_sdist, out / "sdist", cwd=SOURCE)
+    (sdist,) = (out / "sdist").iterdir()
+    wheel, more = build_wheel(out / "wheel")
+    fill_source(unpacked(sdist))
+    wheel_of_sdist, most = build_wheel(out / "wheel_of_sdist")
+    return Built(sdist, wheel, wheel_of_sdist, printed + more + most)
+
+
+def test_building_warns_of_nothing_left_out(built):
+    assert "would be ignored" not in built.printed
+    assert not re.findall(r".*warning: no (?:previously-included )?files.*", built.printed)
+    assert "deprecat" not in built.printed.lower()
+
+
+def test_the_sdist_has_what_a_build_needs_and_nothing_else(built, files):
+    found = unpacked(built.sdist)
+    needed = {name for name in files if name in TO_BUILD or name.startswith((*PACKAGES, "csrc/"))}
+    assert {name for name in found if not GENERATED.fullmatch(name)} == needed
+    assert {name: found[name] for name in needed} == {name: files[name] for name in needed}
+
+
+@pytest.mark.parametrize("which", ["wheel", "wheel_of_sdist"])
+def test_a_wheel_has_all_files_of_both_packages_and_nothing_else(which, built, files):
+    with zipfile.ZipFile(getattr(built, which)) as archive:
+        information = f"neumuter_kernels-{VERSION}.dist-info/"
+        found = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+    packed = {name: content for name, content in found.items() if not name.startswith(information)}
+    assert packed.pop(COMPILED)
+    assert packed == {
+        name.removeprefix("python/"): content for name, content in files.items() if name.startswith(PACKAGES)
+    }
+    assert found[f"{information}licenses/LICENSE"] == files["LICENSE"]
+
+
+@pytest.mark.parametrize("which", ["wheel", "wheel_of_sdist"])
+def test_it_runs_in_an_empty_environment(which, built, tmp_path):
+    """Empty but for what it depends on, torch and the like, which is taken from the tests' environment."""
+    environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    venv.create(environment, symlinks=True)
+    python = environment / "bin/python"
+    pip(
+        "--python", python, "install", "--no-deps", "--no-index", getattr(built, which), cwd=elsewhere
+    )  # fmt: skip
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+
+    code = "import neumuter as nm, neumuter_kernels as nk; print(nm.__version__, nm.__file__, nk.__file__)"
+    version, *homes = run(python, "-c", code, cwd=elsewhere).split()
+    assert version == VERSION
+    assert homes == [str(packages / package / "__init__.py") for package in ("neumuter", "neumuter_kernels")]
+    assert "unlearn" in run(environment / "bin/neumuter", "--help", cwd=elsewhere)
+    assert "op masked_glu" in run(python, "-m", "neumuter_kernels", cwd=elsewhere)
+    assert not list(elsewhere.iterdir())
