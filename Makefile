@@ -16,12 +16,13 @@ demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
 
 test: $(VENV)/.built $(VENV)/.quantised
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 
 check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench readme --check
 	$(BIN)/python -m bench.unlearning report --check
