@@ -1,10 +1,11 @@
-"""For you if you have a training loop and an objective of your own: NeuMuter brings the masks, you the rest.
+"""For you if you have your own training loop and objective: NeuMuter provides the masks, you write the rest.
 
-    python -m neumuter.demo small            # a small model and texts, once
+    python -m neumuter.demo small            # once: writes a small model and its texts
     python examples/custom_loop_user.py small
 
-Here one backward pass chooses neurons, and Adam fits a signed gain to each. The loss is a hinge on the
-log-odds of what is to be forgotten and the plain loss on what must stay; anything differentiable will do.
+Here one backward pass chooses the neurons, and Adam fits a signed gain to each. The loss has two terms: a
+hinge on the log-odds of the texts to forget, and the usual loss on the texts to keep. Any differentiable loss
+will do.
 """
 
 import sys
@@ -29,7 +30,7 @@ retain = encode(read_texts(folder / "retain.jsonl"), tokenizer, max_length=64)
 
 
 def losses(batch):
-    """Cross-entropy in nats of each token that counts: those of the completions."""
+    """Cross-entropy, in nats, of each token of the completions."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return token_losses(logits, batch["labels"])
 
@@ -49,11 +50,13 @@ def show(state):
 
 
 show("before")
-with neumuter.attach(model, start_layer=0) as masked:  # freezes the model's own weights
+# attach() freezes the weights of the model: only the gains are trained.
+with neumuter.attach(model, start_layer=0) as masked:
     gains = {path: torch.ones_like(scores, requires_grad=True) for path, scores in masked.scores.items()}
 
     def slopes(loss_of):
-        with masked.applying(gains):  # a mask [F] for each FFN; [B, F] would be one for each sample
+        # One mask [F] for each FFN, applied to all samples. A mask [B, F] gives each sample its own.
+        with masked.applying(gains):
             return torch.cat(torch.autograd.grad(loss_of(), list(gains.values()))).abs()
 
     needed = slopes(keeping)

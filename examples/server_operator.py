@@ -1,10 +1,10 @@
-"""For you if you serve one model to many: each row of a batch mutes what its own tenant asked to have muted.
+"""For you if you serve one model to many tenants: each row of a batch mutes what its tenant wants muted.
 
-    python -m neumuter.demo small            # a small model and texts, once
+    python -m neumuter.demo small            # once: writes a small model and its texts
     python examples/server_operator.py small
 
-Two tenants each asked that the mailbox of a customer be forgotten. A mute file is found for each; then all
-are served together, sets come and go, and at the end the model is what it was.
+Two tenants each want the mailbox of one customer forgotten. The script makes a mute file for each tenant. Then
+it serves all of them in one batch, adds and removes mute sets meanwhile, and at the end restores the model.
 """
 
 import sys
@@ -33,7 +33,7 @@ for number, tenant in enumerate(("north", "south")):
 
 
 def serve(records, **options):
-    """Greedy answers to the prompts of records, in one batch."""
+    """The greedy answers to the prompts of the records, generated as one batch."""
     prompts = [tokenizer.bos_token + prompt for prompt, _ in records]
     batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
@@ -52,7 +52,8 @@ for (tenant, (prompt, truth)), answer in zip(rows, answers, strict=True):
     verdict = "as learnt" if answer.startswith(truth) else "forgotten"
     print(f"{tenant or 'nobody':7} {verdict:10} {prompt}{answer[: len(truth)]}")
 
-with bank.using("north"):  # a batch keeps the sets that were there when it began
+# A batch keeps the mute sets that the bank had when the batch began.
+with bank.using("north"):
     bank.remove("north")
     bank.add("east", folder / "north.safetensors")
     print("removed meanwhile, still muted:", serve(customers[:1]) == answers[1:2])

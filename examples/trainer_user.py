@@ -1,10 +1,10 @@
-"""For you if you train with transformers' Trainer: NeuMuter's recipe inside it.
+"""For you if you train with the Trainer of transformers: it runs NeuMuter's recipe.
 
-    python -m neumuter.demo small            # a small model and texts, once
+    python -m neumuter.demo small            # once: writes a small model and its texts
     python examples/trainer_user.py small
 
-What you know from the Trainer is there: arguments, logging, evaluations, checkpoints. A run that was killed
-goes on where it was when you start it again. Needs `pip install accelerate`.
+You keep what you know from the Trainer: arguments, logging, evaluations and checkpoints. If a run is killed,
+start the script again: it resumes from the last checkpoint. It needs `pip install accelerate`.
 """
 
 import sys
@@ -34,10 +34,12 @@ show("before")
 config = NeuMuterConfig(
     output_dir=folder / "trainer",
     num_train_epochs=10,
-    per_device_train_batch_size=6,  # of each kind, forget and retain
+    # Six texts to forget and six to retain in each step.
+    per_device_train_batch_size=6,
     learning_rate=0.5,
     kl_weight=2.0,
-    sparsity=0.0,  # the budget says how many neurons; on a model this small the paper's λ finds none
+    # The budget alone sets the number of neurons: on a model this small the paper's λ finds none.
+    sparsity=0.0,
     budget=0.15,
     start_layer=0,
     eval_strategy="steps",
@@ -45,7 +47,8 @@ config = NeuMuterConfig(
     save_strategy="steps",
     save_steps=20,
     save_total_limit=1,
-    goal_forget_loss=3.0,  # it would end earlier
+    # Training ends early once the loss on the texts to forget is this high.
+    goal_forget_loss=3.0,
     disable_tqdm=True,
 )
 trainer = NeuMuterTrainer(model, config, forget, retain)
