@@ -3,8 +3,8 @@
     python -m neumuter.demo small            # once: writes a small model and its texts
     python examples/server_operator.py small
 
-Two tenants each want the mailbox of one customer forgotten. The script makes a mute file for each tenant. Then
-it serves all of them in one batch, adds and removes mute sets meanwhile, and at the end restores the model.
+Two tenants each want the mailbox of one customer forgotten. The script makes a mute file for each tenant.
+Then it serves them all in one batch, adds and removes mute sets meanwhile, and restores the model at the end.
 """
 
 import sys
