@@ -11,13 +11,14 @@ will do.
 import sys
 from pathlib import Path
 
-import neumuter
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+import neumuter
 from neumuter.evaluation import extraction_rate
 from neumuter.texts import encode, read_texts
 from neumuter.training.losses import odds_hinge, token_losses
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 SHARE, STEPS, KEEP_WEIGHT = 0.1, 40, 6.0
 

@@ -10,11 +10,12 @@ Then it serves them all in one batch, adds and removes mute sets meanwhile, and 
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
 import neumuter
 from neumuter.recipes import GainsConfig, forget
 from neumuter.texts import encode, read_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 folder = Path(sys.argv[1])
 disable_progress_bar()

@@ -10,12 +10,13 @@ start the script again: it resumes from the last checkpoint. It needs `pip insta
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
 import neumuter
 from neumuter import NeuMuterConfig, NeuMuterTrainer
 from neumuter.evaluation import extraction_rate
 from neumuter.texts import encode, read_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 folder = Path(sys.argv[1])
 disable_progress_bar()

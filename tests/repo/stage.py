@@ -2,10 +2,10 @@
 
 import json
 
-import neumuter
 import torch
-from neumuter.texts import encode, read_texts
 
+import neumuter
+from neumuter.texts import encode, read_texts
 from tests.models import build, tokenizer
 
 TEXTS = {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from neumuter.cli.app import main
 from neumuter.models import families
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from neumuter.demo.tutorial import write_tutorial
 
 FOLDER = Path(__file__).parents[2] / "examples"

@@ -4,13 +4,13 @@ import ast
 import json
 from pathlib import Path
 
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter import MuteFileError, MuteMismatchError, MuteSet
 from neumuter.cli.app import main
 from neumuter.recipes import mute_random
-
 from tests.models import build, tokenizer
 from tests.neumuter.test_mute_set import join, split
 

@@ -4,9 +4,10 @@ import ast
 import warnings
 from pathlib import Path
 
-import neumuter
 import pytest
 from setuptools import Distribution
+
+import neumuter
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,14 @@ A call that mypy must refuse has the error's code behind it: an error that does 
 
 from typing import Any
 
-import neumuter
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+from typing_extensions import assert_type
+
+import neumuter
+import neumuter_kernels as nk
 from neumuter import evaluation
 from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes, search_budget
 from neumuter.serving.adapters import Exported
@@ -15,12 +21,6 @@ from neumuter.serving.shrink import Shrunk
 from neumuter.texts import encode, read_texts
 from neumuter.training.batches import PairedBatches
 from neumuter.types import Batch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
-from typing_extensions import assert_type
-
-import neumuter_kernels as nk
 
 
 def forgetting(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
