@@ -50,7 +50,7 @@ def tune_weights(
 ) -> dict[str, Any]:
     """Train the weights of ``model`` in place; returns the config as a dict.
 
-    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.training.batches.Pair`; ascent and relearn take
+    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.training.batches.PairedBatches`; ascent and relearn take
     None for the latter. The reference of NPO is the model as it is now: its log-likelihoods of the forget
     texts are computed once, so no copy is kept.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "retain_loss"}.
