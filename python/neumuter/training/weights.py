@@ -50,9 +50,9 @@ def tune_weights(
 ) -> dict[str, Any]:
     """Train the weights of ``model`` in place; returns the config as a dict.
 
-    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.training.batches.PairedBatches`; ascent and relearn take
-    None for the latter. The reference of NPO is the model as it is now: its log-likelihoods of the forget
-    texts are computed once, so no copy is kept.
+    ``forget_batch``, ``retain_batch``: as in :class:`neumuter.training.batches.PairedBatches`. The methods
+    ascent and relearn take None as ``retain_batch``. The reference of NPO is the model as it is now: its
+    log-likelihoods of the forget texts are computed once, so no copy is kept.
     ``callback(step, total, info)`` after every step, info = {"loss", "forget_loss", "retain_loss"}.
 
     Raises ValueError if no parameter requires a gradient.
