@@ -44,11 +44,11 @@ LOADING = {
     "test_a_pickled_model_is_whole": "pickling while attached",
     "test_a_deep_copy_is_a_model_of_its_own": "deep copies",
     "test_one_result_for_any_number_of_processes[ddp-2]": "DDP through Accelerate, 1 and 2 processes",
-    "test_one_result_for_any_number_of_processes[ddp-4]": "the same, 4 processes",
+    "test_one_result_for_any_number_of_processes[ddp-4]": "DDP through Accelerate, 4 processes",
     "test_the_trainer_finds_the_same_neurons_of_the_demo_task": "NeuMuterTrainer, 1, 2 and 4 processes",
     "test_one_result_for_any_number_of_processes[fsdp2-2]": "FSDP2 (`fully_shard`), 2 processes",
     "test_one_result_for_any_number_of_processes[tp-2]": "tensor parallelism (`tp_plan`), 2 processes",
-    "test_tensor_parallel_packed_ffns": "the same, packed gate and up",
+    "test_tensor_parallel_packed_ffns": "tensor parallelism with packed gate and up, 2 processes",
     "test_one_result_for_any_number_of_processes[deepspeed-2]": "DeepSpeed ZeRO-3, 2 processes",
 }
 
