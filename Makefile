@@ -53,8 +53,13 @@ bench: $(VENV)/.built
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench readme
 
-gpu: $(VENV)/.built
-	bash bench/gpu.sh
+# The GPU queue, by the Python as it is: no virtual environment, no network. A second run goes on.
+#   WHEELS   a folder of wheels to use; RESULTS  the folder of the results
+#   SECONDS  of the whole run at most; STEPS  some steps alone; FRESH=1  measures all anew
+#   COMMIT   what is measured, where the copy has no git history
+gpu:
+	$(if $(COMMIT),NEUMUTER_COMMIT=$(COMMIT)) $(PYTHON) -m bench.gpu $(STEPS) $(if $(WHEELS),--wheels $(WHEELS)) \
+	  $(if $(RESULTS),--out $(RESULTS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(FRESH),--fresh)
 
 models: $(VENV)/.built $(VENV)/.quantised
 	$(BIN)/python -m pytest --junitxml build/models.xml tests/neumuter/test_families.py tests/neumuter/test_loading.py tests/neumuter/test_distributed.py

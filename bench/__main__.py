@@ -1,4 +1,4 @@
-"""``python -m bench``: measures, prints and writes JSON; see the package's docstring."""
+"""``python -m bench``: measures, prints and writes rows of results; see the package's docstring."""
 
 import argparse
 import importlib
@@ -9,77 +9,98 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, report
-from bench.timing import FULL, QUICK, keep_freed_memory
+from bench import unbuilt
 
-# Each module has rows(device, effort, small), which yields one row of results after another.
-MEASURED = ("kernels", "step", "select", "decode", "serve")
+# Of each benchmark: the module with its cases(device, effort, small), and whether it runs whole models.
+BENCHMARKS = {
+    "check": ("bench.check", False),
+    "kernels": ("bench.kernels", False),
+    "losses": ("bench.token_losses", False),
+    "step": ("bench.step", True),
+    "decode": ("bench.decode", False),
+    "serve": ("bench.serve", True),
+    "launch": ("bench.launch", False),
+    "select": ("bench.select", False),
+}
 
 
 def main():
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     options = parse()
+    if not unbuilt.is_built() and torch.cuda.is_available():
+        print("The extension is not built: only what Triton computes is measured.")
+        unbuilt.define()
+    from bench import report
+
     if options.benchmark == "readme":
         return report.readme(check=options.check)
-    subs = (*MEASURED, "static") if options.benchmark == "all" else (options.benchmark,)
+    if options.quick and options.out == report.RESULTS:
+        sys.exit("--quick needs --out: its times are no results")
+    names = (*BENCHMARKS, "static") if options.benchmark == "all" else (options.benchmark,)
     failed = False
-    for sub in subs:
-        print(f"— {sub} —", flush=True)
-        failed |= static(options.out) if sub == "static" else measured(sub, options.out, options.quick)
+    for name in names:
+        print(f"— {name} —", flush=True)
+        failed |= static(options.out) if name == "static" else measured(name, options)
     return int(failed)
 
 
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, or renew the README.")
-    parser.add_argument("benchmark", choices=(*MEASURED, "static", "all", "readme"))
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON results")
+    parser.add_argument("benchmark", choices=(*BENCHMARKS, "static", "all", "readme"))
+    parser.add_argument(
+        "--out", type=Path, default=unbuilt.ROOT / "bench/results", help="folder of the results"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: does it run at all?")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
     parser.add_argument(
         "--check", action="store_true", help="with readme: only tell whether it is up to date"
     )
-    options = parser.parse_args()
-    if options.check and options.benchmark != "readme":
-        parser.error("--check belongs to readme")
-    if options.quick and options.out == report.RESULTS and options.benchmark in (*MEASURED, "all"):
-        parser.error("--quick needs --out: its times are no results")
-    return options
+    return parser.parse_args()
 
 
-def measured(sub, folder, quick):
-    """Runs one benchmark and writes its results; returns whether a contender was wrong."""
+def measured(name, options):
+    """Runs one benchmark, each row into the file of this machine; returns whether something was wrong."""
+    from bench import machine, report, rows
+    from bench.timing import FULL, QUICK, keep_freed_memory
+
+    module, whole_models = BENCHMARKS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    header = machine.describe(device)
-    print(report.machine_line(header))
-    if report.is_busy(header):
-        print(f"The load was {header['load']} before this began: wait until nothing else runs here.")
+    record = machine.describe(device, machine.LIBRARY if whole_models else machine.KERNELS)
+    print(report.machine_line(record))
+    if report.is_busy(record):
+        print(f"The load was {record['load']} before this began: wait until nothing else runs here.")
     keep_freed_memory()
-    rows = []
-    for row in importlib.import_module(f"bench.{sub}").rows(device, QUICK if quick else FULL[device], quick):
-        print(report.row_text(row), flush=True)
-        rows.append(row)
-        path = write(folder, machine.slug(header), sub, header, rows)  # so far: it may be interrupted
-    print(f"wrote {path}")
-    return any("failed" in c for row in rows for c in row["contenders"])
+    effort = QUICK if options.quick else FULL[device]
+    cases = importlib.import_module(module).cases(device, effort, options.quick)
+    cases = (({"benchmark": name} | about, find) for about, find in cases)
+    path = options.out / f"{machine.slug(record)}.jsonl"
+    failed = False
+    for row in rows.measure(cases, path, record, options.fresh):
+        failed |= row is None or is_wrong(row)
+        if row:
+            print(report.row_text(row), flush=True)
+    print(f"{path} has all that was measured")
+    return failed
+
+
+def is_wrong(row):
+    return bool(row.get("error")) or any("failed" in c for c in row.get("contenders", ()))
 
 
 def static(folder):
     """Compiles all kernels and writes the table; returns whether one breaks the rules."""
+    from bench import report
     from bench import static as module
 
     table = module.rows()
     module.print_table(table)
     broken = [v for row in table for v in module.violations(row)]
     print("\n".join(broken) or "No kernel breaks the rules.")
-    print(f"wrote {write(folder, 'compiled', 'static', module.compilers(), table)}")
+    path = folder / "compiled-static.json"
+    text = json.dumps({"benchmark": "static", "machine": module.compilers(), "rows": table}, indent=1)
+    report.replace(path, text + "\n")
     return bool(broken)
 
 
-def write(folder, name, sub, header, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{sub}.json"
-    report.replace(path, json.dumps({"benchmark": sub, "machine": header, "rows": rows}, indent=1) + "\n")
-    return path
-
-
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     sys.exit(main())

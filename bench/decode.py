@@ -1,10 +1,12 @@
 """The masked activation at decode sizes: what the mask costs over the unmasked activation."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 import neumuter_kernels as nk
-from bench.timing import Contender, compare
+from bench.timing import BACKENDS, Contender, compare, compiled
 from neumuter_kernels import reference
 
 TOKENS = (1, 8, 64)
@@ -16,16 +18,15 @@ def unmasked(gate, up):
     return F.silu(gate) * up
 
 
-def problem(tokens, width, dtype, device, layers=CALLS):
-    """The contenders, ours first: one run is one call for each of ``layers`` layers."""
+def problem(tokens, width, dtype, device, small=False):
+    """The contenders, ours first: one run is one call for each of CALLS layers, fewer of them if ``small``."""
+    layers = 2 if small else CALLS
     generator = torch.Generator(device).manual_seed(0)
     gates, ups = (
         torch.randn(layers, tokens, width, generator=generator, device=device).to(dtype) for _ in range(2)
     )
     masks = torch.rand(layers, 1, width, generator=generator, device=device)
     ones = torch.ones(1, width, device=device)
-    torch._dynamo.reset()
-    compiled = torch.compile(unmasked, fullgraph=True, dynamic=False)
 
     def run(function, *tensors):
         with torch.no_grad():
@@ -50,7 +51,7 @@ def problem(tokens, width, dtype, device, layers=CALLS):
     return [
         contender("ours, masked", nk.masked_glu, gates, ups, masks),
         contender("eager, unmasked", unmasked, gates, ups),
-        contender("torch.compile, unmasked", compiled, gates, ups),
+        contender("torch.compile, unmasked", compiled(unmasked, BACKENDS[small]), gates, ups),
     ]
 
 
@@ -67,23 +68,20 @@ def _captured(work):
     return graph.replay
 
 
-def rows(device, effort, small=False):
-    """Yields one row of results after another."""
-    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    width, layers = (64, 2) if small else (WIDTH, CALLS)
-    for dtype in dtypes:
+def cases(device, effort, small=False):
+    """Yields (what a row is about, how it is measured)."""
+    width = 64 if small else WIDTH
+    for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
         for tokens in TOKENS[:1] if small else TOKENS:
-            contenders = problem(tokens, width, dtype, device, layers)
-            moved = 3 * tokens * width * dtype.itemsize + 4 * width
-            measured = compare(contenders, None, device, effort, moved, calls=layers)
-            overhead = {}
-            if "ratio" in measured:
-                overhead["overhead_percent"] = 100 * (1 / measured["ratio"] - 1)
-            yield {
-                "op": "masked_glu",
-                "pass": "forward, CUDA graph" if device == "cuda" else "forward",
-                "shape": [tokens, width],
-                "dtype": str(dtype).removeprefix("torch."),
-                **measured,
-                **overhead,
-            }
+            about = {
+                "op": "masked_glu", "pass": "forward, CUDA graph" if device == "cuda" else "forward",
+                "shape": [tokens, width], "dtype": str(dtype).removeprefix("torch."),
+            }  # fmt: skip
+            yield about, functools.partial(_measured, tokens, width, dtype, device, effort, small)
+
+
+def _measured(tokens, width, dtype, device, effort, small):
+    contenders = problem(tokens, width, dtype, device, small)
+    moved = 3 * tokens * width * dtype.itemsize + 4 * width
+    row = compare(contenders, None, device, effort, moved, calls=2 if small else CALLS)
+    return row | ({"overhead_percent": 100 * (1 / row["ratio"] - 1)} if "ratio" in row else {})

@@ -1,7 +1,4 @@
-"""masked_glu and masked_act against what else computes a masked FFN activation and its gradients.
-
-The rows of the losses (bench/token_losses.py) come last.
-"""
+"""masked_glu and masked_act against what else computes a masked FFN activation and its gradients."""
 
 import functools
 import importlib.util
@@ -13,12 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import neumuter_kernels as nk
-from bench import token_losses
-from bench.timing import Contender, compare, copying, measure
+from bench.timing import BACKENDS, Contender, compare, compiled, copying, measure
 from neumuter_kernels import reference
 
 PASSES = ("forward", "backward", "forward+backward")
-ACTIVATION = {"masked_glu": "silu", "masked_act": "gelu_tanh"}
 # ‖result − exact‖ / ‖exact‖ that a contender may have. In 16 bits, rounding in between is allowed.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CHECKED_AT_ONCE = 2**24  # elements whose exact results are held at a time
@@ -82,8 +77,9 @@ class Case:
     rows: int
     dtype: torch.dtype
     device: str
+    activation: str
     hidden: int = 0
-    compiled: bool = True  # whether torch.compile contends
+    backend: str | None = None  # torch.compile's, if that contends
 
     def __post_init__(self):
         generator = torch.Generator(self.device).manual_seed(0)
@@ -98,7 +94,6 @@ class Case:
         self.mask.requires_grad_()
         self.grad = normal(*shape, self.hidden or self.width)
         self.weight = normal(self.hidden, self.width) / self.width**0.5 if self.hidden else None
-        self.activation = ACTIVATION[self.op]
 
     def bytes(self, which):
         """What must move: forward 3·T·F·e, backward 5·T·F·e (plain FFN: 2 and 3), and the mask's part."""
@@ -128,11 +123,11 @@ class Case:
 
         yield way("ours", ours)
         yield way("eager", eager)
-        if self.compiled:
-            torch._dynamo.reset()  # this case's graph is its own, not the ninth recompilation of another's
-            yield way("torch.compile", torch.compile(eager, fullgraph=True, dynamic=False))
+        if self.backend:
+            yield way("torch.compile", compiled(eager, self.backend))
         yield way("down-projection pre-hook", PreHook())
-        if self.op == "masked_glu" and self.device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        swiglu = self.op == "masked_glu" and self.activation == "silu"
+        if swiglu and self.device == "cuda" and importlib.util.find_spec("liger_kernel"):
             from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
             own = [x.detach().clone().requires_grad_() for x in self.inputs]  # its backward overwrites them
@@ -213,61 +208,70 @@ class Case:
 
 # --- What is measured ------------------------------------------------------------------------
 
-SMALL = [("masked_glu", 16, 64, 2, torch.float32), ("masked_act", 16, 64, 1, torch.bfloat16)]
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SMALL = [("masked_glu", 16, 64, 2, FLOAT32, "silu"), ("masked_act", 16, 64, 1, BFLOAT16, "gelu_tanh")]
 ON_CPU = [
-    (op, *shape, rows, dtype)
-    for op in ("masked_glu", "masked_act")
+    (op, *shape, rows, dtype, activation)
+    for op, activation in (("masked_glu", "silu"), ("masked_act", "gelu_tanh"))
     for *shape, dtype in (
-        (200, 1536, torch.float32), (1024, 1536, torch.float32), (512, 8192, torch.float32),
-        (512, 14336, torch.bfloat16),
+        (200, 1536, FLOAT32), (1024, 1536, FLOAT32), (512, 8192, FLOAT32), (512, 14336, BFLOAT16),
     )
     for rows in (1, 4)
 ]  # fmt: skip
-ON_GPU = [("masked_glu", 2**n, 8192, 1, torch.bfloat16) for n in range(7, 16, 2)]  # T·F from 2^20 to 2^28
-ON_GPU += [("masked_glu", 2**n, 8192, 1, torch.float32) for n in range(7, 16, 4)]
-ON_GPU += [("masked_glu", 2**13, 8192, 8, torch.bfloat16)]
-ON_GPU += [("masked_act", 2**13, 8192, 1, t) for t in (torch.float32, torch.bfloat16)]
+# In the order of their worth: a run may be cut anywhere.
+ON_GPU = [("masked_glu", tokens, 8192, 1, BFLOAT16, "silu") for tokens in (512, 2048, 128, 8192)]
+ON_GPU += [("masked_act", tokens, 8192, 1, BFLOAT16, "gelu_tanh") for tokens in (512, 2048, 128, 8192)]
+ON_GPU += [("masked_glu", tokens, 8192, 1, BFLOAT16, "gelu") for tokens in (512, 8192)]
+ON_GPU += [("masked_glu", 8192, 8192, 8, BFLOAT16, "silu"), ("masked_glu", 32768, 8192, 1, BFLOAT16, "silu")]
+ON_GPU += [("masked_glu", tokens, 8192, 1, FLOAT32, "silu") for tokens in (128, 2048, 32768)]
+ON_GPU += [("masked_act", 8192, 8192, 1, FLOAT32, "gelu_tanh")]
+BOTH_FROM = 8192  # tokens: with fewer, a GPU waits for the processor between forward and backward
 # T, F, H: the FFNs of SmolLM2-135M, Llama 3.2 1B and Llama 3 8B.
 PROJECTIONS = {
-    "cpu": [(200, 1536, 576, torch.float32), (512, 8192, 2048, torch.float32),
-            (512, 14336, 4096, torch.bfloat16)],
-    "cuda": [(4096, 8192, 2048, torch.bfloat16), (4096, 14336, 4096, torch.bfloat16)],
-}  # fmt: skip
+    "cpu": [(200, 1536, 576, FLOAT32), (512, 8192, 2048, FLOAT32), (512, 14336, 4096, BFLOAT16)],
+    "cuda": [(4096, 8192, 2048, BFLOAT16), (4096, 14336, 4096, BFLOAT16)],
+}
 
 
-def rows(device, effort, small=False):
-    """Yields one row of results after another."""
-    cases = SMALL if small else ON_GPU if device == "cuda" else ON_CPU
-    for op, tokens, width, mask_rows, dtype in cases:
-        case = Case(op, tokens, width, mask_rows, dtype, device)
-        for which in PASSES:
-            moved = case.bytes(which)
-            contenders = case.contenders(which)
-            row = compare(contenders, copying(moved, device), device, effort, moved)
-            if which == "forward+backward":
-                row["relu_us"] = relu_us(case, effort)
-            yield _row(case, which, row)
-    for tokens, width, hidden, dtype in [(16, 64, 32, torch.float32)] if small else PROJECTIONS[device]:
-        case = Case("masked_glu", tokens, width, 1, dtype, device, hidden)
-        which = "forward+backward"
-        yield _row(case, which, compare(case.contenders(which), None, device, effort))
-    yield from token_losses.rows(device, effort, small)
+def cases(device, effort, small=False):
+    """Yields (what a row is about, how it is measured)."""
+    for which in SMALL if small else ON_GPU if device == "cuda" else ON_CPU:
+        yield from _passes(which, device, effort, small)
+    for tokens, width, hidden, dtype in [(16, 64, 32, FLOAT32)] if small else PROJECTIONS[device]:
+        about = {
+            "op": "masked_glu + down projection", "pass": "forward+backward",
+            "shape": [tokens, width, hidden], "dtype": str(dtype).removeprefix("torch."), "mask_rows": 1,
+            "activation": "silu",
+        }  # fmt: skip
+
+        def find(tokens=tokens, width=width, hidden=hidden, dtype=dtype):
+            case = Case("masked_glu", tokens, width, 1, dtype, device, "silu", hidden)
+            return compare(case.contenders("forward+backward"), None, device, effort)
+
+        yield about, find
+
+
+def _passes(about_case, device, effort, small):
+    op, tokens, width, rows, dtype, activation = about_case
+    case = functools.cache(
+        lambda: Case(op, tokens, width, rows, dtype, device, activation, backend=BACKENDS[small])
+    )
+
+    def find(which):
+        moved = case().bytes(which)
+        row = compare(case().contenders(which), copying(moved, device), device, effort, moved)
+        return row | ({"relu_us": relu_us(case(), effort)} if which == "forward+backward" else {})
+
+    for which in PASSES if device == "cpu" or tokens >= BOTH_FROM else PASSES[:2]:
+        about = {
+            "op": op, "pass": which, "shape": [tokens, width],
+            "dtype": str(dtype).removeprefix("torch."), "mask_rows": rows, "activation": activation,
+        }  # fmt: skip
+        yield about, functools.partial(find, which)
 
 
 def relu_us(case, effort):
     """The time of ours with relu, which moves the same bytes without an exponential or a division."""
-    plain = Case(case.op, case.tokens, case.width, case.rows, case.dtype, case.device, compiled=False)
-    plain.activation = "relu"
+    plain = Case(case.op, case.tokens, case.width, case.rows, case.dtype, case.device, "relu")
     (samples,) = measure(plain.contenders("forward+backward")[:1], case.device, effort).values()
     return 1e6 * statistics.median(samples)
-
-
-def _row(case, which, measured):
-    return {
-        "op": case.op + (" + down projection" if case.hidden else ""),
-        "pass": which,
-        "shape": [case.tokens, case.width, *([case.hidden] if case.hidden else [])],
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "mask_rows": case.rows,
-        **measured,
-    }

@@ -48,15 +48,17 @@ def _us(x):
 
 
 def _shape(row):
-    return "×".join(map(str, row["shape"]))
+    return "×".join(map(str, row.get("shape", ())))
 
 
 def row_text(row):
     """One row of results in lines: what it is, then each contender."""
-    what = [row["op"], row["pass"], _shape(row), row.get("dtype"), row.get("scores")]
+    what = [row["op"], row["pass"], _shape(row), row.get("dtype"), row.get("activation"), row.get("scores")]
     if "mask_rows" in row:
         what.append(f"{row['mask_rows']} mask row" + "s" * (row["mask_rows"] > 1))
     lines = [", ".join(str(w) for w in what if w)]
+    if "error" in row:
+        return f"{row['op']:16} {row['error'] or 'right'}"
     for entry in row["contenders"]:
         if "failed" in entry:
             lines.append(f"    {entry['name']:26} WRONG: {entry['failed']}")

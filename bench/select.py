@@ -1,5 +1,7 @@
 """select_muted against torch's composition for the same result, and against reading the scores once."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -73,10 +75,14 @@ def _check(function, scores, options):
     return None if error <= 1e-6 else f"gains are off by up to {error:.1e}, allowed 1e-06"
 
 
-def rows(device, effort, small=False):
-    """Yields one row of results after another."""
+def cases(device, effort, small=False):
+    """Yields (what a row is about, how it is measured)."""
+
+    def find(layers, width, mode):
+        contenders, reading, scores = problem(layers, width, device, mode)
+        return compare(contenders, reading, device, effort, 4 * scores.numel())
+
     for name, (layers, width) in ({"256": (4, 64)} if small else SIZES).items():
         for mode in MODES:
-            contenders, reading, scores = problem(layers, width, device, mode)
-            measured = compare(contenders, reading, device, effort, 4 * scores.numel())
-            yield {"op": "select_muted", "pass": mode, "shape": [layers, width], "scores": name} | measured
+            about = {"op": "select_muted", "pass": mode, "shape": [layers, width], "scores": name}
+            yield about, functools.partial(find, layers, width, mode)

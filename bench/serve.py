@@ -5,10 +5,11 @@ Llamas of the shapes of SmolLM2-135M and Llama 3.2 1B with random weights, sets 
 
 import copy
 import dataclasses
+import functools
+import importlib.util
 import tempfile
 from pathlib import Path
 
-import peft
 import torch
 from neumuter.exports import export_lora
 from neumuter.masking import attach
@@ -33,33 +34,42 @@ TENANTS = (1, 4, 16, 100, 1000)  # sets in memory, of which each row of a batch 
 MOST_ADAPTERS = 16  # of PEFT's in memory
 
 
-def rows(device, effort, small=False):
-    """Yields one row of results after another."""
+def cases(device, effort, small=False):
+    """Yields (what a row is about, how it is measured)."""
     for shape, dtype, batch in SMALL if small else OF_ONE[device]:
-        yield of_one(shape, dtype, batch, device, effort)
-    shape, fewer = "tiny" if small else "135M", dataclasses.replace(effort, least=max(effort.least // 2, 2))
-    model = step.build(shape, torch.bfloat16, device)[0]
+        find = functools.partial(of_one, shape, dtype, batch, device, effort)
+        yield _about(f"generation, {shape}, one set", batch, dtype), find
+    shape = "tiny" if small else "135M"
+    model = functools.cache(lambda: step.build(shape, BFLOAT16, device)[0])
     for tenants in TENANTS[:2] if small else TENANTS:
-        with tempfile.TemporaryDirectory() as folder:
-            contenders = many(model, tenants, Path(folder))
-            row = compare(contenders, None, device, fewer)
-        yield _row(f"generation, {shape}, {tenants} tenants", ROWS, torch.bfloat16, row)
+        about = _about(f"generation, {shape}, {tenants} tenants", ROWS, BFLOAT16)
+        yield about, lambda tenants=tenants: of_many(model(), tenants, device, effort)
+
+
+def _about(op, batch, dtype):
+    name = str(dtype).removeprefix("torch.")
+    return {"op": op, "pass": f"{NEW} tokens", "shape": [batch, PROMPT], "dtype": name}
 
 
 def of_one(shape, dtype, batch, device, effort):
     """What one set costs."""
     model = step.build(shape, dtype, device)[0]
     more = dataclasses.replace(effort, least=MORE * effort.least)  # a percent is to be seen
-    row = compare(cost(model, batch), None, device, more, plain="untouched")
-    return _row(f"generation, {shape}, one set", batch, dtype, row)
+    return _with_speed(compare(cost(model, batch), None, device, more, plain="untouched"), batch)
 
 
-def _row(op, batch, dtype, row):
+def of_many(model, tenants, device, effort):
+    """What a batch of many tenants takes."""
+    fewer = dataclasses.replace(effort, least=max(effort.least // 2, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        return _with_speed(compare(many(model, tenants, Path(folder)), None, device, fewer), ROWS)
+
+
+def _with_speed(row, batch):
     for entry in row["contenders"]:
         if "median_us" in entry:
             entry["tokens_per_s"] = batch * NEW / entry["median_us"] * 1e6
-    name = str(dtype).removeprefix("torch.")
-    return {"op": op, "pass": f"{NEW} tokens", "shape": [batch, PROMPT], "dtype": name, **row}
+    return row
 
 
 def cost(model, batch):
@@ -109,7 +119,7 @@ def many(model, tenants, folder):
                   check=lambda: wrong(hooked(input_ids=ids).logits, model, by_row, ids)),
         Contender("one set per batch", lambda _: apart(), counts=False),
     ]  # fmt: skip
-    if tenants <= MOST_ADAPTERS:
+    if tenants <= MOST_ADAPTERS and importlib.util.find_spec("peft"):
         adapted = _adapted(model, sets, folder)
 
         def adapted_logits(x):
@@ -123,6 +133,8 @@ def many(model, tenants, folder):
 
 
 def _adapted(model, sets, folder):
+    import peft
+
     for number, mutes in enumerate(sets):
         export_lora(model, mutes, folder / str(number))
     adapted = peft.PeftModel.from_pretrained(step.sharing_weights(model), folder / "0", adapter_name="0")

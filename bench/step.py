@@ -9,6 +9,7 @@ synchronisations, and IA3 of PEFT, which trains one vector per down projection f
 """
 
 import copy
+import functools
 import gc
 import importlib.util
 import math
@@ -292,25 +293,27 @@ def _status_mib(what):
     return int(re.search(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
-def rows(device, effort, small=False):
-    """Yields one row of results after another."""
+def cases(device, effort, small=False):
+    """Yields (what a row is about, how it is measured)."""
     for shape, dtype in [("tiny", FLOAT32)] if small else SHOWN[device]:
-        contenders, floor = problem(shape, dtype, device)
-        row = compare(contenders, floor, device, effort)
-        del contenders, floor
-        for entry in [*row["contenders"], row["limit"]]:
-            if "median_us" in entry:
-                in_float32 = entry["name"].endswith(", float32")
-                kind = entry["name"].removesuffix(", float32")
-                entry["tokens_per_s"] = 2 * TOKENS / entry["median_us"] * 1e6
-                entry["peak_mib"] = peak_mib(shape, FLOAT32 if in_float32 else dtype, kind, device)
-        yield {
-            "op": f"training step, Llama {shape}",
-            "pass": "forward+backward",
-            "shape": [2, TOKENS],
+        about = {
+            "op": f"training step, Llama {shape}", "pass": "forward+backward", "shape": [2, TOKENS],
             "dtype": str(dtype).removeprefix("torch."),
-            **row,
-        }
+        }  # fmt: skip
+        yield about, functools.partial(_measured, shape, dtype, device, effort)
+
+
+def _measured(shape, dtype, device, effort):
+    contenders, floor = problem(shape, dtype, device)
+    row = compare(contenders, floor, device, effort)
+    del contenders, floor
+    for entry in [*row["contenders"], row["limit"]]:
+        if "median_us" in entry:
+            in_float32 = entry["name"].endswith(", float32")
+            kind = entry["name"].removesuffix(", float32")
+            entry["tokens_per_s"] = 2 * TOKENS / entry["median_us"] * 1e6
+            entry["peak_mib"] = peak_mib(shape, FLOAT32 if in_float32 else dtype, kind, device)
+    return row
 
 
 if __name__ == "__main__":

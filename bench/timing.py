@@ -44,6 +44,16 @@ FULL = {"cpu": Effort(1.0, 9), "cuda": Effort(0.2, 9)}
 QUICK = Effort(0.0, 2)
 
 
+# torch.compile's backend. The one for tiny sizes traces the whole graph but generates no code.
+BACKENDS = {False: "inductor", True: "aot_eager"}
+
+
+def compiled(function, backend=BACKENDS[False]):
+    """``function`` compiled for one shape; its graph is its own, not the ninth recompilation of another's."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
 def keep_freed_memory():
     """Let malloc keep what is freed, as PyTorch's allocator for GPUs does (blocks below 32 MiB; glibc only).
 
@@ -140,7 +150,7 @@ def compare(contenders, limit, device, effort, moved_bytes=None, calls=1, plain=
     work must move. calls: how often one run does the work. plain: the name of the contender over which the
     others' cost in percent is the median of what each round says, whose samples are near in time.
     """
-    wrong = {c.name: c.check() for c in contenders}
+    wrong = {c.name: _checked(c) for c in contenders}
     sound = [c for c in contenders if wrong[c.name] is None]
     samples = measure(sound + ([limit] if limit else []), device, effort)
     time_of = {name: _quartiles(s, calls) for name, s in samples.items()}
@@ -169,6 +179,14 @@ def compare(contenders, limit, device, effort, moved_bytes=None, calls=1, plain=
         row["best_baseline"] = best
         row["ratio"] = time_of[best]["median_us"] / entries[0]["median_us"]
     return row
+
+
+def _checked(contender):
+    """None, or what is wrong; a contender that raises is wrong, too, and the others are still measured."""
+    try:
+        return contender.check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _quartiles(samples, calls):

@@ -1,10 +1,13 @@
 """cross_entropy_ and kl_divergence_ against what else turns logits into losses and their gradients."""
 
+import functools
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 
 import neumuter_kernels as nk
-from bench.timing import Contender, compare, copying
+from bench.timing import BACKENDS, Contender, compare, compiled, copying
 from neumuter_kernels import reference
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -34,27 +37,43 @@ OPS = {
 }
 
 
-def rows(device, effort, small=False):
-    """Yields one row of results after another."""
+def cases(device, effort, small=False):
+    """Yields (what a row is about, how it is measured)."""
     for tokens, vocabulary, dtype in [(8, 500, FLOAT32)] if small else CASES[device]:
-        logits, other = (4 * torch.randn(2, tokens, vocabulary, device=device)).to(dtype)
-        targets = torch.randint(vocabulary, (tokens,), device=device)
-        for op, (ours, plain, exact, moved) in OPS.items():
-            argument = targets if op == "cross_entropy_" else other
-            expected = exact(logits.double(), argument if argument is targets else argument.double())
-            contenders = [in_place(ours, logits, argument, expected)]
-            torch._dynamo.reset()
-            compiled = torch.compile(plain, fullgraph=True, dynamic=False)
-            for name, function in (("eager", plain), ("torch.compile", compiled)):
-                contenders.append(by_autograd(name, function, logits, argument, expected))
-            moved_bytes = moved * logits.numel() * logits.element_size()
-            yield {
-                "op": op,
-                "pass": "losses+gradients",
-                "shape": [tokens, vocabulary],
+        for op in OPS:
+            about = {
+                "op": op, "pass": "losses+gradients", "shape": [tokens, vocabulary],
                 "dtype": str(dtype).removeprefix("torch."),
-                **compare(contenders, copying(moved_bytes, device), device, effort, moved_bytes),
-            }
+            }  # fmt: skip
+            yield about, functools.partial(_measured, op, tokens, vocabulary, dtype, device, effort, small)
+
+
+def _measured(op, tokens, vocabulary, dtype, device, effort, small):
+    ours, plain, exact, moved = OPS[op]
+    logits, other = (4 * torch.randn(2, tokens, vocabulary, device=device)).to(dtype)
+    argument = torch.randint(vocabulary, (tokens,), device=device) if op == "cross_entropy_" else other
+    expected = exact(logits.double(), argument.double() if argument is other else argument)
+    ways = {"eager": plain, "torch.compile": compiled(plain, BACKENDS[small])}
+    if op == "cross_entropy_" and device == "cuda":
+        ways |= _others()
+    contenders = [in_place(ours, logits, argument, expected)]
+    contenders += [by_autograd(name, way, logits, argument, expected) for name, way in ways.items()]
+    moved_bytes = moved * logits.numel() * logits.element_size()
+    return compare(contenders, copying(moved_bytes, device), device, effort, moved_bytes)
+
+
+def _others():
+    """The cross-entropies of other libraries that are installed."""
+    found = {}
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        found["Liger"] = lambda logits, targets: liger_cross_entropy(logits, targets, reduction="none")
+    if importlib.util.find_spec("quack"):
+        from quack.cross_entropy import cross_entropy as quack_cross_entropy
+
+        found["quack"] = lambda logits, targets: quack_cross_entropy(logits, targets, reduction="none")
+    return found
 
 
 def in_place(op, logits, argument, expected):
@@ -69,14 +88,18 @@ def in_place(op, logits, argument, expected):
 
 
 def by_autograd(name, function, logits, argument, expected):
-    leaf = logits.clone().requires_grad_()
+    """Liger overwrites its logits, too, so that what is checked begins with a copy of its own."""
+    own = logits.clone().requires_grad_()
 
-    def run(_=None):
+    def run(leaf):
         losses = function(leaf, argument)
         (gradient,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
         return losses.detach(), gradient
 
-    return Contender(name, run, check=lambda: disagreement(*run(), expected))
+    def check():
+        return disagreement(*run(logits.clone().requires_grad_()), expected)
+
+    return Contender(name, lambda _: run(own), check=check)
 
 
 def disagreement(losses, gradients, expected):
