@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -89,16 +88,16 @@ def is_wrong(row):
 
 def static(folder):
     """Compiles all kernels and writes the table; returns whether one breaks the rules."""
-    from bench import report
+    from bench import rows
     from bench import static as module
 
     table = module.rows()
     module.print_table(table)
     broken = [v for row in table for v in module.violations(row)]
     print("\n".join(broken) or "No kernel breaks the rules.")
-    path = folder / "compiled-static.json"
-    text = json.dumps({"benchmark": "static", "machine": module.compilers(), "rows": table}, indent=1)
-    report.replace(path, text + "\n")
+    compilers = module.compilers()
+    found = [{"benchmark": "static"} | row | {"machine": compilers} for row in table]
+    rows.write(folder / "compiled.jsonl", found)
     return bool(broken)
 
 

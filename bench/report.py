@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from bench import picture
+from bench.rows import read as rows_of
+from bench.rows import replace
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -13,13 +14,6 @@ README = ROOT / "README.md"
 PICTURE = ROOT / "docs/performance.png"
 BEGIN = "<!-- performance: made by `python -m bench readme` from bench/results; do not edit -->"
 END = "<!-- end of performance -->"
-
-
-def replace(path, text):
-    """Writes a file in one step."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 # --- On the terminal -------------------------------------------------------------------------
@@ -88,14 +82,17 @@ def row_text(row):
 
 
 def load():
-    """All results: [(benchmark, machine, rows)], sorted by file name."""
-    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return [(f["benchmark"], f["machine"], f["rows"]) for f in files]
+    """All results: [(benchmark, machine, rows)], of rows that were measured on one day."""
+    groups = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for row in rows_of(path):
+            groups.setdefault((row["benchmark"], json.dumps(row["machine"])), []).append(row)
+    return [(benchmark, rows[0]["machine"], rows) for (benchmark, _), rows in groups.items()]
 
 
 def digest():
     """Of all result files; the picture carries that of the results it shows."""
-    paths = sorted(RESULTS.glob("*.json"))
+    paths = sorted(RESULTS.glob("*.jsonl"))
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in paths)).hexdigest()
 
 
@@ -126,7 +123,6 @@ def _kernels(rows):
         relu = _us(row["relu_us"]) if "relu_us" in row else ""
         limits = _us(row["limit"]["median_us"]), relu
         table.append([*cells, f"{speed:.1f}" if speed else "", share, *limits, others, ratio])
-    losses = [row for row in rows if row["pass"] == "losses+gradients"]
     projections = [
         _cells(row, [_shape(row), row["dtype"]]) for row in rows if row["op"].endswith("down projection")
     ]
@@ -138,7 +134,6 @@ def _kernels(rows):
         _table(head, table),
         "The same with the down projection in every contender, which weight masking and IA3 work on:",
         _table(["T×F×H", "dtype", "ours, µs", "others, µs", "to the best"], projections),
-        *_losses(losses),
     ]
 
 
@@ -246,7 +241,7 @@ def _static(header, rows):
     ]
 
 
-PARTS = {"kernels": _kernels, "step": _step, "select": _select, "decode": _decode, "serve": _serve}
+PARTS = {"kernels": _kernels, "losses": _losses, "step": _step, "select": _select, "decode": _decode, "serve": _serve}
 
 
 def section(results):
@@ -272,8 +267,6 @@ def section(results):
     for line in machines:
         parts.append(f"### {line.split(';')[0]}")
         parts.append(line.split("; ", 1)[1] + ".")
-        notes = [m["note"] for _, m, _ in measured if machine_line(m) == line and "note" in m]
-        parts += ["Of this machine: " + " ".join(notes)] if notes else []
         if any(is_busy(m) for _, m, _ in measured if machine_line(m) == line):
             parts.append("Other processes were running: these times are too long.")
         for sub, m, rows in measured:

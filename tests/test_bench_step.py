@@ -47,7 +47,8 @@ def test_a_step_moves_all_parameters_and_no_weight(name):
 
 
 def test_a_row_has_times_and_peaks_of_all():
-    (row,) = step.rows("cpu", QUICK, small=True)
+    ((_, measured),) = step.cases("cpu", QUICK, small=True)
+    row = measured()
     entries = [*row["contenders"], row["limit"]]
     assert [entry["name"] for entry in entries] == list(step.ALL)
     for entry in entries:

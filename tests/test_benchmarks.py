@@ -5,8 +5,8 @@ import torch
 
 from bench import kernels, select
 
-GLU = kernels.Case("masked_glu", 64, 1536, 1, torch.float32, "cpu", compiled=False)
-ACT = kernels.Case("masked_act", 64, 1536, 4, torch.bfloat16, "cpu", compiled=False)
+GLU = kernels.Case("masked_glu", 64, 1536, 1, torch.float32, "cpu", "silu")
+ACT = kernels.Case("masked_act", 64, 1536, 4, torch.bfloat16, "cpu", "gelu_tanh")
 CASES = [(case, which, i) for case in (GLU, ACT) for which in kernels.PASSES for i in range(3)]
 
 

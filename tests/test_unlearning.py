@@ -11,6 +11,7 @@ from neumuter import evaluation, recipes
 from neumuter.demo.model import Training
 from neumuter.evaluation import tofu
 
+from bench import rows as results
 from bench.unlearning import __main__ as experiments
 from bench.unlearning import page, paper, people, real, requests, robust, synth, tdec
 from bench.unlearning.memory import PeakMemory
@@ -88,7 +89,7 @@ def test_the_page_shows_means_and_extremes_and_its_own_age(tmp_path, monkeypatch
         ours = {"budget": 0.05, "share": 0.05, "forget_extraction": extraction, "same_extraction": 1.0}
         rows += [about | ours | {"method": m, "heldout_perplexity": 51.0} for m in synth.OURS]
     machine = {"gpu": None, "cpu": "some CPU", "threads": 2}
-    (tmp_path / "synth.json").write_text(json.dumps({"rows": rows, "machine": machine}))
+    results.write(tmp_path / "synth.jsonl", [row | {"machine": machine} for row in rows])
     assert page.write() == 0
     text = page.PAGE.read_text()
     assert "0.20 (0.10 … 0.30)" in text
@@ -96,7 +97,7 @@ def test_the_page_shows_means_and_extremes_and_its_own_age(tmp_path, monkeypatch
     assert "2 seeds (0, 1)" in text
     assert (tmp_path / "results-budgets.png").stat().st_size > 1000
     assert page.write(check=True) == 0
-    (tmp_path / "synth.json").write_text(json.dumps({"rows": rows[:4], "machine": machine}))
+    results.write(tmp_path / "synth.jsonl", [row | {"machine": machine} for row in rows[:4]])
     assert page.write(check=True) == 1
 
 
@@ -155,7 +156,7 @@ def test_the_papers_table_runs_on_models_of_its_shapes(tmp_path, family, monkeyp
 
 
 def test_a_stopped_run_goes_on(tmp_path):
-    path, ran = tmp_path / "rows.json", []
+    path, ran = tmp_path / "rows.jsonl", []
 
     def cases(names):
         for name in names:
@@ -164,13 +165,30 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert len(list(experiments.run(cases("ab"), path))) == 2
     assert [row["method"] for row in experiments.run(cases("abc"), path)] == ["c"]
     assert ran == ["a", "b", "c"]
-    assert len(json.loads(path.read_text())["rows"]) == 3
-    assert len(list(experiments.run(cases("a"), path, fresh=True))) == 1
-    known = json.loads(path.read_text())
-    known["machine"]["cpu"] = "another"
-    path.write_text(json.dumps(known))
+    known = results.read(path)
+    assert len(known) == 3
+    known[0]["machine"]["cpu"] = "another"
+    results.write(path, known)
     with pytest.raises(ValueError, match="measured with other cpu"):
         list(experiments.run(cases("ab"), path))
+
+
+def test_a_fresh_run_starts_over_and_its_bars_are_checked(tmp_path, monkeypatch, capsys):
+    def start(*options):
+        monkeypatch.setattr("sys.argv", ["", "synth", "--quick", "--out", str(tmp_path), *options])
+        return experiments.main()
+
+    rows = {m: {"forget_extraction": 1.0, "heldout_perplexity": 50.0, "retain_extraction": 1.0}
+            for m in ("before", "random", *synth.OURS)}  # fmt: skip
+    monkeypatch.setattr(synth, "cases", lambda quick: (({"method": m}, lambda r=r: r) for m, r in rows.items()))
+    assert start("--check") == 1
+    assert "trained support: extraction is 1, must be at most 0.25" in capsys.readouterr().out
+    for method in synth.OURS:
+        rows[method] = rows[method] | {"forget_extraction": 0.0}
+    assert start("--check") == 1  # as before
+    assert start("--fresh", "--check") == 0
+    assert "SYNTH meets all its bars" in capsys.readouterr().out
+    assert len(results.read(tmp_path / "synth.jsonl")) == len(rows)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 """docs/results.md and its pictures, made from the JSON of the experiments."""
 
 import hashlib
-import json
 import os
 import statistics
 from pathlib import Path
@@ -12,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.report import replace
+from bench.rows import read, replace
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results/unlearning"
@@ -47,9 +46,9 @@ COLOURS = {
 
 
 def load():
-    """{experiment: what its JSON holds}, and a digest of all."""
-    paths = sorted(RESULTS.glob("*.json"))
-    found = {p.stem: json.loads(p.read_text()) for p in paths}
+    """{experiment: its rows}, and a digest of all."""
+    paths = sorted(RESULTS.glob("*.jsonl"))
+    found = {p.stem: read(p) for p in paths}
     inputs = [*paths, Path(__file__)]
     return found, hashlib.sha256(b"".join(p.read_bytes() for p in inputs)).hexdigest()[:16]
 
@@ -66,7 +65,7 @@ def write(check=False):
     sections = {"real": _real, "tdec": _tdec, "robust": _robust, "synth": _synth, "requests": _requests}
     for name, section in sections.items():
         if name in experiments:
-            parts.append(section(experiments[name]["rows"], experiments[name]["machine"]))
+            parts.append(section(experiments[name], experiments[name][0]["machine"]))
     replace(PAGE, "\n\n".join(parts) + "\n")
     print(f"wrote {PAGE}")
     return 0
