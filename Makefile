@@ -24,8 +24,7 @@ check: docs
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/python -m bench readme --check
-	$(BIN)/python -m bench.unlearning report --check
+	$(BIN)/python -m bench report --check
 	$(MAKE) examples sanitize
 
 # Each script of examples/, as its user runs it.
@@ -51,7 +50,7 @@ format: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench all
-	$(BIN)/python -m bench readme
+	$(BIN)/python -m bench report
 
 # The GPU queue, by the Python as it is: no virtual environment, no network. A second run goes on.
 #   WHEELS   a folder of wheels to use; RESULTS  the folder of the results

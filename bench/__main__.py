@@ -8,33 +8,31 @@ from pathlib import Path
 
 import torch
 
-from bench import unbuilt
+from bench import RESULTS, rows, unbuilt
 
 # Of each benchmark: the module with its cases(device, effort, small), and whether it runs whole models.
 BENCHMARKS = {
-    "check": ("bench.check", False),
-    "kernels": ("bench.kernels", False),
-    "losses": ("bench.token_losses", False),
-    "step": ("bench.step", True),
-    "decode": ("bench.decode", False),
-    "serve": ("bench.serve", True),
-    "launch": ("bench.launch", False),
-    "select": ("bench.select", False),
+    "check": ("bench.kernels.check", False),
+    "kernels": ("bench.kernels.activations", False),
+    "losses": ("bench.kernels.token_losses", False),
+    "step": ("bench.models.step", True),
+    "decode": ("bench.kernels.decode", False),
+    "serve": ("bench.models.serve", True),
+    "launch": ("bench.kernels.launch", False),
+    "select": ("bench.kernels.select", False),
 }
 
 
 def main():
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     options = parse()
+    if options.benchmark == "report":
+        from bench import report
+
+        return report.main(check=options.check)
     if not unbuilt.is_built() and torch.cuda.is_available():
         print("The extension is not built: only what Triton computes is measured.")
         unbuilt.define()
-    from bench import report
-
-    if options.benchmark == "readme":
-        return report.readme(check=options.check)
-    if options.quick and options.out == report.RESULTS:
-        sys.exit("--quick needs --out: its times are no results")
     names = (*BENCHMARKS, "static") if options.benchmark == "all" else (options.benchmark,)
     failed = False
     for name in names:
@@ -44,29 +42,28 @@ def main():
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, or renew the README.")
-    parser.add_argument("benchmark", choices=(*BENCHMARKS, "static", "all", "readme"))
-    parser.add_argument(
-        "--out", type=Path, default=unbuilt.ROOT / "bench/results", help="folder of the results"
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, or make the pages of results.")
+    parser.add_argument("benchmark", choices=(*BENCHMARKS, "static", "all", "report"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: does it run at all?")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
-    parser.add_argument(
-        "--check", action="store_true", help="with readme: only tell whether it is up to date"
-    )
-    return parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="with report: only tell whether it is up to date")
+    options = parser.parse_args()
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick needs --out: its times are no results")
+    return options
 
 
 def measured(name, options):
     """Runs one benchmark, each row into the file of this machine; returns whether something was wrong."""
-    from bench import machine, report, rows
+    from bench import machine, text
     from bench.timing import FULL, QUICK, keep_freed_memory
 
     module, whole_models = BENCHMARKS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = machine.describe(device, machine.LIBRARY if whole_models else machine.KERNELS)
-    print(report.machine_line(record))
-    if report.is_busy(record):
+    print(text.machine_line(record))
+    if text.is_busy(record):
         print(f"The load was {record['load']} before this began: wait until nothing else runs here.")
     keep_freed_memory()
     effort = QUICK if options.quick else FULL[device]
@@ -77,7 +74,7 @@ def measured(name, options):
     for row in rows.measure(cases, path, record, options.fresh):
         failed |= row is None or is_wrong(row)
         if row:
-            print(report.row_text(row), flush=True)
+            print(text.row_text(row), flush=True)
     print(f"{path} has all that was measured")
     return failed
 
@@ -88,16 +85,15 @@ def is_wrong(row):
 
 def static(folder):
     """Compiles all kernels and writes the table; returns whether one breaks the rules."""
-    from bench import rows
-    from bench import static as module
+    from bench.static import table
 
-    table = module.rows()
-    module.print_table(table)
-    broken = [v for row in table for v in module.violations(row)]
+    found = table.rows()
+    table.print_table(found)
+    broken = [v for row in found for v in table.violations(row)]
     print("\n".join(broken) or "No kernel breaks the rules.")
-    compilers = module.compilers()
-    found = [{"benchmark": "static"} | row | {"machine": compilers} for row in table]
-    rows.write(folder / "compiled.jsonl", found)
+    compilers = table.compilers()
+    named = [{"benchmark": "static"} | row | {"machine": compilers} for row in found]
+    rows.write(folder / "compiled.jsonl", named)
     return bool(broken)
 
 

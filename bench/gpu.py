@@ -17,8 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import unbuilt
-from bench.unbuilt import ROOT
+from bench import RESULTS, ROOT, unbuilt
 
 SITE = ROOT / "build/gpu-site"  # where wheels go
 DEFAULT_SECONDS = 570  # of the whole run, for machines that are lent for ten minutes at a time
@@ -61,7 +60,7 @@ def _sanitized(tool):
     """The self-test under a tool of compute-sanitizer, then the tests of the CUDA C++ ops."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-m")
     tests = ("pytest", "-q", "-x", *_tests("select_muted", "mute"), "-k", "cuda and not many")
-    yield Step(tool, 60, (*command, "bench.check"), ("compute-sanitizer",), False, WITHOUT_CACHE)
+    yield Step(tool, 60, (*command, "bench.kernels.check"), ("compute-sanitizer",), False, WITHOUT_CACHE)
     needs = ("compute-sanitizer", "pytest", "hypothesis")
     yield Step(f"{tool}-tests", 60, (*command, *tests), needs, True, WITHOUT_CACHE)
 
@@ -98,7 +97,7 @@ def main():
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="*", help=f"of {', '.join(s.name for s in STEPS)}; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to use beside what is installed")
     parser.add_argument("--seconds", type=int, default=DEFAULT_SECONDS, help="of the whole run, at most")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
@@ -107,7 +106,7 @@ def parse():
     unknown = set(options.steps) - {step.name for step in STEPS}
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
-    if options.rehearse and options.out == ROOT / "bench/results":
+    if options.rehearse and options.out == RESULTS:
         parser.error("--rehearse needs --out: its rows are no results")
     return options
 
@@ -160,7 +159,7 @@ class Queue:
         self.machine = machine.describe(device, machine.LIBRARY)
         os.environ["NEUMUTER_COMMIT"] = self.machine["commit"]
         self.folder, self.path = folder, folder / f"{machine.slug(self.machine)}.jsonl"
-        committed = ROOT / "bench/results" / self.path.name
+        committed = RESULTS / self.path.name
         if not options.rehearse and not self.path.exists() and committed.exists():
             rows.write(self.path, rows.read(committed))  # so that what is known is not measured again
         print(f"{self.machine['gpu'] or 'no GPU'}, driver {self.machine['driver']}, commit "

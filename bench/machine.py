@@ -7,15 +7,14 @@ import platform
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import torch
 from neumuter.doctor import cpu_name
 
+from bench import ROOT
 from neumuter_kernels import _C
 from neumuter_kernels.info import version
 
-ROOT = Path(__file__).parents[1]
 LOAD = os.getloadavg()[0]  # before this process adds to it: other processes make CPU times too long
 PACKAGES = ("neumuter-kernels", "torch", "triton", "liger-kernel", "quack-kernels", "peft")
 # The code that figures depend on: of the kernels alone, and of whole models.

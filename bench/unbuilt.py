@@ -8,12 +8,12 @@ import importlib.machinery
 import re
 import sys
 import types
-from pathlib import Path
 
 import torch
 
+from bench import ROOT
+
 LEFT_OUT = ("select_muted", "mute_")  # select_muted is C++ everywhere, and the check of mute_ calls it
-ROOT = Path(__file__).parents[1]
 _libraries = []  # a library's definitions go with it
 
 

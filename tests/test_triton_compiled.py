@@ -65,7 +65,7 @@ def test_rows_can_be_resident_at_all(table):
 
 
 def test_cuda_kernels_are_in_the_table_where_nvcc_is(table):
-    from bench.cuda_static import nvcc
+    from bench.static.cuda import nvcc
 
     names = {row["kernel"].split()[1] for row in table if row["kernel"].startswith("select_muted")}
     assert names == ({"prepare", "histogram", "count", "emit"} if nvcc() else set())

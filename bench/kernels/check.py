@@ -1,6 +1,6 @@
 """Every op against its reference: the self-test of neumuter_kernels, one row for each op.
 
-``python -m bench.check`` runs it without results, for compute-sanitizer.
+``python -m bench.kernels.check`` runs it without results, for compute-sanitizer.
 """
 
 import sys

@@ -17,7 +17,7 @@ from neumuter.muting import fold, mute
 from neumuter.recipes import mute_random
 from neumuter.serving import MuteBank
 
-from bench import step
+from bench.models import step
 from bench.timing import Contender, compare
 
 PROMPT, NEW, SHARE = 32, 16, 0.01

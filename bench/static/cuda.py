@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources with nvcc, if it is there, for the table of bench/static.py."""
+"""Compiles the CUDA sources with nvcc, if it is there, for the table of bench/static/table.py."""
 
 import os
 import re
@@ -7,9 +7,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from bench import ROOT
 from bench.devices import DEVICES
 
-HEADER = Path(__file__).parents[1] / "csrc/cuda/select_muted.cuh"
+HEADER = ROOT / "csrc/cuda/select_muted.cuh"
 SOURCE = f"""#include "{HEADER}"
 auto* entry = &neumuter::cuda::select_muted;
 """
@@ -33,7 +34,7 @@ def nvcc_version():
 
 
 def cuda_rows():
-    """Rows as those of bench.static, without bytes per element.
+    """Rows as those of bench.static.table, without bytes per element.
 
     nvcc peels and unrolls their loops, so these cannot be told from the code; by construction each of the
     three histograms, count and emit reads the scores once, 4 bytes a thread, adjacent threads side by side.
@@ -44,8 +45,8 @@ def cuda_rows():
         source = Path(folder) / "entry.cu"
         source.write_text(SOURCE)
         known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-        targets = [t for t in ("80", "90", "100") if f"compute_{t}" in known]
-        return [row for target in targets for row in _rows(source, DEVICES[target])]
+        devices = [d for d in DEVICES.values() if f"compute_{d.target}" in known]
+        return [row for device in devices for row in _rows(source, device)]
 
 
 def _compile(source, *options):

@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that are not there, and holds the machine code to its budgets.
 
-``python -m bench static`` prints the table, ``python -m bench.static`` the same as JSON for the tests.
+``python -m bench static`` prints it, ``python -m bench.static`` gives it as JSON to the tests.
 Needs neither a GPU nor a driver, but a process without TRITON_INTERPRET. Of each kernel and target it
 tells registers, spilled bytes, shared memory, the widths of the accesses to global memory, the bytes per
 element against the budget, the occupancy and the time at the roofline. Those times are predictions from
@@ -8,7 +8,6 @@ data-sheet bandwidths (bench/devices.py): no measurement.
 """
 
 import datetime
-import json
 import re
 import subprocess
 import tempfile
@@ -18,16 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.assembly import amd_accesses, bytes_in_loops, ptx_accesses
-from bench.cuda_static import cuda_rows, nvcc_version
 from bench.devices import DEVICES
+from bench.static.assembly import amd_accesses, bytes_in_loops, ptx_accesses
+from bench.static.cuda import cuda_rows, nvcc_version
 from neumuter_kernels.reference import ACTIVATIONS
 from neumuter_kernels.triton import hard_concrete, masked_ffn, token_losses
 
 TARGETS = [
-    GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32),
-    GPUTarget("hip", "gfx942", 64),
-]  # fmt: skip
+    GPUTarget("cuda", int(d.target), d.warp) if d.target.isdigit() else GPUTarget("hip", d.target, d.warp)
+    for d in DEVICES.values()
+]
 BLOCK = masked_ffn.BLOCK_F
 POINTERS = {"order": "*i64", "chunk_rows": "*i64", "chunk_starts": "*i64", "chunk_ends": "*i64",
             "first_chunks": "*i64", "row_ids": "*i32", "sample_ids": "*i64", "step": "*i64", "mask": "*fp32",
@@ -230,7 +229,3 @@ def print_table(table):
     cards = ", ".join(f"{d.card} {d.bandwidth / 1e12:.3g} TB/s" for d in DEVICES.values())
     print(f"Predicted, not measured: {PREDICTED[0]}×{PREDICTED[1]} at the data sheets' bandwidths ({cards}).")
 
-
-if __name__ == "__main__":
-    table = rows()
-    print(json.dumps([row | {"violations": violations(row)} for row in table]))

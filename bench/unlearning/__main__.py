@@ -1,4 +1,4 @@
-"""``python -m bench.unlearning``: runs an experiment and writes its rows, or makes the page of results.
+"""``python -m bench.unlearning``: runs an experiment and writes its rows.
 
 An experiment is a list of cases: what a case is about, and how its metrics are found. A case whose row is in
 the file already is not run again, so that a run that was stopped goes on.
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
-from bench.unlearning import page, paper, real, requests, robust, synth, tdec
+from bench.unlearning import paper, real, requests, robust, synth, tdec
 
 CASES = {
     "synth": lambda options: synth.cases(options.quick),
@@ -22,13 +23,12 @@ CASES = {
     "paper": paper.cases,
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
+RESULTS = ALL_RESULTS / "unlearning"
 CODE = ("python/neumuter/recipes/*.py", "python/neumuter/losses.py", "bench/unlearning/methods.py")
 
 
 def main():
     options = parse()
-    if options.experiment == "report":
-        return page.write(check=options.check)
     path = options.out / f"{options.experiment}.jsonl"
     if options.fresh:
         path.unlink(missing_ok=True)
@@ -63,8 +63,8 @@ def line(row):
 
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench.unlearning", description=__doc__)
-    parser.add_argument("experiment", choices=(*CASES, "report"))
-    parser.add_argument("--out", type=Path, default=page.RESULTS, help="folder of the results")
+    parser.add_argument("experiment", choices=CASES)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--model", help="with paper: the model, a folder or a name on the Hub")
     parser.add_argument("--retrained", help="with paper: that model trained without the forget texts")
     parser.add_argument("--tasks", help="with paper: tasks of lm-evaluation-harness, separated by commas")
@@ -72,18 +72,15 @@ def parse():
     parser.add_argument("--data", type=Path, help="with tdec and paper: the folder of the texts")
     parser.add_argument("--quick", action="store_true", help="one seed, few methods")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
-    parser.add_argument(
-        "--check", action="store_true",
-        help="with synth: hold the rows to their bars; with report: only tell whether it is current",
-    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="with synth: hold the rows to their bars")
     options = parser.parse_args()
-    if options.quick and options.out == page.RESULTS:
+    if options.quick and options.out == RESULTS:
         parser.error("--quick needs --out: its rows are no results")
     for name in NEEDS.get(options.experiment, ()):
         if getattr(options, name) is None:
             parser.error(f"{options.experiment} needs --{name}")
-    if options.check and options.experiment not in ("report", "synth"):
-        parser.error("--check belongs to report and synth")
+    if options.check and options.experiment != "synth":
+        parser.error("--check belongs to synth")
     return options
 
 

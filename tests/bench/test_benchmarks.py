@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from bench import kernels, select
+from bench.kernels import activations, select
 
-GLU = kernels.Case("masked_glu", 64, 1536, 1, torch.float32, "cpu", "silu")
-ACT = kernels.Case("masked_act", 64, 1536, 4, torch.bfloat16, "cpu", "gelu_tanh")
-CASES = [(case, which, i) for case in (GLU, ACT) for which in kernels.PASSES for i in range(3)]
+GLU = activations.Case("masked_glu", 64, 1536, 1, torch.float32, "cpu", "silu")
+ACT = activations.Case("masked_act", 64, 1536, 4, torch.bfloat16, "cpu", "gelu_tanh")
+CASES = [(case, which, i) for case in (GLU, ACT) for which in activations.PASSES for i in range(3)]
 
 
 def run(benchmark, contender):
@@ -18,7 +18,7 @@ def run(benchmark, contender):
 
 
 def name(value):
-    return value.op if isinstance(value, kernels.Case) else None
+    return value.op if isinstance(value, activations.Case) else None
 
 
 @pytest.mark.parametrize(("case", "which", "i"), CASES, ids=name)

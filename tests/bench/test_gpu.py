@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, machine, rows, unbuilt
+from bench import ROOT, gpu, machine, rows, unbuilt
 
-ROOT = Path(__file__).parents[1]
 STAND_INS = {
     "nvidia-smi": "echo 580.00.01",
     "compute-sanitizer": 'while [ "${1#--}" != "$1" ]; do shift 2; done; exec "$@"',

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import step
+from bench.models import step
 from bench.timing import QUICK
 
 

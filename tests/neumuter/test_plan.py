@@ -8,13 +8,13 @@ from neumuter.cli.app import main
 from neumuter.training.plan import load_config, plan
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
-from bench.step import SHAPES, peak_mib
+from bench.models.step import SHAPES, peak_mib
 from tests.models import EXPERTS, FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_is_that_of_a_real_step(dtype):
-    """bench.step's step, in a process of its own: within 10 %."""
+    """bench.models.step's step, in a process of its own: within 10 %."""
     found = plan(LlamaConfig(**SHAPES["135M"]), samples=1, tokens=200, dtype=dtype)
     assert found.training / 2**20 == pytest.approx(peak_mib("135M", dtype, "ours", "cpu"), rel=0.1)
 

@@ -1,0 +1,1 @@
+"""The ops alone: right or wrong, and how fast next to what else does their work."""

@@ -1,0 +1,1 @@
+"""Whole models: a step of mask training, and generation with mute sets."""

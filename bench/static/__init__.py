@@ -1,0 +1,1 @@
+"""The GPU kernels as compiled code, without a GPU."""
