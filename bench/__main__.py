@@ -42,12 +42,16 @@ def main():
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, or make the pages of results.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure, or make the pages of results."
+    )
     parser.add_argument("benchmark", choices=(*BENCHMARKS, "static", "all", "report"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: does it run at all?")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
-    parser.add_argument("--check", action="store_true", help="with report: only tell whether it is up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="with report: only tell whether it is up to date"
+    )
     options = parser.parse_args()
     if options.quick and options.out == RESULTS:
         parser.error("--quick needs --out: its times are no results")
@@ -59,6 +63,8 @@ def measured(name, options):
     from bench import machine, text
     from bench.timing import FULL, QUICK, keep_freed_memory
 
+    if options.quick:
+        torch.set_num_threads(1)  # tiny tensors need no more, which would wait for one another
     module, whole_models = BENCHMARKS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = machine.describe(device, machine.LIBRARY if whole_models else machine.KERNELS)

@@ -152,8 +152,12 @@ class Queue:
     def __init__(self, folder, end, options):
         if not unbuilt.is_built():
             unbuilt.define()
+        import torch
+
         from bench import machine, rows
 
+        if options.rehearse:
+            torch.set_num_threads(1)  # as its steps, so that they write the same file
         self.rows, self.end, self.options, self.found = rows, end, options, {}
         device = "cuda" if _has_gpu() else "cpu"
         self.machine = machine.describe(device, machine.LIBRARY)

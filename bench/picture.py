@@ -14,7 +14,11 @@ from bench.unlearning.page import NAMES
 
 CONTENDERS = {"ours": "#1f6feb", "torch.compile": "#8b949e", "eager": "#c9d1d9",
               "down-projection pre-hook": "#e6a817", "Liger SwiGLU (no mask)": "#bc4c00"}  # fmt: skip
-METHODS = {"neumuter, mute": "#8b949e", "neumuter, trained support": "#e6a817", "neumuter, modulate": "#1f6feb"}
+METHODS = {
+    "neumuter, mute": "#8b949e",
+    "neumuter, trained support": "#e6a817",
+    "neumuter, modulate": "#1f6feb",
+}
 PANELS = {
     "forget_extraction": "extraction of what is forgotten",
     "same_extraction": "of what stays, same template",

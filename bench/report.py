@@ -17,10 +17,18 @@ DOCS = ROOT / "docs"
 # Of each page: the folder of its results, its parts, and of its picture the name, what it shows and how.
 PAGES = {
     "performance": (
-        RESULTS, tables.PARTS, "performance.png", picture.machines_shown, picture.draw_activations,
+        RESULTS,
+        tables.PARTS,
+        "performance.png",
+        picture.machines_shown,
+        picture.draw_activations,
     ),
     "results": (
-        RESULTS / "unlearning", page.PARTS, "results-budgets.png", picture.budgets_shown, picture.draw_budgets,
+        RESULTS / "unlearning",
+        page.PARTS,
+        "results-budgets.png",
+        picture.budgets_shown,
+        picture.draw_budgets,
     ),
 }
 PLACEHOLDER = re.compile(r"\{\{(\w+) ([\w-]+)(?: ([^}]+))?\}\}")

@@ -72,7 +72,9 @@ def projections(rows, _):
 
 def losses(rows, _):
     cells = [_cells(row, [f"`{row['op']}`", text.shape(row), row["dtype"]]) for row in _of(rows, "losses")]
-    return _table(["op", "N×V", "dtype", "ours, µs", "others, µs", "to the best"], [c[:4] + c[5:] for c in cells])
+    return _table(
+        ["op", "N×V", "dtype", "ours, µs", "others, µs", "to the best"], [c[:4] + c[5:] for c in cells]
+    )
 
 
 def steps(rows, _):

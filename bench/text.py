@@ -13,7 +13,9 @@ def machine_line(machine):
     cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     commit = f"commit {machine['commit']}" if "commit" in machine else "commit not recorded"
-    return f"{where(machine)}; Python {machine['python']}, {versions}{cuda}{driver}; {commit}, {machine['date']}"
+    return (
+        f"{where(machine)}; Python {machine['python']}, {versions}{cuda}{driver}; {commit}, {machine['date']}"
+    )
 
 
 def where(machine):

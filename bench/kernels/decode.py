@@ -19,7 +19,7 @@ def unmasked(gate, up):
 
 
 def problem(tokens, width, dtype, device, small=False):
-    """The contenders, ours first: one run is one call for each of CALLS layers, fewer of them if ``small``."""
+    """The contenders, ours first: a run is a call for each of CALLS layers, or of two if ``small``."""
     layers = 2 if small else CALLS
     generator = torch.Generator(device).manual_seed(0)
     gates, ups = (

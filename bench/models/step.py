@@ -5,7 +5,7 @@ tokens and one backward pass to the input of the first masked layer, of the froz
 the official algorithm, written by us after its paper and code (Hou et al. 2025) but without its host
 synchronisations, and IA3 of PEFT, which trains one vector per down projection for the same losses.
 
-``python -m bench.models.step SHAPE DTYPE CONTENDER`` runs one alone on the CPU and prints its peak memory in MiB.
+``python -m bench.models.step SHAPE DTYPE CONTENDER`` runs one alone on the CPU and prints its peak MiB.
 """
 
 import copy
@@ -269,9 +269,7 @@ def peak_mib(shape, dtype, name, device):
         two_steps(shape, dtype, name, device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     arguments = [sys.executable, "-m", "bench.models.step", shape, str(dtype).removeprefix("torch."), name]
-    result = subprocess.run(
-        arguments, cwd=ROOT, env=os.environ | MALLOC, stdout=subprocess.PIPE, check=True
-    )
+    result = subprocess.run(arguments, cwd=ROOT, env=os.environ | MALLOC, stdout=subprocess.PIPE, check=True)
     return float(result.stdout.split()[-1])
 
 

@@ -228,4 +228,3 @@ def print_table(table):
         print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())
     cards = ", ".join(f"{d.card} {d.bandwidth / 1e12:.3g} TB/s" for d in DEVICES.values())
     print(f"Predicted, not measured: {PREDICTED[0]}×{PREDICTED[1]} at the data sheets' bandwidths ({cards}).")
-

@@ -141,7 +141,9 @@ def models(rows, _):
     parts = []
     for model in _models(rows):
         chosen = _where(_synth(rows), model=model, budget=0.05, neighbours="retain", forget=_full(rows))
-        parts.append(f"### {model}, 5 % of the neurons, {seeds(chosen)}\n\n{table(_methods(chosen), COLUMNS)}")
+        parts.append(
+            f"### {model}, 5 % of the neurons, {seeds(chosen)}\n\n{table(_methods(chosen), COLUMNS)}"
+        )
     return "\n\n".join(parts)
 
 

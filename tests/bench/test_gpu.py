@@ -59,7 +59,7 @@ def test_steps_run_and_their_rows_never_look_like_a_gpus(tmp_path, path_with_sta
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch, path_with_stand_ins):
-    """Runs the queue in this process; the commands of its steps are recorded and give what ``answers`` says."""
+    """Runs the queue in this process; its steps' commands are recorded and give what ``answers`` says."""
     ran, answers = [], {}
 
     def run(command, seconds, environment):
@@ -71,12 +71,14 @@ def queue(tmp_path, monkeypatch, path_with_stand_ins):
         monkeypatch.setattr("sys.argv", command(tmp_path / "results", *arguments)[2:])
         return gpu.main()
 
+    threads = torch.get_num_threads()
     monkeypatch.setattr(gpu, "_run", run)
     monkeypatch.setattr("sys.path", list(sys.path))
     for name in ("PYTHONPATH", "PYTHONUNBUFFERED"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     start.ran, start.answers, start.folder = ran, answers, tmp_path / "results"
-    return start
+    yield start
+    torch.set_num_threads(threads)
 
 
 def test_every_step_starts_in_the_order_of_its_worth_and_once(queue):

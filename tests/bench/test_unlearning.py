@@ -13,7 +13,7 @@ from neumuter.evaluation import tofu
 
 from bench import rows as results
 from bench.unlearning import __main__ as experiments
-from bench.unlearning import page, paper, people, real, requests, robust, synth, tdec
+from bench.unlearning import paper, people, real, requests, robust, synth, tdec
 from bench.unlearning.memory import PeakMemory
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from tests import models
@@ -71,34 +71,6 @@ def test_peak_memory_sees_what_was_freed_again():
         time.sleep(0.1)
         del held
     assert memory.mib is None or 60 < memory.mib < 80
-
-
-def test_the_page_shows_means_and_extremes_and_its_own_age(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
-    rows = []
-    for seed, extraction in ((0, 0.1), (1, 0.3)):
-        about = {
-            "seed": seed,
-            "model": "small",
-            "forget": 4,
-            "neighbours": "retain",
-            "heldout_perplexity": 50.0,
-        }
-        rows.append(about | {"method": "before", "forget_extraction": 1.0, "same_extraction": 1.0})
-        ours = {"budget": 0.05, "share": 0.05, "forget_extraction": extraction, "same_extraction": 1.0}
-        rows += [about | ours | {"method": m, "heldout_perplexity": 51.0} for m in synth.OURS]
-    machine = {"gpu": None, "cpu": "some CPU", "threads": 2}
-    results.write(tmp_path / "synth.jsonl", [row | {"machine": machine} for row in rows])
-    assert page.write() == 0
-    text = page.PAGE.read_text()
-    assert "0.20 (0.10 … 0.30)" in text
-    assert "+2.0%" in text
-    assert "2 seeds (0, 1)" in text
-    assert (tmp_path / "results-budgets.png").stat().st_size > 1000
-    assert page.write(check=True) == 0
-    results.write(tmp_path / "synth.jsonl", [row | {"machine": machine} for row in rows[:4]])
-    assert page.write(check=True) == 1
 
 
 def test_bars_name_what_is_missed():
@@ -180,7 +152,9 @@ def test_a_fresh_run_starts_over_and_its_bars_are_checked(tmp_path, monkeypatch,
 
     rows = {m: {"forget_extraction": 1.0, "heldout_perplexity": 50.0, "retain_extraction": 1.0}
             for m in ("before", "random", *synth.OURS)}  # fmt: skip
-    monkeypatch.setattr(synth, "cases", lambda quick: (({"method": m}, lambda r=r: r) for m, r in rows.items()))
+    monkeypatch.setattr(
+        synth, "cases", lambda quick: (({"method": m}, lambda r=r: r) for m, r in rows.items())
+    )
     assert start("--check") == 1
     assert "trained support: extraction is 1, must be at most 0.25" in capsys.readouterr().out
     for method in synth.OURS:
