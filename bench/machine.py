@@ -52,7 +52,7 @@ def driver():
 
 
 def commit():
-    """The commit of the code: NEUMUTER_COMMIT for copies without a history, else git's, "+" if files differ."""
+    """NEUMUTER_COMMIT, for copies without a history, else git's commit with "+" if files differ."""
     if given := os.environ.get("NEUMUTER_COMMIT"):
         return given
     found = _git("rev-parse", "--short=12", "HEAD")

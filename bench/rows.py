@@ -1,7 +1,7 @@
-"""Results on disk: JSON Lines, a row of results in each, with the machine and the code that it was measured on.
+"""Results on disk: JSON Lines, a row of results in each, with the machine and the code it was measured on.
 
-A benchmark is a series of cases: what a row is about, and a function that measures the rest of it. A case that
-has a row in the file already is not measured again, so that a run that was cut goes on.
+A benchmark is a series of cases: what a row is about, and a function that measures the rest of it. A case
+that has a row in the file already is not measured again, so that a run that was cut goes on.
 """
 
 import json

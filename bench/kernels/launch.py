@@ -3,11 +3,12 @@
 Whole models of today's sizes are bound by launching wherever a layer computes for less than this time.
 """
 
+import functools
+
 import torch
 
-import neumuter_kernels as nk
-from bench.kernels import eager
-from bench.timing import Contender, compare, compiled
+from bench.kernels.activations import eager, ours
+from bench.timing import BACKENDS, Contender, compare, compiled
 
 TOKENS, WIDTH = 8, 1024  # the GPU is done with them sooner than the processor with launching
 
@@ -19,12 +20,13 @@ def cases(device, effort, small=False):
         return
     for which in ("forward", "forward+backward"):
         about = {"op": "masked_glu", "pass": which, "shape": [TOKENS, WIDTH], "dtype": "bfloat16"}
-        yield about, lambda which=which: _measured(which, effort)
+        yield about, functools.partial(measured, which, device, effort)
 
 
-def _measured(which, effort):
-    gate, up, grad = (torch.randn(1, TOKENS, WIDTH, device="cuda").bfloat16() for _ in range(3))
-    mask = torch.rand(1, WIDTH, device="cuda")
+def measured(which, device, effort, backend=BACKENDS[False]):
+    """A row of the processor's times."""
+    gate, up, grad = (torch.randn(1, TOKENS, WIDTH, device=device).bfloat16() for _ in range(3))
+    mask = torch.rand(1, WIDTH, device=device)
     leaves = [x.requires_grad_() for x in (gate, up, mask)]
 
     def forward(function):
@@ -35,10 +37,11 @@ def _measured(which, effort):
         return torch.autograd.grad(function([gate, up], mask, "silu"), leaves, grad)
 
     run = forward if which == "forward" else both
-    ways = {"ours": lambda x, m, a: nk.masked_glu(*x, m, activation=a), "eager": eager}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    ways = {"ours": ours, "eager": eager, "torch.compile": compiled(eager, backend)}
     contenders = [
         # Waiting before each run: a full queue would make the processor wait within it.
-        Contender(name, lambda _, f=function: run(f), prepare=torch.cuda.synchronize)
-        for name, function in (ways | {"torch.compile": compiled(eager)}).items()
+        Contender(name, lambda _, f=function: run(f), prepare=wait)
+        for name, function in ways.items()
     ]
     return compare(contenders, None, "cpu", effort)  # the processor's clock

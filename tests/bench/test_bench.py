@@ -7,7 +7,7 @@ import torch
 
 from bench import text, timing
 from bench.devices import DEVICES
-from bench.kernels import activations, select
+from bench.kernels import activations, launch, select
 from bench.static import assembly
 from bench.timing import QUICK, Contender, Effort, compare, measure
 
@@ -177,6 +177,15 @@ def test_selection_is_checked(mode):
         return indptr, indices + 1, gains
 
     assert select._check(off_by_one, scores, options) == "indices differ from the reference"
+
+
+@pytest.mark.parametrize("which", ["forward", "forward+backward"])
+def test_launching_runs_what_it_says(which):
+    """On the CPU, where its times mean something else and make no row."""
+    row = launch.measured(which, "cpu", QUICK, "aot_eager")
+    assert list(entries(row)) == ["ours", "eager", "torch.compile"]
+    assert all("median_us" in entry for entry in row["contenders"])
+    assert list(launch.cases("cpu", QUICK)) == []
 
 
 # --- Compiled kernels ------------------------------------------------------------------------
