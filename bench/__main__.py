@@ -24,7 +24,6 @@ BENCHMARKS = {
 
 
 def main():
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     options = parse()
     if options.benchmark == "report":
         from bench import report
@@ -104,4 +103,5 @@ def static(folder):
 
 
 if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     sys.exit(main())
