@@ -15,6 +15,8 @@ from neumuter_kernels.registration import Gradient, Triton, register
 
 _forward: Callable[..., Tensor] = torch.ops.neumuter.masked_ffn.default
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.neumuter.masked_ffn_backward.default
+# The dispatcher takes a microsecond longer for an enum than for an int.
+_PLAIN, _SEPARATE, _HALVES, _INTERLEAVED = map(int, Layout)
 
 
 def masked_glu(
@@ -64,8 +66,7 @@ def masked_glu(
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up must have an even last dimension, got shape {tuple(gate_up.shape)}")
         mask = _checked_mask(mask, gate_up, gate_up.shape[-1] // 2, row_ids)
-        layout = Layout.INTERLEAVED if interleaved else Layout.HALVES
-        return _forward(gate_up, None, mask, row_ids, number, layout)
+        return _forward(gate_up, None, mask, row_ids, number, _INTERLEAVED if interleaved else _HALVES)
     if interleaved:
         raise TypeError("interleaved describes gate_up, but gate and up were given")
     gate = check_activations("gate", gate)
@@ -74,7 +75,7 @@ def masked_glu(
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(f"up must match gate, {describe(gate)}, got {describe(up)}")
     mask = _checked_mask(mask, gate, gate.shape[-1], row_ids)
-    return _forward(gate, up, mask, row_ids, number, Layout.SEPARATE)
+    return _forward(gate, up, mask, row_ids, number, _SEPARATE)
 
 
 def masked_act(
@@ -98,7 +99,7 @@ def masked_act(
     number = _activation_number(activation)
     check_activations("hidden", hidden)
     mask = _checked_mask(mask, hidden, hidden.shape[-1], row_ids)
-    return _forward(hidden, None, mask, row_ids, number, Layout.PLAIN)
+    return _forward(hidden, None, mask, row_ids, number, _PLAIN)
 
 
 def _activation_number(activation: str) -> int:

@@ -141,9 +141,11 @@ def _differentiable(op: Callable[..., Tensor], gradient: Gradient) -> Callable[.
             return once(ctx, grad)
 
     def kernel(*arguments: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
-            output: Tensor = Differentiable.apply(*arguments)
-            return output
+        if torch.is_grad_enabled():
+            for x in arguments[:tensors]:
+                if x is not None and x.requires_grad:
+                    output: Tensor = Differentiable.apply(*arguments)
+                    return output
         with _below_autograd():
             return op(*arguments)
 
