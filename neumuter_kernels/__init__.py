@@ -1,4 +1,4 @@
-"""Fused FFN-mask kernels: tensors in, tensors out. Knows no model and no file.
+"""Fused kernels for FFN masks: tensors in, tensors out. The package knows no model and no file.
 
 ``masked_glu`` and ``masked_act`` multiply FFN activations by a neuron mask and give all gradients
 in one backward pass; ``hard_concrete`` makes the gates; ``select_muted`` picks the neurons to mute;
@@ -7,14 +7,16 @@ logits into losses and their gradients.
 ``python -m neumuter_kernels`` prints what is installed and which backend each op uses.
 """
 
+import importlib.metadata
+
 import torch
 
 try:
     from neumuter_kernels import _C  # noqa: F401 (defines the ops)
 except ImportError as error:
     raise ImportError(
-        f"the compiled part of neumuter-kernels does not load with torch {torch.__version__} (2.10 or "
-        f"newer is needed): {error}. Build it for this Python and torch with: "
+        f"the compiled part of neumuter-kernels does not load with torch {torch.__version__} (it needs 2.10 "
+        f"or newer): {error}. Build it for this Python and torch with: "
         "pip install --no-build-isolation --force-reinstall --no-deps neumuter-kernels (or '.' in a checkout)"
     ) from error
 
@@ -24,6 +26,12 @@ from neumuter_kernels.mute import mute_
 from neumuter_kernels.reference import ACTIVATIONS
 from neumuter_kernels.select_muted import MutedNeurons, neuron_budget, select_muted
 from neumuter_kernels.token_losses import cross_entropy_, kl_divergence_
+
+try:
+    __version__ = importlib.metadata.version("neumuter-kernels")
+except importlib.metadata.PackageNotFoundError:
+    # The files of a checkout that is not installed do not say which version they are.
+    __version__ = "0+unknown"
 
 __all__ = [
     "ACTIVATIONS",

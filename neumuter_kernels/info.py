@@ -6,6 +6,7 @@ import platform
 
 import torch
 
+import neumuter_kernels
 from neumuter_kernels import _C
 from neumuter_kernels.registration import OPS, Triton
 
@@ -42,7 +43,7 @@ def report() -> list[tuple[str, str]]:
     """Pairs of (what, value) about the installation, the machine and the backends, as strings."""
     built = _C.build_info()
     return [
-        ("neumuter-kernels", version("neumuter-kernels")),
+        ("neumuter-kernels", neumuter_kernels.__version__),
         ("Python", platform.python_version()),
         ("torch", f"{torch.__version__} (built with {built['torch']}, stable ABI of 2.10)"),
         ("triton", version("triton")),

@@ -1,8 +1,13 @@
 """One list of ops: torch has registered these, reports name them, and the self-test tests them."""
 
+import importlib.metadata
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import neumuter_kernels as nk
 from neumuter_kernels import selftest
 from neumuter_kernels.info import backends
 from neumuter_kernels.registration import OPS
@@ -34,3 +39,22 @@ def test_every_op_has_code_for_every_device(op, key):
 def test_an_op_with_a_backward_has_a_gradient(op):
     forward = op.removesuffix("_backward")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"neumuter::{forward}", "Autograd")
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert nk.__version__ == importlib.metadata.version("neumuter-kernels")
+
+
+def test_a_checkout_that_is_not_installed_has_a_version_too():
+    script = """
+import importlib.metadata
+
+def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.version = not_installed
+import neumuter_kernels
+print(neumuter_kernels.__version__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "0+unknown\n"
