@@ -1,4 +1,4 @@
-"""Whether the backends of this machine compute what the reference says: every op, in about a second."""
+"""Tests every op of this machine against the reference, in about a second."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,13 +10,14 @@ import neumuter_kernels as nk
 from neumuter_kernels import reference
 from neumuter_kernels.info import backends
 
-# ‖result − exact‖ / ‖exact‖ that rounding alone stays below; exact: the reference in float64.
+# The largest relative error (see ``relative_error``) that rounding alone explains.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-TOKENS, WIDTH, ROWS = 12, 331, 3  # an odd width: vector loops and what they leave over
+# The width is odd, so that the vector loops leave some columns over.
+TOKENS, WIDTH, ROWS = 12, 331, 3
 
 
 class Result(NamedTuple):
-    """``op`` on tensors of ``device`` is right, or ``error`` says what is wrong."""
+    """``error`` says what is wrong with ``op`` on tensors of ``device``; None: nothing."""
 
     device: str
     op: str
@@ -24,7 +25,14 @@ class Result(NamedTuple):
 
 
 def run(device: str) -> Iterator[Result]:
-    """Test every op on tensors of ``device``, for example "cpu" or "cuda:0". Raises nothing."""
+    """Test every op, one after another.
+
+    Args:
+        device: what tensors are on, for example "cpu" or "cuda:0".
+
+    Yields:
+        A Result per op. An exception becomes an error there.
+    """
     for op in backends():
         try:
             with torch.random.fork_rng():
@@ -33,6 +41,12 @@ def run(device: str) -> Iterator[Result]:
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         yield Result(device, op, error)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ in float64; exact is what the reference gives in float64."""
+    found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
+    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 # Each check yields what is wrong.
@@ -74,7 +88,7 @@ def _hard_concrete(device: str) -> Iterator[str]:
         leaf = scores.to(device).requires_grad_()
         gates = nk.hard_concrete(leaf, ROWS, seed=7, step=3, layer=2, training=training)
         if not torch.equal(gates.cpu(), reference.hard_concrete(scores, ids, 7, 3, 2, training=training)):
-            yield f"gates are other bits than the reference's, training={training}"
+            yield f"gates differ from the reference in their bits, training={training}"
         (slope,) = torch.autograd.grad(gates, leaf, grad.to(device))
         exact = reference.hard_concrete_backward(grad, scores, ids, 7, 3, 2, training=training)
         yield from _far(f"gradient, training={training}", slope, exact, TOLERANCE[torch.float32])
@@ -119,7 +133,7 @@ def _select_muted(device: str) -> Iterator[str]:
     for way, (found, wanted) in ways.items():
         for name, x, y in zip(("indptr", "indices", "gains"), found, wanted, strict=True):
             if not torch.equal(x.cpu(), y):
-                yield f"{name} by {way} are not the reference's"
+                yield f"{name} by {way} differ from the reference"
 
 
 def _mute(device: str) -> Iterator[str]:
@@ -132,7 +146,7 @@ def _mute(device: str) -> Iterator[str]:
         wanted = reference.mute(hidden, indptr, indices, gains, rows, 1)
         h, *sets, ids = (x.to(device, copy=True) for x in (hidden, indptr, indices, gains, rows))
         if not torch.equal(nk.mute_(h, sets[0], sets[1], sets[2], ids, 1).cpu(), wanted):
-            yield f"other bits than the reference's, {dtype}"
+            yield f"bits differ from the reference, {dtype}"
 
 
 CHECKS: dict[str, Callable[[str], Iterator[str]]] = {
@@ -146,11 +160,11 @@ CHECKS: dict[str, Callable[[str], Iterator[str]]] = {
 
 
 def _far(name: str, found: Tensor, exact: Tensor, tolerance: float) -> Iterator[str]:
-    """What is wrong if ``found`` is farther from ``exact`` than ``tolerance``, relative to its norm."""
+    """What is wrong if the relative error of ``found`` exceeds ``tolerance``."""
     if found.shape != exact.shape:
         yield f"{name}: shape {list(found.shape)}, not {list(exact.shape)}"
         return
-    exact = exact.detach().double()
-    error = ((found.detach().cpu().double() - exact).norm() / exact.norm()).item()
-    if not error <= tolerance:  # NaN is far, too
-        yield f"{name}: relative error {error:.2g}, at most {tolerance:g}"
+    error = relative_error(found, exact)
+    # Written so that NaN, too, is an error.
+    if not error <= tolerance:
+        yield f"{name}: relative error {error:.2g}, at most {tolerance:g} expected"

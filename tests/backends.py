@@ -10,6 +10,7 @@ import contextlib
 import torch
 
 from neumuter_kernels.registration import OPS, Triton
+from neumuter_kernels.selftest import relative_error
 
 HAVE_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAVE_GPU
@@ -29,12 +30,6 @@ def use(name):
         yield "cpu"
     finally:
         library._destroy()
-
-
-def relative_error(actual, exact):
-    """‖actual − exact‖ / ‖exact‖ in float64."""
-    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
-    return ((actual - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def assert_as_accurate(actual, plain, exact, name=""):

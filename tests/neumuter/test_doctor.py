@@ -115,11 +115,11 @@ def other_losses(logits, targets):
 @pytest.mark.parametrize(
     ("op", "broken", "error"),
     [
-        ("hard_concrete", next_float, "other bits"),
+        ("hard_concrete", next_float, "gates differ"),
         ("hard_concrete_backward", lambda grad, *rest: 1.001 * grad.sum(0), "gradient"),
         ("select_muted", next_neuron, "indices by budget"),
         ("cross_entropy_", other_losses, "losses"),
-        ("mute_", lambda *arguments: None, "other bits"),
+        ("mute_", lambda *arguments: None, "bits differ"),
         ("masked_ffn_backward", no_mask_gradient, "gradient"),
         ("masked_ffn", halves_only, "interleaved"),
     ],
