@@ -1,4 +1,4 @@
-// The order is that of neumuter_kernels.reference.ACTIVATIONS.
+// The numbers are those of neumuter_kernels.reference.ACTIVATIONS.
 #pragma once
 
 namespace neumuter {

@@ -64,7 +64,8 @@ struct Mutes {
       STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "row_ids must be int32 or int64");
       STD_TORCH_CHECK(rows->numel() == hidden.rows, "row_ids must have one entry per token");
     } else {
-      STD_TORCH_CHECK(sets > 0 && hidden.rows % sets == 0, "without row_ids the tokens must be equal runs");
+      STD_TORCH_CHECK(sets > 0 && hidden.rows % sets == 0, "without row_ids the ", hidden.rows,
+                      " tokens must divide into ", sets, " equal runs, one per set");
     }
   }
 };

@@ -34,7 +34,7 @@ def device(request):
 
 @pytest.fixture
 def poisoned():
-    """Fills what torch.empty returns with NaN, so that an element that nobody wrote shows."""
+    """Fills what torch.empty returns with NaN, so that an element that was not written shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

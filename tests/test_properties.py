@@ -375,7 +375,7 @@ def test_autograd_sees_a_change_in_place(op):
 
 @given(st.data())
 def test_memory_that_is_shared(data):
-    """In-place ops refuse arguments that they would change; those that lie beside one another are fine."""
+    """In-place ops refuse arguments that they would change; neighbours in memory are fine."""
     memory, rows, width = torch.randn(64), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
     size, start, other = rows * width, *(data.draw(st.integers(0, 32)) for _ in range(2))
     before, x = memory.clone(), memory[start : start + size].view(rows, width)

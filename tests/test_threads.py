@@ -12,7 +12,7 @@ THREADS = 8
 
 
 def at_once(work, count=THREADS):
-    """[work(0), work(1), …] of as many threads, which start together."""
+    """[work(0), work(1), …], each by a thread of its own; the threads start together."""
     barrier = threading.Barrier(count)
 
     def started(number):

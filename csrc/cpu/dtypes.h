@@ -17,7 +17,7 @@ inline Dtype dtype_of(ScalarType type) {
     case ScalarType::Half:
       return Dtype::kHalf;
     default:
-      STD_TORCH_CHECK(false, "only float32, float64, bfloat16 and float16 are computed, got another dtype");
+      STD_TORCH_CHECK(false, "activations and logits must be float32, float64, bfloat16 or float16");
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace neumuter::cpu {
 
-constexpr int64_t kNeurons = 4096;  // a block
+constexpr int64_t kNeurons = 4096;  // per block
 
 struct GateInput {
   Dtype dtype;
@@ -66,7 +66,7 @@ static Tensor hard_concrete(Tensor scores, Tensor sample_ids, Tensor step, int64
   return out;
 }
 
-// The rows are summed in order, whatever the number of threads.
+// The rows are summed in order, so the number of threads does not matter.
 static Tensor hard_concrete_backward(Tensor grad_, Tensor scores, Tensor sample_ids, Tensor step,
                                      int64_t seed, int64_t layer, double temperature, double gamma,
                                      double zeta, bool training) {

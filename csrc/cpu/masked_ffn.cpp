@@ -10,8 +10,8 @@
 
 namespace neumuter::cpu {
 
-constexpr int64_t kTokens = 64;     // tokens a block
-constexpr int64_t kColumns = 1024;  // columns a block: its sums stay in the L1 cache
+constexpr int64_t kTokens = 64;     // per block
+constexpr int64_t kColumns = 1024;  // per block, whose sums stay in the L1 cache
 // Gradients of this size go past the caches. Measured with two cores of a Xeon: 25 % less time for the
 // backward pass at 16 MiB a tensor, no gain for the forward pass, a loss at 6 MiB.
 constexpr int64_t kStreamBytes = 1 << 24;
@@ -50,7 +50,8 @@ struct Input {
                     "there is no layout number ", layout_);
     STD_TORCH_CHECK(up_.has_value() == (layout == Layout::kSeparate),
                     "up must be given if layout is SEPARATE, and only then");
-    STD_TORCH_CHECK(!packed() || gate.columns % 2 == 0, "packed gate must have an even number of columns");
+    STD_TORCH_CHECK(!packed() || gate.columns % 2 == 0,
+                    "gate must have an even number of columns if it holds gate and up");
     tokens = gate.rows;
     columns = packed() ? gate.columns / 2 : gate.columns;
     masks = mask.rows;

@@ -137,7 +137,7 @@ NEUMUTER_INLINE void store(Floats x, Half* to) {
   std::memcpy(to, &h, sizeof(h));
 }
 
-// Stores past the caches: for outputs that no cache will hold until somebody reads them, which saves
+// Stores past the caches: for outputs that leave the caches before they are read again. This saves
 // reading their lines first. `to` must be aligned to the size that is written; end with stream_fence.
 template <typename C, typename T>
 NEUMUTER_INLINE void stream(C x, T* to) {

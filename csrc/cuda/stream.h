@@ -4,15 +4,16 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 
-// Weak: a CUDA build of this library also loads beside a torch without CUDA, where nobody calls it.
+// Weak, so that a CUDA build of this library also loads with a torch without CUDA, which never calls it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace neumuter::cuda {
 
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-                  "the current CUDA stream is not to be had");
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(device, &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "cannot get the current CUDA stream of device ", device,
+                  ": torch returned error ", error);
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -1,1 +1,1 @@
-"""The GPU kernels, in Triton. Every kernel also runs in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The GPU kernels in Triton, and their launch. They also run in Triton's interpreter (TRITON_INTERPRET=1)."""

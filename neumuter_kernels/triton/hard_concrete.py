@@ -12,7 +12,7 @@ from torch import Tensor
 from neumuter_kernels.reference import stretch_span
 from neumuter_kernels.triton.activations import reduced_exponential
 
-BLOCK = 256  # Philox counters a program, four neurons each
+BLOCK = 256  # Philox counters per program, of four neurons each
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Forward: one program per token and column block. Backward: one program per chunk of tokens and
 column block; it keeps its block's mask gradient in registers while it walks the chunk's tokens,
 writes one partial sum, and a second kernel adds up the partial sums of each mask row. No atomics,
-so every run gives the same bits (on GPUs of as many multiprocessors, which chunks depend on).
+so every run gives the same bits on GPUs with the same number of multiprocessors, on which chunks depend.
 
 Shapes: T tokens, F the intermediate size, G mask rows.
 """
@@ -18,10 +18,14 @@ from torch import Tensor
 from neumuter_kernels.reference import Layout
 from neumuter_kernels.triton.activations import activation
 
-BLOCK_F = 1024  # columns a program: 128 threads with 8 elements each
-RESIDENT = 8  # backward programs that a multiprocessor has room for
-LEAST = 4  # tokens that a backward program walks
-SUMMED = 32, 64  # partial sums and columns that a program adds up at a time
+# Columns per program: 128 threads with 8 elements each.
+BLOCK_F = 1024
+# Backward programs that a multiprocessor has room for.
+RESIDENT = 8
+# The least number of tokens that a backward program walks.
+MIN_TOKENS_PER_CHUNK = 4
+# Partial sums and columns that a program adds up at a time.
+SUMMED = 32, 64
 
 # What of a ``Layout`` the kernels are compiled for: SPLIT are two tensors as well as two halves of one,
 # which are two pointers either way.
@@ -160,7 +164,7 @@ def sum_partials_kernel(partial, first_chunks, grad_mask, F, chunks_per_mask,
 
 
 def _ceil(x: int, y: int) -> int:
-    """x / y rounded up; triton.cdiv takes longer."""
+    """x / y rounded up. triton.cdiv takes longer."""
     return -(-x // y)
 
 
@@ -171,10 +175,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def tokens_per_chunk(tokens: int, G: int, blocks: int, multiprocessors: int) -> int:
-    """So many that all programs fit on the GPU at once (with row ids, nearly all)."""
+    """The length of a chunk with which all programs fit on the GPU at once (with row ids, nearly all)."""
     G = max(G, 1)
     chunks = max(RESIDENT * multiprocessors // (G * blocks), 1)  # of the tokens of a mask row
-    return max(_ceil(tokens, G * chunks), LEAST)
+    return max(_ceil(tokens, G * chunks), MIN_TOKENS_PER_CHUNK)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -17,7 +17,7 @@ WARPS = 8
 
 
 def block(element_size: int) -> int:
-    """Logits a turn: one access of 16 bytes for each of the 256 threads."""
+    """Logits per turn of a loop: one access of 16 bytes for each of the 256 threads."""
     return 4096 // element_size
 
 
