@@ -26,7 +26,7 @@ def _seeded():
 @pytest.fixture(params=["cpp"] + ["triton"] * HAVE_TRITON)
 def device(request):
     """Runs the test on each backend; the value is the device to put tensors on."""
-    from tests.backends import use
+    from tests.kernels.backends import use
 
     with use(request.param) as place:
         yield place

@@ -8,7 +8,7 @@ import torch
 from neumuter.recipes import mute_random
 
 from tests import models
-from tests.test_threads import THREADS, at_once
+from tests.kernels.test_threads import THREADS, at_once
 
 REQUESTS = 6
 

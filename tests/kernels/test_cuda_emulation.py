@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from neumuter_kernels import reference
-from tests.test_mute import mute_sets
+from tests.kernels.test_mute import mute_sets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 SCHEDULES = ("forward", "reverse", "random")
 STRETCH = (-0.1, 1.1)

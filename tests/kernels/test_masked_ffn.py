@@ -5,7 +5,7 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
-from tests.backends import assert_as_accurate
+from tests.kernels.backends import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["separate", "halves", "interleaved", "plain"]

@@ -6,7 +6,7 @@ import torch
 import neumuter_kernels as nk
 from neumuter_kernels import reference
 from neumuter_kernels.mute import mute_in_pytorch
-from tests.backends import DEVICES
+from tests.kernels.backends import DEVICES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

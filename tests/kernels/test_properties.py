@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
-from tests import backends
-from tests.test_masked_ffn import Reference, run
-from tests.test_mute import mute_sets
+from tests.kernels import backends
+from tests.kernels.test_masked_ffn import Reference, run
+from tests.kernels.test_mute import mute_sets
 
 INTERPRETED = 16  # times fewer examples in Triton's interpreter
 PHASES = (Phase.reuse, Phase.generate, Phase.shrink)

@@ -5,7 +5,7 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
-from tests.backends import DEVICES
+from tests.kernels.backends import DEVICES
 
 INF, NAN = float("inf"), float("nan")
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import neumuter_kernels as nk
-from tests.test_mute import mute_sets
+from tests.kernels.test_mute import mute_sets
 
 THREADS = 8
 

@@ -5,8 +5,8 @@ import torch
 
 import neumuter_kernels as nk
 from neumuter_kernels import reference
-from tests import backends
-from tests.backends import assert_as_accurate
+from tests.kernels import backends
+from tests.kernels.backends import assert_as_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(3, 97), (1, 1), (2, 16), (5, 4100), (0, 7)]

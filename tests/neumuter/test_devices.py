@@ -12,7 +12,7 @@ from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import INITIAL_SCORE
 
 from tests import models
-from tests.backends import DEVICES
+from tests.kernels.backends import DEVICES
 from tests.neumuter.test_bank import logits, sets_of
 from tests.neumuter.test_recipes import (
     FORGET,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tests.repo.test_capabilities import SUPPORTED
+from tests.kernels.test_capabilities import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "c++")
@@ -22,7 +22,7 @@ FILES = ("masked_ffn", "hard_concrete", "select_muted", "mute", "token_losses", 
 LEFT_OUT = ("triton", "compile", "opcheck", "gradcheck", "schema", "too_large")
 PYTEST = ["-m", "pytest", "-p", "tests.sanitizers.instrumented", "-p", "no:cacheprovider", "-q"]
 PYTEST += ["--capture=sys", "-k", " and ".join(f"not {word}" for word in LEFT_OUT)]
-PYTEST += [f"tests/test_{name}.py" for name in FILES]
+PYTEST += [f"tests/kernels/test_{name}.py" for name in FILES]
 OPTIONS = {
     "OMP_NUM_THREADS": "1",
     "ASAN_OPTIONS": "detect_leaks=0",  # Python leaks
