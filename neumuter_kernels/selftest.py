@@ -46,7 +46,7 @@ def run(device: str) -> Iterator[Result]:
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """‖found − exact‖ / ‖exact‖ in float64; exact is what the reference gives in float64."""
     found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
-    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+    return float((found - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 # Each check yields what is wrong.
