@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from neumuter import attach
-from neumuter.integrations.hub_kernels import annotated, kernel_mapping, write_layer_repository
+from neumuter.integrations.hub_kernels import annotate, kernel_mapping, write_layer_repository
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests import models
@@ -22,7 +22,7 @@ def repository(tmp_path_factory):
 
 def kernelized(model, repository, mode=None):
     mode = mode or kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
-    with annotated(model), kernels.use_kernel_mapping(kernel_mapping(repository)):
+    with annotate(model), kernels.use_kernel_mapping(kernel_mapping(repository)):
         return kernels.kernelize(model, mode=mode, device="cpu")
 
 
@@ -97,7 +97,7 @@ def test_the_annotation_ends_with_the_context_and_is_of_this_model_alone(reposit
     model, other = models.build("llama"), models.build("llama")
 
     def interrupted():
-        with annotated(model), kernels.use_kernel_mapping(kernel_mapping(repository)):
+        with annotate(model), kernels.use_kernel_mapping(kernel_mapping(repository)):
             assert LlamaMLP.kernel_layer_name == "MaskedGatedMLP"
             kernels.kernelize(other, mode=kernels.Mode.INFERENCE, device="cpu")
             raise OSError("on purpose")
@@ -113,7 +113,7 @@ def test_kernelize_without_a_mapping_takes_it_back(repository):
     model, ids = models.build("llama"), models.batch()
     expected = model(ids).logits
     kernelized(model, repository)
-    with annotated(model), kernels.use_kernel_mapping({}, inherit_mapping=False):
+    with annotate(model), kernels.use_kernel_mapping({}, inherit_mapping=False):
         kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
     assert not layer_names(model)
     assert torch.equal(model(ids).logits, expected)
@@ -127,14 +127,14 @@ def test_gates_go_on_top_but_not_below(repository):
         with masked.applying({path: torch.zeros_like(score)}):
             muted = model(models.batch()).logits
         assert not torch.allclose(muted, model(models.batch()).logits)
-        with pytest.raises(RuntimeError, match="attached or muted"), annotated(model):
+        with pytest.raises(RuntimeError, match="attached or muted"), annotate(model):
             pass
     assert layer_names(model) == ["MaskedGatedMLP.forward"] * models.LAYERS
 
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral", "llama_mish"])
 def test_a_model_without_fitting_mlps_is_refused(name):
-    with pytest.raises(ValueError, match="has no MLP that a layer fits"), annotated(models.build(name)):
+    with pytest.raises(ValueError, match="has no MLP that a layer fits"), annotate(models.build(name)):
         pass
 
 

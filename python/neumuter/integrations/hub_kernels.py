@@ -1,9 +1,9 @@
 """Masked MLPs as layers of Hugging Face's ``kernels`` package, in a local layer repository.
 
 ``kernels.kernelize(model)`` gives a module the forward of a layer from a repository if the module's class
-carries a layer name and that name is mapped to a repository. Here are the layers, a function that writes the
-repository, the mapping, and a context in which the classes of one model carry the names. It needs the package
-``kernels``; see docs/hub-kernels.md.
+carries a layer name and that name is mapped to a repository. This module
+has the layers, a function that writes the repository, the mapping, and a context in which the classes of one
+model carry the names. It needs the package ``kernels``; see docs/hub-kernels.md.
 """
 
 import json
@@ -23,7 +23,7 @@ from neumuter.models.seams import choose_seams
 BACKENDS = ("cpu", "cuda", "rocm")
 
 
-def _mask_of(mlp: nn.Module, hidden: Tensor) -> Mask:
+def _find_mask(mlp: nn.Module, hidden: Tensor) -> Mask:
     values = getattr(mlp, "neuron_mask", None)
     if values is None:
         values = torch.ones(hidden.shape[-1], device=hidden.device)
@@ -33,8 +33,8 @@ def _mask_of(mlp: nn.Module, hidden: Tensor) -> Mask:
 class MaskedGatedMLP(nn.Module):
     """The forward of a gated MLP whose children are named as those of transformers' ``LlamaMLP``.
 
-    If the module has a buffer ``neuron_mask``, float [F] or [G, F], its neurons are multiplied by it, G rows
-    as in ``neumuter.MaskedGatedMLP``; else by ones, which is the original forward.
+    If the module has a buffer ``neuron_mask``, float [F] or [G, F], its neurons are multiplied by it; G rows
+    are as in ``neumuter.MaskedGatedMLP``. Without one they are multiplied by ones: the original forward.
     """
 
     has_backward = True
@@ -45,15 +45,18 @@ class MaskedGatedMLP(nn.Module):
     act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., d] → [..., d], in the same dtype."""
+        """Map [..., d] to [..., d], in the same dtype."""
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         activation = cast(str, activation_name(self.act_fn))
-        output: Tensor = self.down_proj(masked_glu_of(gate, up, activation, _mask_of(self, gate)))
+        output: Tensor = self.down_proj(masked_glu_of(gate, up, activation, _find_mask(self, gate)))
         return output
 
 
 class MaskedMLP(nn.Module):
-    """As :class:`MaskedGatedMLP`, of a plain MLP: transformers' ``GPTNeoMLP``, ``GPT2MLP``."""
+    """The forward of a plain MLP, such as transformers' ``GPTNeoMLP`` and ``GPT2MLP``.
+
+    The mask is that of :class:`MaskedGatedMLP`.
+    """
 
     has_backward = True
     can_torch_compile = True
@@ -63,14 +66,14 @@ class MaskedMLP(nn.Module):
     dropout: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., d] → [..., d], in the same dtype."""
+        """Map [..., d] to [..., d], in the same dtype."""
         hidden = self.c_fc(hidden_states)
-        hidden = masked_act_of(hidden, cast(str, activation_name(self.act)), _mask_of(self, hidden))
+        hidden = masked_act_of(hidden, cast(str, activation_name(self.act)), _find_mask(self, hidden))
         output: Tensor = self.dropout(self.c_proj(hidden))
         return output
 
 
-# What a layer asks of an MLP: its layout, its seam (see ``neumuter.models.hooks``), and its other children.
+# What a layer needs of an MLP: its layout, its seam (see ``neumuter.models.hooks``), and its other children.
 _LAYERS = {
     MaskedGatedMLP.__name__: (
         Layout("down_proj", up="up_proj", gate="gate_proj", activation="act_fn"), "ffn", set(),
@@ -80,11 +83,17 @@ _LAYERS = {
 
 
 def write_layer_repository(folder: PathLike) -> None:
-    """Write a layer repository of ``kernels`` with the layers above to ``folder``, whole or not at all.
+    """Write a layer repository of ``kernels`` with the layers above, whole or not at all.
 
     It has a build variant for each of ``BACKENDS``. These refer to the installed ``neumuter``, so the folder
-    is good for this environment only, not for the Hub. Raises FileExistsError if ``folder`` is there and not
-    empty, and OSError.
+    is good for this environment only, not for the Hub.
+
+    Args:
+        folder: a folder that does not exist or is empty.
+
+    Raises:
+        FileExistsError: something is in ``folder``.
+        OSError: ``folder`` cannot be written.
     """
     with new_folder(folder) as repository:
         for backend in BACKENDS:
@@ -103,7 +112,7 @@ def write_layer_repository(folder: PathLike) -> None:
 
 
 def kernel_mapping(folder: PathLike) -> dict[str, dict[str, Any]]:
-    """For ``kernels.use_kernel_mapping``: {layer name: {device type: the repository in ``folder``}}."""
+    """Build what ``kernels.use_kernel_mapping`` takes: {layer name: {device type: the repository}}."""
     from kernels import LocalLayerRepository
 
     return {
@@ -113,23 +122,24 @@ def kernel_mapping(folder: PathLike) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def annotated(model: nn.Module) -> Iterator[nn.Module]:
+def annotate(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which ``kernels.kernelize(model, ...)`` finds the MLPs of ``model`` that have a layer here.
 
-    ``kernels`` looks for layer names on classes, which are transformers' own and everybody's. So the names
-    are there in this context only, with a condition that lets nothing but this model's modules pass, and the
-    classes are as before at the end. What ``kernelize`` did to the model stays. Which MLPs fit is found by
-    running the model once on two tokens, as ``neumuter.attach`` does.
+    ``kernels`` looks for layer names on classes, which other models share. So the names are there in this
+    context only, with a condition that is true for this model's modules alone, and the classes are as before
+    at the end. What ``kernelize`` did to the model stays. Which MLPs fit is found by running the model once
+    on two tokens, as ``neumuter.attach`` does.
 
-    Raises ValueError if no MLP fits, and RuntimeError if the model is attached or muted, whose masks a new
-    forward would pass by: kernelise first.
+    Raises:
+        ValueError: no MLP fits.
+        RuntimeError: the model is attached or muted; a new forward would bypass its masks. Kernelise first.
     """
     from kernels import replace_kernel_forward_from_hub
 
     refuse_wrapped(model)
     ffns = find_ffns(model)
     seams = choose_seams(model, ffns)
-    chosen = {ffn.module: name for ffn in ffns if (name := _layer_of(ffn, seams[ffn.path]))}
+    chosen = {ffn.module: name for ffn in ffns if (name := _find_layer(ffn, seams[ffn.path]))}
     if not chosen:
         kinds = sorted({type(ffn.module).__name__ for ffn in ffns})
         raise ValueError(f"{type(model).__name__} has no MLP that a layer fits: {', '.join(kinds)}")
@@ -149,6 +159,6 @@ def annotated(model: nn.Module) -> Iterator[nn.Module]:
                     delattr(cls, name)
 
 
-def _layer_of(ffn: FFN, seam: str) -> str | None:
+def _find_layer(ffn: FFN, seam: str) -> str | None:
     others = {name for name, _ in ffn.module.named_children()} - set(ffn.layout.names if ffn.layout else ())
     return next((name for name, wanted in _LAYERS.items() if wanted == (ffn.layout, seam, others)), None)

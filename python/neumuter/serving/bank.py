@@ -19,21 +19,26 @@ from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
 from neumuter.serving.live import FEW
 from neumuter_kernels import mute_
 
-MAX_SLOTS = 2**31 - 1  # that int32 offsets tell apart: muted neurons of all sets, with the room for more
-GROWTH = 1.25  # of the room for sets, where it is used up
-CACHED = 8  # numbers of tokens whose row ids a batch keeps
-Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]  # of a _Pool
-Place = tuple[int, int, int]  # of a set there: its row, its first slot, the one behind its last
+# Offsets are int32, which limits the muted neurons of all sets, with the room for more.
+MAX_SLOTS = 2**31 - 1
+# Where the room for sets ends, new room is made for this multiple of what is needed.
+ROOM_FACTOR = 1.25
+# A batch keeps the row ids of this number of token counts.
+MAX_CACHED_COUNTS = 8
+# What a _Pool holds on each device.
+Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]
+# Where a set is in it: its row, its first slot, the slot behind its last.
+Place = tuple[int, int, int]
 
 
 class MuteBank:
     """Mute sets by name on a live model, any number of them, and which one each row of a batch uses.
 
-    ``model``: a causal language model without experts, neither attached nor muted. Without a set it stays
-    untouched, bit for bit; with one, only the muted neurons change, at the down projections' inputs, so
-    whatever computes these may be quantised or foreign. Sets come and go while it serves; a batch keeps to
-    those that were there when it began. Each device of the model holds 8 bytes per muted neuron and 4 per
-    layer of a set, and a quarter more as room, and for each batch at work up to a megabyte per layer::
+    A row without a set is computed as by the untouched model, bit for bit. With one, only the muted neurons
+    change, at the down projections' inputs, so whatever computes these may be quantised or foreign. Sets
+    come and go while the model serves; a batch keeps to those that were there when it began. Each device of
+    the model holds 8 bytes per muted neuron and 4 per layer of a set, and a quarter more as room, and for
+    each batch at work up to a megabyte per layer::
 
         bank = MuteBank(model)
         bank.add("alice", "alice.safetensors")
@@ -41,17 +46,23 @@ class MuteBank:
         with torch.no_grad(), bank.using(["alice", None]):
             model(**batch)
 
-    A row's output does not depend, bit for bit, on the sets of the other rows. ``required``: a forward pass
-    outside of ``using`` (and of ``generate`` with mute_sets) raises RuntimeError, lest a request is served
-    unmuted by mistake: contexts hold in the thread that opened them, so a server that computes in a thread of
-    its own must open them there. Rows are those of the batch: packed sequences and continuous batching, which
-    put many requests in one row, are refused or must not be used.
+    A row's output does not depend, bit for bit, on the sets of the other rows. Rows are those of the batch:
+    packed sequences and continuous batching, which put many requests in one row, are refused or must not be
+    used.
 
     For inference: without gradients, and a graph break in torch.compile. A model with a bank cannot be
     pickled; copies of it share its contexts. As a context manager it undoes itself at the end.
 
-    Raises ValueError for a model with experts, with sharded neurons, or whose down projections are not called
-    as modules, and RuntimeError for one that is attached or muted.
+    Args:
+        model: a causal language model without experts, neither attached nor muted.
+        required: a forward pass outside of ``using`` (and of ``generate`` with mute_sets) raises
+            RuntimeError, so that no request is served unmuted by mistake. Contexts hold in the thread that
+            opened them; a server that computes in a thread of its own must open them there.
+
+    Raises:
+        ValueError: the model has experts or sharded neurons, or its down projections are not called as
+            modules.
+        RuntimeError: the model is attached or muted.
     """
 
     def __init__(self, model: nn.Module, required: bool = False) -> None:
@@ -85,14 +96,17 @@ class MuteBank:
 
     @property
     def bytes(self) -> int:
-        """What the sets take on each device, with the room for more."""
+        """The bytes that the sets take on each device, with the room for more."""
         return self._pool.bytes
 
     def add(self, name: str, mutes: MuteSource) -> None:
-        """Add a ``MuteSet``, or the mute file at that path, as ``name``, a str.
+        """Add a ``MuteSet``, or the mute file at that path, as ``name``.
 
-        Raises MuteMismatchError if it was made for another model, MuteFileError for a bad file, ValueError if
-        there is a set of that name, or if the sets would have 2^31 muted neurons or more.
+        Raises:
+            MuteMismatchError: it was made for another model.
+            MuteFileError: the file is bad.
+            ValueError: ``name`` is not a str; there is a set of that name; or the sets would have 2^31 muted
+                neurons or more.
         """
         if not isinstance(name, str):
             raise ValueError(f"name must be a str, got {name!r}")
@@ -109,30 +123,40 @@ class MuteBank:
             raise ValueError(f"there is a mute set {name!r} already: remove it first")
 
     def remove(self, name: str) -> None:
-        """Forget a set. Raises KeyError if there is none of that name."""
+        """Remove a set.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
         with self._lock:
-            self._known([name])
+            self._find_rows([name])
             del self._pool.sets[name]
 
     @contextlib.contextmanager
     def using(self, names: str | Sequence[str | None] | None) -> "Iterator[MuteBank]":
-        """Context: row i of a batch uses the set ``names[i]``, None: none; one str or None: for all rows.
+        """Context in which the rows of a batch use these sets.
 
-        Rows that generation makes of one (beams, several sequences) use its set. Contexts nest, must end in
-        the thread and in the order in which they were opened (RuntimeError), and hold in no other thread.
-        Raises KeyError for an unknown name and ValueError for an empty list; a forward pass raises ValueError
-        if its rows are no multiple of the names.
+        Rows that generation makes of one (beams, several sequences) use its set. Contexts nest, and hold in
+        the thread that opened them alone.
+
+        Args:
+            names: the name of a set, or None for none, for each row; one str or None is for all rows.
+
+        Raises:
+            KeyError: there is no set of that name.
+            ValueError: the list is empty; or in a forward pass, its rows are no multiple of the names.
+            RuntimeError: contexts do not end in the order, or not in the thread, in which they were opened.
         """
         names = [names] if names is None or isinstance(names, str) else list(names)
         if not names:
             raise ValueError("names must be a name or None for each row of the batch, got an empty list")
         with self._lock:
-            rows = _Rows(self._known(names), self._pool.tensors)
-        with self._current.being(rows):
+            rows = _Rows(self._find_rows(names), self._pool.tensors)
+        with self._current.activate(rows):
             yield self
 
-    def _known(self, names: Iterable[str | None]) -> list[int]:
-        """The pool's rows of ``names``, −1 for None."""
+    def _find_rows(self, names: Iterable[str | None]) -> list[int]:
+        """Find the pool's rows of ``names``, −1 for None."""
         for name in names:
             if name is not None and name not in self._pool.sets:
                 listed = ", ".join(list(self._pool.sets)[:8]) or "none"
@@ -169,7 +193,7 @@ def _generate(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **o
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """ "cuda" as "cuda:0": devices are looked up by what tensors say."""
+    """Name a device as its tensors do: "cuda:0" for "cuda"."""
     return torch.empty(0, device=device).device
 
 
@@ -181,7 +205,7 @@ class _Current:
         self.variable: contextvars.ContextVar[_Rows | None] = contextvars.ContextVar("rows", default=None)
 
     @contextlib.contextmanager
-    def being(self, rows: "_Rows") -> Iterator[None]:
+    def activate(self, rows: "_Rows") -> Iterator[None]:
         token = self.variable.set(rows)
         try:
             yield
@@ -192,7 +216,7 @@ class _Current:
                 raise RuntimeError("contexts of a MuteBank must end in the order in which they were opened")
 
     def begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Before a forward pass of the model: its number of rows."""
+        """Take the number of rows of a forward pass, before it begins."""
         rows = self.variable.get()
         if rows is None:
             if self.required:
@@ -212,7 +236,7 @@ class _Current:
 
 
 class _BankGates(Gates):
-    """At a down projection: mutes its input by the rows that are in force."""
+    """Mutes the input of a down projection by the rows that are in force."""
 
     def __init__(self, ffn: FFN, number: int, current: _Current) -> None:
         super().__init__(ffn, "down")
@@ -224,7 +248,7 @@ class _BankGates(Gates):
 
 
 def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-    """The forward of a down projection. Little Python: between layers the caches are cold."""
+    """Run a muted down projection, with little Python: between layers the caches are cold."""
     if (rows := gates.current.variable.get()) is not None:
         gains = None if torch.compiler.is_compiling() else rows.gains.get(gates.number)
         if (
@@ -245,12 +269,12 @@ def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, 
 
 @torch.no_grad()
 def _check_calls(model: nn.Module, gates: Sequence[_BankGates], bank: MuteBank) -> None:
-    """Run two tokens. Raises ValueError unless every down projection was called, with a row per token."""
+    """Run two tokens; raises ValueError unless every down projection was called, with a row per token."""
     if not can_run(model):
         return
     rows = _Rows([-1], bank._pool.tensors, counting=True)
     eager = torch.compiler.set_stance("force_eager")
-    with without_dropout(model), eager, bank._current.being(rows):
+    with without_dropout(model), eager, bank._current.activate(rows):
         model(input_ids=torch.arange(2, device=input_device(model))[None], use_cache=False)
     for one in gates:
         if one.calls != 1:
@@ -263,8 +287,8 @@ def _check_calls(model: nn.Module, gates: Sequence[_BankGates], bank: MuteBank) 
 class _Rows:
     """The sets of the rows of one batch, in the pool's tensors as they were when it began.
 
-    ``gains``: {number of a layer: those of all its neurons, float32 [B, 1, F], or [B, F] where a model
-    flattens its activations}: for few of these a product takes less time than calling mute_.
+    ``gains`` holds {number of a layer: the gains of all its neurons, float32 [B, 1, F], or [B, F] where a
+    model flattens its activations}. For few activations, a product takes less time than calling ``mute_``.
     """
 
     def __init__(self, rows: list[int], tensors: Tensors, counting: bool = False) -> None:
@@ -290,16 +314,17 @@ class _Rows:
         if not self.touched:
             return
         device = hidden.device
-        ids = self._of_tokens(hidden.shape[:-1].numel(), device)
+        ids = self._ids_of_tokens(hidden.shape[:-1].numel(), device)
         mute_(hidden, *self.tensors[device], ids, gates.number)
-        if hidden.numel() <= FEW and self.batch == hidden.shape[0]:  # for the next ones
+        # The next tokens multiply by these.
+        if hidden.numel() <= FEW and self.batch == hidden.shape[0]:
             shape = (*hidden.shape[:1], *[1] * (hidden.dim() - 2), hidden.shape[-1])
             gains = torch.ones(shape, device=device)
-            ids = self._of_tokens(self.batch, device)
+            ids = self._ids_of_tokens(self.batch, device)
             self.gains[gates.number] = mute_(gains, *self.tensors[device], ids, gates.number)
 
-    def _of_tokens(self, tokens: int, device: torch.device) -> Tensor:
-        """The set of each token, int64 [tokens]: made in the first layer, for all."""
+    def _ids_of_tokens(self, tokens: int, device: torch.device) -> Tensor:
+        """Find the set of each token, int64 [tokens]; made in the first layer, for all layers."""
         ids = self._ids.get((tokens, device))
         if ids is None:
             if device not in self.tensors:
@@ -308,13 +333,14 @@ class _Rows:
                 )
             if self.batch is None or tokens % self.batch:
                 raise ValueError(
-                    f"{tokens} tokens do not belong to {self.batch} rows of a batch in equal parts"
+                    f"{tokens} tokens cannot be split evenly among the {self.batch} rows of the batch"
                 )
-            if len(self._ids) >= CACHED:
+            if len(self._ids) >= MAX_CACHED_COUNTS:
                 self._ids.clear()
             ids = self.rows.repeat_interleave(tokens // len(self.rows)).to(device)
             self._ids[tokens, device] = ids
-            if device.type == "cuda":  # they may be given back while another stream still reads them
+            # They may be given back while another stream still reads them.
+            if device.type == "cuda":
                 for tensor in (ids, *self.tensors[device]):
                     tensor.record_stream(torch.cuda.current_stream(device))
         return ids
@@ -323,51 +349,53 @@ class _Rows:
 class _Pool:
     """Sets one after another, on each device: (indptr int32 [S, L + 1], indices int32 [N], gains [N]).
 
-    What a batch may be reading is never written: new sets are appended, and where the room ends, those that
-    are left move to new tensors.
+    What a batch may be reading is never overwritten: new sets are appended. Where the room ends, the sets
+    that are left move to new tensors.
     """
 
     def __init__(self, layers: int, devices: Iterable[torch.device]) -> None:
         self.layers = layers
         self.sets: dict[str, Place] = {}
-        self.tensors: Tensors = {device: self._room(device, 0, 0) for device in devices}
-        self.row, self.end = 0, 0  # behind the last set
+        self.tensors: Tensors = {device: self._make_room(device, 0, 0) for device in devices}
+        # Behind the last set.
+        self.row, self.end = 0, 0
 
     @property
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in next(iter(self.tensors.values())))
 
-    def _room(self, device: torch.device, sets: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _make_room(self, device: torch.device, sets: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
         indptr = torch.zeros(sets, self.layers + 1, dtype=torch.int32, device=device)
         indices = torch.zeros(neurons, dtype=torch.int32, device=device)
         return indptr, indices, torch.zeros(neurons, device=device)
 
     def add(self, name: str, layers: Sequence[MutedLayer | None]) -> None:
-        """``layers``: a ``MutedLayer`` or None for each. Nothing is changed on an error."""
+        """Append a set: a ``MutedLayer`` or None for each layer. Nothing is changed on an error."""
         muted = [layer for layer in layers if layer is not None]
         counts = torch.tensor([0, *(0 if layer is None else len(layer.indices) for layer in layers)])
         indices, gains = torch.cat([x.indices for x in muted]), torch.cat([x.gains for x in muted])
         rows, slots = (len(x) for x in next(iter(self.tensors.values()))[:2])
         found = dict(self.sets), self.tensors, self.row, self.end
         if self.row == rows or self.end + len(indices) > slots:
-            found = self._moved(len(indices))
+            found = self._move(len(indices))
         sets, tensors, row, end = found
         sets[name] = _append(tensors, row, end, counts.cumsum(0), indices, gains)
         for device in tensors:
-            if device.type == "cuda":  # other streams read it from now on
+            # Other streams read it from now on.
+            if device.type == "cuda":
                 torch.cuda.synchronize(device)
         self.sets, self.tensors, self.row, self.end = sets, tensors, row + 1, sets[name][2]
 
-    def _moved(self, more: int) -> tuple[dict[str, Place], Tensors, int, int]:
-        """(sets, tensors, row, end) without sets that are gone, with room for ``more`` neurons and some."""
+    def _move(self, more: int) -> tuple[dict[str, Place], Tensors, int, int]:
+        """Copy the sets that are left to new tensors with room for ``more`` neurons: (sets, tensors, row, end)."""
         live = sum(stop - start for _, start, stop in self.sets.values())
         if live + more > MAX_SLOTS:
             raise ValueError(
                 f"a MuteBank holds at most {MAX_SLOTS} muted neurons: its sets have {live}, and this one has "
                 f"{more} more; remove sets that are not in use"
             )
-        size = int(GROWTH * (len(self.sets) + 1)) + 1, min(int(GROWTH * (live + more)), MAX_SLOTS)
-        tensors = {device: self._room(device, *size) for device in self.tensors}
+        size = int(ROOM_FACTOR * (len(self.sets) + 1)) + 1, min(int(ROOM_FACTOR * (live + more)), MAX_SLOTS)
+        tensors = {device: self._make_room(device, *size) for device in self.tensors}
         indptr, indices, gains = next(iter(self.tensors.values()))
         sets, end = {}, 0
         for row, (name, (old, start, stop)) in enumerate(self.sets.items()):
@@ -379,7 +407,7 @@ class _Pool:
 
 
 def _append(tensors: Tensors, row: int, end: int, indptr: Tensor, indices: Tensor, gains: Tensor) -> Place:
-    """Write one set; returns its place (row, first slot, behind the last one)."""
+    """Write one set; returns its place."""
     stop = end + len(indices)
     for pointers, neurons, factors in tensors.values():
         pointers[row] = (indptr + end).to(pointers.device)

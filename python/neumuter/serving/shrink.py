@@ -1,4 +1,4 @@
-"""Silenced neurons taken out of the weights: a smaller model that computes the same."""
+"""Silenced neurons removed from the weights: a smaller model that computes the same."""
 
 import copy
 from collections.abc import Sequence
@@ -18,7 +18,13 @@ from neumuter.serving.fold import FOLDABLE, fold
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What ``shrink`` did. ``widths``: {FFN path: (neurons before, after)}. Bytes: of all parameters."""
+    """What ``shrink`` did.
+
+    Attributes:
+        widths: {FFN path: (neurons before, neurons after)}.
+        bytes_before: size of all parameters before.
+        bytes_after: size of all parameters after.
+    """
 
     widths: dict[str, tuple[int, int]]
     bytes_before: int
@@ -27,16 +33,22 @@ class Shrunk:
 
 @torch.no_grad()
 def shrink(model: nn.Module, mutes: MuteSource, multiple: int = 64) -> Shrunk:
-    """Remove the neurons with gain 0 of a ``MuteSet``, or of the mute file at that path, and fold the others.
+    """Remove the neurons with gain 0 and fold the others, in place.
 
-    In place, for dense FFNs with plain weights. The configs of transformers have one width for all FFNs, and
-    so that ``save_pretrained`` works, all get the same: as many neurons as the FFN that keeps most, rounded
-    up to ``multiple``; silenced neurons fill up the others. In a model without a config each FFN has a width
-    of its own, rounded likewise. The logits are those of the muted model, up to rounding. Returns ``Shrunk``.
+    The configs of transformers have one width for all FFNs. So that ``save_pretrained`` works, all FFNs get
+    the same width: that of the FFN that keeps most neurons, rounded up to ``multiple``; silenced neurons fill
+    up the others. In a model without a config, each FFN has a width of its own, rounded likewise. The logits
+    are those of the muted model, up to rounding. Nothing is changed on an error.
 
-    Nothing is changed on an error: those of ``neumuter.fold``, and ValueError for experts and quantised
-    weights, for a config that has no attribute for the width, and if nothing can be removed, as is always so
-    with one width for all and an FFN that the mute set leaves out.
+    Args:
+        model: a model with dense FFNs and plain weights.
+        mutes: a ``MuteSet`` that was made for it, or the path of a mute file.
+        multiple: widths are rounded up to a multiple of this.
+
+    Raises:
+        ValueError: ``multiple`` is not a positive integer; the model has experts, quantised weights, or a
+            config without an attribute for the width; nothing can be removed, which is always so with one
+            width for all and an FFN that the mute set leaves out; or what ``neumuter.fold`` raises.
     """
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple must be an integer of at least 1, got {multiple!r}")
@@ -60,20 +72,22 @@ def shrink(model: nn.Module, mutes: MuteSource, multiple: int = 64) -> Shrunk:
             f"are multiples of {multiple}{', the same for all FFNs' if shared else ''}"
         )
     if shared:
-        attribute, reference = _resized(cast(PreTrainedModel, unwrapped(model)), ffns, after[ffns[0].path])
-    bytes_before = _bytes(model)
+        attribute, reference = _find_width_attribute(
+            cast(PreTrainedModel, unwrapped(model)), ffns, after[ffns[0].path]
+        )
+    bytes_before = _count_bytes(model)
     fold(model, mutes)
     for ffn in ffns:
         removed = silent.get(ffn.path, [])[: before[ffn.path] - after[ffn.path]]
         keep = torch.ones(ffn.width, dtype=torch.bool)
         keep[removed] = False
-        _keep(ffn, keep.nonzero()[:, 0])
+        _keep_neurons(ffn, keep.nonzero()[:, 0])
     if shared:
         setattr(config.get_text_config(), attribute, after[ffns[0].path])
         for ffn, resized in zip(ffns, reference, strict=True):
             sizes = {name: value for name, value in vars(resized.module).items() if type(value) is int}
             vars(ffn.module).update(sizes)
-    return Shrunk({path: (before[path], after[path]) for path in before}, bytes_before, _bytes(model))
+    return Shrunk({path: (before[path], after[path]) for path in before}, bytes_before, _count_bytes(model))
 
 
 def _projections(ffn: FFN) -> list[nn.Module]:
@@ -99,9 +113,15 @@ def _check_plain(ffn: FFN) -> None:
             raise ValueError(f"cannot shrink {ffn.path}: its {name} depends on all of the neurons")
 
 
-def _resized(model: PreTrainedModel, ffns: Sequence[FFN], width: int) -> tuple[str, list[FFN]]:
-    """The name of the config's attribute that makes all FFNs ``width`` wide and changes nothing else, and the
-    FFNs of such a model, without weights. Found by trying. Raises ValueError if there is none."""
+def _find_width_attribute(model: PreTrainedModel, ffns: Sequence[FFN], width: int) -> tuple[str, list[FFN]]:
+    """Find the config's attribute that makes all FFNs ``width`` wide and changes nothing else, by trying.
+
+    Returns:
+        Its name, and the FFNs of such a model, without weights.
+
+    Raises:
+        ValueError: there is none.
+    """
     old = ffns[0].width
     for name, value in model.config.get_text_config().to_dict().items():
         unset = value is None and any(word in name for word in ("intermediate", "inner", "ffn"))
@@ -113,9 +133,10 @@ def _resized(model: PreTrainedModel, ffns: Sequence[FFN], width: int) -> tuple[s
             with torch.device("meta"):
                 other = type(model)(config)
             resized = find_ffns(other)
-        except Exception:  # another size than the FFNs', which does not take every value
+        except Exception:
+            # It is the size of something else, which does not take every value.
             continue
-        same = _other_shapes(other, resized) == _other_shapes(model, ffns)
+        same = _shapes_outside(other, resized) == _shapes_outside(model, ffns)
         if same and all(ffn.width == width for ffn in resized):
             return name, resized
     raise ValueError(
@@ -124,27 +145,28 @@ def _resized(model: PreTrainedModel, ffns: Sequence[FFN], width: int) -> tuple[s
     )
 
 
-def _other_shapes(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, torch.Size]:
+def _shapes_outside(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, torch.Size]:
     inside = {id(p) for ffn in ffns for module in _projections(ffn) for p in module.parameters()}
     return {name: p.shape for name, p in model.named_parameters() if id(p) not in inside}
 
 
-def _keep(ffn: FFN, neurons: Tensor) -> None:
-    """Keep these of an FFN's neurons, integers [n] ascending."""
+def _keep_neurons(ffn: FFN, neurons: Tensor) -> None:
+    """Keep the neurons at ``neurons``, int64 [n], ascending."""
     assert ffn.layout is not None
     width = ffn.width
     for module in _projections(ffn):
         if module is ffn.down:
-            _take(module, neurons, outputs=False)
+            _keep_features(module, neurons, outputs=False)
         else:
             both = torch.cat([neurons, neurons + width]) if ffn.layout.gate_up else neurons
-            _take(module, both, outputs=True)
+            _keep_features(module, both, outputs=True)
 
 
-def _take(module: nn.Module, indices: Tensor, outputs: bool) -> None:
+def _keep_features(module: nn.Module, indices: Tensor, outputs: bool) -> None:
     """Reduce the outputs, or else the inputs, of an nn.Linear or Conv1D to those at ``indices``."""
     transposed = isinstance(module, Conv1D)
-    dim = int(outputs == transposed)  # an nn.Linear has [outputs, inputs]
+    # The weight of an nn.Linear is [outputs, inputs].
+    dim = int(outputs == transposed)
     for name, along in [("weight", dim), ("bias", 0)][: 1 + outputs]:
         if (old := getattr(module, name)) is not None:
             new = old.index_select(along, indices.to(old.device))
@@ -153,5 +175,5 @@ def _take(module: nn.Module, indices: Tensor, outputs: bool) -> None:
     setattr(module, size[outputs], len(indices))
 
 
-def _bytes(model: nn.Module) -> int:
+def _count_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
