@@ -25,7 +25,8 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.characters import replace_forbidden
 from neumuter_kernels.info import version
 
-States = Mapping[str, Mapping[str, Any]]  # metrics by state of the model
+# The metrics of each state of the model.
+States = Mapping[str, Mapping[str, Any]]
 
 KEY_METRICS = ("forget_extraction", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity")
 CURVE_METRICS = ("forget_extraction", "forget_ma")
@@ -105,7 +106,7 @@ def _to_printable(value: object) -> object:
 
 
 def _draw(report: Mapping[str, Any], mutes: MuteSet | None) -> dict[str, Any]:
-    """The pictures, and the sentence that stands for them without matplotlib."""
+    """Draw the pictures, or write the sentence that stands for them without matplotlib."""
     groups: dict[str, list[Any]] = {"neuron_pictures": [], "history_pictures": [], "curve_pictures": []}
     history, curve = report.get("history") or [], report.get("curve") or []
     if not (mutes or history or curve):
@@ -137,7 +138,7 @@ def _drop_unknown(facts: Mapping[str, object]) -> dict[str, object]:
 
 
 def _key_figures(report: Mapping[str, Any], states: States) -> list[tuple[str, str, str]]:
-    """(title, value, which direction is good) of what a reader looks for first."""
+    """Collect (title, value, which direction is good) of what a reader looks for first."""
     facts = [
         (title, " → ".join(values), f"good: {good}") for title, *values, good in _rows(states, KEY_METRICS)
     ]
@@ -174,7 +175,7 @@ def _ffns(mutes: MuteSet | None) -> Table:
 
 
 def _rows(states: States, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """(title, a value per state, which direction is good) of those ``names`` that were measured."""
+    """Collect (title, a value per state, which direction is good) of those ``names`` that were measured."""
     rows = []
     for name in names:
         values = [state.get(name) for state in states.values()]
@@ -196,10 +197,11 @@ def _definitions(states: States) -> dict[str, str]:
 
 
 def _compare(sample: Mapping[str, str]) -> dict[str, Any]:
-    """A sample with what is marked in it: "parts", [(text, whether it is a word of the truth come back)]."""
+    """Prepare a sample: its answers in "parts", (text, whether it is a word of the truth that comes back)."""
     words, answers = sample["truth"].split(), {}
     for state in ("before", "after"):
-        parts = re.split(r"(\s+)", sample[state])  # words at the even places
+        # Words are at the even places.
+        parts = re.split(r"(\s+)", sample[state])
         blocks = SequenceMatcher(None, words, parts[::2], autojunk=False).get_matching_blocks()
         back = {2 * (first + k) for _, first, size in blocks for k in range(size)}
         answers[state] = {"parts": [(part, k in back) for k, part in enumerate(parts)], "back": len(back)}

@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.characters import replace_forbidden
 
-CELLS_PER_ROW = 64  # of the heat map, at most
-BARS = 32  # of the histogram
-ROW_LABELS = 24  # of the heat map, at most
+MAX_CELLS_PER_ROW = 64
+MAX_ROW_LABELS = 24
+BARS = 32
 # As wide as a phone, in points: letters in a picture are then nearly as large as those around it.
 WIDTH, HEIGHT = 360.0, 206.0
 # What matplotlib draws in the colour of a value becomes the CSS variable of that name in style.css.
 COLOURS = {"c0": "#000001", "c1": "#000002", "soft": "#000003", "line": "#000004"}
-SERIES = (("c0", "-"), ("c1", "--"))  # colour and line style
+# The colour and the style of the first and the second line.
+SERIES = (("c0", "-"), ("c1", "--"))
 STYLE = {
-    "axes.spines.bottom": False, "axes.spines.left": False, "axes.spines.right": False,
-    "axes.autolimit_mode": "round_numbers", "axes.spines.top": False, "axes.xmargin": 0, "axes.ymargin": 0,
-    
+    "axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0,
+    "axes.spines.bottom": False, "axes.spines.left": False,
+    "axes.spines.right": False, "axes.spines.top": False,
     "font.size": 11, "grid.color": COLOURS["line"], "legend.frameon": False, "lines.linewidth": 2,
     "lines.dash_capstyle": "round", "lines.solid_capstyle": "round",
     "svg.fonttype": "none", "svg.hashsalt": "neumuter", "text.parse_math": False,
@@ -47,7 +48,7 @@ class Picture:
 
 def draw_heat_map(mutes: MuteSet) -> Picture:
     """Draw where the muted neurons are: a row per FFN, and in it the share of muted neurons per cell."""
-    shares = {path: _cell_shares(mutes, path) for path in mutes.widths}
+    shares = {path: _compute_shares(mutes, path) for path in mutes.widths}
     top, densest = max((share.max(), path) for path, share in shares.items())
     row_height = min(14.0, max(4.0, 300 / len(shares)))
     with style.context(["default", STYLE]):
@@ -62,7 +63,7 @@ def draw_heat_map(mutes: MuteSet) -> Picture:
             spans = [(0.0, 1.0), *((cell * width, width) for cell in filled)]
             axes.broken_barh(spans, (row, 0.9), facecolors=colours, clip_on=False, gid=f"row{row}")
         labels = [next((part for part in path.split(".") if _is_number(part)), "") for path in shares]
-        rows = range(0, len(shares), math.ceil(len(shares) / ROW_LABELS))
+        rows = range(0, len(shares), math.ceil(len(shares) / MAX_ROW_LABELS))
         axes.set(xlim=(0, 1), ylim=(len(shares), 0), xticks=[], ylabel="")
         axes.set_yticks([row + 0.45 for row in rows], [labels[row] for row in rows])
         scale = figure.add_axes((0.1, 1 - 16 / height, 0.35, 10 / height))
@@ -73,10 +74,8 @@ def draw_heat_map(mutes: MuteSet) -> Picture:
         scale.yaxis.tick_right()
         label = f"Share of neurons muted in {len(shares)} FFNs; most in {densest}, {top:.2%} of a cell"
         titles = {f"row{row}": path for row, path in enumerate(shares)}
-        return Picture(
-            _save_svg(figure, label, titles),
-            f"Where they are: a row per FFN, numbered by layer, its neurons in at most {CELLS_PER_ROW} cells",
-        )
+        caption = f"Where they are: a row per FFN, numbered by layer, in at most {MAX_CELLS_PER_ROW} cells"
+        return Picture(_save_svg(figure, label, titles), caption)
 
 
 def draw_histogram(mutes: MuteSet) -> Picture:
@@ -86,11 +85,12 @@ def draw_histogram(mutes: MuteSet) -> Picture:
     bars = ((gains - low) / (high - low) * BARS).astype(int).clip(0, BARS - 1)
     counts, edges = np.bincount(bars, minlength=BARS), np.linspace(low, high, BARS + 1)
     with style.context(["default", STYLE]):
-        figure = _figure(HEIGHT)
+        figure = _make_figure(HEIGHT)
         axes = figure.subplots()
         axes.stairs(counts, edges, fill=True, color=COLOURS["c0"], clip_on=False)
-        axes.set(xlim=(low, high), ylim=(0, max(5, counts.max())))  # fewer would have fractions as ticks
-        _finish(axes, "gain")
+        # An axis that ends below 5 would have fractions as ticks.
+        axes.set(xlim=(low, high), ylim=(0, max(5, counts.max())))
+        _add_grid(axes, "gain")
         label = f"Histogram of {len(gains)} gains, from {gains.min():.3g} to {gains.max():.3g}"
         return Picture(_save_svg(figure, label), "How many of the neurons have which gain")
 
@@ -117,20 +117,20 @@ def draw_lines(
     if not lines:
         return None
     with style.context(["default", STYLE]):
-        figure = _figure(HEIGHT)
+        figure = _make_figure(HEIGHT)
         axes = figure.subplots()
         for (title, line), (colour, dashes) in zip(lines.items(), SERIES, strict=False):
             axes.plot(*line.T, dashes, color=COLOURS[colour], label=title, clip_on=False)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, borderaxespad=0.2)
-        _finish(axes, x_name)
+        _add_grid(axes, x_name)
         spans = (f"{title} from {line[0, 1]:.3g} to {line[-1, 1]:.3g}" for title, line in lines.items())
         return Picture(_save_svg(figure, f"{caption}: {', '.join(spans)}"), caption)
 
 
-def _cell_shares(mutes: MuteSet, path: str) -> NDArray[np.float64]:
-    """The share of muted neurons in each cell of the FFN's row, float64 [at most CELLS_PER_ROW]."""
+def _compute_shares(mutes: MuteSet, path: str) -> NDArray[np.float64]:
+    """Compute the share of muted neurons in each cell of an FFN's row: float64 [cells]."""
     width = mutes.widths[path]
-    cells = min(CELLS_PER_ROW, width)
+    cells = min(MAX_CELLS_PER_ROW, width)
     indices = mutes.layers[path].indices.long().numpy() if path in mutes.layers else np.zeros(0, int)
     sizes = np.diff(-(-np.arange(cells + 1) * width // cells))
     shares: NDArray[np.float64] = np.bincount(indices * cells // width, minlength=cells) / sizes
@@ -142,18 +142,18 @@ def _is_number(text: str) -> bool:
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
-    """The range itself, or a wider one around it if it is too narrow for an axis."""
+    """Return the range itself, or a wider one around it if it is too narrow for an axis."""
     if high - low > 1e-9 * max(abs(low), abs(high), 1e-300):
         return low, high
     room = 0.5 * max(abs(low), abs(high)) or 0.5
     return low - room, high + room
 
 
-def _figure(height: float) -> Figure:
+def _make_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
 
 
-def _finish(axes: Axes, x_label: str) -> None:
+def _add_grid(axes: Axes, x_label: str) -> None:
     axes.locator_params(nbins=5)
     axes.grid(axis="y", clip_on=False)
     axes.set_axisbelow(True)
@@ -161,7 +161,7 @@ def _finish(axes: Axes, x_label: str) -> None:
 
 
 def _save_svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None) -> Markup:
-    """The figure as an ``<svg>`` element for the body of a page whose stylesheet has ``COLOURS``.
+    """Write a figure as an ``<svg>`` element for the body of a page whose stylesheet has ``COLOURS``.
 
     It has no ids, which must be unique in a page, no style attributes, which the page's policy forbids, and
     no namespaces, which HTML implies.
@@ -194,7 +194,7 @@ def _save_svg(figure: Figure, label: str, titles: Mapping[str, str] | None = Non
 
 
 def _page_attributes(drawn: Mapping[str, str]) -> dict[str, str]:
-    """What matplotlib gave an element: its style as attributes, its colours as variables of the page."""
+    """Translate what matplotlib gave an element: style to attributes, colours to variables of the page."""
     variables = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
     properties = (entry.split(": ", 1) for entry in drawn.get("style", "").split("; ") if entry)
     found = {name: variables.get(value, value) for name, value in properties if name != "font-family"}
