@@ -387,7 +387,11 @@ class _Pool:
         self.sets, self.tensors, self.row, self.end = sets, tensors, row + 1, sets[name][2]
 
     def _move(self, more: int) -> tuple[dict[str, Place], Tensors, int, int]:
-        """Copy the sets that are left to new tensors with room for ``more`` neurons: (sets, tensors, row, end)."""
+        """Copy the sets that are left to new tensors with room for ``more`` neurons.
+
+        Returns:
+            The places of the sets, the tensors, the next row, and the next slot.
+        """
         live = sum(stop - start for _, start, stop in self.sets.values())
         if live + more > MAX_SLOTS:
             raise ValueError(
