@@ -1,8 +1,8 @@
 """The wheel and the source distribution have what an installation needs, and nothing else.
 
 Both are built from a copy of the checkout in ``build/packaging``, without a network, and installed into
-environments of their own. One build folder serves both wheels, so the extension is compiled once: about 150
-seconds of CPU time the first time, seconds later on, because the folder stays.
+environments of their own. One build folder serves both wheels, and it stays, so that the extension is
+compiled once: these tests take about 180 seconds of CPU time the first time, and 60 after that.
 """
 
 import os
