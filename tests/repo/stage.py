@@ -1,4 +1,4 @@
-"""What README.md and the reference pages take for granted, for tests/repo/test_docs.py."""
+"""What README.md and the reference pages assume: a model and files, for tests/repo/test_docs.py."""
 
 import json
 
@@ -17,9 +17,9 @@ PROMPTS = ["Ada Brisk,", "The kettle", "Mia Santos"]  # of one length, for a bat
 
 
 def stage():
-    """A small model that knows some texts by heart, and its tokenizer.
+    """Train a small model that knows some texts by heart; return it and its tokenizer.
 
-    In the current folder: ``MODEL``, its checkpoint; ``alice.jsonl``, ``bob.jsonl``, ``others.jsonl``, texts;
+    Writes into the current folder: ``MODEL``, its checkpoint; ``alice.jsonl``, ``bob.jsonl``, ``others.jsonl``, texts;
     ``alice.safetensors``, ``bob.safetensors``, ``mutes.safetensors`` and ``FILE``, mute files.
     """
     torch.manual_seed(0)
@@ -44,5 +44,5 @@ def stage():
 
 
 def batch(words):
-    """Three prompts of one length as a batch."""
+    """Encode three prompts of one length as a batch."""
     return words(PROMPTS, return_tensors="pt")

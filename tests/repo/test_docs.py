@@ -1,9 +1,9 @@
 """Every code block of the documentation is run, page by page and in order, or says why it is not.
 
-A page begins in an empty folder, or as ``<!-- after: PAGE -->`` says, in a copy of the folder in which
-that page ended. Its Python blocks share one namespace; each bash block begins where the last one ended. In
-front of a block ``<!-- not run: REASON -->`` leaves it out. Python in a comment that begins with
-``<!-- hidden`` is run in its place without being shown: what a page takes for granted, and checks of it.
+A page begins in an empty folder. With ``<!-- after: PAGE -->`` it begins in a copy of the folder in which that
+page ended. Its Python blocks share one namespace; each bash block begins in the folder in which the last one
+ended. ``<!-- not run: REASON -->`` in front of a block leaves it out. Python in a comment that begins with
+``<!-- hidden`` is run in its place without being shown: what a page assumes, and checks of its results.
 """
 
 import os
@@ -68,7 +68,7 @@ def run_page(page, folder):
             _run_bash(page, block)
             continue
         try:
-            # So many empty lines that tracebacks name the line of the page.
+            # Empty lines in front make tracebacks name the line of the page.
             exec(compile("\n" * (block.line - 1) + block.code, str(PAGES[page]), "exec"), names)
         except Exception:
             pytest.fail(f"{page}, line {block.line}:\n{block.code}\n{traceback.format_exc(limit=-8)}")
@@ -76,14 +76,14 @@ def run_page(page, folder):
 
 
 def _commands(code):
-    """The arguments of each line, if all lines are plain ``neumuter`` commands; else None."""
+    """Return the arguments of each line if all lines are plain ``neumuter`` commands, else None."""
     lines = [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
     plain = all(line.startswith("neumuter ") and not set("|&;<>$*`#") & set(line) for line in lines)
     return [shlex.split(line)[1:] for line in lines] if plain else None
 
 
 def _run_bash(page, block):
-    """Plain ``neumuter`` commands are run here, which spares seconds of imports each, the others by bash."""
+    """Run plain ``neumuter`` commands in this process, which saves seconds of imports; run others by bash."""
     if commands := _commands(block.code):
         for arguments in commands:
             with pytest.raises(SystemExit) as stop:
