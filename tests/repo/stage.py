@@ -19,8 +19,9 @@ PROMPTS = ["Ada Brisk,", "The kettle", "Mia Santos"]  # of one length, for a bat
 def stage():
     """Train a small model that knows some texts by heart; return it and its tokenizer.
 
-    Writes into the current folder: ``MODEL``, its checkpoint; ``alice.jsonl``, ``bob.jsonl``, ``others.jsonl``, texts;
-    ``alice.safetensors``, ``bob.safetensors``, ``mutes.safetensors`` and ``FILE``, mute files.
+    Writes into the current folder: ``MODEL``, its checkpoint; ``alice.jsonl``, ``bob.jsonl`` and
+    ``others.jsonl``, texts; ``alice.safetensors``, ``bob.safetensors``, ``mutes.safetensors`` and ``FILE``,
+    mute files.
     """
     torch.manual_seed(0)
     for name, texts in TEXTS.items():

@@ -1,9 +1,9 @@
 """Every code block of the documentation is run, page by page and in order, or says why it is not.
 
-A page begins in an empty folder. With ``<!-- after: PAGE -->`` it begins in a copy of the folder in which that
-page ended. Its Python blocks share one namespace; each bash block begins in the folder in which the last one
-ended. ``<!-- not run: REASON -->`` in front of a block leaves it out. Python in a comment that begins with
-``<!-- hidden`` is run in its place without being shown: what a page assumes, and checks of its results.
+A page begins in an empty folder. With ``<!-- after: PAGE -->`` it begins in a copy of the folder in which
+that page ended. Its Python blocks share one namespace; each bash block begins in the folder in which the last
+one ended. ``<!-- not run: REASON -->`` in front of a block leaves it out. Python in a comment that begins
+with ``<!-- hidden`` is run in its place without being shown: what a page assumes, and checks of its results.
 """
 
 import os
