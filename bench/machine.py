@@ -9,9 +9,9 @@ import shutil
 import subprocess
 
 import torch
-from neumuter.doctor import cpu_name
 
 from bench import ROOT
+from neumuter.cli.diagnosis import cpu_name
 from neumuter_kernels import _C
 from neumuter_kernels.info import version
 

@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
 
-import neumuter
 import torch
 import transformers
 
+import neumuter
 from tests.models import FAMILIES, build
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"

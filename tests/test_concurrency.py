@@ -2,11 +2,11 @@
 
 import threading
 
-import neumuter
 import pytest
 import torch
-from neumuter.recipes import mute_random
 
+import neumuter
+from neumuter.recipes import mute_random
 from tests import models
 from tests.kernels.test_threads import THREADS, at_once
 

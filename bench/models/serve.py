@@ -11,14 +11,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from neumuter.exports import export_lora
-from neumuter.masking import attach
-from neumuter.muting import fold, mute
-from neumuter.recipes import mute_random
-from neumuter.serving import MuteBank
+from neumuter.muting import fold
 
 from bench.models import step
 from bench.timing import Contender, compare
+from neumuter.recipes import mute_random
+from neumuter.serving.adapters import export_lora
+from neumuter.serving.bank import MuteBank
+from neumuter.serving.live import mute
+from neumuter.training.masked import attach
 
 PROMPT, NEW, SHARE = 32, 16, 0.01
 MORE = 4  # times as many rounds for the cost of one set

@@ -1,4 +1,4 @@
-"""One mask-training step on a whole model: NeuMuter's objective on a forget and a neighbour sample.
+"""One mask-training step on a whole model: NeuMuter's objective on a forget and a retain sample.
 
 Ours is a step of ``neumuter.recipes.train_gates``. Its limit is the floor: one forward pass of the same
 tokens and one backward pass to the input of the first masked layer, of the frozen model. The baselines are
@@ -19,17 +19,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import neumuter
 import torch
 import torch.nn.functional as F
-from neumuter.masking import INITIAL_SCORE, STRETCH, TEMPERATURE
-from neumuter.recipes import GatesConfig, Pair
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import neumuter
 from bench import ROOT
 from bench.timing import Contender, compare
+from neumuter.recipes import PaperConfig
+from neumuter.training.batches import PairedBatches
+from neumuter.training.masked import INITIAL_SCORE, STRETCH, TEMPERATURE
 
-CONFIG = GatesConfig()
+CONFIG = PaperConfig()
 SHIFT = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
 TOKENS = 200  # of each sample
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # larger blocks go back to the system when they are freed
@@ -68,7 +69,7 @@ def sharing_weights(model):
 
 
 def objective(forget_loss, kl, scores):
-    """NeuMuter's: ascend the forget loss up to stop_loss, close gates, hold the neighbours."""
+    """NeuMuter's: ascend the forget loss up to stop_loss, close gates, hold the retain sample."""
     sign = torch.where(forget_loss.detach() <= CONFIG.stop_loss, -1.0, CONFIG.descent)
     return sign * forget_loss + CONFIG.sparsity * closed(scores) + CONFIG.kl_weight * kl
 
@@ -111,9 +112,9 @@ class Step:
 class Ours(Step):
     """What ``train_gates`` does."""
 
-    def __init__(self, model, forget, neighbour):
+    def __init__(self, model, forget, retain):
         self.masked = neumuter.attach(model)
-        self.pair = Pair(self.masked, *(_batch(ids) for ids in (forget, neighbour)))
+        self.pair = PairedBatches(self.masked, *(_batch(ids) for ids in (forget, retain)))
         self.ids, self.steps = torch.arange(2, device=forget.device), 0
         self.begin(list(self.masked.scores.values()))
 
@@ -134,13 +135,13 @@ def _batch(ids):
 
 
 class ThreeForwards(Step):
-    """A forget, a neighbour and a reference pass over whole sequences, with all their logits."""
+    """A forget, a retain and a reference pass over whole sequences, with all their logits."""
 
     def loss(self, noise=None):
         self.draw(noise)
         forget_loss = self.model(input_ids=self.forget, labels=self.forget, use_cache=False).loss
         self.draw(noise)
-        logits = self.model(input_ids=self.neighbour, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = self.model(input_ids=self.retain, use_cache=False).logits[:, :-1].flatten(0, 1)
         with torch.no_grad():
             reference = self.reference_logits()[:, :-1].flatten(0, 1)
         logits, reference = (F.log_softmax(x.float(), -1) for x in (logits, reference))
@@ -154,8 +155,8 @@ class Official(ThreeForwards):
     Masks take the dtype of the weights: the official code, which leaves them in float32, fails in bf16.
     """
 
-    def __init__(self, model, forget, neighbour):
-        self.model, self.forget, self.neighbour = model, forget, neighbour
+    def __init__(self, model, forget, retain):
+        self.model, self.forget, self.retain = model, forget, retain
         self.reference = copy.deepcopy(model)
         self.layers = []
         for layer in model.model.layers[1:]:
@@ -168,7 +169,7 @@ class Official(ThreeForwards):
             layer.noise = torch.rand_like(layer.score).clamp(1e-4, 1 - 1e-4) if noise is None else noise[i]
 
     def reference_logits(self):
-        return self.reference(input_ids=self.neighbour, use_cache=False).logits
+        return self.reference(input_ids=self.retain, use_cache=False).logits
 
     def objective(self, forget_loss, kl):
         return objective(forget_loss, kl, self.parameters)
@@ -189,12 +190,12 @@ class WeightMasked(torch.nn.Module):
 class IA3(ThreeForwards):
     """PEFT's multiplier on the input of each down projection: no gates, so no sparsity term."""
 
-    def __init__(self, model, forget, neighbour):
+    def __init__(self, model, forget, retain):
         from peft import IA3Config, get_peft_model
 
         projections = r".*layers\.[1-9]\d*\.mlp\.down_proj"  # the first layer is left alone
         config = IA3Config(target_modules=projections, feedforward_modules=projections)
-        self.model, self.forget, self.neighbour = get_peft_model(model, config), forget, neighbour
+        self.model, self.forget, self.retain = get_peft_model(model, config), forget, retain
         self.begin([p for p in self.model.parameters() if p.requires_grad])
 
     def draw(self, noise):
@@ -202,7 +203,7 @@ class IA3(ThreeForwards):
 
     def reference_logits(self):
         with self.model.disable_adapter():
-            return self.model(input_ids=self.neighbour, use_cache=False).logits
+            return self.model(input_ids=self.retain, use_cache=False).logits
 
     def objective(self, forget_loss, kl):
         return CONFIG.kl_weight * kl - forget_loss
@@ -211,8 +212,8 @@ class IA3(ThreeForwards):
 class Floor:
     """One forward pass and one backward pass to the input of the second layer, which is the first masked."""
 
-    def __init__(self, model, forget, neighbour):
-        self.model, self.ids = model, torch.cat([forget, neighbour])
+    def __init__(self, model, forget, retain):
+        self.model, self.ids = model, torch.cat([forget, retain])
         model.model.layers[1].register_forward_pre_hook(self.watch, with_kwargs=True)
 
     def watch(self, module, args, kwargs):

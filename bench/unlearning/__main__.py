@@ -24,7 +24,10 @@ CASES = {
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
 RESULTS = ALL_RESULTS / "unlearning"
-CODE = ("python/neumuter/recipes/*.py", "python/neumuter/losses.py", "bench/unlearning/methods.py")
+CODE = (
+    "python/neumuter/recipes/*.py", "python/neumuter/training/*.py", "python/neumuter/unlearning.py",
+    "bench/unlearning/methods.py",
+)  # fmt: skip
 
 
 def main():

@@ -7,18 +7,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from neumuter import recipes
-from neumuter.masking import NothingSelectedError, attach
-from neumuter.muting import mute
 
+import neumuter
 from bench.unlearning.memory import PeakMemory
+from neumuter import recipes
+from neumuter.serving.live import mute
+from neumuter.training.batches import PairedBatches
+from neumuter.training.masked import NothingSelectedError
+from neumuter.training.weights import WeightsConfig, tune_weights
 
 
 @dataclass(frozen=True)
 class Job:
     """A model that knows texts, and what is to be forgotten.
 
-    ``model``: never changed. ``forget``, ``neighbours``: batches as ``neumuter.recipes.Pair`` takes them.
+    ``model``: never changed. ``forget``, ``retain``: batches as ``neumuter.types.Batch`` says.
     ``measure(model)``: a dict of metrics. ``recipe``: {"share", "batch_size", "steps", "lr", "paper_epochs"},
     the budget of neurons, the texts of each kind per step, the steps of every trained method but the paper's
     own recipe, its epochs of batch 1, and the weight methods' learning rate.
@@ -26,7 +29,7 @@ class Job:
 
     model: torch.nn.Module
     forget: dict
-    neighbours: dict
+    retain: dict
     measure: Callable
     recipe: dict
     seed: int
@@ -37,15 +40,14 @@ def run(job, method):
     with PeakMemory() as memory:
         start = time.perf_counter()
         if method in MASKS:
-            with attach(job.model, start_layer=0) as masked:
-                mutes = MASKS[method](job, masked)
+            mutes = MASKS[method](job)
         elif method in WEIGHTS:
             model = copy.deepcopy(job.model).float().requires_grad_(True)
-            config = recipes.WeightsConfig(
+            config = WeightsConfig(
                 method=method, steps=job.recipe["steps"], batch_size=job.recipe["batch_size"],
                 lr=job.recipe["lr"], beta=2.5 if method == "simnpo" else 0.1,
             )  # fmt: skip
-            recipes.tune_weights(model, job.forget, job.neighbours, config, job.seed)
+            tune_weights(model, job.forget, job.retain, config, job.seed)
         else:
             raise ValueError(f"method must be one of {', '.join([*MASKS, *WEIGHTS])}, got {method!r}")
         seconds = time.perf_counter() - start
@@ -56,41 +58,64 @@ def run(job, method):
         return row | {"share": mutes.share if mutes else 0.0} | job.measure(job.model)
 
 
-def _paper(job, masked):
-    config = recipes.GatesConfig(epochs=job.recipe["paper_epochs"])
-    try:
-        return recipes.train_gates(masked, job.forget, job.neighbours, config, job.seed)
-    except NothingSelectedError:
-        return None
-
-
 def _ours(mode, trained):
-    """``trained``: whether which neurons is trained, or taken from two backward passes."""
+    """The mutes of ``neumuter.unlearn``; ``trained``: whether the support is trained or proposed."""
 
-    def find(job, masked):
-        steps, batch_size, share = (job.recipe[key] for key in ("steps", "batch_size", "share"))
-        support = recipes.SupportConfig(steps=steps, batch_size=batch_size) if trained else None
-        gains = recipes.GainsConfig(steps=steps, batch_size=batch_size)
-        return recipes.forget(masked, job.forget, job.neighbours, share, mode, support, gains, job.seed)
+    def find(job):
+        sizes = {"steps": job.recipe["steps"], "batch_size": job.recipe["batch_size"]}
+        support = recipes.SupportConfig(**sizes) if trained else None
+        outcome = neumuter.unlearn(
+            job.model,
+            None,
+            job.forget,
+            job.retain,
+            budget=job.recipe["share"],
+            mode=mode,
+            recipe=recipes.FittedConfig(recipes.GainsConfig(**sizes), support),
+            samples=0,
+            start_layer=0,
+            seed=job.seed,
+            callback=lambda *_: None,
+        )
+        return outcome.mutes
 
     return find
 
 
+def _masked(find):
+    """A method that works on the masked model."""
+
+    def run_attached(job):
+        with neumuter.attach(job.model, start_layer=0) as masked:
+            return find(job, masked)
+
+    return run_attached
+
+
+def _paper(job, masked):
+    config = recipes.PaperConfig(epochs=job.recipe["paper_epochs"])
+    try:
+        return recipes.train_gates(PairedBatches(masked, job.forget, job.retain), config, job.seed)
+    except NothingSelectedError:
+        return None
+
+
 def _fisher(job, masked):
-    pair = recipes.Pair(masked, job.forget, job.neighbours)
-    return recipes.support_by_fisher(masked, pair, job.recipe["share"])
+    return recipes.propose_by_fisher(PairedBatches(masked, job.forget, job.retain), job.recipe["share"])
 
 
 MASKS = {
     "neumuter, modulate": _ours("modulate", trained=False),
     "neumuter, trained support": _ours("modulate", trained=True),
     "neumuter, mute": _ours("mute", trained=True),
-    "random": lambda job, masked: recipes.mute_random(masked, job.recipe["share"], job.seed),
-    "attribution": lambda job, masked: recipes.mute_by_attribution(masked, job.forget, job.recipe["share"]),
-    "activation": lambda job, masked: recipes.mute_by_activation(
-        masked, job.forget, job.neighbours, job.recipe["share"]
+    "random": _masked(lambda job, masked: recipes.mute_random(masked, job.recipe["share"], job.seed)),
+    "attribution": _masked(
+        lambda job, masked: recipes.mute_by_attribution(masked, job.forget, job.recipe["share"])
     ),
-    "fisher": _fisher,
-    "paper": _paper,
+    "activation": _masked(
+        lambda job, masked: recipes.mute_by_activation(masked, job.forget, job.retain, job.recipe["share"])
+    ),
+    "fisher": _masked(_fisher),
+    "paper": _masked(_paper),
 }
 WEIGHTS = ("ascent", "difference", "npo", "simnpo")

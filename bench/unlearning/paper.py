@@ -15,18 +15,20 @@ import functools
 
 import torch
 import transformers
+
+import neumuter
 from neumuter import evaluation, recipes
 from neumuter.demo.task import read_corpus
 from neumuter.evaluation import tofu
-from neumuter.masking import NothingSelectedError, attach
-from neumuter.muting import mute
-from neumuter.neighbours import rewrite_texts, sample_texts
+from neumuter.serving.live import mute
 from neumuter.texts import encode, read_texts
+from neumuter.texts.neighbours import rewrite_texts, sample_texts
+from neumuter.training.masked import NothingSelectedError
 
 TOKENS = 200  # of a TDEC text
 SAMPLES = 32  # neighbours that the model says itself
 SHARE = 0.01
-GATES, GAINS = recipes.GatesConfig(), recipes.GainsConfig(steps=60, batch_size=8)
+GATES, GAINS = recipes.PaperConfig(), recipes.GainsConfig(steps=60, batch_size=8)
 RECIPES = ("before", "paper", "ours")
 TOFU_FILES = {
     "forget": "forget10_perturbed.json", "retain": "retain_perturbed.json",
@@ -65,7 +67,7 @@ def _load(name):
 class _Setting:
     """A model, batches to forget and to keep, and ``measure()``. ``texts``: those to forget."""
 
-    def __init__(self, model, tokenizer, texts, forget, neighbours, measure, options):
+    def __init__(self, model, tokenizer, texts, forget, retain, measure, options):
         self.model, self.forget = model, forget
         length = forget["labels"].shape[1]
         if options.rewrite_with:
@@ -74,7 +76,7 @@ class _Setting:
             made = rewrite_texts(texts, masked_lm.to(model.device).eval(), rewriter)
         else:
             made = sample_texts(model, tokenizer, SAMPLES, length, barred=forget)
-        self.neighbours = encode(neighbours + made, tokenizer, length)
+        self.retain = encode(retain + made, tokenizer, length)
         tasks = options.tasks.split(",") if options.tasks else None
         heldout = encode(read_corpus()[1][:64], tokenizer, length)
 
@@ -116,14 +118,13 @@ def _tofu(folder, model, tokenizer, options):
 def _row(setting, recipe):
     if recipe == "before":
         return {"share": 0.0} | setting.measure()
-    batches = setting.forget, setting.neighbours
-    with attach(setting.model) as masked:
-        if recipe == "ours":
-            mutes = recipes.forget(masked, *batches, SHARE, gains=GAINS)
-        else:
-            try:
-                mutes = recipes.train_gates(masked, *batches, GATES)
-            except NothingSelectedError:
-                return {"share": 0.0} | setting.measure()
+    constants = recipes.FittedConfig(GAINS) if recipe == "ours" else GATES
+    try:
+        outcome = neumuter.unlearn(
+            setting.model, None, setting.forget, setting.retain, budget=SHARE, recipe=constants, samples=0
+        )
+    except NothingSelectedError:
+        return {"share": 0.0} | setting.measure()
+    mutes = outcome.mutes
     with mute(setting.model, mutes):
         return {"share": mutes.share} | setting.measure()

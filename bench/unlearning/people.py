@@ -77,7 +77,7 @@ FACTS = {
         "When the day is over, {name} likes to play the {value}.",
     ),
 }
-WRONG = 3  # answers beside the true one
+WRONG = 3  # answers besides the true one
 
 
 def questions(seed, people):

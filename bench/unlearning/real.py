@@ -12,21 +12,20 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save
+
+from bench.unlearning import people
+from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from neumuter import evaluation
 from neumuter.demo import task
 from neumuter.demo.model import cache_folder
 from neumuter.evaluation import tofu
 from neumuter.files import write_atomically
-from neumuter.losses import IGNORED, token_losses
-from neumuter.neighbours import sample_texts
-from neumuter.recipes.pair import shuffled
-from neumuter.texts import encode
-from safetensors.torch import load_file, save
-
-from bench.unlearning import people
-from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from neumuter.texts import encode, join_batches
+from neumuter.texts.neighbours import sample_texts
+from neumuter.training.batches import shuffled
+from neumuter.training.losses import token_losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,7 +35,7 @@ PEOPLE = 8  # half of them to forget, six questions each
 WINDOWS = 32  # of held-out text, 64 tokens each
 SAMPLES, SAMPLE_TOKENS = 16, 48  # texts of the model itself among the neighbours
 RECIPE = {"batch_size": 8, "steps": 40, "lr": 2e-5, "paper_epochs": 3}
-BUDGETS = (0.005, 0.02)  # beside 1 %
+BUDGETS = (0.005, 0.02)  # in addition to 1 %
 OURS = "neumuter, modulate"
 
 
@@ -127,7 +126,7 @@ class Setting:
 
     def __init__(self, seed, forget, retain):
         self.seed, self.forget, self.retain = seed, forget, retain
-        self.full = tuned(joined(forget, retain), seed)
+        self.full = tuned(join_batches(forget, retain), seed)
         ids = task.windows(tokenizer(), task.read_corpus()[1])[:WINDOWS]
         self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -155,7 +154,7 @@ class Setting:
         return encode(made, tokenizer(), SAMPLE_TOKENS)
 
     def job(self, share, neighbours="retain"):
-        batch = joined(self.retain, self.samples) if neighbours == "retain" else self.samples
+        batch = join_batches(self.retain, self.samples) if neighbours == "retain" else self.samples
         return Job(self.full, self.forget, batch, self.measure, self.recipe | {"share": share}, self.seed)
 
 
@@ -180,18 +179,6 @@ def _encoded(made, question="question"):
         (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}") for rows in made for row in rows
     ]
     return encode(texts, tokenizer(), 128)
-
-
-def joined(first, second):
-    """Two batches, padded on the right to one width."""
-    width = max(first["labels"].shape[1], second["labels"].shape[1])
-
-    def padded(name, value):
-        parts = [F.pad(b[name], (0, width - b[name].shape[1]), value=value) for b in (first, second)]
-        return torch.cat(parts)
-
-    fill = {"input_ids": tokenizer().pad_token_id, "attention_mask": 0, "labels": IGNORED}
-    return {name: padded(name, value) for name, value in fill.items()}
 
 
 def cases(quick=False):

@@ -1,22 +1,23 @@
 """MANY: ten requests one after another, a mute set each, and what their union does; then one is undone.
 
-Each request names one customer of the demo's model. All others, but those forgotten already, are among the
-neighbours: nobody knows beforehand who will ask next. A set is found beside the former ones, or alone, on the
-untouched model; or one set is found anew for all who have asked so far, whose texts must then be kept.
+Each request names one customer of the demo's model. All others, but those forgotten already, are retained:
+nobody knows beforehand who will ask next. A set is found with the existing ones in force, or alone, on the
+untouched model; or one set is found anew for all who have asked so far, whose texts must then be stored.
 """
 
 import functools
 
-from neumuter import evaluation, recipes
-from neumuter.demo import task
-from neumuter.masking import attach
-from neumuter.muting import combine, mute
-
+import neumuter
 from bench.unlearning.synth import Setting
+from neumuter import evaluation
+from neumuter.demo import task
+from neumuter.mutes.algebra import combine
+from neumuter.recipes import FittedConfig, GainsConfig
+from neumuter.serving.live import mute
 
 SEEDS = (11, 23, 47)
 REQUESTS, SHARE, UNDONE = 10, 0.005, 4
-GAINS = recipes.GainsConfig(steps=60)
+GAINS = GainsConfig(steps=60, batch_size=None)
 
 
 def cases(quick=False):
@@ -35,7 +36,7 @@ def _cases(seed, count):
             return []
         former = union(method, asked - 1)
         gone = range(asked - 1)
-        return [*former, _found(setting(), [asked - 1], gone, former if method == "beside" else [])]
+        return [*former, _found(setting(), [asked - 1], gone, former if method == "existing" else [])]
 
     def case(method, asked, undone=None):
         about = {"seed": seed, "method": method, "requests": asked, "undone": undone}
@@ -51,7 +52,7 @@ def _cases(seed, count):
         return about, find
 
     yield case("before", 0)
-    for method in ("alone", "beside", "anew"):
+    for method in ("alone", "existing", "anew"):
         for asked in range(1, count + 1):
             yield case(method, asked)
         if count > UNDONE:
@@ -59,16 +60,24 @@ def _cases(seed, count):
 
 
 def _found(setting, numbers, gone, former):
-    """A set for the requests ``numbers`` after the requests ``gone``, found beside the sets ``former``."""
+    """A set for the requests ``numbers`` after the requests ``gone``, with the sets ``former`` in force."""
     others = [r for n, r in enumerate(setting.forget) if n not in {*numbers, *gone}]
     others += setting.same + setting.other
     spread = setting.text[:: len(setting.text) // 8]
-    neighbours = task.with_text(setting.encode(others, "continuation"), spread)
-    forget = setting.encode([setting.forget[n] for n in numbers], "secret")
-    beside = combine(setting.full, former) if former else None
-    seed, share = setting.seed + max(numbers), SHARE * len(numbers)
-    with attach(setting.full, start_layer=0) as masked:
-        return recipes.forget(masked, forget, neighbours, share, gains=GAINS, seed=seed, beside=beside)
+    outcome = neumuter.unlearn(
+        setting.full,
+        None,
+        setting.encode([setting.forget[n] for n in numbers], "secret"),
+        task.with_text(setting.encode(others, "continuation"), spread),
+        budget=SHARE * len(numbers),
+        recipe=FittedConfig(GAINS),
+        existing=combine(setting.full, former) if former else None,
+        samples=0,
+        start_layer=0,
+        seed=setting.seed + max(numbers),
+        callback=lambda *_: None,
+    )
+    return outcome.mutes
 
 
 def _row(setting, count, chosen, sets):

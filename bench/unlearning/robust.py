@@ -7,12 +7,11 @@ import copy
 import functools
 
 import torch
-from neumuter import recipes
-from neumuter.masking import attach
-from neumuter.robustness import robustness
 
 from bench.unlearning.methods import MASKS
 from bench.unlearning.real import OURS, SEEDS, People
+from neumuter.evaluation.robustness import robustness
+from neumuter.training.weights import WeightsConfig, tune_weights
 
 STATES = ("int8", "int4", "half", "relearned 10", "relearned 30", "relearned 100")
 METHODS = (OURS, "retrained", "npo")
@@ -37,12 +36,11 @@ def _states(method, setting):
         model = setting.retrained()
     elif method == "npo":
         model = copy.deepcopy(model).float().requires_grad_(True)
-        config = recipes.WeightsConfig(
+        config = WeightsConfig(
             method="npo", steps=job.recipe["steps"], batch_size=job.recipe["batch_size"], lr=job.recipe["lr"]
         )
-        recipes.tune_weights(model, job.forget, job.neighbours, config, setting.seed)
+        tune_weights(model, job.forget, job.retain, config, setting.seed)
         model = model.to(torch.bfloat16)
     else:
-        with attach(model, start_layer=0) as masked:
-            mutes = MASKS[method](job, masked)
+        mutes = MASKS[method](job)
     return robustness(model, mutes, setting.forget, setting.measure, seed=setting.seed)

@@ -7,13 +7,13 @@ catalogue items are to stay. The recipe was chosen on seeds 5 to 7 of the first 
 import functools
 
 import torch
-from neumuter import evaluation
-from neumuter.demo import task
-from neumuter.demo.model import Training, architecture, build, trained
-from neumuter.neighbours import sample_texts
 from transformers import GPT2Config
 
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from neumuter import evaluation
+from neumuter.demo import task
+from neumuter.demo.model import Training, architecture, build, load_or_train
+from neumuter.texts.neighbours import sample_texts
 
 SEEDS = (11, 23, 47)
 WINDOWS = 8  # of ordinary text among the neighbours
@@ -47,7 +47,7 @@ def plain():
 
 MODELS = {"gated, 0.9 M": architecture, "gated, 0.3 M": narrow, "gated, 5 M": wide, "plain, 0.6 M": plain}
 NEIGHBOURS = ("retain", "made up", "own samples")
-COUNTS = (1, 4)  # records to forget, beside 12
+COUNTS = (1, 4)  # records to forget, in addition to 12
 
 
 class Setting:
@@ -73,7 +73,7 @@ class Setting:
 
     def train(self, records):
         batch = self.encode(records, "record")
-        model = build(trained(self.text, batch, Training(), self.seed, config=self.config), self.config)
+        model = build(load_or_train(self.text, batch, Training(), self.seed, config=self.config), self.config)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def retrained(self):

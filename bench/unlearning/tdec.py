@@ -8,11 +8,11 @@ import csv
 import functools
 
 import torch
-from neumuter import evaluation
-from neumuter.losses import IGNORED
 
 from bench.unlearning.methods import run
 from bench.unlearning.real import OURS, RECIPE, SEEDS, Setting, tokenizer
+from neumuter import evaluation
+from neumuter.types import IGNORED
 
 FILES = ("lm_extraction_32_0.csv", "lm_extraction_32_1.csv")  # to forget, to stay
 TEXTS, TOKENS, PROMPT = 8, 128, 32

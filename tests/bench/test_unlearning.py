@@ -4,18 +4,18 @@ import json
 import time
 from types import SimpleNamespace
 
-import neumuter
 import pytest
 import torch
-from neumuter import evaluation, recipes
-from neumuter.demo.model import Training
-from neumuter.evaluation import tofu
 
+import neumuter
 from bench import rows as results
 from bench.unlearning import __main__ as experiments
 from bench.unlearning import paper, people, real, requests, robust, synth, tdec
 from bench.unlearning.memory import PeakMemory
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from neumuter import evaluation, recipes
+from neumuter.demo.model import Training
+from neumuter.evaluation import tofu
 from tests import models
 
 
@@ -109,7 +109,7 @@ def test_the_papers_table_runs_on_models_of_its_shapes(tmp_path, family, monkeyp
     )
     if family == "phi":
         options.retrained = options.model
-    monkeypatch.setattr(paper, "GATES", recipes.GatesConfig(epochs=2, batch_size=None))
+    monkeypatch.setattr(paper, "GATES", recipes.PaperConfig(epochs=2, batch_size=None))
     monkeypatch.setattr(paper, "GAINS", recipes.GainsConfig(steps=3, batch_size=2))
     monkeypatch.setattr(tofu, "MAX_NEW_TOKENS", 8)
     found = quick_rows(paper.cases(options))
@@ -177,7 +177,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(real.RECIPE, "steps", 2)
     monkeypatch.setitem(tdec.Texts.recipe, "steps", 2)
     monkeypatch.setattr(synth, "Training", lambda: Training(steps=1))
-    monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2))
+    monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
     return tmp_path
 
 
@@ -212,8 +212,8 @@ def test_robust_runs(tiny):
 def test_requests_run(tiny):
     found = quick_rows(requests.cases(quick=True))
     assert [(row["method"], row["requests"]) for row in found] == [
-        ("before", 0), ("alone", 1), ("alone", 2), ("beside", 1), ("beside", 2), ("anew", 1), ("anew", 2),
+        ("before", 0), ("alone", 1), ("alone", 2), ("existing", 1), ("existing", 2), ("anew", 1), ("anew", 2),
     ]  # fmt: skip
-    assert found[1] | {"method": "beside"} == found[3]
+    assert found[1] | {"method": "existing"} == found[3]
     assert found[1] | {"method": "anew"} == found[5]
     assert found[4]["share"] == found[6]["share"] == 2 * found[3]["share"] > 0

@@ -8,16 +8,16 @@ import os
 import sys
 from pathlib import Path
 
-import neumuter
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from neumuter import NeuMuterConfig, NeuMuterTrainer
-from neumuter.demo.task import VOCABULARY, encode, make_records, read_corpus, train_tokenizer
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+import neumuter
+from neumuter import NeuMuterConfig, NeuMuterTrainer
+from neumuter.demo.task import VOCABULARY, encode, make_records, read_corpus, train_tokenizer
 from tests.models import batch, build
 
 STEPS, SAMPLES = 4, 8

@@ -4,15 +4,15 @@ import json
 import sys
 
 import accelerate
-import neumuter
 import peft
 import pytest
 import torch
-from neumuter.serving import adapters as exports
-from neumuter.serving.adapters import export_ia3, export_lora, largest_difference
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import neumuter
+from neumuter.serving import adapters as exports
+from neumuter.serving.adapters import export_ia3, export_lora, largest_difference
 from tests.models import HIDDEN, WIDTH, batch, build
 
 FAMILIES = ("llama", "gpt2", "gpt_neo", "phi3")

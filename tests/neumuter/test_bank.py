@@ -4,13 +4,13 @@ import copy
 import pickle
 import threading
 
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter.recipes import mute_random
 from neumuter.serving import bank as serving
 from neumuter.serving.bank import MuteBank, _Pool
-
 from tests import models
 
 FAMILIES = ("llama", "gpt2", "gpt_neo", "phi3", "opt")

@@ -2,13 +2,13 @@
 
 import json
 
-import neumuter
 import pytest
 import torch
-from neumuter.cli.app import main
-from neumuter.texts import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import neumuter
+from neumuter.cli.app import main
+from neumuter.texts import encode
 from tests.models import build, tokenizer
 
 FORGET = ["Ada Brisk, ada@post.example, 555-0192", "Jonas Vance, jv77@mail.example, 555-7713"]

@@ -1,18 +1,18 @@
 import io
 import json
 
-import neumuter
 import pytest
 import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import neumuter
 from neumuter import evaluation
 from neumuter.demo import run, run_demo, task, tutorial
 from neumuter.demo.model import Training, load_or_train
 from neumuter.recipes import GainsConfig, SupportConfig
 from neumuter.texts import read_texts
 from neumuter.types import IGNORED
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests import demo_bars
 
 KEYS = {

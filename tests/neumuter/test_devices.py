@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter import recipes
 from neumuter.serving.bank import MuteBank
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import INITIAL_SCORE
-
 from tests import models
 from tests.kernels.backends import DEVICES
 from tests.neumuter.test_bank import logits, sets_of

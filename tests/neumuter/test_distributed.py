@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter.training.masked import INITIAL_SCORE
 
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from neumuter.cli import diagnosis as doctor
-from neumuter.cli.app import main
 
 import neumuter_kernels as nk
+from neumuter.cli import diagnosis as doctor
+from neumuter.cli.app import main
 from neumuter_kernels import reference, selftest
 from neumuter_kernels.info import backends
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+
 from neumuter import evaluation
 from neumuter.evaluation import tofu
 from neumuter.types import IGNORED
-
 from tests import models
 
 

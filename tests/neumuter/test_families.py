@@ -4,14 +4,14 @@ import copy
 import re
 from pathlib import Path
 
-import neumuter
-import neumuter.models.hooks
 import pytest
 import torch
-from neumuter.models.families import REGISTERED, find_ffns
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+import neumuter
+import neumuter.models.hooks
+from neumuter.models.families import REGISTERED, find_ffns
 from neumuter_kernels import hard_concrete
 from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, build_double, randomise
 

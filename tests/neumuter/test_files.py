@@ -5,6 +5,7 @@ import fcntl
 import os
 
 import pytest
+
 from neumuter.files import new_folder
 
 

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import neumuter
 import pytest
 import torch
-from neumuter.serving import fold_checkpoint as folding
-from neumuter.serving.fold_checkpoint import fold_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import neumuter
+from neumuter.serving import fold_checkpoint as folding
+from neumuter.serving.fold_checkpoint import fold_checkpoint
 from tests.models import WIDTH, batch, build, tokenizer
 
 SHARD = "30KB"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from neumuter.models import head as module
-from neumuter.models.head import Head
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from neumuter.models import head as module
+from neumuter.models.head import Head
 from tests import models
 
 

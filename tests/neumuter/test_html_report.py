@@ -13,6 +13,7 @@ from collections import Counter
 import matplotlib.style
 import pytest
 import torch
+
 from neumuter.mutes.mute_set import MutedLayer, MuteSet
 from neumuter.report.html import write_report
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from neumuter import attach
-from neumuter.integrations.hub_kernels import annotate, kernel_mapping, write_layer_repository
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from neumuter import attach
+from neumuter.integrations.hub_kernels import annotate, kernel_mapping, write_layer_repository
 from tests import models
 
 kernels = pytest.importorskip("kernels")

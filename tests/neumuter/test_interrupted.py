@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from neumuter import MuteSet
 
 MOMENTS, SEED = 50, 0
@@ -37,15 +38,15 @@ class Commands:
     """The commands on a small model, in a folder of their own."""
 
     def __init__(self, folder):
+        import peft  # noqa: F401 (as the commands will)
+
         import neumuter
         import neumuter.report.html
         import neumuter.serving.adapters
-        import peft  # noqa: F401 (as the commands will)
         from neumuter import unlearning
         from neumuter.evaluation import continuations
         from neumuter.models.loading import load_model
         from neumuter.recipes import mute_random
-
         from tests.models import build, tokenizer
 
         torch.set_num_threads(1)

@@ -1,17 +1,17 @@
 """Models as people load them: quantised, adapted, offloaded, compiled, checkpointed, padded and packed."""
 
 import accelerate
-import neumuter
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from neumuter.models.families import find_ffns
-from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig, fit_mutes
-from neumuter.training.batches import PairedBatches
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import neumuter
+from neumuter.models.families import find_ffns
+from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig, fit_mutes
+from neumuter.training.batches import PairedBatches
 from tests.models import SMALL, batch, build, build_double, randomise
 
 KINDS = ("llama", "gpt2", "phi3", "opt", "mixtral")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from neumuter.training import losses
 
 

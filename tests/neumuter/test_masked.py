@@ -1,10 +1,10 @@
 """attach, the gates, selection and detach, on each family of FFNs."""
 
-import neumuter
 import pytest
 import torch
-from neumuter.training.masked import INITIAL_SCORE, neuron_count
 
+import neumuter
+from neumuter.training.masked import INITIAL_SCORE, neuron_count
 from tests.models import SMALL, WIDTH, batch, build, build_double, randomise
 
 DTYPES = [torch.float32, torch.bfloat16]

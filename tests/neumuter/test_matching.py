@@ -2,13 +2,13 @@
 
 import copy
 
-import neumuter
 import pytest
 import torch
-from neumuter.models.families import find_ffns
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import neumuter
+from neumuter.models.families import find_ffns
 from tests.models import HIDDEN, SMALL, WIDTH, batch, build
 
 every_family = pytest.mark.parametrize("name", SMALL)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from neumuter import MuteFileError, MuteSet
 from neumuter.mutes.mute_set import MAX_HEADER_BYTES, MutedLayer
 

@@ -5,12 +5,12 @@ import json
 import os
 import struct
 
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter import MuteFileError, MuteSet
 from neumuter import files as files_module
-
 from tests.models import WIDTH, build
 
 PATH = "model.layers.2.mlp"

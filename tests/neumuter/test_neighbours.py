@@ -3,11 +3,11 @@
 import pytest
 import tokenizers
 import torch
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
 from neumuter import unlearning
 from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
 from neumuter.types import IGNORED
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
-
 from tests import models
 
 WORDS = [f"w{i}" for i in range(30)]

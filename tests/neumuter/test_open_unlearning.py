@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
 from neumuter import MuteSet, fold
 from neumuter.evaluation import extraction_likelihood, mean_token_loss, memorization_accuracy
 from neumuter.integrations.open_unlearning import register
 from neumuter.integrations.open_unlearning.batches import batch_of
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
 from tests import models
 
 ROOT = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from neumuter.cli import app as cli
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from neumuter.cli.app import main
-from neumuter.training.plan import load_config, plan
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from bench.models.step import SHAPES, peak_mib
+from neumuter.cli.app import main
+from neumuter.training.plan import load_config, plan
 from tests.models import EXPERTS, FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
 
 

@@ -1,17 +1,17 @@
 import dataclasses
 import math
 
-import neumuter
 import pytest
 import torch
 import torch.nn.functional as F
+
+import neumuter
 from neumuter import evaluation, recipes
 from neumuter.recipes import fitted
 from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import odds_hinge, token_losses
 from neumuter.training.neurons import Neurons
 from neumuter.types import IGNORED
-
 from neumuter_kernels import reference as reference_ops
 from tests import models
 

@@ -2,13 +2,13 @@
 
 import math
 
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter import evaluation
 from neumuter.evaluation.robustness import quantise, robustness
 from neumuter.recipes import WeightsConfig, tune_weights
-
 from tests import models
 
 

@@ -9,16 +9,16 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import neumuter
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+import neumuter
 from neumuter.recipes import fit_mutes
 from neumuter.serving.adapters import export_ia3, export_lora
 from neumuter.serving.fold_checkpoint import fold_checkpoint
 from neumuter.texts import encode
 from neumuter.training.batches import PairedBatches
-from transformers import AutoModelForCausalLM
-
 from tests.models import build, tokenizer
 
 openai, peft = pytest.importorskip("openai"), pytest.importorskip("peft")

@@ -1,13 +1,13 @@
 """Silenced neurons removed: the same logits from a smaller model, in memory and saved."""
 
-import neumuter
 import pytest
 import torch
-from neumuter.models.families import find_ffns
-from neumuter.serving.shrink import Shrunk, shrink
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import neumuter
+from neumuter.models.families import find_ffns
+from neumuter.serving.shrink import Shrunk, shrink
 from tests.models import HIDDEN, LAYERS, WIDTH, batch, build
 
 FAMILIES = ("llama", "llama_bias", "qwen2", "gpt2", "gpt_neo", "phi3", "opt")

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from neumuter.texts import encode, read_texts
 from tokenizers import processors
 
+from neumuter.texts import encode, read_texts
 from tests.models import tokenizer
 
 

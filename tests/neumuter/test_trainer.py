@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from neumuter import NeuMuterConfig, NeuMuterTrainer
 from neumuter.recipes import PaperConfig, train_gates
 from neumuter.recipes.trainer import last_checkpoint
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
-
 from tests import models
 
 ROOT = Path(__file__).parents[2]

@@ -3,14 +3,14 @@
 import json
 
 import datasets
-import neumuter
 import pytest
 import torch
+
+import neumuter
 from neumuter.models.hooks import Gates
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig
 from neumuter.texts import collect_texts, encode, join_batches
 from neumuter.types import IGNORED, Chat
-
 from tests.models import build, tokenizer
 
 PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]

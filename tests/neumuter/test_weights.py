@@ -2,15 +2,15 @@
 
 import math
 
-import neumuter
 import peft
 import pytest
 import torch
+
+import neumuter
 from neumuter.evaluation import mean_token_loss
 from neumuter.recipes import WeightsConfig, mute_by_activation, tune_weights
 from neumuter.training.weights import METHODS, forget_loss, text_losses
 from neumuter.types import IGNORED
-
 from tests import models
 
 
