@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import neumuter
-from neumuter.recipes import GainsConfig, forget
-from neumuter.texts import encode, read_texts
+from neumuter.recipes import FittedConfig, GainsConfig
+from neumuter.texts import read_texts
+
+# All texts in each step, because they are few.
+RECIPE = FittedConfig(GainsConfig(steps=40, batch_size=None))
 
 folder = Path(sys.argv[1])
 disable_progress_bar()
@@ -26,11 +29,12 @@ others = read_texts(folder / "retain.jsonl", limit=18)
 
 for number, tenant in enumerate(("north", "south")):
     prompt, answer = customers[number]
-    asked = encode([(prompt, answer.split("@")[0])], tokenizer, max_length=64)
-    kept = encode([customers[1 - number], *others], tokenizer, max_length=64)
-    with neumuter.attach(model, start_layer=0) as masked:
-        mutes = forget(masked, asked, kept, share=0.02, gains=GainsConfig(steps=40))
-    mutes.save(folder / f"{tenant}.safetensors")
+    mailbox = (prompt, answer.split("@")[0])
+    kept = [customers[1 - number], *others]
+    outcome = neumuter.unlearn(
+        model, tokenizer, [mailbox], kept, budget=0.02, recipe=RECIPE, samples=0, start_layer=0
+    )
+    outcome.mutes.save(folder / f"{tenant}.safetensors")
 
 
 def serve(records, **options):
