@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from neumuter.muting import fold
 
 from bench.models import step
 from bench.timing import Contender, compare
 from neumuter.recipes import mute_random
 from neumuter.serving.adapters import export_lora
 from neumuter.serving.bank import MuteBank
+from neumuter.serving.fold import fold
 from neumuter.serving.live import mute
 from neumuter.training.masked import attach
 
