@@ -52,7 +52,7 @@ bench: $(VENV)/.built
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench report
 
-# The GPU queue, by the Python as it is: no virtual environment, no network. A second run goes on.
+# The GPU queue, by PYTHON as it is: no virtual environment, no network. A second run goes on.
 #   WHEELS   a folder of wheels to use; RESULTS  the folder of the results
 #   SECONDS  of the whole run at most; STEPS  some steps alone; FRESH=1  measures all anew
 #   COMMIT   what is measured, where the copy has no git history

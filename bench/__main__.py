@@ -77,15 +77,11 @@ def measured(name, options):
     path = options.out / f"{machine.slug(record)}.jsonl"
     failed = False
     for row in rows.measure(cases, path, record, options.fresh):
-        failed |= row is None or is_wrong(row)
+        failed |= row is None or rows.is_wrong(row)
         if row:
             print(text.row_text(row), flush=True)
     print(f"{path} has all that was measured")
     return failed
-
-
-def is_wrong(row):
-    return bool(row.get("error")) or any("failed" in c for c in row.get("contenders", ()))
 
 
 def static(folder):

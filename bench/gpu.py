@@ -103,6 +103,7 @@ def parse():
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine: does it start?")
     options = parser.parse_args()
+    options.out = options.out.resolve()  # the steps run in another folder
     unknown = set(options.steps) - {step.name for step in STEPS}
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
@@ -114,10 +115,10 @@ def parse():
 def prepare(options):
     """Sets the environment that this process and all steps share."""
     paths = [str(ROOT), str(ROOT / "python"), str(SITE)]
-    if options.wheels:
+    wheels = sorted(map(str, options.wheels.glob("*.whl"))) if options.wheels else []
+    if wheels:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
-        wheels = sorted(map(str, options.wheels.glob("*.whl")))
-        subprocess.run([*command, "--target", str(SITE), *wheels], check=True)
+        subprocess.run([*command, "--target", str(SITE), *wheels])  # without them the queue runs, too
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     os.environ["PATH"] = os.pathsep.join(

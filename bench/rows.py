@@ -52,13 +52,23 @@ def is_about(row, about):
     return about.items() <= row.items()
 
 
+def is_wrong(row):
+    """Whether an op, or ours among the contenders, disagreed with the reference."""
+    contenders = row.get("contenders") or [{}]
+    return bool(row.get("error")) or "failed" in contenders[0]
+
+
 def measure(cases, path, machine, fresh=False):
-    """Measures the cases that have no row of this machine and code yet.
+    """Measures the cases that have no row of this machine and code yet, or a wrong one.
 
     cases: yields (about, find) pairs of the dict that identifies a row and a function that returns the rest.
     fresh: measure all of them anew. Yields each row once it is in the file, and None for a case that raised.
     """
-    known = [] if fresh else [row for row in read(path) if not differences(row["machine"], machine)]
+    known = [
+        row
+        for row in ([] if fresh else read(path))
+        if not differences(row["machine"], machine) and not is_wrong(row)
+    ]
     for about, find in cases:
         if any(is_about(row, about) for row in known):
             continue

@@ -157,6 +157,21 @@ def test_a_case_that_raises_does_not_end_the_benchmark(tmp_path, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().out
 
 
+def test_a_wrong_row_is_measured_again_and_a_wrong_baseline_is_not(tmp_path):
+    path, record, found = tmp_path / "rows.jsonl", {"gpu": None}, {"error": "far off"}
+    cases = [({"op": "one"}, lambda: dict(found))]
+    ours, theirs = {"name": "ours"}, {"name": "theirs", "failed": "far off"}
+    (row,) = rows.measure(cases, path, record)
+    assert rows.is_wrong(row)
+    found["error"] = None
+    (row,) = rows.measure(cases, path, record)
+    assert not rows.is_wrong(row)
+    assert rows.read(path) == [row]
+    assert list(rows.measure(cases, path, record)) == []
+    assert rows.is_wrong({"contenders": [ours | {"failed": "far off"}, theirs]})
+    assert not rows.is_wrong({"contenders": [ours, theirs]})
+
+
 def test_the_driver_is_asked_of_nvidia_smi(path_with_stand_ins, monkeypatch):
     assert machine.driver() == "580.00.01"
     monkeypatch.setenv("PATH", "")
