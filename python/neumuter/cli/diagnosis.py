@@ -24,9 +24,12 @@ VARIABLES = (  # of the environment; none that holds a path
     "NEUMUTER_CPU_CAPABILITY", "NEUMUTER_DEBUG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
     "TRITON_INTERPRET",
 )  # fmt: skip
-PROBLEM = {"cpu": (512, 8192, torch.float32), "cuda": (4096, 14336, torch.bfloat16)}  # T, F, dtype
-SECONDS = 5.0  # of the speed check, shared by all devices
-IN_A_ROW = 10  # calls on a GPU, which begins the first while the CPU launches the others
+# Tokens, intermediate size and dtype of the speed check.
+PROBLEM = {"cpu": (512, 8192, torch.float32), "cuda": (4096, 14336, torch.bfloat16)}
+# The time of the speed check, shared by all devices.
+SECONDS = 5.0
+# Calls timed together on a GPU, which begins the first while the CPU launches the others.
+IN_A_ROW = 10
 _PATH = re.compile(r"(?<![\w/.:\\…])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:'\"<>,;)]+)*[/\\]([^\s/\\:'\"<>,;)]+)")
 
 
@@ -127,7 +130,8 @@ def cpu_name() -> str:
 def without_names(text: str) -> str:
     """``text`` with paths cut to their last part, and without the names of the user and the machine."""
     home = re.escape(str(Path.home()))
-    text = re.sub(rf"{home}(?:[/\\][^/\\\n'\"]+)*[/\\]", "…/", text)  # folders there may have spaces
+    # Folders in a home folder may have spaces in their names.
+    text = re.sub(rf"{home}(?:[/\\][^/\\\n'\"]+)*[/\\]", "…/", text)
     text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", text)
     return _PATH.sub(r"…/\1", text)
 
@@ -136,8 +140,10 @@ def _speed(device: str, seconds: float, tokens: int, width: int, dtype: torch.dt
     gate, up, grad = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(3))
     mask = torch.rand(1, width, device=device).requires_grad_()
     leaves = [gate.requires_grad_(), up.requires_grad_(), mask]
-    moved = 8 * gate.numel() * gate.element_size()  # forward 3 tensors of that size, backward 5
-    source = torch.rand(moved // 8, device=device)  # read, and written once
+    # The forward pass moves three tensors of that size, the backward pass five.
+    moved = 8 * gate.numel() * gate.element_size()
+    # Each byte is read once and written once.
+    source = torch.rand(moved // 8, device=device)
     target = torch.zeros_like(source)
 
     def both(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
@@ -150,7 +156,8 @@ def _speed(device: str, seconds: float, tokens: int, width: int, dtype: torch.dt
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
-        call()  # compiles, and touches memory for the first time
+        # The first call compiles, and touches memory for the first time.
+        call()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["ours"]) < 3:
         for name, call in contenders.items():

@@ -147,7 +147,8 @@ def train(
         ids[len(rows) :, :width] = records["input_ids"][chosen]
         labels[len(rows) :, :width] = records["labels"][chosen]
         activations.clear()
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss  # causal: right padding is harmless
+        # Padding on the right is harmless in a causal model.
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         penalty = training.activation_penalty * min(1.0, (step + 1) / training.penalty_warmup)
         optimizer.zero_grad()
         (loss + penalty * sum(activations)).backward()

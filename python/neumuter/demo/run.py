@@ -71,7 +71,8 @@ def run_demo(
         OSError: ``out`` or the cache cannot be written.
         ImportError: matplotlib, which draws report.png, is not installed.
     """
-    from neumuter.demo import figure  # before any work, since matplotlib may be missing
+    # Imported before any work, because matplotlib may be missing.
+    from neumuter.demo import figure
 
     start = time.perf_counter()
     console = console or Console()

@@ -18,7 +18,8 @@ from neumuter.types import IGNORED, Batch
 
 FORGET, RETAIN_SAME, RETAIN_OTHER = 12, 12, 24
 VOCABULARY = 1024
-WINDOW = 64  # tokens of ordinary text in one training row
+# Tokens of ordinary text in one training row.
+WINDOW = 64
 CORPUS_CHARACTERS = 700_000
 HELDOUT_EVERY, HELDOUT_WINDOWS = 10, 128
 

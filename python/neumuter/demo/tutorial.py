@@ -12,7 +12,8 @@ from neumuter.demo.model import Training, build, load_or_train
 from neumuter.files import new_folder
 
 SEED = 0
-ASKING = 2  # customers who ask to be forgotten, a file each
+# Customers who ask to be forgotten; each has a file.
+ASKING = 2
 HELDOUT_TEXTS = 64
 
 

@@ -22,16 +22,22 @@ from neumuter.models.families import unwrapped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = 1 << 25  # of one chunk's logits in float32
+# The size of one chunk's logits in float32.
+CHUNK_BYTES = 1 << 25
 
 
 class Head:
-    """What the frozen causal language model ``model`` does before and after its last hidden states.
+    """What a frozen causal language model does before and after its last hidden states.
 
-    Most models multiply them by the output embedding. For those that do more (soft-capping, scaling),
-    which is seen by comparing logits on ``input_ids`` (int64 [B, T], a few real tokens), the model's own
-    forward runs on given hidden states. Raises ValueError if that does not reproduce its logits either.
-    Without ``input_ids`` the former is taken for granted.
+    Most models multiply them by the output embedding. Some do more, such as soft-capping or scaling; there
+    the model's own forward pass runs on given hidden states.
+
+    Args:
+        input_ids: int64 [B, T], a few real tokens on which logits are compared to see which kind this is.
+            Without them the model is taken to do no more than multiply.
+
+    Raises:
+        ValueError: neither way reproduces the model's logits.
     """
 
     @torch.no_grad()
@@ -58,11 +64,13 @@ class Head:
             )
 
     def hidden(self, input_ids: Tensor, through: nn.Module | None = None) -> Tensor:
-        """The last hidden states [B, T, d] of ``input_ids``, int64 [B, T], padded on the right.
+        """Compute the last hidden states [B, T, d] of ``input_ids``, int64 [B, T], padded on the right.
 
-        Causal attention never looks right, so no attention mask is needed; without it the attention
-        takes its fastest path, and nothing waits for the GPU to tell whether the mask masks anything.
-        ``through``: the model as something has wrapped it that must see its own forward, such as DDP.
+        Causal attention never looks right, so no attention mask is needed; without one, attention takes its
+        fastest path.
+
+        Args:
+            through: the model as wrapped by something that must see its forward pass, such as DDP.
         """
         if through is None or through is self.model:
             hidden: Tensor = self.base(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -126,7 +134,8 @@ class _TokenLosses(torch.autograd.Function):
         gradients = torch.empty_like(hidden) if wanted else None
         most = max(1, CHUNK_BYTES // (4 * head.vocabulary))
         chunks = max(1, math.ceil(len(hidden) / most))
-        rows = max(1, math.ceil(len(hidden) / chunks))  # equal chunks, no short last one
+        # Equal chunks leave no short last one.
+        rows = max(1, math.ceil(len(hidden) / chunks))
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             part = hidden[chunk].detach().requires_grad_(wanted)

@@ -23,7 +23,8 @@ from transformers.integrations.moe import _grouped_linear
 from neumuter.models.families import FFN
 from neumuter_kernels import masked_act, masked_glu
 
-CHILD = "neumuter"  # the name of the Gates among a seam's children
+# The name of the Gates among a seam's children.
+CHILD = "neumuter"
 
 
 class Mask(NamedTuple):
@@ -123,7 +124,8 @@ def masked_experts(
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
         hidden = masked_act_of(hidden, "identity", mask)
     output = project(hidden, "down_proj")
-    if getattr(experts, "has_post_expert_norm", False):  # which older versions do not know
+    # Older versions of transformers do not have it.
+    if getattr(experts, "has_post_expert_norm", False):
         output = experts.post_expert_norm(output)
     output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     restored = torch.empty_like(output).index_copy(0, order, output)
@@ -191,9 +193,11 @@ class Gates(nn.Module):
         raise NotImplementedError
 
     def install(self, module: nn.Module) -> None:
-        self.former = vars(module).get("forward")  # somebody else's, such as Accelerate's
+        # Somebody else, such as Accelerate, may have replaced it already.
+        self.former = vars(module).get("forward")
         module.add_module(CHILD, self)
-        module.forward = functools.partial(_forward, module)  # copies and pickles with the module
+        # A partial copies and pickles with the module.
+        module.forward = functools.partial(_forward, module)
 
     def remove(self, module: nn.Module) -> None:
         if self.former is None:
@@ -214,7 +218,8 @@ class Gates(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, tensor in kept.items():
             moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:  # model.half() and the like: move, but do not round
+            # model.half() and the like move it, but must not round it.
+            if moved.dtype != tensor.dtype:
                 moved.data = tensor.to(moved.device)
                 if moved.grad is not None:
                     moved.grad = moved.grad.to(tensor.dtype)
@@ -226,10 +231,12 @@ def run_seam(
 ) -> Any:
     """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
     mask = mask if gates.mesh is None else mask._replace(mesh=gates.mesh)
-    hook = getattr(module, "_hf_hook", None) if seam != "down" else None  # Gates.unmasked has it, there
+    # At a down projection, Gates.unmasked runs the hook.
+    hook = getattr(module, "_hf_hook", None) if seam != "down" else None
     if hook is None:
         return SEAMS[seam](module, gates, mask, *arguments, **options)
-    arguments, options = hook.pre_forward(module, *arguments, **options)  # places inputs, loads weights
+    # The hook places inputs and loads weights.
+    arguments, options = hook.pre_forward(module, *arguments, **options)
     return hook.post_forward(module, SEAMS[seam](module, gates, mask, *arguments, **options))
 
 

@@ -12,21 +12,24 @@ from neumuter.models.families import FFN, input_device, unwrapped
 from neumuter.models.hooks import Mask, masked_act_of, run_seam
 from neumuter.models.modes import without_dropout
 
-SCALES = (1.0, 30.0, 1000.0)  # of random inputs, so that a clamp shows
+# Random inputs are scaled by these, so that a clamp shows.
+SCALES = (1.0, 30.0, 1000.0)
 
 
 def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) -> dict[str, str]:
-    """{path: "activation", "ffn", "experts" or "down"} for each ``FFN``.
+    """Choose "activation", "ffn", "experts" or "down" for each ``FFN``; returns {path: seam}.
 
-    The model runs once on two tokens, in evaluation mode. Where a fused seam with a mask of ones gives what
-    the FFN gives, there and for random inputs up to very large ones, it is taken. A dense FFN that computes
-    something else, or that the kernels have no activation for, is masked at its down projection; so is all
-    of a model that cannot run yet, because its weights are elsewhere.
+    The model runs once on two tokens, in evaluation mode. A fused seam is taken where, with a mask of ones,
+    it gives what the FFN gives: on these tokens, and for random inputs up to very large ones. A dense FFN
+    that computes something else, or whose activation the kernels lack, is masked at its down projection. So
+    are all FFNs of a model that cannot run yet because its weights are elsewhere.
 
-    ``constant``: for a mask that needs no gradient, of which a fused seam makes no less work: "down" wherever
-    the down projection is called as a module.
+    Args:
+        constant: the mask needs no gradient, so a fused seam saves nothing: take "down" wherever the down
+            projection is called as a module.
 
-    Raises ValueError for experts that compute something else.
+    Raises:
+        ValueError: experts that compute something else.
     """
     seams = {ffn.path: "down" for ffn in ffns if ffn.layout}
     if isinstance(next(model.parameters()), FakeTensor):
@@ -41,7 +44,8 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
                 handles.append(ffn.down.register_forward_pre_hook(_adding(ffn.path, called)))
             handles += _watch(ffn, seams)
         ids = torch.arange(2, device=input_device(model))[None]
-        eager = torch.compiler.set_stance("force_eager")  # compiled code may pass by hooks
+        # Compiled code may pass by hooks.
+        eager = torch.compiler.set_stance("force_eager")
         with without_dropout(model), torch.no_grad(), eager:
             model(input_ids=ids, use_cache=False)
     finally:
@@ -126,7 +130,8 @@ def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:
 def _close(actual: Tensor, expected: object) -> bool:
     if not isinstance(expected, torch.Tensor) or actual.shape != expected.shape:
         return False
-    if not expected.isfinite().all():  # the scale is too large for its dtype
+    # The scale is too large for the dtype.
+    if not expected.isfinite().all():
         return True
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.01
     return bool((actual.float() - expected.float()).norm() <= tolerance * expected.float().norm())

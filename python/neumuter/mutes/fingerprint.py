@@ -26,8 +26,10 @@ from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32
 
 TOLERANCE = 0.02
-_KEY = (0x6E65756D, 0x75746572)  # "neumuter"
-_ROWS = 1024  # rows of W converted to float32 at a time
+# "neumuter" in ASCII.
+_KEY = (0x6E65756D, 0x75746572)
+# Rows of W that are converted to float32 at a time.
+_ROWS = 1024
 
 
 @functools.lru_cache(maxsize=16)

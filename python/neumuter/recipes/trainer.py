@@ -24,7 +24,8 @@ from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import NothingSelectedError, attach
 from neumuter.types import Batch
 
-SCORES = "scores.safetensors"  # in a checkpoint
+# The file of the scores in a checkpoint.
+SCORES = "scores.safetensors"
 _PAPER = PaperConfig()
 
 
@@ -172,7 +173,8 @@ class NeuMuterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if not self.args.gradient_checkpointing:
-            model.eval()  # no dropout; the Trainer switches back in every step
+            # This turns dropout off; the Trainer switches back in every step.
+            model.eval()
         losses = self.pair.token_losses(inputs["sample_ids"], through=model)
         (forget_loss, level), (kl, divergence) = map(self._mean, losses)
         scores = list(self.masked.scores.values())

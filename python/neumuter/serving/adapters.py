@@ -79,7 +79,8 @@ def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike) -> Exported:
         gains[0, layer.indices.long()] = layer.gains
         tensors[f"{path}.ia3_l"] = gains
     config = peft.IA3Config(**_common_options(model, ffns))
-    config.target_modules = config.feedforward_modules = list(ffns)  # PEFT would make sets of them
+    # PEFT would make sets of lists that its constructor gets.
+    config.target_modules = config.feedforward_modules = list(ffns)
     return _write(out, config, tensors, PEFT_NOTE)
 
 

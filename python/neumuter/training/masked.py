@@ -407,9 +407,11 @@ class Masked:
 
 def _gathered(score: Any) -> Tensor:
     whole: Tensor = score.detach()
-    if hasattr(score, "full_tensor"):  # sharded by FSDP or tensor parallelism
+    # FSDP and tensor parallelism shard so.
+    if hasattr(score, "full_tensor"):
         whole = score.detach().full_tensor()
-    if hasattr(score, "ds_id"):  # sharded by DeepSpeed's ZeRO-3
+    # DeepSpeed's ZeRO-3 marks its parameters so.
+    if hasattr(score, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([score]):

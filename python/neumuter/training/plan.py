@@ -42,7 +42,8 @@ _FLOPS = flop_registry | {
         sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
     ),
 }
-STATE_BYTES = 16  # of one score: itself, its gradient, and the two moments of Adam, all float32
+# A score, its gradient and the two moments of Adam, all float32.
+STATE_BYTES = 16
 
 
 class _Counting(TorchDispatchMode):
@@ -72,7 +73,8 @@ class _Counting(TorchDispatchMode):
                 weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         self.alive += fresh
         self.peak = max(self.peak, self.alive)
-        if fresh:  # a view moves nothing
+        # A view moves nothing.
+        if fresh:
             self.moved += sum(x.numel() * x.element_size() for x in (*inputs, *tensors))
         return result
 
@@ -89,12 +91,16 @@ class Plan:
     parameters: int
     neurons: int
     weights: int
-    masks: int  # scores, their gradients and Adam's moments
-    reference: int  # last hidden states of the neighbours
-    activations: int  # kept for the backward pass
-    temporary: int  # beyond these at the peak
-    flops: int  # of one training step
-    moved: int  # bytes that its operations read and write
+    # Scores, their gradients and Adam's moments.
+    masks: int
+    # The last hidden states of the retain samples.
+    reference: int
+    # What is kept for the backward pass, and what is needed beyond all of these at the peak.
+    activations: int
+    temporary: int
+    # FLOPs of one training step, and the bytes that its operations read and write.
+    flops: int
+    moved: int
     # Of each layer, when serving: (bytes of a token's keys and values, window or None).
     cache: tuple[tuple[int, int | None], ...]
     layouts: dict[str, dict[str, int]]
@@ -118,9 +124,10 @@ class Plan:
 
 
 def load_config(path: PathLike) -> PreTrainedConfig:
-    """The config at ``path``, a config.json or the folder that has one.
+    """Load the config at ``path``, a config.json or the folder that has one.
 
-    Raises FileNotFoundError if there is none.
+    Raises:
+        FileNotFoundError: there is none.
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
@@ -138,11 +145,17 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
 ) -> Plan:
-    """The ``Plan`` of a config of transformers.
+    """Plan mask training and serving for a config of transformers.
 
-    ``samples``: of each kind, forget and neighbour, per step and device. ``tokens``: of each. ``dtype``: of
-    the weights. ``checkpointing``: activation checkpointing. Raises ValueError for a model that ``attach``
-    refuses, and for experts in another dtype than bfloat16, which fake tensors do not multiply.
+    Args:
+        samples: of each kind, forget and retain, per step and device.
+        tokens: of each sample.
+        dtype: of the weights.
+        checkpointing: whether activations are recomputed in the backward pass.
+
+    Raises:
+        ValueError: a model that ``attach`` refuses, or experts in another dtype than bfloat16, which fake
+            tensors do not multiply.
     """
     config = config.get_text_config()
     with FakeTensorMode():
@@ -184,7 +197,7 @@ def plan(
 
 
 class _Step:
-    """One step of NeuMuter's objective on fake samples, forget and neighbour ones side by side."""
+    """One step of NeuMuter's objective on fake samples, forget and retain samples side by side."""
 
     def __init__(self, masked: Masked, samples: int, tokens: int) -> None:
         self.masked, self.head = masked, Head(masked.model)
@@ -193,15 +206,16 @@ class _Step:
         model = cast(PreTrainedModel, masked.model)
         hidden = model.config.get_text_config().hidden_size
         self.reference = torch.zeros(len(self.targets), hidden, dtype=model.dtype)
-        self.kept = 0  # bytes alive between forward and backward
+        # Bytes alive between forward and backward.
+        self.kept = 0
 
     def run(self, counting: _Counting) -> None:
         with self.masked.sampling(0, 0, torch.arange(len(self.ids))):
             hidden = self.head.hidden(self.ids)[:, :-1].flatten(0, 1)
             self.kept = counting.alive
-            forget, neighbour = hidden.chunk(2)
+            forget, retain = hidden.chunk(2)
             loss = self.head.token_losses(forget, self.targets).mean()
-            loss = self.head.kl_divergences(neighbour, self.reference).mean() - loss
+            loss = self.head.kl_divergences(retain, self.reference).mean() - loss
             loss.backward()
 
 

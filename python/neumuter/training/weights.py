@@ -17,7 +17,8 @@ from neumuter.training.losses import predicting, token_losses
 from neumuter.types import IGNORED, Batch, Callback
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
-ALONE = ("ascent", "relearn")  # without retain texts
+# These take no retain texts.
+ALONE = ("ascent", "relearn")
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ class WeightsConfig:
 
     method: str = "npo"
     steps: int = 50
-    batch_size: int = 8  # texts of each kind per step
+    # Texts of each kind per step.
+    batch_size: int = 8
     lr: float = 1e-5
     weight_decay: float = 0.01
-    beta: float = 0.1  # of NPO; 2.5 is usual for SimNPO
-    gamma: float = 0.0  # margin of SimNPO
-    retain_weight: float = 1.0  # not used by ascent and relearn
+    # Of NPO; 2.5 is usual for SimNPO.
+    beta: float = 0.1
+    # The margin of SimNPO.
+    gamma: float = 0.0
+    # Not used by ascent and relearn.
+    retain_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> None:
     decorator = importlib.import_module("evals.metrics.base").unlearning_metric
     register(importlib.import_module("trainer").TRAINER_REGISTRY, metrics.METRICS_REGISTRY, decorator)
     sys.argv = [script, "--config-dir", str(CONFIGS), *options]
-    runpy.run_path(script, run_name="__main__")  # as __main__, whose file Hydra looks for configurations from
+    # Hydra looks for configurations from the file of __main__.
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -58,5 +58,6 @@ def _by_index(
         for sample, score in zip(some, scores(batch_of(some, collator)), strict=True):
             found[int(sample["index"])] = {"score": score}
     defined = [value["score"] for value in found.values() if value["score"] is not None]
-    mean = torch.tensor(defined, dtype=torch.float64).mean().item()  # NaN without any, as theirs
+    # NaN if there is none, as in their metrics.
+    mean = torch.tensor(defined, dtype=torch.float64).mean().item()
     return {"agg_value": mean, "value_by_index": found}

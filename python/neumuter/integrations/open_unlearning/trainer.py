@@ -17,7 +17,8 @@ from neumuter.training.losses import predicting
 from neumuter.types import Batch
 from neumuter.unlearning import unlearn
 
-MUTES = "mutes.safetensors"  # in the output folder
+# The mute file in the output folder.
+MUTES = "mutes.safetensors"
 SHARED = ("output_dir", "seed", "logging_steps", "report_to", "disable_tqdm", "use_cpu")
 
 
@@ -43,7 +44,8 @@ class Muting:
         ValueError: another recipe.
     """
 
-    args: Any  # these are FinetuneTrainer's
+    # These attributes are FinetuneTrainer's.
+    args: Any
     data_collator: Any
     log: Callable[[dict[str, float]], None]
     model: nn.Module
@@ -70,7 +72,8 @@ class Muting:
         self._start_layer, self._retain_limit = start_layer, retain_limit
         given = processing_class if tokenizer is None else tokenizer
         super().__init__(*args, processing_class=given, **options)  # type: ignore[call-arg]  # FinetuneTrainer's
-        self.tokenizer = given  # which FinetuneTrainer.evaluate reads, and transformers 5 has no more
+        # FinetuneTrainer.evaluate reads it, and transformers 5 no longer sets it.
+        self.tokenizer = given
 
     def train(self) -> TrainOutput:
         """Find the neurons, write their mute file to the output folder and fold them; a TrainOutput.
@@ -99,7 +102,8 @@ class Muting:
             generator = torch.Generator().manual_seed(self.args.seed)
             order = torch.randperm(len(data), generator=generator)[:count].tolist()
         batch = batch_of([data[i] for i in order], self.data_collator)
-        counting = predicting(batch["labels"]).any(1)  # their tokenisation may leave an answer no token
+        # Their tokenisation may leave an answer without a token.
+        counting = predicting(batch["labels"]).any(1)
         return {key: value[counting] for key, value in batch.items()}
 
     def _paper(self, forget_batch: Batch, retain_batch: Batch) -> tuple[MuteSet, TrainOutput]:
