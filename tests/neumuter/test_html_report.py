@@ -106,6 +106,14 @@ def test_heat_map_has_a_row_per_ffn_and_the_share_of_each_cell(tmp_path, mutes):
     assert "most in model.layers.2.mlp, 62.50% of a cell" in svg.get("aria-label")
 
 
+@pytest.mark.parametrize("most", range(1, 17))
+def test_heat_map_of_any_densest_cell(tmp_path, mutes, most):
+    """3 muted neurons in the densest cell once were an opacity above 1."""
+    layer = MutedLayer(torch.arange(most, dtype=torch.int32), torch.zeros(most))
+    few = dataclasses.replace(mutes, layers=dict.fromkeys(mutes.layers, layer))
+    assert len(pictures(written(tmp_path / "report.html", {}, few)[1])) == 2
+
+
 @pytest.mark.parametrize(
     ("gain_range", "gain"), [((0.0, 0.0), 0.0), ((0.0, 5e-324), 0.0), ((-1e300, 1e300), 3e38)]
 )

@@ -57,8 +57,9 @@ def draw_heat_map(mutes: MuteSet) -> Picture:
         axes = figure.add_axes((0.1, 4 / height, 0.87, 1 - 28 / height))
         for row, share in enumerate(shares.values()):
             filled, width = share.nonzero()[0], 1 / len(share)
-            # One muted neuron among thousands must still be seen.
-            opacities = 0.2 + 0.8 * share[filled] / top
+            # One muted neuron among thousands must still be seen. The quotient is exactly 1 at the most; with
+            # the product first, rounding can exceed 1, which matplotlib refuses.
+            opacities = 0.2 + 0.8 * (share[filled] / top)
             colours: list[Any] = [COLOURS["soft"], *((COLOURS["c0"], opacity) for opacity in opacities)]
             spans = [(0.0, 1.0), *((cell * width, width) for cell in filled)]
             axes.broken_barh(spans, (row, 0.9), facecolors=colours, clip_on=False, gid=f"row{row}")
