@@ -18,7 +18,7 @@ def read(path):
 
 
 def write(path, rows):
-    """Writes a file in one step, so that a process that is killed leaves the former or the new one."""
+    """Writes a file in one step, so that a process that is killed leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -39,7 +39,7 @@ def _fact(machine, name):
 
 
 def put(path, about, found, machine):
-    """Writes the row of a case, in the place of its former row if there is one, and returns it."""
+    """Writes the row of a case, in the place of its old row if there is one, and returns it."""
     rows = read(path)
     row = about | found | {"machine": machine}
     place = next((i for i, known in enumerate(rows) if is_about(known, about)), len(rows))

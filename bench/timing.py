@@ -85,7 +85,7 @@ class _CpuClock:
 class _GpuClock:
     """CUDA events around one call on a cold L2 cache.
 
-    The cache is emptied by reading a buffer of four times its size (as many floats as it has bytes):
+    The cache is emptied by reading a buffer of four times its size (one float for each of its bytes):
     reading leaves no dirty lines, whose writing back would be timed. Then the GPU waits until the CPU has
     launched everything: what is timed is the GPU's work, not the launching.
     """

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needs on top of what was there before."""
+"""How much memory a piece of work needs in addition to what was there before."""
 
 import ctypes
 import gc

@@ -67,7 +67,7 @@ def _value(row, column):
 
 
 def _related(rows, keys):
-    """The rows, with the perplexity of the original model of the same ``keys`` added."""
+    """The rows with the perplexity of the original model of the same ``keys`` added."""
     original = {tuple(r[k] for k in keys): r["heldout_perplexity"] for r in rows if r["method"] == "before"}
     return [row | {"original_perplexity": original[tuple(row[k] for k in keys)]} for row in rows]
 
