@@ -98,7 +98,7 @@ def parse():
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="*", help=f"of {', '.join(s.name for s in STEPS)}; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels to use in addition to what is installed")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels, in addition to what is installed")
     parser.add_argument("--seconds", type=int, default=DEFAULT_SECONDS, help="of the whole run, at most")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine: does it start?")
