@@ -177,7 +177,7 @@ def test_ten_thousand_sets_of_a_7b_model():
     count = int(1.25 * 10_000)
     pool = _Pool(32, {torch.device("meta")})
     pool.tensors = {
-        device: pool._room(device, count, count * int(0.01 * 32 * 11008)) for device in pool.tensors
+        device: pool._make_room(device, count, count * int(0.01 * 32 * 11008)) for device in pool.tensors
     }
     assert pool.bytes < 400e6
 
