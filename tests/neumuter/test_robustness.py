@@ -8,7 +8,7 @@ import torch
 import neumuter
 from neumuter import evaluation
 from neumuter.evaluation.robustness import quantise, robustness
-from neumuter.recipes import WeightsConfig, tune_weights
+from neumuter.training.weights import WeightsConfig, tune_weights
 from tests import models
 
 

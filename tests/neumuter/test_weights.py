@@ -8,8 +8,8 @@ import torch
 
 import neumuter
 from neumuter.evaluation import mean_token_loss
-from neumuter.recipes import WeightsConfig, mute_by_activation, tune_weights
-from neumuter.training.weights import METHODS, forget_loss, text_losses
+from neumuter.recipes import mute_by_activation
+from neumuter.training.weights import METHODS, WeightsConfig, forget_loss, text_losses, tune_weights
 from neumuter.types import IGNORED
 from tests import models
 
