@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import neumuter
 from neumuter import evaluation
 from neumuter.demo import run, run_demo, task, tutorial
 from neumuter.demo.model import Training, load_or_train
-from neumuter.recipes import GainsConfig, SupportConfig
+from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig
 from neumuter.texts import read_texts
 from neumuter.types import IGNORED
 from tests import demo_bars
@@ -101,8 +102,8 @@ def test_a_model_is_trained_once_per_content_and_a_damaged_cache_is_replaced(tok
 
 def test_the_whole_job_leaves_whole_files_that_agree(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "Training", lambda: Training(steps=3))
-    monkeypatch.setattr(run, "SUPPORT", SupportConfig(steps=2))
-    monkeypatch.setattr(run, "GAINS", GainsConfig(steps=2))
+    quick = FittedConfig(GainsConfig(steps=2, batch_size=None), SupportConfig(steps=2, batch_size=None))
+    monkeypatch.setattr(run, "RECIPE", quick)
     out = tmp_path / "out"
     for _ in range(2):  # the second run replaces the results of the first
         screen = io.StringIO()
@@ -148,6 +149,15 @@ def test_the_tutorial_has_each_secret_once(monkeypatch, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder / "small-model")
     with pytest.raises(FileExistsError):
         tutorial.write_tutorial(folder)
+
+
+def test_without_matplotlib_the_demo_says_so_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "neumuter.demo.figure", raising=False)
+    monkeypatch.delattr("neumuter.demo.figure", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        run_demo(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_missed_bar_is_named(tmp_path, capsys):
