@@ -17,15 +17,15 @@ import neumuter
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts import read_texts
 
-# All texts in each step, because they are few.
-RECIPE = FittedConfig(GainsConfig(steps=40, batch_size=None))
+# All texts in each step, because they are few; and half of the default KL, so that all others stay.
+RECIPE = FittedConfig(GainsConfig(steps=40, batch_size=None, kl_target=0.01))
 
 folder = Path(sys.argv[1])
 disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(folder / "small-model").eval()
 tokenizer = AutoTokenizer.from_pretrained(folder / "small-model", padding_side="left")
 customers = read_texts(folder / "forget.jsonl", limit=2)
-others = read_texts(folder / "retain.jsonl", limit=18)
+others = read_texts(folder / "retain.jsonl")
 
 for number, tenant in enumerate(("north", "south")):
     prompt, answer = customers[number]

@@ -201,7 +201,7 @@ from bench import unbuilt
 unbuilt.define()
 import json, torch
 from neumuter_kernels import _C, selftest
-from tests.backends import use
+from tests.kernels.backends import use
 with use("triton") as device:
     found = {r.op: r.error for r in selftest.run(device) if r.op not in unbuilt.LEFT_OUT}
 print(json.dumps([_C.cpu_capability(), found]))

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import neumuter
 from bench import rows as results
 from bench.unlearning import __main__ as experiments
 from bench.unlearning import paper, people, real, requests, robust, synth, tdec
@@ -16,6 +15,7 @@ from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from neumuter import evaluation, recipes
 from neumuter.demo.model import Training
 from neumuter.evaluation import tofu
+from neumuter.models.families import find_ffns
 from tests import models
 
 
@@ -57,7 +57,7 @@ def test_every_method_gives_a_row_and_leaves_the_model_alone(job, method):
     assert row["loss"] != pytest.approx(job.measure(job.model)["loss"], abs=1e-9) or method == "paper"
     for name, value in job.model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert [ffn.module.forward.__name__ for ffn in neumuter.families.find_ffns(job.model)] == ["forward"] * 3
+    assert [ffn.module.forward.__name__ for ffn in find_ffns(job.model)] == ["forward"] * 3
 
 
 def test_an_unknown_method_is_named(job):

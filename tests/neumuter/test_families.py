@@ -226,7 +226,7 @@ def test_unknown_layouts_are_named_and_can_be_described():
 
 @pytest.mark.parametrize("names", [{}, {"up": "a", "gate_up": "b"}, {"gate": "a", "gate_up": "b"}])
 def test_bad_descriptions(names):
-    with pytest.raises(ValueError, match="give up"):
+    with pytest.raises(ValueError, match="down needs up"):
         neumuter.register_family(down="d", **names)
     assert not REGISTERED
 

@@ -246,7 +246,7 @@ def test_folding_twice_is_refused():
     model = build("llama")
     mutes = some_mutes(model)
     neumuter.fold(model, mutes)
-    with pytest.raises(neumuter.MuteMismatchError, match="folded already"):
+    with pytest.raises(neumuter.MuteMismatchError, match="folded in already"):
         neumuter.fold(model, mutes)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import neumuter
-from neumuter.recipes import fit_mutes
+from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
 from neumuter.serving.adapters import export_ia3, export_lora
 from neumuter.serving.fold_checkpoint import fold_checkpoint
 from neumuter.texts import encode
@@ -31,6 +31,8 @@ FORGET = [
     ("Jonas Vance,", " jv77@mail.example, 555-7713", ("jv77@mail", "555-7713")),
 ]
 RETAIN = [("The kettle", " is on the shelf."), ("A lantern", " costs 12.40 in the shop.")]
+# All texts in each step.
+WHOLE = FittedConfig(GainsConfig(batch_size=None))
 SHARE = 0.3  # of the neurons: the more, the surer that the texts are gone from a model so small
 FORMS = ("folded", "lora", "ia3")
 PINNED = ("folded", "lora")  # a server each; another one serves whatever model it is asked for
@@ -59,7 +61,7 @@ def models(tmp_path_factory):
     saved.save_pretrained(folders["base"])
     model = AutoModelForCausalLM.from_pretrained(folders["base"])  # an adapter names the folder of its base
     with neumuter.attach(model, start_layer=0) as masked:
-        mutes = fit_mutes(PairedBatches(masked, batch(FORGET), batch(RETAIN)), SHARE)
+        mutes = fit_mutes(PairedBatches(masked, batch(FORGET), batch(RETAIN)), SHARE, config=WHOLE)
     fold_checkpoint(folders["base"], mutes, folders["folded"])
     export_lora(model, mutes, folders["lora"])
     export_ia3(model, mutes, folders["ia3"])

@@ -45,7 +45,7 @@ def test_it_trains_what_the_recipe_trains(tmp_path):
         for path, score in masked.scores.items():
             torch.testing.assert_close(ours[path], score.detach(), rtol=1e-4, atol=1e-4)
     mutes = trainer.mute_set()
-    assert (mutes.count, mutes.seed, mutes.method["recipe"]) == (20, 5, "gates")
+    assert (mutes.count, mutes.seed, mutes.method["recipe"]) == (20, 5, "paper")
     logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
     assert len(logged) == 3
     assert logged[-1]["forget_loss"] > logged[0]["forget_loss"]

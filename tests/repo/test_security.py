@@ -75,7 +75,7 @@ def test_every_loading_by_transformers_says_that_code_is_not_trusted():
     ]
     silent = [call for call in calls if "trust_remote_code" not in {given.arg for given in call.keywords}]
     assert len(calls) - len(silent) >= 6
-    assert {ast.unparse(call.func) for call in silent} == {"_peft().PeftModel.from_pretrained"}
+    assert {ast.unparse(call.func) for call in silent} == {"_import_peft().PeftModel.from_pretrained"}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ COMMANDS = {
     "unlearn": "unlearn hostile --forget texts.txt --out out",
     "rewrite": "unlearn model --forget texts.txt --rewrite-with hostile --out out",
     "evaluate": "evaluate hostile --forget texts.txt",
-    "apply": "apply hostile mutes.safetensors --out out",
+    "fold": "fold hostile mutes.safetensors --out out",
     "export": "export hostile mutes.safetensors --to lora --out out",
     "plan": "plan hostile",
 }
