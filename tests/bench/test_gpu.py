@@ -50,7 +50,7 @@ def test_steps_run_and_their_rows_never_look_like_a_gpus(tmp_path, path_with_sta
     assert done.returncode == 0, done.stdout + done.stderr
     assert statuses(folder) == {"check": "done", "launch": "done", "memcheck": "done"}
     found = results(folder)
-    assert {row["op"] for row in found if row["benchmark"] == "check"} >= {"masked_glu", "select_muted"}
+    assert {row["op"] for row in found if row["benchmark"] == "check"} >= {"masked_ffn", "select_muted"}
     assert all(row["machine"]["commit"] == "1234abcd" for row in found)
     if not torch.cuda.is_available():
         assert all(row["machine"]["gpu"] is None and row["machine"]["driver"] is None for row in found)
@@ -213,5 +213,5 @@ print(json.dumps([_C.cpu_capability(), found]))
     assert done.returncode == 0, done.stderr
     capability, found = json.loads(done.stdout)
     assert capability == "not built"
-    assert set(found) == {"masked_glu", "masked_act", "hard_concrete", "cross_entropy_", "kl_divergence_"}
+    assert set(found) == {"masked_ffn", "hard_concrete", "cross_entropy_", "kl_divergence_"}
     assert found["hard_concrete"] is None

@@ -33,7 +33,7 @@ FORGET = [
 RETAIN = [("The kettle", " is on the shelf."), ("A lantern", " costs 12.40 in the shop.")]
 # All texts in each step.
 WHOLE = FittedConfig(GainsConfig(batch_size=None))
-SHARE = 0.3  # of the neurons: the more, the surer that the texts are gone from a model so small
+SHARE = 0.5  # of the neurons: the more, the surer that the texts are gone from a model so small
 FORMS = ("folded", "lora", "ia3")
 PINNED = ("folded", "lora")  # a server each; another one serves whatever model it is asked for
 SECONDS = 120  # for a server to start on a busy machine

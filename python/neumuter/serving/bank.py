@@ -16,7 +16,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.models.seams import can_run
 from neumuter.mutes.matching import fitting_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
-from neumuter.serving.live import FEW
+from neumuter.serving.live import FEW, scale_neurons
 from neumuter_kernels import mute_
 
 # Offsets are int32, which limits the muted neurons of all sets, with the room for more.
@@ -259,12 +259,10 @@ def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, 
             and hidden.numel() <= FEW
             and not hidden.requires_grad
         ):
-            hidden.mul_(gains)
+            hidden = scale_neurons(hidden, gains)
         else:
             rows.mute_(hidden, gates)
-    if gates.former is None:
-        return type(down).forward(down, hidden, *arguments, **options)
-    return gates.former(hidden, *arguments, **options)
+    return gates.unmasked(down, hidden, *arguments, **options)
 
 
 @torch.no_grad()

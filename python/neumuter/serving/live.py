@@ -46,16 +46,17 @@ def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: An
         assert gains is not None
         plain = not hidden.requires_grad and hidden.get_device() == gains.get_device()
         if plain and hidden.numel() <= FEW and not torch.compiler.is_compiling():
-            if hidden.dtype == torch.float32:
-                hidden = hidden * gains
-            else:
-                # Into a tensor of that dtype, so that the product is rounded once.
-                hidden = torch.mul(hidden, gains, out=torch.empty_like(hidden))
+            hidden = scale_neurons(hidden, gains)
         else:
             hidden = masked_act_of(hidden, "identity", Mask(gains[None]))
-    if gates.former is None:
-        return type(down).forward(down, hidden, *arguments, **options)
-    return gates.former(hidden, *arguments, **options)
+    return gates.unmasked(down, hidden, *arguments, **options)
+
+
+def scale_neurons(hidden: Tensor, gains: Tensor) -> Tensor:
+    """Multiply few activations [..., F] by gains, float32, out of place; rounded once."""
+    if hidden.dtype == torch.float32:
+        return hidden * gains
+    return torch.mul(hidden, gains, out=torch.empty_like(hidden))
 
 
 class Muted:
