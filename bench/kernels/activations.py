@@ -12,10 +12,9 @@ from torch import nn
 import neumuter_kernels as nk
 from bench.timing import BACKENDS, Contender, compare, compiled, copying, measure
 from neumuter_kernels import reference
+from neumuter_kernels.selftest import TOLERANCE
 
 PASSES = ("forward", "backward", "forward+backward")
-# ‖result − exact‖ / ‖exact‖ that a contender may have. In 16 bits, rounding in between is allowed.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CHECKED_AT_ONCE = 2**24  # elements whose exact results are held at a time
 
 

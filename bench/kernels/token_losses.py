@@ -9,11 +9,9 @@ import torch.nn.functional as F
 import neumuter_kernels as nk
 from bench.timing import BACKENDS, Contender, compare, compiled, copying
 from neumuter_kernels import reference
+from neumuter_kernels.selftest import TOLERANCE
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-# ‖result − exact‖ / ‖exact‖ of losses and gradients; in 16 bits the logits are rounded, and once more
-# where a contender makes log-probabilities of their dtype.
-TOLERANCE = {FLOAT32: 1e-5, BFLOAT16: 2e-2}
 # Tokens and vocabulary: a chunk of SmolLM2's and of Llama 3's logits.
 CASES = {
     "cpu": [(170, 49152, FLOAT32), (170, 49152, BFLOAT16)],

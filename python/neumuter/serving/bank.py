@@ -89,6 +89,9 @@ class MuteBank:
             self.undo()
             raise
 
+    def __repr__(self) -> str:
+        return f"MuteBank({type(self._inner).__name__}, {len(self.names)} mute sets, {self.bytes} bytes)"
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the sets, in the order in which they were added."""
