@@ -174,17 +174,19 @@ def unlearn(
     config = _check_recipe(recipe, budget, mode, existing, goals)
     earlier = None if existing is None else load_mutes(existing)
     network, words = _open(model, tokenizer)
-    max_length = _fit_length(network, max_length)
+    length = min(max_length, _count_positions(network) or max_length)
     watch = _Watch(callback)
-    forget_batch = _as_batch("forget", forget, words, max_length)
-    found = [] if retain is None else [_as_batch("retain", retain, words, max_length)]
+    forget_batch = _as_batch("forget", forget, words, length)
+    found = [] if retain is None else [_as_batch("retain", retain, words, length)]
+    if length < max_length and any(_fills(batch, length) for batch in (forget_batch, *found)):
+        logger.warning("This model has %d positions: longer texts are cut.", length)
     if rewrite_with:
         rewritten = _rewrite(collect_texts("forget", forget, words), rewrite_with, seed, folder, watch)
-        found.append(encode(rewritten, _needed(words), max_length))
+        found.append(encode(rewritten, _needed(words), length))
     with mute(network, earlier) if earlier else nullcontext():
         said = _sample(network, words, forget_batch, bool(found), samples, earlier, seed, folder, watch)
         if said:
-            found.append(encode(said, _needed(words), max_length))
+            found.append(encode(said, _needed(words), length))
         if not found:
             raise ValueError(
                 "there is nothing to keep: the model said nothing when sampled from; give retain"
@@ -281,11 +283,13 @@ def _open(
     return model, tokenizer if tokenizer is not None else own
 
 
-def _fit_length(network: nn.Module, max_length: int) -> int:
-    positions = getattr(getattr(network, "config", None), "max_position_embeddings", None) or max_length
-    if max_length > positions:
-        logger.warning("This model has %d positions: texts are cut to %d tokens.", positions, positions)
-    return min(max_length, int(positions))
+def _count_positions(network: nn.Module) -> int | None:
+    positions: int | None = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    return positions
+
+
+def _fills(batch: Batch, length: int) -> bool:
+    return bool((batch["attention_mask"].sum(1) >= length).any())
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

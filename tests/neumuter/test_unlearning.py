@@ -178,7 +178,10 @@ def test_the_papers_recipe(model, words):
 
 def test_texts_that_are_too_long_for_the_model_are_cut_and_said(model, words, caplog):
     unlearn(model, words, max_length=5000)
+    assert not caplog.text
+    outcome = unlearn(model, words, [*PAIRS, "A long story. " * 20], max_length=5000)
     assert "This model has 128 positions" in caplog.text
+    assert outcome.mutes.count == 30
 
 
 BAD = {
