@@ -5,8 +5,10 @@ import json
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 
 import neumuter
+from neumuter.evaluation import continue_texts
 from neumuter.models.hooks import Gates
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig
 from neumuter.texts import collect_texts, encode, join_batches
@@ -131,6 +133,18 @@ def test_samples_say_what_the_model_says(outcome):
     assert [sample["truth"] for sample in outcome.samples] == [completion for _, completion in PAIRS]
     assert [sample["before"] for sample in outcome.samples] == [completion for _, completion in PAIRS]
     assert all(sample["prompt"] in prompt for sample, (prompt, _) in zip(outcome.samples, PAIRS, strict=True))
+
+
+def test_a_token_that_does_not_count_is_not_continued(model, words):
+    """Such as the end token that some tokenizers append."""
+    batch = encode(PAIRS[:1], words, 64)
+    ended = {
+        "input_ids": F.pad(batch["input_ids"], (0, 1), value=words.eos_token_id),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 1), value=1),
+        "labels": F.pad(batch["labels"], (0, 1), value=IGNORED),
+    }
+    (found,) = continue_texts(model, words, ended, 1)
+    assert found["truth"] == found["said"] == PAIRS[0][1]
 
 
 def test_what_must_not_be_lost_is_kept_at_once(model, words, tmp_path, monkeypatch):

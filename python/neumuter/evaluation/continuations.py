@@ -31,18 +31,19 @@ def continue_texts(
         *(batch[name][:limit].cpu() for name in ("input_ids", "attention_mask", "labels")), strict=True
     ):
         ids, labels = ids[shown.bool()], labels[shown.bool()]
-        start = int((labels != IGNORED).nonzero()[0])
+        counted = (labels != IGNORED).nonzero().flatten().tolist()
+        start, end = counted[0], counted[-1] + 1
         if start == 0 or (start == 1 and int(ids[0]) in tokenizer.all_special_ids):
             start = max(1, int(len(ids) * PROMPT_SHARE))
         prompt = ids[None, :start].to(cast(torch.device, model.device))
         made = cast(Any, model).generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=min(len(ids) - start, MAX_TOKENS),
+            max_new_tokens=min(end - start, MAX_TOKENS),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
-        parts = {"prompt": ids[:start], "truth": ids[start:], "said": made[0, start:]}
+        parts = {"prompt": ids[:start], "truth": ids[start:end], "said": made[0, start:]}
         found.append(
             {name: str(tokenizer.decode(part, skip_special_tokens=True)) for name, part in parts.items()}
         )
