@@ -156,7 +156,7 @@ def test_a_fresh_run_starts_over_and_its_bars_are_checked(tmp_path, monkeypatch,
         synth, "cases", lambda quick: (({"method": m}, lambda r=r: r) for m, r in rows.items())
     )
     assert start("--check") == 1
-    assert "trained support: extraction is 1, must be at most 0.25" in capsys.readouterr().out
+    assert "trained support: extraction is 1, must be at most 0.5" in capsys.readouterr().out
     for method in synth.OURS:
         rows[method] = rows[method] | {"forget_extraction": 0.0}
     assert start("--check") == 1  # as before

@@ -95,6 +95,6 @@ def _limits(
             f"share by themselves; they mute {closed or 'no'} neuron{'s' if closed > 1 else ''} of this one."
         )
     yield (
-        "The retained records were among the neighbours that the masks were trained to leave alone; the "
-        "held-out perplexity is measured on text that neither the model nor the masks have seen."
+        "The retained records were among the texts that the masks were trained to leave alone. The held-out "
+        "perplexity is measured on text that neither the model nor the masks have seen."
     )
