@@ -176,12 +176,14 @@ def unlearn(
     network, words = _open(model, tokenizer)
     length = min(max_length, _count_positions(network) or max_length)
     watch = _Watch(callback)
-    forget_batch = _as_batch("forget", forget, words, length)
-    found = [] if retain is None else [_as_batch("retain", retain, words, length)]
+    # Collected once, because an iterator gives its texts once.
+    forget_texts = collect_texts("forget", forget, words)
+    forget_batch = _as_batch(forget_texts, words, length)
+    found = [] if retain is None else [_as_batch(collect_texts("retain", retain, words), words, length)]
     if length < max_length and any(_fills(batch, length) for batch in (forget_batch, *found)):
         logger.warning("This model has %d positions: longer texts are cut.", length)
     if rewrite_with:
-        rewritten = _rewrite(collect_texts("forget", forget, words), rewrite_with, seed, folder, watch)
+        rewritten = _rewrite(forget_texts, rewrite_with, seed, folder, watch)
         found.append(encode(rewritten, _needed(words), length))
     with mute(network, earlier) if earlier else nullcontext():
         said = _sample(network, words, forget_batch, bool(found), samples, earlier, seed, folder, watch)
@@ -298,10 +300,7 @@ def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _as_batch(
-    name: str, source: TextSource, tokenizer: PreTrainedTokenizerBase | None, max_length: int
-) -> Batch:
-    texts = collect_texts(name, source, tokenizer)
+def _as_batch(texts: list[Text] | Batch, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Batch:
     return texts if isinstance(texts, dict) else encode(texts, _needed(tokenizer), max_length)
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from neumuter import unlearning
+from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
 from neumuter.types import IGNORED
 from tests import models
@@ -100,6 +101,21 @@ def test_unlearning_rewrites_and_keeps(bert, tmp_path):
     assert made == rewrite_texts(["w1 w2 w3"], *bert, seed=1)
     (tmp_path / "bert").rename(tmp_path / "gone")
     assert rewritten(str(tmp_path / "bert"), tmp_path) == made
+
+
+def test_texts_of_an_iterator_are_rewritten_too(bert, tmp_path):
+    for part in bert:
+        part.save_pretrained(tmp_path / "bert")
+    outcome = unlearning.unlearn(
+        models.build("llama"),
+        models.tokenizer(),
+        iter(["w1 w2 w3"]),
+        rewrite_with=str(tmp_path / "bert"),
+        recipe=FittedConfig(GainsConfig(steps=2)),
+        samples=0,
+        callback=lambda *_: None,
+    )
+    assert outcome.mutes.count == 1
 
 
 def test_barred_texts_are_never_recited():

@@ -184,7 +184,7 @@ class Gates(nn.Module):
 
     def __init__(self, ffn: FFN, seam: str) -> None:
         super().__init__()
-        self.path, self.layer, self.width, self.experts = ffn.path, ffn.layer, ffn.width, ffn.experts
+        self.path, self.layer, self.width = ffn.path, ffn.layer, ffn.width
         self.layout, self.activation, self.mesh, self.seam = ffn.layout, ffn.activation, ffn.mesh, seam
         self.former = None
 

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from neumuter.mutes.mute_set import MuteSet
 
-console = Console()
 WIDTH = 100
 ROWS = {
     "forget_ma": "forget: MA (share of tokens that are the most likely one)",
