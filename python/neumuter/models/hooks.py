@@ -11,8 +11,8 @@ The projections are called as the modules that they are: quantised, adapted, sha
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -247,35 +247,3 @@ def _forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     if mask is None:
         return gates.unmasked(module, *arguments, **options)
     return run_seam(gates.seam, module, gates, mask, *arguments, **options)
-
-
-Kind = TypeVar("Kind", bound=Gates)
-
-
-class Installed(Generic[Kind]):
-    """Gates on the FFNs of one model instance, until ``remove``."""
-
-    def __init__(self, gates: Sequence[Kind], modules: Sequence[nn.Module]) -> None:
-        self.gates, self._modules = gates, modules
-        try:
-            for one, module in zip(gates, modules, strict=True):
-                one.install(module)
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Put everything back as it was. Harmless when called again."""
-        for gates, module in zip(self.gates, self._modules, strict=True):
-            if getattr(module, CHILD, None) is gates:
-                gates.remove(module)
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise RuntimeError if some FFN of ``model`` is already attached or muted."""
-    for module in model.modules():
-        if isinstance(module, Gates):
-            raise RuntimeError(
-                f"{module.path} already has {type(module).__name__}: this model is attached or muted; "
-                "call detach() or undo() on its handle first"
-            )

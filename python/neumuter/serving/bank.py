@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.families import FFN, find_ffns, input_device, unwrapped
-from neumuter.models.hooks import Gates, Installed, refuse_wrapped
+from neumuter.models.hooks import Gates
+from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
 from neumuter.models.seams import can_run
 from neumuter.mutes.matching import fitting_ffns

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.families import FFN
-from neumuter.models.hooks import Gates, Installed, Mask, masked_act_of, seam_module
+from neumuter.models.hooks import Gates, Mask, masked_act_of, seam_module
+from neumuter.models.installed import Installed
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.families import FFN, find_ffns
-from neumuter.models.hooks import Gates, Installed, Mask, refuse_wrapped, seam_module
+from neumuter.models.hooks import Gates, Mask, seam_module
+from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.matching import architecture
