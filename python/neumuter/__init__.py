@@ -14,7 +14,7 @@ _HOMES = {
     "MutedLayer": "mutes.mute_set",
     "NeuMuterConfig": "recipes.trainer",
     "NeuMuterTrainer": "recipes.trainer",
-    "Outcome": "unlearning",
+    "Outcome": "outcome",
     "attach": "training.masked",
     "combine": "mutes.algebra",
     "export_ia3": "serving.adapters",
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.mutes.mute_set import MutedLayer as MutedLayer
     from neumuter.mutes.mute_set import MuteFileError as MuteFileError
     from neumuter.mutes.mute_set import MuteSet as MuteSet
+    from neumuter.outcome import Outcome as Outcome
     from neumuter.recipes.trainer import NeuMuterConfig as NeuMuterConfig
     from neumuter.recipes.trainer import NeuMuterTrainer as NeuMuterTrainer
     from neumuter.serving.adapters import export_ia3 as export_ia3
@@ -51,7 +52,6 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.serving.shrink import shrink as shrink
     from neumuter.training.masked import Masked as Masked
     from neumuter.training.masked import attach as attach
-    from neumuter.unlearning import Outcome as Outcome
     from neumuter.unlearning import unlearn as unlearn
 
     __version__: str
