@@ -1,11 +1,14 @@
 """Reading texts and making batches of them."""
 
+import csv
 import json
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from neumuter.texts import encode, read_texts
+from neumuter.texts.encoding import tokenize
 from tests.models import tokenizer
 
 
@@ -87,12 +90,74 @@ def test_encode_names_a_text_without_a_token_to_predict(text):
         encode(["fine", text], tokenizer(), max_length=4)
 
 
-def test_prompts_do_not_end_with_the_tokenizers_end_token():
-    """Some tokenizers append an end token; the completion follows the prompt itself."""
+def with_end_token():
+    """Some tokenizers append an end token."""
     ends = tokenizer()
     ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    batch = encode([("ab", "cd")], ends, 16)
-    assert ends.decode(batch["input_ids"][0]) == "<s>abcd"
-    assert (batch["labels"][0] != -100).sum() == 2
+    return ends
+
+
+def test_an_appended_end_token_is_no_part_of_a_text():
+    ends = with_end_token()
+    batch = encode([("ab", "cd"), "abcd"], ends, 16)
+    assert [ends.decode(ids) for ids in batch["input_ids"]] == ["<s>abcd", "<s>abcd"]
+    assert (batch["labels"] != -100).sum(1).tolist() == [2, 5]
+    assert tokenize("</s>ab</s>", ends) == [1, 2, *tokenize("ab", ends, special=False), 2]
+    assert tokenize("ab", ends, special=False) == ends("ab", add_special_tokens=False)["input_ids"]
+
+
+def llama_2():
+    """A tokenizer that, like Llama 2's, puts a space before whatever it is given."""
+    spaced = Tokenizer(models.BPE(unk_token="<unk>"))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>"]
+    lines = ["Who is Jo?\nJo bakes bread.", "mail qi7whj, phone 4000348"] * 20
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    spaced.train_from_iterator(lines, trainer)
+    spaced.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=spaced, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "counted"),
+    [
+        ("mail", " qi7whj,", "▁qi7whj,"),
+        ("Who is", " Jo?\nJo bakes", "▁Jo?\nJo▁bakes"),
+        # The token holds characters of both.
+        ("Who is Jo?\n", "Jo bakes bread.", "▁Jo?\nJo▁bakes▁bread."),
+        ("ma", "il", "▁mail"),
+    ],
+)
+@pytest.mark.parametrize("fast", [True, False])
+def test_prompt_and_completion_are_the_tokens_that_the_model_says(
+    prompt, completion, counted, fast, monkeypatch
+):
+    """Tokenised apart, the completion would begin with a space of its own."""
+    words = llama_2()
+    # A tokenizer without offsets, whose prompt is cut where its own tokens end.
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", fast)
+    batch = encode([("mail", " 4000348"), (prompt, completion)], words, 64)
+    ids, labels = batch["input_ids"][1], batch["labels"][1]
+    assert ids[batch["attention_mask"][1] == 1].tolist() == words(prompt + completion)["input_ids"]
+    assert "".join(words.convert_ids_to_tokens(labels[labels != -100])) == counted
+
+
+def test_half_a_surrogate_pair_is_refused_by_its_place(tmp_path):
+    path = write(tmp_path, "t.jsonl", '{"text": "fine"}\n{"text": "half an emoji \\ud83d"}')
+    with pytest.raises(ValueError, match=r"t.jsonl, line 2: character 15, '\\ud83d', is half a surrogate"):
+        read_texts(path)
+    for text in ("a\ud83d", ("a", "\ud83d"), ("\ud83d", "a")):
+        with pytest.raises(ValueError, match=r"text 2: character .* is half a surrogate pair"):
+            encode(["fine", text], tokenizer(), 9)
+    assert read_texts(write(tmp_path, "u.jsonl", '{"text": "\\ud83d\\ude00"}')) == ["😀"]
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    """Python's csv module stops at 131,072 characters."""
+    former = csv.field_size_limit()
+    path = write(tmp_path, "t.csv", 'text\nshort\n"' + "word " * 40_000 + '"\n')
+    assert [len(text) for text in read_texts(path)] == [5, 200_000]
+    assert read_texts(path, limit=1) == ["short"]
+    assert csv.field_size_limit() == former

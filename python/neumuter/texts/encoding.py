@@ -16,8 +16,9 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 def encode(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Batch:
     """Encode texts as one batch, padded on the right to the longest.
 
-    Special tokens at the start are the tokenizer's own; a prompt and its completion are tokenised apart, as
-    in generation.
+    Special tokens at the start are the tokenizer's own; an end token that it appends is left out. A prompt
+    and its completion are tokenised together: these are the tokens that the model says. A token that holds
+    characters of both counts.
 
     Args:
         texts: as ``read_texts`` returns them.
@@ -29,18 +30,18 @@ def encode(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_length
 
     Raises:
         ValueError: a text has no token that can be predicted, because it has only one token or its prompt
-            fills ``max_length``. The message names the text by its number from 1.
+            fills ``max_length``; or it holds half a surrogate pair, which is no character. The message names
+            the text by its number from 1.
     """
     rows = []
     for number, text in enumerate(texts, 1):
-        start, ids = 0, []
-        if isinstance(text, str):
-            ids = tokenizer(text)["input_ids"]
-        else:
-            chat = isinstance(text, Chat)
-            ids = _ids_of(text[0], tokenizer) if chat else _open_ended(text[0], tokenizer)
-            start = len(ids)
-            ids = ids + _ids_of(text[1], tokenizer)
+        prompt, completion = ("", text) if isinstance(text, str) else (text[0], text[1])
+        special = not isinstance(text, Chat)
+        try:
+            ids = tokenize(prompt + completion, tokenizer, special)
+        except ValueError as error:
+            raise ValueError(f"text {number}: {error}") from None
+        start = _count_prompt_tokens(prompt, completion, ids, tokenizer, special) if prompt else 0
         ids = ids[:max_length]
         if len(ids) <= max(start, 1):
             raise ValueError(
@@ -71,15 +72,48 @@ def join_batches(*batches: Batch) -> Batch:
     }
 
 
-def _ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = True) -> list[int]:
+    """Tokenise a text that a model is to continue: without the end token that some tokenizers append.
+
+    Args:
+        special: whether the tokenizer's own special tokens go before the text.
+
+    Raises:
+        ValueError: the text holds half a surrogate pair.
+    """
+    check_characters(text)
+    # verbose=False keeps transformers from warning of texts that are too long for the model.
+    inner: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not special:
+        return inner
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    for start in range(len(ids) - len(inner) + 1):
+        if ids[start : start + len(inner)] == inner:
+            return ids[: start + len(inner)]
     return ids
 
 
-def _open_ended(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of ``prompt`` without the end token that some tokenizers append."""
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    added = len(ids) - len(_ids_of(prompt, tokenizer))
-    while added and ids[-1] in tokenizer.all_special_ids:
-        ids, added = ids[:-1], added - 1
-    return ids
+def check_characters(text: str) -> None:
+    """Raise ValueError if ``text`` holds half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start + 1}, {text[error.start]!a}, is half a surrogate pair, which stands for "
+            "nothing: mend or remove it"
+        ) from None
+
+
+def _count_prompt_tokens(
+    prompt: str, completion: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> int:
+    """Count the tokens of ``ids``, those of both together, before the first that holds completion."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            prompt + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        offsets = encoded["offset_mapping"]
+        first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+        return len(ids) - len(offsets) + first
+    alone = tokenize(prompt, tokenizer, special)
+    return next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), len(alone))

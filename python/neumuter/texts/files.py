@@ -2,11 +2,13 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from neumuter.files import PathLike
+from neumuter.texts.encoding import check_characters
 from neumuter.types import Text
 
 
@@ -69,6 +71,7 @@ def text_of_row(row: Mapping[str, Any], column: str | None = None) -> str | tupl
     for name in names:
         if not isinstance(row[name], str) or not row[name]:
             raise ValueError(f"column {name!r} must hold a text, got {row[name]!r:.80}")
+        check_characters(row[name])
     return row[names[0]] if len(names) == 1 else (row["prompt"], row["completion"])
 
 
@@ -101,11 +104,15 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(file, strict=True)
+    # The limit, 131,072 characters, is a variable of the whole process.
+    former = csv.field_size_limit(sys.maxsize)
     try:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
         raise _BadLine(reader.line_num, f"not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(former)
 
 
 def _paragraphs(file: TextIO) -> Iterator[str]:
