@@ -1,11 +1,10 @@
 """What a model says: greedy continuations of the beginnings of texts."""
 
-from typing import Any, cast
-
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.generation import find_end_tokens, generate
 from neumuter.types import IGNORED, Batch
 
 MAX_TOKENS = 64
@@ -13,7 +12,6 @@ MAX_TOKENS = 64
 PROMPT_SHARE = 1 / 3
 
 
-@torch.no_grad()
 def continue_texts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Batch, limit: int
 ) -> list[dict[str, str]]:
@@ -35,12 +33,13 @@ def continue_texts(
         start, end = counted[0], counted[-1] + 1
         if start == 0 or (start == 1 and int(ids[0]) in tokenizer.all_special_ids):
             start = max(1, int(len(ids) * PROMPT_SHARE))
-        prompt = ids[None, :start].to(cast(torch.device, model.device))
-        made = cast(Any, model).generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
+        prompt = ids[None, :start]
+        made = generate(
+            model,
+            prompt,
+            torch.ones_like(prompt),
             max_new_tokens=min(end - start, MAX_TOKENS),
-            do_sample=False,
+            eos_token_id=find_end_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id or 0,
         )
         parts = {"prompt": ids[:start], "truth": ids[start:end], "said": made[0, start:]}

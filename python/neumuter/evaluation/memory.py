@@ -1,13 +1,13 @@
 """How much of given texts a model gives back."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.passes import find_hits, predict, split_batch
+from neumuter.generation import generate
 from neumuter.types import Batch
 
 SAMPLES_DRAWN = 100
@@ -116,8 +116,9 @@ def _find_misses(model: nn.Module, part: Batch, n: int) -> list[tuple[list[int],
     return found
 
 
-@torch.no_grad()
-def _continue_greedily(model: Any, prefixes: Sequence[tuple[list[int], int]], rows: int) -> list[list[int]]:
+def _continue_greedily(
+    model: nn.Module, prefixes: Sequence[tuple[list[int], int]], rows: int
+) -> list[list[int]]:
     """Continue ids[:i] greedily to len(ids) tokens for each (ids, i); returns lists of token ids."""
     order = sorted(range(len(prefixes)), key=lambda k: len(prefixes[k][0]) - prefixes[k][1])
     made: list[list[int]] = [[] for _ in prefixes]
@@ -130,10 +131,8 @@ def _continue_greedily(model: Any, prefixes: Sequence[tuple[list[int], int]], ro
         for row, k in enumerate(chosen):
             text, i = prefixes[k]
             ids[row, longest - i :], shown[row, longest - i :] = torch.tensor(text[:i]), 1
-        output = model.generate(
-            ids.to(model.device), attention_mask=shown.to(model.device), max_new_tokens=steps,
-            do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0,
-        )[:, longest:]  # fmt: skip
+        output = generate(model, ids, shown, max_new_tokens=steps, eos_token_id=None, pad_token_id=0)
+        output = output[:, longest:]
         for row, k in enumerate(chosen):
             text, i = prefixes[k]
             made[k] = output[row, : len(text) - i].tolist()

@@ -10,14 +10,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from neumuter.evaluation.language import sample_losses
 from neumuter.files import PathLike
-from neumuter.texts.encoding import encode
+from neumuter.generation import find_end_tokens, generate
+from neumuter.texts.encoding import encode, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,6 @@ def truth_ratios(
     return (_losses(model, tokenizer, [(q.question, q.paraphrased) for q in questions]) - wrong).exp()
 
 
-@torch.no_grad()
 def rouge_recalls(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Tensor:
@@ -129,19 +129,22 @@ def rouge_recalls(
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    device = cast(torch.device, model.device)
     found = []
     for start in range(0, len(questions), QUESTIONS_PER_PASS):
         part = questions[start : start + QUESTIONS_PER_PASS]
-        prompts = [tokenizer(TEMPLATE.format(question=q.question))["input_ids"] for q in part]
+        prompts = [tokenize(TEMPLATE.format(question=q.question), tokenizer) for q in part]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         shown = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        output = cast(Any, model).generate(
-            ids.to(device), attention_mask=shown.to(device), max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id or 0,
-        )[:, longest:]  # fmt: skip
-        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        output = generate(
+            model,
+            ids,
+            shown,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=find_end_tokens(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        answers = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         found += [
             scorer.score(q.answer, a.strip())["rougeL"].recall for q, a in zip(part, answers, strict=True)
         ]

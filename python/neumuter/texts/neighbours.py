@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.files import PathLike, write_atomically
+from neumuter.generation import find_end_tokens, generate
 from neumuter.types import IGNORED, Batch, Chat, Text
 
 TEXTS_PER_PASS = 8
@@ -47,22 +48,20 @@ def sample_texts(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
     processors = [_Bar(barred, tokenizer.eos_token_id)] if barred else []
     texts: list[str] = []
-    device = cast(torch.device, model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for done in range(0, count, TEXTS_PER_PASS):
-            prompt = torch.full((min(TEXTS_PER_PASS, count - done), 1), start, device=device)
-            ids = cast(Any, model).generate(
+            prompt = torch.full((min(TEXTS_PER_PASS, count - done), 1), start)
+            ids = generate(
+                model,
                 prompt,
-                attention_mask=torch.ones_like(prompt),
+                torch.ones_like(prompt),
                 do_sample=True,
-                temperature=1.0,
                 top_k=0,
-                top_p=1.0,
                 max_new_tokens=length,
                 min_new_tokens=min(2, length),
                 pad_token_id=padding,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=find_end_tokens(model, tokenizer),
                 logits_processor=transformers.LogitsProcessorList(processors),
             )
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
