@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,6 +41,20 @@ def check_row_ids(row_ids: object, tokens: int, device: torch.device) -> None:
         )
     if row_ids.device != device:
         raise ValueError(f"row_ids must be on {device} like the activations, got {row_ids.device}")
+
+
+def check_constant(name: str, x: Tensor, instead: str) -> None:
+    """Raise if a derivative with respect to ``x`` is wanted; ``instead`` says what to do."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(f"{name} requires grad, {instead}")
+    if is_dual(x):
+        raise NotImplementedError(f"{name} has a tangent, {instead}")
+
+
+def is_dual(x: Tensor | None) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp and the like) goes through ``x``."""
+    active = x is not None and forward_ad._current_level >= 0
+    return active and forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_not_negated(name: str, x: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 
 from neumuter_kernels.checks import (
     check_activations,
+    check_constant,
     check_int,
     check_not_negated,
     check_row_ids,
@@ -49,11 +50,10 @@ def mute_(
         hidden.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or hidden is part of an autograd graph.
+        TypeError, ValueError: an argument is not as above, or hidden or gains are part of an autograd graph.
     """
     check_activations("hidden", hidden)
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("hidden requires grad, and mute_ has no gradient: use masked_act with 'identity'")
+    check_constant("hidden", hidden, "and mute_ has no gradient: use masked_act with 'identity'")
     check_not_negated("hidden", hidden)
     tensors = {
         "indptr": (indptr, torch.int32),
@@ -65,6 +65,7 @@ def mute_(
             raise TypeError(f"{name} must be a {dtype} tensor, got {describe(tensor)}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like hidden, got {describe(tensor)}")
+    check_constant("gains", gains, "and mute_ has no gradient: use masked_act with 'identity'")
     indptr = indptr.unsqueeze(0) if indptr.dim() == 1 else indptr
     if indptr.dim() != 2 or indptr.shape[1] < 2:
         raise ValueError(f"indptr must have shape [S, L + 1] or [L + 1], got {list(indptr.shape)}")

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from neumuter_kernels import _C
+from neumuter_kernels.checks import is_dual
 
 _ops = torch.ops.neumuter
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -91,7 +92,7 @@ def register(
     OPS[name] = Op(gpu, vectorised)
     torch.library.register_fake(f"neumuter::{name}", fake)
     if gradient is not None:
-        _autograd.impl(name, _differentiable(getattr(_ops, name).default, gradient))
+        _autograd.impl(name, _differentiable(name, getattr(_ops, name).default, gradient))
     if isinstance(gpu, Triton):
         _cuda.impl(name, _on_its_device(gpu))
     elif not _C.build_info()["cuda"]:
@@ -111,18 +112,42 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_its_device
 
 
-def _differentiable(op: Callable[..., Tensor], gradient: Gradient) -> Callable[..., Tensor]:
+class _Final(torch.autograd.Function):
+    """A gradient that itself has no gradient with respect to the ``inputs`` that it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has first derivatives only: its gradient has no gradient")
+
+
+def final(name: str, gradient: Tensor, inputs: Sequence[Tensor | None]) -> Tensor:
+    """``gradient``, as the backward pass of ``name`` returns it; with create_graph=True it remembers that it
+    depends on ``inputs``, and a second derivative raises NotImplementedError.
+
+    torch's once_differentiable does not: it takes saved tensors for constants, which gives wrong values.
+    """
+    result: Tensor = _Final.apply(name, gradient, *inputs) if torch.is_grad_enabled() else gradient
+    return result
+
+
+def _refuse_forward_mode(name: str, tensors: Sequence[Tensor | None]) -> None:
+    # The level is looked at first because that is all that most calls do.
+    if forward_ad._current_level >= 0 and any(map(is_dual, tensors)):
+        raise NotImplementedError(f"{name} has no forward-mode derivative: use torch.autograd.grad")
+
+
+def _differentiable(name: str, op: Callable[..., Tensor], gradient: Gradient) -> Callable[..., Tensor]:
     """``op`` with its gradient, for torch's Autograd key. Nothing is saved but the inputs.
 
     torch.library.register_autograd does the same with more Python around it, and at a few hundred tokens
     the call weighs as much as the work.
     """
     tensors = gradient.tensors
-
-    @once_differentiable
-    def once(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = gradient.function(grad, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:tensors])
-        return *found, *[None] * len(ctx.options)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -134,13 +159,15 @@ def _differentiable(op: Callable[..., Tensor], gradient: Gradient) -> Callable[.
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            # With create_graph=True, once_differentiable looks only at the gradients that come in, and would
-            # silently take the saved tensors for constants.
-            if torch.is_grad_enabled():
-                grad = grad.detach().requires_grad_()
-            return once(ctx, grad)
+            saved = ctx.saved_tensors
+            _refuse_forward_mode(name, (grad,))
+            with torch.no_grad():
+                found = gradient.function(grad, saved, ctx.options, ctx.needs_input_grad[:tensors])
+            gradients = (None if x is None else final(name, x, (grad, *saved)) for x in found)
+            return *gradients, *[None] * len(ctx.options)
 
     def kernel(*arguments: Any) -> Tensor:
+        _refuse_forward_mode(name, arguments[:tensors])
         if torch.is_grad_enabled():
             for x in arguments[:tensors]:
                 if x is not None and x.requires_grad:

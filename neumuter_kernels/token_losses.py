@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from neumuter_kernels.checks import FLOATS, check_apart, check_not_negated, describe
+from neumuter_kernels.checks import FLOATS, check_apart, check_constant, check_not_negated, describe
 from neumuter_kernels.reference import compute_dtype
 from neumuter_kernels.registration import Triton, register
 
@@ -29,8 +29,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
         losses: [N], float32 (float64 for float64 logits).
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or logits are part of an autograd graph that
-            would not see the change.
+        TypeError, ValueError: an argument is not as above, or is part of an autograd graph that would not
+            see the change.
     """
     _check_logits(logits)
     if not isinstance(targets, torch.Tensor) or targets.dtype != torch.int64:
@@ -65,6 +65,7 @@ def kl_divergence_(logits: Tensor, reference: Tensor) -> Tensor:
         raise TypeError(f"reference must be a {logits.dtype} tensor like logits, got {describe(reference)}")
     if reference.shape != logits.shape or reference.device != logits.device:
         raise ValueError(f"reference must match logits, {describe(logits)}, got {describe(reference)}")
+    check_constant("reference", reference, "and has no gradient: detach it first")
     check_apart("logits", logits, "reference", reference)
     losses = _kl_divergence(logits, reference)
     increment_version(logits)
@@ -80,8 +81,7 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(
             f"logits must be contiguous [N, V] with V > 0, got {describe(logits)}, strides {logits.stride()}"
         )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        raise ValueError("logits require grad, but their gradients would replace them: detach them first")
+    check_constant("logits", logits, "but their gradients replace them: detach them first")
     check_not_negated("logits", logits)
 
 

@@ -148,13 +148,6 @@ def test_compiled_training_steps_do_not_recompile():
         assert torch.equal(compiled(scores, step), expected)
 
 
-def test_differentiable_once_only():
-    scores = torch.randn(5, requires_grad=True)
-    (grad,) = torch.autograd.grad(nk.hard_concrete(scores, 1, 0, 0, 0).sum(), scores, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_triton_gets_its_scalars_in_float64():
     """Which it else rounds to float32, and float64 gates with them: only a GPU would show that."""
     tl = pytest.importorskip("triton.language")

@@ -451,7 +451,7 @@ def spoilt(draw):
             and not (op is nk.hard_concrete and name == "scores")
         ):
             value = value.to("meta")
-        elif how == "requires grad" and op in IN_PLACE and name in ("hidden", "logits"):
+        elif how == "requires grad" and op in IN_PLACE and name in ("hidden", "gains", "logits", "reference"):
             value = value.clone().requires_grad_()
         elif how == "shape" and name not in ("scores", "indptr", "step"):
             narrower = name != "hidden" and draw(st.booleans())  # which mute_ may take

@@ -109,3 +109,13 @@ def test_logits_that_need_more_than_the_hidden_states_are_refused():
     model.forward = forward
     with pytest.raises(ValueError, match="LlamaForCausalLM are not a function of the last hidden states"):
         Head(model, models.batch()[:1])
+
+
+def test_a_second_derivative_is_refused(case):
+    """A gradient penalty would lack its second-order part."""
+    _, head, hidden, reference = case
+    targets = torch.zeros(len(hidden), dtype=torch.int64)
+    for losses in (head.token_losses(hidden, targets), head.kl_divergences(hidden, reference)):
+        (slope,) = torch.autograd.grad(losses.sum(), hidden, create_graph=True)
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            torch.autograd.grad(slope.square().sum() + hidden.sum(), hidden)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 import neumuter_kernels as nk
 from neumuter.models.families import unwrapped
+from neumuter_kernels.registration import final
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,11 +146,12 @@ class _TokenLosses(torch.autograd.Function):
             losses[chunk] = loss(slopes, others[chunk])
             if gradients is not None:
                 (gradients[chunk],) = torch.autograd.grad(logits, part, slopes)
-        ctx.save_for_backward(gradients)
+        ctx.save_for_backward(hidden, gradients)
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return (gradients * weights[:, None]).to(gradients.dtype), None, None, None
+        hidden, gradients = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = (gradients * weights[:, None]).to(gradients.dtype)
+        return final("the head's token losses", scaled, (weights, hidden)), None, None, None
