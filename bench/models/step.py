@@ -28,7 +28,7 @@ from bench import ROOT
 from bench.timing import Contender, compare
 from neumuter.recipes import PaperConfig
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import INITIAL_SCORE, STRETCH, TEMPERATURE
+from neumuter.training.gates import INITIAL_SCORE, STRETCH, TEMPERATURE
 
 CONFIG = PaperConfig()
 SHIFT = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])

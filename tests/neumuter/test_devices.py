@@ -10,7 +10,7 @@ import neumuter
 from neumuter import recipes
 from neumuter.serving.bank import MuteBank
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import INITIAL_SCORE
+from neumuter.training.gates import INITIAL_SCORE
 from tests import models
 from tests.kernels.backends import DEVICES
 from tests.neumuter.test_bank import logits, sets_of

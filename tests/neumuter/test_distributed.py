@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import neumuter
-from neumuter.training.masked import INITIAL_SCORE
+from neumuter.training.gates import INITIAL_SCORE
 
 ROOT = Path(__file__).parents[2]
 

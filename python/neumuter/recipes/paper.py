@@ -11,7 +11,7 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import STRETCH, TEMPERATURE
+from neumuter.training.gates import STRETCH, TEMPERATURE
 from neumuter.types import Callback
 
 

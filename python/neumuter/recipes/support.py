@@ -9,8 +9,8 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches
+from neumuter.training.gates import INITIAL_SCORE
 from neumuter.training.losses import hinge
-from neumuter.training.masked import INITIAL_SCORE
 from neumuter.training.neurons import Neurons
 from neumuter.types import Callback
 

@@ -1,108 +1,22 @@
 """Trainable gates on the FFN neurons of a frozen model, and the way back."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.families import FFN, find_ffns
-from neumuter.models.hooks import Gates, Mask, seam_module
+from neumuter.models.families import find_ffns
+from neumuter.models.hooks import seam_module
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.matching import architecture
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, check_layer
-from neumuter_kernels import hard_concrete, neuron_budget, select_muted
-
-STRETCH = (-0.1, 1.1)
-TEMPERATURE = 1 / 3
-# The evaluation gate σ(s)·(ζ − γ) + γ is exactly open, 1, at σ(s) = (1 − γ)/(ζ − γ).
-OPEN = (1 - STRETCH[0]) / (STRETCH[1] - STRETCH[0])
-INITIAL_SCORE = math.log(OPEN / (1 - OPEN))
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    seed: int
-    # A tensor, because torch.compile would compile again for every int.
-    step: torch.Tensor
-    sample_ids: torch.Tensor
-    row_ids: torch.Tensor | None
-
-    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
-        rows = self.sample_ids.shape[0]
-        _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
-        device = gates.scores.device
-        step, ids = self.step.to(device), self.sample_ids.to(device)
-        # They are made here, not once per step, so that activation checkpointing recomputes them.
-        values = hard_concrete(
-            gates.scores, rows, self.seed, step, gates.layer, ids, TEMPERATURE, STRETCH, training=True
-        )
-        return Mask(values, _moved(self.row_ids, hidden_states.device))
-
-
-@dataclass(frozen=True)
-class _Evaluating:
-    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
-        return Mask(
-            hard_concrete(gates.scores, 1, 0, 0, gates.layer, None, TEMPERATURE, STRETCH, training=False)
-        )
-
-
-@dataclass(frozen=True)
-class _Applying:
-    masks: dict[str, Tensor]
-    row_ids: torch.Tensor | None
-
-    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask | None:
-        mask = self.masks.get(gates.path)
-        if mask is None:
-            return None
-        _check_rows(mask.shape[0], self.row_ids, hidden_states, f"the mask of {gates.path}")
-        return Mask(mask.to(hidden_states.device), _moved(self.row_ids, hidden_states.device))
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
-def _check_rows(
-    rows: int, row_ids: Tensor | None, hidden_states: Tensor, name: str, one_for_all: bool = True
-) -> None:
-    tokens = hidden_states.shape[:-1].numel()
-    if row_ids is not None:
-        if row_ids.numel() != tokens:
-            raise ValueError(
-                f"row_ids has {row_ids.numel()} entries, but the hidden states are "
-                f"{tuple(hidden_states.shape)}: there must be one for each of {tokens} tokens"
-            )
-    elif (rows > 1 or not one_for_all) and (
-        hidden_states.shape[0] != rows if hidden_states.dim() == 3 else tokens % rows
-    ):
-        raise ValueError(
-            f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: there must be "
-            "one row per sample of a batch [B, S, d]"
-        )
-
-
-_Source = _Sampling | _Evaluating | _Applying
-
-
-class TrainableGates(Gates):
-    """A trainable score per neuron. ``source`` says which mask it makes of them; None: none."""
-
-    def __init__(self, ffn: FFN, seam: str) -> None:
-        super().__init__(ffn, seam)
-        self.scores = nn.Parameter(torch.full((self.width,), INITIAL_SCORE, device=ffn.device))
-        self.source: _Source | None = None
-
-    def mask(self, hidden_states: Tensor) -> Mask | None:
-        return None if self.source is None else self.source.mask(self, hidden_states)
+from neumuter.training.gates import INITIAL_SCORE, Applying, Evaluating, Sampling, Source, TrainableGates
+from neumuter_kernels import neuron_budget, select_muted
 
 
 class NothingSelectedError(ValueError):
@@ -192,11 +106,11 @@ class Masked:
             )
         device = next(iter(self.scores.values())).device
         step = torch.tensor(int(step), device=device)
-        return self._using(_Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids))))
+        return self._using(Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids))))
 
     def evaluating(self) -> AbstractContextManager["Masked"]:
         """Context: the gates without noise, one row for all samples."""
-        return self._using(_Evaluating())
+        return self._using(Evaluating())
 
     def applying(
         self, masks: Mapping[str, Tensor], row_ids: Tensor | Sequence[int] | None = None
@@ -226,14 +140,14 @@ class Masked:
             raise ValueError("row_ids needs masks")
         if row_ids is not None and len(rows) > 1:
             raise ValueError(f"with row_ids all masks must have the same number of rows, got {sorted(rows)}")
-        return self._using(_Applying(checked, _checked(row_ids, max(rows, default=0))))
+        return self._using(Applying(checked, _checked(row_ids, max(rows, default=0))))
 
     def off(self) -> AbstractContextManager["Masked"]:
         """Context: the untouched model, bit for bit."""
         return self._using(None)
 
     @contextmanager
-    def _using(self, source: "_Source | None") -> Iterator["Masked"]:
+    def _using(self, source: Source | None) -> Iterator["Masked"]:
         if not self._attached:
             raise RuntimeError("this handle is detached; attach the model again")
         previous = [gates.source for gates in self._installed.gates]

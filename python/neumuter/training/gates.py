@@ -1,0 +1,102 @@
+"""Gates with trainable scores, and what makes masks of them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neumuter.models.families import FFN
+from neumuter.models.hooks import Gates, Mask
+from neumuter_kernels import hard_concrete
+
+STRETCH = (-0.1, 1.1)
+TEMPERATURE = 1 / 3
+# The evaluation gate σ(s)·(ζ − γ) + γ is exactly open, 1, at σ(s) = (1 − γ)/(ζ − γ).
+OPEN = (1 - STRETCH[0]) / (STRETCH[1] - STRETCH[0])
+INITIAL_SCORE = math.log(OPEN / (1 - OPEN))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Samples of the gates, a row for each of ``sample_ids``, int64 [B]."""
+
+    seed: int
+    # A tensor, because torch.compile would compile again for every int.
+    step: torch.Tensor
+    sample_ids: torch.Tensor
+    row_ids: torch.Tensor | None
+
+    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
+        rows = self.sample_ids.shape[0]
+        _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
+        device = gates.scores.device
+        step, ids = self.step.to(device), self.sample_ids.to(device)
+        # They are made here, not once per step, so that activation checkpointing recomputes them.
+        values = hard_concrete(
+            gates.scores, rows, self.seed, step, gates.layer, ids, TEMPERATURE, STRETCH, training=True
+        )
+        return Mask(values, _moved(self.row_ids, hidden_states.device))
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """The gates without noise, one row."""
+
+    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
+        return Mask(
+            hard_concrete(gates.scores, 1, 0, 0, gates.layer, None, TEMPERATURE, STRETCH, training=False)
+        )
+
+
+@dataclass(frozen=True)
+class Applying:
+    """The masks that were given."""
+
+    masks: dict[str, Tensor]
+    row_ids: torch.Tensor | None
+
+    def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask | None:
+        mask = self.masks.get(gates.path)
+        if mask is None:
+            return None
+        _check_rows(mask.shape[0], self.row_ids, hidden_states, f"the mask of {gates.path}")
+        return Mask(mask.to(hidden_states.device), _moved(self.row_ids, hidden_states.device))
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _check_rows(
+    rows: int, row_ids: Tensor | None, hidden_states: Tensor, name: str, one_for_all: bool = True
+) -> None:
+    tokens = hidden_states.shape[:-1].numel()
+    if row_ids is not None:
+        if row_ids.numel() != tokens:
+            raise ValueError(
+                f"row_ids has {row_ids.numel()} entries, but the hidden states are "
+                f"{tuple(hidden_states.shape)}: there must be one for each of {tokens} tokens"
+            )
+    elif (rows > 1 or not one_for_all) and (
+        hidden_states.shape[0] != rows if hidden_states.dim() == 3 else tokens % rows
+    ):
+        raise ValueError(
+            f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: there must be "
+            "one row per sample of a batch [B, S, d]"
+        )
+
+
+Source = Sampling | Evaluating | Applying
+
+
+class TrainableGates(Gates):
+    """A trainable score per neuron. ``source`` says which mask it makes of them; None: none."""
+
+    def __init__(self, ffn: FFN, seam: str) -> None:
+        super().__init__(ffn, seam)
+        self.scores = nn.Parameter(torch.full((self.width,), INITIAL_SCORE, device=ffn.device))
+        self.source: Source | None = None
+
+    def mask(self, hidden_states: Tensor) -> Mask | None:
+        return None if self.source is None else self.source.mask(self, hidden_states)
