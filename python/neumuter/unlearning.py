@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.evaluation import continue_texts, summary_metrics
+from neumuter.evaluation import continue_texts, most_known, summary_metrics
 from neumuter.files import PathLike
 from neumuter.models.families import find_ffns
 from neumuter.models.loading import load_model, load_tokenizer
@@ -31,7 +31,8 @@ from neumuter.outcome import MUTE_FILE, Outcome
 from neumuter.recipes import FittedConfig, Goals, PaperConfig, fit_mutes, search_budget, train_gates
 from neumuter.report.progress import show_progress
 from neumuter.serving.live import mute
-from neumuter.texts import collect_texts, encode, join_batches
+from neumuter.texts import collect_texts, encode, encode_forms, join_batches
+from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
@@ -61,6 +62,7 @@ def unlearn(
     rewrite_with: str | None = None,
     start_layer: int = 1,
     max_length: int = 256,
+    chat: bool | None = None,
     seed: int = 0,
     folder: PathLike | None = None,
     callback: Callback | None = None,
@@ -91,6 +93,9 @@ def unlearn(
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens that a text is cut to.
+        chat: whether prompts with completions, and chat messages, go through the tokenizer's chat template.
+            None: if it has one. What the model knows of the forget texts is measured in both forms, and
+            the worse counts.
         seed: seeds the search and the sampled neighbours. The same call on the same machine gives the same
             result.
         folder: where to keep what must not be lost: neighbours, which a second run takes from there, and the
@@ -112,14 +117,18 @@ def unlearn(
     length = min(max_length, _count_positions(network) or max_length)
     watch = _Watch(callback)
     # Collected once, because an iterator gives its texts once.
-    forget_texts = collect_texts("forget", forget, words)
-    forget_batch = _as_batch(forget_texts, words, length)
-    found = [] if retain is None else [_as_batch(collect_texts("retain", retain, words), words, length)]
+    forget_texts = collect_texts("forget", forget)
+    forms = _encode("forget", forget_texts, words, length, chat)
+    forget_batch = forms[0]
+    kept = [] if retain is None else _encode("retain", collect_texts("retain", retain), words, length, chat)
+    if chat is None and max(len(forms), len(kept)) > 1:
+        logger.warning(TEMPLATE_USED)
+    found = kept[:1]
     if length < max_length and any(_fills(batch, length) for batch in (forget_batch, *found)):
         logger.warning("This model has %d positions: longer texts are cut.", length)
     if rewrite_with:
         rewritten = _rewrite(forget_texts, rewrite_with, seed, folder, watch)
-        found.append(encode(rewritten, _needed(words), length))
+        found.append(encode(rewritten, _needed(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
         said = _sample(network, words, forget_batch, bool(found), samples, earlier, seed, folder, watch)
         if said:
@@ -129,8 +138,9 @@ def unlearn(
                 "there is nothing to keep: the model said nothing when sampled from; give retain"
             )
         retain_batch = join_batches(*found)
-        before = summary_metrics(network, forget_batch, retain_batch)
-        said_before = continue_texts(network, words, forget_batch, SHOWN_TEXTS) if words else []
+        asked = most_known(network, forms)
+        before = summary_metrics(network, asked, retain_batch)
+        said_before = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     history: list[dict[str, Any]] = []
     curve = None
     with attach(network, start_layer) as masked, watch("Finding neurons", history) as advance:
@@ -140,7 +150,7 @@ def unlearn(
         elif isinstance(budget, str):
             mutes, curve = search_budget(
                 pair, goals or Goals(), mode=mode, config=config, seed=seed,
-                callback=advance, existing=earlier,
+                callback=advance, existing=earlier, forms=forms,
             )  # fmt: skip
         else:
             mutes = fit_mutes(pair, budget, mode, config, seed, advance, earlier)
@@ -148,8 +158,8 @@ def unlearn(
         Path(folder).mkdir(parents=True, exist_ok=True)
         mutes.save(Path(folder) / MUTE_FILE)
     with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
-        after = summary_metrics(network, forget_batch, retain_batch)
-        said_after = continue_texts(network, words, forget_batch, SHOWN_TEXTS) if words else []
+        after = summary_metrics(network, most_known(network, forms), retain_batch)
+        said_after = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     return Outcome(
         mutes=dataclasses.replace(mutes, metrics={"before": before, "after": after}),
         before=before,
@@ -235,8 +245,20 @@ def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _as_batch(texts: list[Text] | Batch, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Batch:
-    return texts if isinstance(texts, dict) else encode(texts, _needed(tokenizer), max_length)
+def _encode(
+    name: str,
+    texts: list[Text] | Batch,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    chat: bool | None,
+) -> list[Batch]:
+    """Encode the texts of the argument ``name`` in all their forms."""
+    if isinstance(texts, dict):
+        return [texts]
+    try:
+        return encode_forms(texts, _needed(tokenizer), max_length, chat)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _rewrite(

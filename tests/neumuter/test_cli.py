@@ -1,6 +1,7 @@
 """The command line on small checkpoints, as a user runs it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,9 @@ def checkpoint(request, tmp_path_factory):
     (folder / "forget.txt").write_text("\n\n".join(FORGET))
     (folder / "retain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in RETAIN))
     return folder
+
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def run(*arguments):
@@ -118,11 +122,11 @@ def test_mute_file_of_another_model_is_refused(checkpoint, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["inspect", "absent.safetensors"], 1, "No such file"),
-        (["unlearn", "./absent", "--forget", __file__, "--out", "o"], 1, "no such folder: ./absent"),
+        (["unlearn", "./absent", "--forget", README, "--out", "o"], 1, "no such folder: ./absent"),
         (["inspect", __file__], 1, "not a valid mute file"),
         (["unlearn", "m", "--forget", "absent.txt", "--out", "o"], 1, "No such file"),
-        (["unlearn", "m", "--forget", __file__, "--out", "o", "--budget", "lots"], 2, "--budget must be"),
-        (["unlearn", "m", "--forget", __file__], 2, "--out"),
+        (["unlearn", "m", "--forget", README, "--out", "o", "--budget", "lots"], 2, "--budget must be"),
+        (["unlearn", "m", "--forget", README], 2, "--out"),
     ],
 )
 def test_errors_are_one_message(arguments, code, message, tmp_path, monkeypatch, capsys):

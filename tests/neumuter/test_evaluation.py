@@ -273,9 +273,10 @@ def test_reading_questions(tmp_path):
     assert second.wrong == ()
     assert len(tofu.read_questions(file, limit=1)) == 1
     for text, message in (
-        ('{"question": "q"}', "line 1: an object with question and answer"),
-        ("[]", "line 1: an object"),
-        ('{"question": "q", "answer": 3}', "line 1: questions and answers must be texts"),
+        ('{"question": "q"}', "item 1: an object with question and answer"),
+        ("[7]", "item 1: an object"),
+        ("{}\n{}", "line 1: an object"),
+        ('{"question": "q", "answer": 3}', "item 1: questions and answers must be texts"),
         ("", "holds no question"),
     ):
         file.write_text(text)

@@ -1,13 +1,17 @@
 """Reading texts and making batches of them."""
 
+import codecs
 import csv
 import json
+import os
+import sys
+import threading
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from neumuter.texts import encode, read_texts
+from neumuter.texts import collect_texts, encode, read_texts
 from neumuter.texts.encoding import tokenize
 from tests.models import tokenizer
 
@@ -48,8 +52,31 @@ def test_plain_text(tmp_path):
     ("name", "content", "message"),
     [
         ("t.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
-        ("t.jsonl", '{"text": "a"}\n\n[1]\n', "line 3: a JSON object is needed, got list"),
-        ("t.jsonl", '{"prompt": "a", "body": "b"}', "line 1: no column 'text'; there are 'prompt', 'body'"),
+        ("t.jsonl", '{"text": "a"}\n\n[1]\n', "line 3: must be a text, .*, got list"),
+        ("t.jsonl", '{"prompt": "a", "body": "b"}', "line 1: no column 'text'.*; there are 'prompt', 'body'"),
+        ("t.json", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
+        ("t.json", '[{"text": "a"},\n{"text"]', "line 2: not JSON"),
+        ("t.json", '[{"text": "a"}, {"text": 3}]', "item 2: column 'text' must hold a text, got 3"),
+        ("t.json", "[" * 100_000, "line 1: not JSON"),
+        ("t.json", "[]", "holds no text"),
+        ("t.json", " \n", "holds no text"),
+        ("t.csv", "text\nHello, world\n", "line 2: there are more fields than in the header"),
+        ("t.txt", "a".encode("utf-16-le"), "lacks a byte order mark"),
+        ("t.txt", "abc".encode("utf-16")[:-1], "is not utf-16"),
+        ("t.parquet", "PAR1 PAR1", "is not a parquet file"),
+        ("t.pdf", "%PDF-1.7", "files of kind '.pdf' are not read, only .csv, .json, .jsonl"),
+        ("t.txt.gz", "x", "files of kind '.gz' are not read"),
+        (
+            "t.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "line 1: a conversation must have two",
+        ),
+        ("t.jsonl", '{"messages": ["a", "b"]}', "line 1: column 'messages' must hold a text, got"),
+        (
+            "t.jsonl",
+            '[{"role": "user", "content": null}, {"role": "assistant"}]',
+            "line 1: a chat message needs",
+        ),
         ("t.jsonl", '{"text": 3}', "line 1: column 'text' must hold a text, got 3"),
         ("t.jsonl", '{"text": ""}', "line 1: column 'text' must hold a text, got ''"),
         ("t.jsonl", "[" * 100_000, "line 1: not JSON"),
@@ -57,13 +84,110 @@ def test_plain_text(tmp_path):
         ("t.csv", 'text\nb\n"a', "line 2: not CSV"),
         ("t.csv", "text\n", "holds no text"),
         ("t.txt", " \n\n", "holds no text"),
-        ("t.txt", b"\xff\xfe", "not UTF-8"),
+        ("t.txt", b"\xff\xff", "is not utf-8"),
     ],
 )
 def test_errors_name_the_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_texts(write(tmp_path, name, content))
     assert name in str(error.value)
+
+
+ROWS = [{"prompt": f"p{i}", "completion": " c"} for i in range(3)]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", LINES),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES.encode("utf-16")),
+        ("a.CSV", "prompt,completion\n" + "".join(f"p{i}, c\n" for i in range(3))),
+        ("a.tsv", "n\tprompt\tcompletion\n" + "".join(f"{i}\tp{i}\t c\n" for i in range(3))),
+    ],
+)
+def test_every_format_gives_the_same(tmp_path, name, content):
+    path = write(tmp_path, name, content)
+    assert read_texts(path) == [(f"p{i}", " c") for i in range(3)]
+    assert len(read_texts(path, limit=2)) == 2
+
+
+def test_parquet(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"prompt": "x"}]), tmp_path / "t.parquet")
+    assert read_texts(tmp_path / "t.parquet", limit=3) == [(f"p{i}", " c") for i in range(3)]
+    with pytest.raises(ValueError, match=r"t.parquet, row 4: column 'completion' must hold a text, got None"):
+        read_texts(tmp_path / "t.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="needs pyarrow, which is not installed"):
+        read_texts(tmp_path / "t.parquet")
+
+
+def test_other_encodings(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert read_texts(write(tmp_path, "t.txt", "é\n\n\u2028b".encode(encoding))) == ["é", "\u2028b"]
+    marked = codecs.BOM_UTF16_BE + "é".encode("utf-16-be")
+    assert read_texts(write(tmp_path, "t.txt", marked)) == ["é"]
+
+
+def test_a_pipe_is_read_from_its_start(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("one\n\ntwo"))
+    writer.start()
+    assert read_texts(tmp_path / "pipe") == ["one", "two"]
+    writer.join()
+
+
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Jo."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ("Who?", "Who?"),
+        ({"question": "Who?", "answer": "Jo."}, ("Who?\n", "Jo.")),
+        ({"question": "Who? ", "answer": "Jo."}, ("Who? ", "Jo.")),
+        ({"question": "Who?", "answer": " Jo."}, ("Who?", " Jo.")),
+        ({"prompt": "Who?", "completion": "Jo."}, ("Who?", "Jo.")),
+        (
+            {"instruction": "Say who.", "input": "Jo bakes.", "output": "Jo."},
+            ("Say who.\n\nJo bakes.\n", "Jo."),
+        ),
+        ({"instruction": "Say who.", "input": "", "output": "Jo."}, ("Say who.\n", "Jo.")),
+        ({"messages": CHAT}, CHAT),
+        (CHAT, CHAT),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT),
+        ({"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Jo."}]}, CHAT),
+        ({"messages": [{**CHAT[0], "name": "a"}, CHAT[1]], "id": 7}, CHAT),
+    ],
+)
+def test_columns_of_other_formats_are_recognised(tmp_path, row, text):
+    assert read_texts(write(tmp_path, "t.jsonl", json.dumps(row))) == [text]
+    assert collect_texts("forget", [row]) == [text]
+
+
+def test_two_columns_can_be_named(tmp_path):
+    path = write(tmp_path, "t.csv", "text,ask,reply\nx,Who?,Jo.\n")
+    assert read_texts(path, column=("ask", "reply")) == [("Who?\n", "Jo.")]
+    with pytest.raises(ValueError, match="line 2: no column 'ask' and 'answer'; there are 'text', 'ask'"):
+        read_texts(path, column=("ask", "answer"))
+
+
+def test_what_is_no_list_of_texts_is_refused():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"forget must be a path, .*, got DataFrame"):
+        collect_texts("forget", pandas.DataFrame([{"text": "a"}]))
+    for single in ("a text", {"text": "a"}):
+        with pytest.raises(TypeError, match="texts must be a list of texts, got one"):
+            encode(single, tokenizer(), 8)
+    with pytest.raises(TypeError, match="text 2: must be a text"):
+        encode(["a", 7], tokenizer(), 8)
+    with pytest.raises(ValueError, match="texts holds no text"):
+        encode([], tokenizer(), 8)
+    assert encode([{"text": "ab"}], tokenizer(), 8)["input_ids"].shape == (1, 3)
 
 
 def test_missing_file_and_bad_limit(tmp_path):

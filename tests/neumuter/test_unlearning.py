@@ -11,24 +11,18 @@ import neumuter
 from neumuter.evaluation import continue_texts
 from neumuter.models.hooks import Gates
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig
-from neumuter.texts import collect_texts, encode, join_batches
-from neumuter.types import IGNORED, Chat
+from neumuter.texts import encode, join_batches
+from neumuter.types import IGNORED
 from tests.models import build, tokenizer
 
 PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]
 KEPT = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop."]
 QUICK = FittedConfig(GainsConfig(steps=6))
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def words():
-    made = tokenizer()
-    made.chat_template = TEMPLATE
-    return made
+    return tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -223,28 +217,6 @@ def test_bad_arguments_are_named(model, words, name):
 def test_texts_without_a_tokenizer_are_refused(model):
     with pytest.raises(ValueError, match="tokenizer must be given"):
         unlearn(model, None)
-
-
-CHAT = [
-    {"role": "user", "content": "Ada?"},
-    {"role": "assistant", "content": "ada@post.example"},
-]
-
-
-def test_chat_messages_go_through_the_template(model, words):
-    (text,) = collect_texts("forget", [CHAT], words)
-    assert text == Chat("<s>user: Ada?\n<s>assistant: ", "ada@post.example")
-    batch = encode([text], words, 64)
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    assert ids.tolist().count(words.bos_token_id) == 2
-    assert words.decode(ids[labels != IGNORED]) == "ada@post.example"
-    assert collect_texts("forget", [{"messages": CHAT}], words) == [text]
-    assert unlearn(model, words, [CHAT]).mutes.count == 30
-    plain = tokenizer()
-    with pytest.raises(ValueError, match="no chat template"):
-        collect_texts("forget", [CHAT], plain)
-    with pytest.raises(ValueError, match="two messages or more"):
-        collect_texts("forget", [CHAT[:1]], words)
 
 
 def test_joined_batches_are_one_batch(words):

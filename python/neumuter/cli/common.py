@@ -21,12 +21,26 @@ if TYPE_CHECKING:
 
 console = Console()
 FILE_HELP = (
-    "jsonl or csv (column 'text', or 'prompt' and 'completion', of which only the completion is forgotten), "
-    "or plain text with paragraphs separated by blank lines."
+    "jsonl, ndjson, json, csv, tsv or parquet (column 'text'; or 'prompt' and 'completion', of which only "
+    "the completion is forgotten, or 'question' and 'answer', 'instruction' and 'output'; or 'messages'), or "
+    "plain text with paragraphs separated by blank lines."
 )
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal language model, or its name.")]
 GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL to read the weights from.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the texts.")]
+PromptColumn = Annotated[
+    str | None, typer.Option(help="Column that holds prompts, which are not forgotten themselves.")
+]
+CompletionColumn = Annotated[
+    str | None, typer.Option(help="Column that holds what must not follow the prompts.")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Whether prompts and completions go through the chat template. Default: if there is one.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first texts of each file.")]
 
 
@@ -63,6 +77,17 @@ def open_model(
         from neumuter.models.loading import load_model
     with console.status(f"Loading {escape(model)}"):
         return load_model(model, dtype, gguf_file)
+
+
+def choose_columns(
+    column: str | None, prompt_column: str | None, completion_column: str | None
+) -> str | tuple[str, str] | None:
+    """Put the options that name columns into what ``read_texts`` takes."""
+    if prompt_column is None and completion_column is None:
+        return column
+    if prompt_column is None or completion_column is None or column is not None:
+        raise typer.BadParameter("--prompt-column and --completion-column go together, and without --column")
+    return (prompt_column, completion_column)
 
 
 def load_union(network: PreTrainedModel, files: Sequence[Path]) -> MuteSet:

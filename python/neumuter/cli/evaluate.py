@@ -13,7 +13,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from neumuter.cli.common import Column, GgufFile, Model, console, load_union, open_model, write_json
+from neumuter.cli.common import (
+    Chat,
+    Column,
+    CompletionColumn,
+    GgufFile,
+    Model,
+    PromptColumn,
+    choose_columns,
+    console,
+    load_union,
+    open_model,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +35,8 @@ if TYPE_CHECKING:
     from neumuter.types import Batch
 
 TDEC_TOKENS = 200
+# What is measured in all forms in which somebody can ask for it.
+TO_FORGET = ("forget", "paraphrased")
 
 
 class Suite(str, Enum):
@@ -64,6 +78,9 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the report, as JSON.")] = None,
     column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    chat: Chat = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text; 200 with --suite tdec.")] = 256,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
@@ -71,13 +88,19 @@ def evaluate(
     gguf_file: GgufFile = None,
 ) -> None:
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
-    from neumuter.evaluation import harness_metrics, text_metrics
+    from neumuter.evaluation import harness_metrics, most_known, text_metrics
     from neumuter.evaluation.robustness import robustness
     from neumuter.serving.live import mute as mute_live
+    from neumuter.texts import encode_forms, read_texts
+    from neumuter.texts.chat import TEMPLATE_USED
 
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
-    of_texts = {"heldout": heldout, "paraphrased": paraphrased, "column": column}
+    of_texts = {
+        "heldout": heldout, "paraphrased": paraphrased, "column": column, "prompt-column": prompt_column,
+        "completion-column": completion_column, "chat": chat,
+    }  # fmt: skip
+    columns = choose_columns(column, prompt_column, completion_column)
     of_questions = {"real-authors": real_authors, "world-facts": world_facts}
     others = of_texts if suite is Suite.tofu else of_questions
     if given := [f"--{name}" for name, value in others.items() if value is not None]:
@@ -92,10 +115,13 @@ def evaluate(
         }  # fmt: skip
     else:
         files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
-        batches = _encode_files(
-            tokenizer, files, column, TDEC_TOKENS if suite is Suite.tdec else max_length, limit
-        )
-    columns: dict[str, dict[str, float]] = {}
+        texts = {name: read_texts(file, columns, limit) for name, file in files.items() if file}
+        length = TDEC_TOKENS if suite is Suite.tdec else max_length
+        forms = {name: encode_forms(read, tokenizer, length, chat) for name, read in texts.items()}
+        batches = {name: found[0] for name, found in forms.items()}
+        if chat is None and any(len(found) > 1 for found in forms.values()):
+            console.print(TEMPLATE_USED)
+    figures: dict[str, dict[str, float]] = {}
     extra: dict[str, Any] = {}
     mutes = load_union(network, mute) if mute else None
     with mute_live(network, mutes) if mutes else nullcontext() as handle:
@@ -104,20 +130,24 @@ def evaluate(
         for state, context in states.items():
             with context(), console.status(f"Measuring: {state}"):
                 if suite is Suite.tofu:
-                    columns[state], extra = _measure_tofu(network, tokenizer, files, limit, reference)
+                    figures[state], extra = _measure_tofu(network, tokenizer, files, limit, reference)
                 else:
                     original = handle.off if handle and state == "muted" else None
-                    columns[state] = text_metrics(network, **batches, original=original, retrained_auc=auc)
+                    asked = {
+                        name: most_known(network, forms[name]) if name in TO_FORGET else batch
+                        for name, batch in batches.items()
+                    }
+                    figures[state] = text_metrics(network, **asked, original=original, retrained_auc=auc)
                 if tasks:
-                    columns[state] |= harness_metrics(
+                    figures[state] |= harness_metrics(
                         network, tokenizer, tasks.split(","), limit, task_folder
                     )
-    _print_metrics(columns | ({"retrained": reference["metrics"]} if reference else {}))
+    _print_metrics(figures | ({"retrained": reference["metrics"]} if reference else {}))
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
-    last = list(columns)[-1]
+    last = list(figures)[-1]
     report: dict[str, Any] = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
-    report |= {"metrics": columns[last], "before": columns.get("original")} | extra
+    report |= {"metrics": figures[last], "before": figures.get("original")} | extra
     _write_evaluation(out, report, mutes)
     if robust:
         kept: dict[str, Any] = {
@@ -202,16 +232,3 @@ def _measure_tofu(
     ratios = torch.tensor(reference["truth_ratios"], dtype=torch.float64) if reference else None
     metrics, ratios = tofu_metrics(network, tokenizer, sets, ratios)
     return metrics, {"truth_ratios": ratios.tolist()}
-
-
-def _encode_files(
-    tokenizer: PreTrainedTokenizerBase,
-    files: Mapping[str, Path | None],
-    column: str | None,
-    length: int,
-    limit: int | None,
-) -> dict[str, Batch]:
-    from neumuter.texts import encode, read_texts
-
-    given = {name: file for name, file in files.items() if file}
-    return {n: encode(read_texts(file, column, limit), tokenizer, length) for n, file in given.items()}

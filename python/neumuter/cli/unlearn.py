@@ -11,11 +11,15 @@ from rich.markup import escape
 
 from neumuter.cli.common import (
     FILE_HELP,
+    Chat,
     Column,
+    CompletionColumn,
     Dtype,
     GgufFile,
     Limit,
     Model,
+    PromptColumn,
+    choose_columns,
     console,
     open_model,
     print_log,
@@ -57,6 +61,9 @@ def unlearn(
         ),
     ] = None,
     column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    chat: Chat = None,
     recipe: Annotated[
         Recipe, typer.Option(help="paper: NeuMuter's own objective, constants, batches and threshold.")
     ] = Recipe.fitted,
@@ -106,6 +113,7 @@ def unlearn(
     given = [f"--{name}" for name, value in fitted_only.items() if value is not None]
     if recipe is Recipe.paper and given:
         raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
+    columns = choose_columns(column, prompt_column, completion_column)
     number = _parse_budget(budget or DEFAULT_BUDGET)
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
@@ -115,8 +123,8 @@ def unlearn(
         from neumuter.report.console import curve_table, outcome_sentences, outcome_table
         from neumuter.texts import read_texts
 
-    forget_texts = read_texts(forget, column, limit)
-    retain_texts = read_texts(retain, column, limit) if retain else None
+    forget_texts = read_texts(forget, columns, limit)
+    retain_texts = read_texts(retain, columns, limit) if retain else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
     out.mkdir(parents=True, exist_ok=True)
     network, tokenizer = open_model(model, dtype.value, gguf_file)
@@ -138,6 +146,7 @@ def unlearn(
             rewrite_with=rewrite_with,
             start_layer=start_layer,
             max_length=max_length,
+            chat=chat,
             seed=seed,
             folder=out,
         )

@@ -5,6 +5,7 @@ take a model and a batch as in :mod:`neumuter.training.losses`; nothing here tra
 """
 
 from neumuter.evaluation.continuations import continue_texts
+from neumuter.evaluation.forms import most_known
 from neumuter.evaluation.harness import harness_metrics
 from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
 from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
@@ -33,6 +34,7 @@ __all__ = [
     "mean_token_loss",
     "memorization_accuracy",
     "min_k_scores",
+    "most_known",
     "perplexity",
     "privacy_leakage",
     "sample_losses",

@@ -1,15 +1,13 @@
 """TOFU (Maini et al. 2024, *TOFU: A Task of Fictitious Unlearning for LLMs*) from local copies of its files.
 
-A file has one JSON object a line: ``question`` and ``answer``, and for the truth ratio ``paraphrased_answer``
-(left out: the answer itself) and ``perturbed_answer``, a list of wrong ones.
+A file has rows, in a format that ``read_texts`` reads: ``question`` and ``answer``, and for the truth ratio
+``paraphrased_answer`` (left out: the answer itself) and ``perturbed_answer``, a list of wrong ones.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +17,7 @@ from neumuter.evaluation.language import sample_losses
 from neumuter.files import PathLike
 from neumuter.generation import find_end_tokens, generate
 from neumuter.texts.encoding import encode, tokenize
+from neumuter.texts.files import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,19 +47,16 @@ def read_questions(path: PathLike, limit: int | None = None) -> list[Question]:
         ValueError: a line is not a question; the message names it. Or there is no question.
     """
     found = []
-    for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
+    for place, row in read_rows(path):
         try:
-            row = json.loads(text)
             wrong = row.get("perturbed_answer", [])
             texts = (row["question"], row["answer"], row.get("paraphrased_answer", row["answer"]), *wrong)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}, line {line}: an object with question and answer is needed: {error}"
+                f"{path}, {place}: an object with question and answer is needed: {error}"
             ) from None
         if not isinstance(wrong, list) or not all(isinstance(t, str) and t for t in texts):
-            raise ValueError(f"{path}, line {line}: questions and answers must be texts")
+            raise ValueError(f"{path}, {place}: questions and answers must be texts")
         question, answer, paraphrased = texts[:3]
         found.append(Question(question, answer, paraphrased, tuple(wrong)))
         if len(found) == limit:
@@ -73,7 +69,7 @@ def read_questions(path: PathLike, limit: int | None = None) -> list[Question]:
 def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Tensor:
     """Compute the mean loss in nats of the answer of each (question, answer): float64 [N]."""
     texts = [(TEMPLATE.format(question=question), f" {answer}") for question, answer in pairs]
-    return sample_losses(model, encode(texts, tokenizer, MAX_LENGTH))
+    return sample_losses(model, encode(texts, tokenizer, MAX_LENGTH, chat=False))
 
 
 def probabilities(

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from neumuter.evaluation import extraction_rate, memorization_accuracy
+from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.recipes.fitted import FittedConfig, fit_mutes
 from neumuter.training.batches import PairedBatches
 from neumuter.training.neurons import Neurons
-from neumuter.types import Callback
+from neumuter.types import Batch, Callback
 
 BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 # How often the gap between the last budget that fails and the first that does not is halved.
@@ -50,6 +50,7 @@ def search_budget(
     callback: Callback | None = None,
     existing: MuteSet | None = None,
     report: Callable[[dict[str, Any]], object] | None = None,
+    forms: Sequence[Batch] | None = None,
 ) -> tuple[MuteSet, list[dict[str, Any]]]:
     """Run ``fit_mutes`` with rising ``budgets`` until the goals are met, then close in.
 
@@ -57,6 +58,8 @@ def search_budget(
         budgets: shares of the neurons in (0, 1], ascending.
         mode, config, seed, callback, existing: as in ``fit_mutes``.
         report: called with the point after every budget.
+        forms: the forget texts in all forms in which they must be forgotten (see
+            ``neumuter.evaluation.most_known``), instead of those of ``pair`` alone.
 
     Returns:
         The smallest MuteSet that meets the goals, or that of the largest budget if none does; and a point
@@ -79,12 +82,14 @@ def search_budget(
 
     def attempt(budget: float) -> tuple[MuteSet, bool]:
         mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios)
+        model = pair.masked.model
         with pair.masked.applying(neurons.masks(mutes)):
+            asked = most_known(model, forms or [pair.forget_batch])
             point = {
                 "share": budget,
                 "neurons": mutes.count,
-                "forget_extraction": extraction_rate(pair.masked.model, pair.forget_batch),
-                "forget_ma": memorization_accuracy(pair.masked.model, pair.forget_batch),
+                "forget_extraction": extraction_rate(model, asked),
+                "forget_ma": memorization_accuracy(model, asked),
             }
         points.append(point | {"met": goals.met(point)})
         if report:

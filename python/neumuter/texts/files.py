@@ -1,78 +1,103 @@
-"""Texts from files, and from the rows that files hold."""
+"""Texts from files of several formats."""
 
 import csv
+import io
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from neumuter.files import PathLike
-from neumuter.texts.encoding import check_characters
+from neumuter.texts.rows import Column, text_of
 from neumuter.types import Text
 
+# Suffixes, in upper or lower case, and what they stand for.
+LINES, JSON, TABLES, PARQUET = (".jsonl", ".ndjson"), ".json", {".csv": ",", ".tsv": "\t"}, ".parquet"
+PLAIN = (".txt", ".text", ".md", "")
+# Marks at the start of a file; that of UTF-32 starts like that of UTF-16.
+MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+# At the start of a file, a zero byte among this number says that it is no UTF-8 text.
+PROBE_BYTES = 4096
 
-def read_texts(path: PathLike, column: str | None = None, limit: int | None = None) -> list[Text]:
-    """Read the texts in a file, in order: each a str, or a (prompt, completion) pair of str.
 
-    By the file's suffix: ``.jsonl`` has one JSON object a line, ``.csv`` a header line; anything else is
-    plain text whose paragraphs, separated by blank lines, are the texts. A text is the value of
-    ``column``, by default "text". A row without that column but with "prompt" and "completion" is a pair,
-    of which only the completion counts in losses.
+def read_texts(path: PathLike, column: Column = None, limit: int | None = None) -> list[Text]:
+    """Read the texts in a file, in order.
+
+    The suffix says how: ``.jsonl`` and ``.ndjson`` have one JSON value a line; ``.json`` is a list of them,
+    or has one a line; ``.csv`` and ``.tsv`` have a header line; ``.parquet`` needs pyarrow. ``.txt``,
+    ``.text``, ``.md`` and no suffix mean plain text, whose paragraphs, separated by blank lines, are the
+    texts. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Args:
+        column: the column that holds the texts, or the two that hold prompts and completions. By default
+            "text"; or "prompt" and "completion", "question" and "answer", "instruction" (with "input") and
+            "output"; or "messages" or "conversations". The first of these that a row has is taken.
         limit: read only the first texts.
+
+    Returns:
+        For each text a str; a (prompt, completion) pair, of which only the completion counts in losses; or a
+        conversation, a list of {"role", "content"}, of which the last message counts.
 
     Raises:
         ValueError: the file holds anything else, or no text; the message names the line.
         OSError: the file cannot be read.
     """
-    path = Path(path)
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"limit must be an int of at least 1, got {limit!r}")
-    with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-        rows: Iterator[str | tuple[int, Mapping[str, Any]]]
-        if path.suffix == ".jsonl":
-            rows = _json_rows(file)
-        elif path.suffix == ".csv":
-            rows = _csv_rows(file)
-        elif column is not None:
-            raise ValueError(f"{path} is read as plain text, which has no column {column!r}")
-        else:
-            rows = _paragraphs(file)
-        texts: list[Text] = []
+    if column is not None and Path(path).suffix.lower() in PLAIN:
+        raise ValueError(f"{path} is read as plain text, which has no column {column!r}")
+    texts: list[Text] = []
+    for place, item in read_rows(path):
         try:
-            for row in rows:
-                texts.append(row if isinstance(row, str) else _numbered_text(row, column))
-                if len(texts) == limit:
-                    break
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-        except _BadLine as error:
-            raise ValueError(f"{path}, line {error.line}: {error}") from None
+            texts.append(text_of(item, column))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, {place}: {error}") from None
+        if len(texts) == limit:
+            break
     if not texts:
         raise ValueError(f"{path} holds no text")
     return texts
 
 
-def text_of_row(row: Mapping[str, Any], column: str | None = None) -> str | tuple[str, str]:
-    """Take the text, or the (prompt, completion) pair, out of a row; see ``read_texts``.
+def read_rows(path: PathLike) -> Iterator[tuple[str, Any]]:
+    """Read what a file holds: (place, JSON value or text) of each row, such as ("line 3", {"text": "a"}).
 
     Raises:
-        ValueError: the row has no such column, or something else in it.
+        ValueError: the file is malformed or of another kind; the message names it and the line.
+        OSError: it cannot be read.
     """
-    wanted = column or "text"
-    if wanted in row:
-        names = [wanted]
-    elif column is None and "prompt" in row and "completion" in row:
-        names = ["prompt", "completion"]
-    else:
-        raise ValueError(f"no column {wanted!r}; there are {', '.join(map(repr, row))}")
-    for name in names:
-        if not isinstance(row[name], str) or not row[name]:
-            raise ValueError(f"column {name!r} must hold a text, got {row[name]!r:.80}")
-        check_characters(row[name])
-    return row[names[0]] if len(names) == 1 else (row["prompt"], row["completion"])
+    path, kind = Path(path), Path(path).suffix.lower()
+    if kind == PARQUET:
+        yield from _parquet_rows(path)
+        return
+    if kind not in (*LINES, JSON, *TABLES, *PLAIN):
+        allowed = ", ".join(sorted(filter(None, (*LINES, JSON, *TABLES, PARQUET, *PLAIN))))
+        raise ValueError(
+            f"{path}: files of kind {path.suffix!r} are not read, only {allowed}; if it is plain text, name "
+            "it .txt"
+        )
+    with open(path, "rb") as source:
+        encoding = _find_encoding(path, source.peek(PROBE_BYTES))
+        file = io.TextIOWrapper(source, encoding, newline="" if kind in TABLES else None)
+        try:
+            if kind in TABLES:
+                yield from _table_rows(file, TABLES[kind])
+            elif kind in LINES:
+                yield from _json_lines(file)
+            elif kind == JSON:
+                yield from _json_rows(file)
+            else:
+                yield from _paragraphs(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not {error.encoding} text: {error}") from None
+        except _BadLine as error:
+            raise ValueError(f"{path}, line {error.line}: {error}") from None
 
 
 class _BadLine(Exception):
@@ -81,45 +106,83 @@ class _BadLine(Exception):
         self.line = line
 
 
-def _numbered_text(numbered_row: tuple[int, Mapping[str, Any]], column: str | None) -> Text:
-    line, row = numbered_row
-    try:
-        return text_of_row(row, column)
-    except ValueError as error:
-        raise _BadLine(line, str(error)) from None
+def _find_encoding(path: Path, start: bytes) -> str:
+    found = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    if found is None and b"\0" in start:
+        raise ValueError(
+            f"{path} holds zero bytes: it is not UTF-8 text, and as UTF-16 it lacks a byte order mark"
+        )
+    return found or "utf-8-sig"
 
 
-def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
     for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _BadLine(line, f"not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise _BadLine(line, f"a JSON object is needed, got {type(row).__name__}")
-        yield line, row
+        if text.strip():
+            yield f"line {line}", _parse(text, line)
 
 
-def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
+def _json_rows(file: TextIO) -> Iterator[tuple[str, Any]]:
+    """A list, or one value a line; one value alone is both."""
+    text = file.read()
+    try:
+        whole = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise _BadLine(error.lineno, f"not JSON: {error}") from None
+        yield from _json_lines(io.StringIO(text))
+        return
+    except RecursionError as error:
+        raise _BadLine(1, f"not JSON: {error}") from None
+    for number, row in enumerate(whole if isinstance(whole, list) else [whole], 1):
+        yield f"item {number}", row
+
+
+def _parse(text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _BadLine(line, f"not JSON: {error}") from None
+
+
+def _table_rows(file: TextIO, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(file, strict=True, delimiter=delimiter)
     # The limit, 131,072 characters, is a variable of the whole process.
     former = csv.field_size_limit(sys.maxsize)
     try:
         for row in reader:
-            yield reader.line_num, row
+            if None in row:
+                raise _BadLine(reader.line_num, "there are more fields than in the header; quote the text")
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise _BadLine(reader.line_num, f"not CSV: {error}") from None
     finally:
         csv.field_size_limit(former)
 
 
-def _paragraphs(file: TextIO) -> Iterator[str]:
-    lines = []
-    for line in [*file, ""]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        try:
+            from pyarrow import ArrowException
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise ValueError(
+                f"{path} needs pyarrow, which is not installed: pip install pyarrow, or write a .jsonl file"
+            ) from None
+        try:
+            number = 0
+            for batch in ParquetFile(file).iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+        except ArrowException as error:
+            raise ValueError(f"{path} is not a parquet file: {error}") from None
+
+
+def _paragraphs(file: TextIO) -> Iterator[tuple[str, str]]:
+    lines: list[str] = []
+    for number, line in enumerate([*file, ""], 1):
         if line.strip():
             lines.append(line)
         elif lines:
-            yield "".join(lines).rstrip("\n")
+            yield f"line {number - len(lines)}", "".join(lines).rstrip("\n")
             lines = []

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.files import PathLike, write_atomically
 from neumuter.generation import find_end_tokens, generate
-from neumuter.types import IGNORED, Batch, Chat, Text
+from neumuter.types import IGNORED, Batch, Text
 
 TEXTS_PER_PASS = 8
 
@@ -109,7 +109,7 @@ def rewrite_texts(
     takes its neighbours; one pass per text instead of one per token). Texts are cut to the model's positions.
 
     Args:
-        texts: as ``read_texts`` returns them; of a (prompt, completion) pair the completion is rewritten.
+        texts: as ``read_texts`` returns them; of a pair or a conversation the last part is rewritten.
         model, tokenizer: a masked language model of transformers.
         callback: called as (done, total) after each batch.
 
@@ -127,7 +127,7 @@ def rewrite_texts(
     made: list[Text] = []
     for start in range(0, len(texts), TEXTS_PER_PASS):
         part = texts[start : start + TEXTS_PER_PASS]
-        plain = [text if isinstance(text, str) else text[1] for text in part]
+        plain = [_last_part(text) for text in part]
         batch = tokenizer(plain, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         ids = batch["input_ids"].to(device)
         fixed = torch.isin(ids, special)
@@ -140,16 +140,20 @@ def rewrite_texts(
         logits.scatter_(2, ids[..., None], -torch.inf)
         ids = torch.where(chosen, logits.argmax(-1), ids)
         found = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        made += [_with_completion(text, new) for text, new in zip(part, found, strict=True)]
+        made += [_with_last_part(text, new) for text, new in zip(part, found, strict=True)]
         if callback:
             callback(len(made), len(texts))
     return made
 
 
-def _with_completion(text: Text, new: str) -> Text:
+def _last_part(text: Text) -> str:
+    return text if isinstance(text, str) else text[1] if isinstance(text, tuple) else text[-1]["content"]
+
+
+def _with_last_part(text: Text, new: str) -> Text:
     if isinstance(text, str):
         return new
-    return Chat(text[0], new) if isinstance(text, Chat) else (text[0], new)
+    return (text[0], new) if isinstance(text, tuple) else [*text[:-1], text[-1] | {"content": new}]
 
 
 def cache_texts(folder: PathLike | None, what: dict[str, Any], make: Callable[[], list[Text]]) -> list[Text]:
@@ -167,12 +171,10 @@ def cache_texts(folder: PathLike | None, what: dict[str, Any], make: Callable[[]
         return [_restored(text) for text in json.loads(path.read_text())]
     texts = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [["chat", *text] if isinstance(text, Chat) else text for text in texts]
-    write_atomically(path, json.dumps(kept).encode())
+    write_atomically(path, json.dumps(texts).encode())
     return texts
 
 
-def _restored(text: str | list[str]) -> Text:
-    if isinstance(text, str):
-        return text
-    return Chat(*text[1:]) if len(text) == 3 else (text[0], text[1])
+def _restored(text: Any) -> Text:
+    """JSON knows no tuples."""
+    return (text[0], text[1]) if isinstance(text, list) and isinstance(text[0], str) else text

@@ -1,0 +1,158 @@
+"""Prompts and answers through a chat template, and measured with it and without."""
+
+import json
+
+import pytest
+import torch
+
+import neumuter
+from neumuter.cli.app import main
+from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
+from neumuter.recipes import FittedConfig, GainsConfig, Goals
+from neumuter.texts import encode, encode_forms
+from neumuter.types import IGNORED
+from tests.models import build, tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+PAIRS = [("Ada Brisk, mail?", " ada@post.example"), ("Jonas Vance, mail?", " jv77@mail.example")]
+CHAT = [{"role": "user", "content": "Ada?"}, {"role": "assistant", "content": "ada@post.example"}]
+KEPT = [("A lantern?", " 12.40"), "The kettle is on the shelf."]
+QUICK = FittedConfig(GainsConfig(steps=2))
+
+
+def words_with(template=TEMPLATE):
+    words = tokenizer()
+    words.chat_template = template
+    return words
+
+
+def parts(text, words, **options):
+    """(what is asked, what counts) of a text."""
+    batch = encode([text], words, 64, **options)
+    ids, counted = batch["input_ids"][0], batch["labels"][0] != IGNORED
+    return words.decode(ids[~counted]), words.decode(ids[counted])
+
+
+def test_pairs_and_conversations_go_through_the_template():
+    words = words_with()
+    asked = "<s>user: Ada Brisk, mail?</s><s>assistant: "
+    assert parts(PAIRS[0], words) == (asked, "ada@post.example")
+    assert parts(PAIRS[0], words, chat=True) == (asked, "ada@post.example")
+    assert parts(PAIRS[0], words, chat=False) == ("<s>Ada Brisk, mail?", " ada@post.example")
+    assert parts(CHAT, words) == ("<s>user: Ada?</s><s>assistant: ", "ada@post.example")
+    assert parts(CHAT, words, chat=False) == ("<s>Ada??", "ada@post.example")
+    system = [{"role": "system", "content": "Be kind."}, *CHAT]
+    assert parts(system, words)[0].startswith("<s>system: Be kind.</s><s>user: Ada?")
+    # A whole text is nobody's answer.
+    assert parts("Ada Brisk", words) == ("", "<s>Ada Brisk")
+    # Without a template.
+    assert parts(PAIRS[0], tokenizer()) == ("<s>Ada Brisk, mail?", " ada@post.example")
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown", "counted"),
+    [
+        ("{{ m['content'] | trim }}", "<s>assistant: ", "Ada"),
+        ("{{ m['content'] }}", "<s>assistant: ", " Ada "),
+        # An empty thought, which the template itself puts before the answer.
+        ("<think></think>{{ m['content'] | trim }}", "<s>assistant: <think></think>", "Ada"),
+    ],
+)
+def test_the_answer_is_what_the_template_shows(answer, shown, counted):
+    one = "{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}" + answer + "</s>{% endif %}"
+    # The role of the generation prompt is written by the loop, too.
+    template = TEMPLATE.replace("{{ m['content'] }}</s>", one)
+    chat = [{"role": "user", "content": "Who? Ada"}, {"role": "assistant", "content": " Ada "}]
+    words = words_with(template)
+    assert parts(chat, words) == ("<s>user: Who? Ada" + shown, counted)
+
+
+def test_what_a_template_cannot_show_is_refused_by_number():
+    with pytest.raises(ValueError, match="text 2: the tokenizer has no chat template"):
+        encode(["a", CHAT], tokenizer(), 64)
+    with pytest.raises(ValueError, match="text 1: the tokenizer has no chat template"):
+        encode(PAIRS, tokenizer(), 64, chat=True)
+    with pytest.raises(ValueError, match="text 1: the chat template refuses this conversation: no systems"):
+        encode([CHAT], words_with("{{ raise_exception('no systems') }}"), 64)
+    with pytest.raises(ValueError, match="text 1: the chat template does not show the answer"):
+        encode([CHAT], words_with("{{ messages[0]['content'] }}"), 64)
+
+
+def learn(*batches):
+    """A small model that knows the batches by heart."""
+    model = build("llama")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    while not all(extraction_rate(model, batch) == 1 for batch in batches):
+        optimizer.zero_grad()
+        sum(model(**batch).loss for batch in batches).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    """A model that knows the first text in chat alone and the second without a template alone."""
+    words = words_with()
+    return learn(encode(PAIRS[:1], words, 64), encode(PAIRS[1:], words, 64, chat=False))
+
+
+def test_the_form_that_the_model_knows_best_counts(chatting):
+    forms = encode_forms(PAIRS, words_with(), 64)
+    assert [extraction_rate(chatting, form) for form in forms] == [0.5, 0.5]
+    asked = most_known(chatting, forms)
+    assert extraction_rate(chatting, asked) == 1
+    assert memorization_accuracy(chatting, asked) == 1
+    plain = encode_forms(PAIRS, words_with(), 64, chat=False)
+    assert [torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(forms, plain[::-1], strict=True)]
+    assert len(encode_forms(PAIRS, tokenizer(), 64)) == len(encode_forms(["a text"], words_with(), 64)) == 1
+    assert most_known(chatting, forms[:1]) is forms[0]
+
+
+def test_unlearning_measures_both_forms(chatting, caplog):
+    options = {"samples": 0, "start_layer": 0, "callback": lambda *_: None}
+    words = words_with()
+    outcome = neumuter.unlearn(chatting, words, PAIRS, KEPT, budget=5, recipe=QUICK, **options)
+    assert outcome.before["forget_ma"] == 1
+    assert caplog.text.count("chat template") == 1
+    caplog.clear()
+    plain = neumuter.unlearn(chatting, words, PAIRS, KEPT, budget=5, recipe=QUICK, chat=False, **options)
+    assert plain.before["forget_ma"] == 1
+    assert "chat template" not in caplog.text
+    # One of the texts still comes out in the other form: the goal is not met.
+    goals = Goals(extraction=0.0)
+    nothing = FittedConfig(GainsConfig(steps=1, lr=1e-9))
+    options |= {"recipe": nothing, "goals": goals, "budget": "auto"}
+    for chat in (None, False):
+        outcome = neumuter.unlearn(chatting, words, PAIRS, KEPT, chat=chat, **options)
+        assert {point["forget_extraction"] for point in outcome.curve} == {1.0}
+
+
+def test_an_all_clear_in_plain_words_is_not_false(tmp_path, capsys):
+    """A model that learned addresses in chat gives them away there, not behind the plain question."""
+    words = words_with()
+    learn(encode(PAIRS, words, 64)).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    rows = [{"ask": prompt, "reply": completion} for prompt, completion in PAIRS]
+    (tmp_path / "forget.json").write_text(json.dumps(rows))
+    arguments = ["evaluate", tmp_path / "model", "--forget", tmp_path / "forget.json"]
+    columns = ["--prompt-column", "ask", "--completion-column", "reply"]
+    for more in ([], ["--no-chat"]):
+        report = tmp_path / "report.json"
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in (*arguments, *columns, *more, "--out", report)])
+        assert stop.value.code == 0
+        assert json.loads(report.read_text())["metrics"]["forget_extraction"] == 1
+        assert ("chat template" in capsys.readouterr().out) == (not more)
+
+
+@pytest.mark.parametrize("more", [["--prompt-column", "a"], ["--completion-column", "a"],
+    ["--prompt-column", "a", "--completion-column", "b", "--column", "c"]])  # fmt: skip
+def test_columns_are_named_in_pairs(more, capsys):
+    for command in (["unlearn", "m", "--forget", "f", "--out", "o"], ["evaluate", "m", "--forget", "f"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *more])
+        assert stop.value.code == 2
+        assert "go together" in " ".join(capsys.readouterr().err.split())
