@@ -47,7 +47,7 @@ def answer(model, ids, names):
 def test_each_request_is_as_if_it_were_alone(served):
     """While other sets are added and removed all the time, so that those in force move."""
     model, sets = served
-    with neumuter.MuteBank(model, required=True) as bank:
+    with neumuter.MuteBank(model) as bank:
         for number, mutes in enumerate(sets):
             bank.add(f"own {number}", mutes)
         expected = [[answer(model, *request) for request in requests(n)] for n in range(THREADS)]
@@ -79,7 +79,7 @@ def test_each_thread_adds_uses_and_removes_sets(served):
     """A set of the same name, in one thread after another, is always the one that was added last."""
     model, sets = served
     ids = models.batch(2, 6)
-    with neumuter.MuteBank(model) as bank:
+    with neumuter.MuteBank(model, required=False) as bank:
         expected = []
         for mutes in sets:
             bank.add("x", mutes)

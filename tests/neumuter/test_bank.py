@@ -42,7 +42,7 @@ def test_each_row_is_as_if_its_set_were_alone(model):
     for mutes in sets[:2]:
         with neumuter.mute(model, mutes):
             alone.append(logits(model, ids))
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         for name, mutes in zip("abc", sets, strict=True):
             bank.add(name, mutes)
         assert torch.equal(logits(model, ids), plain)
@@ -65,7 +65,7 @@ def test_each_row_is_as_if_its_set_were_alone(model):
 def test_products_with_gains_have_the_bits_of_the_op(name, dtype, tokens, monkeypatch):
     model = models.build(name, dtype)
     ids, names, sets = models.batch(4, tokens), ["a", None, "c", "a"], sets_of(model)
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         for each, mutes in zip("abc", sets, strict=True):
             bank.add(each, mutes)
         for rows in (ids, ids.roll(1, 0), ids.repeat(2, 1)):
@@ -84,7 +84,7 @@ def test_products_with_gains_have_the_bits_of_the_op(name, dtype, tokens, monkey
 def test_gradients_are_refused_after_any_other_pass():
     model = models.build("llama")
     ids, (mutes, *_) = models.batch(1, 3), sets_of(model)
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", mutes)
         with bank.using("a"):
             logits(model, ids)
@@ -97,7 +97,7 @@ def test_generation_takes_a_set_for_each_row():
     ids, sets = models.batch(3, 5), sets_of(model, 2)
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
     plain = model.generate(ids, **options)
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", sets[0])
         bank.add("b", sets[1])
         mixed = model.generate(ids, **options, mute_sets=["b", None, "a"])
@@ -116,7 +116,7 @@ def test_generation_takes_a_set_for_each_row():
 def test_sets_come_and_go_while_a_batch_keeps_its_own():
     model = models.build("llama")
     ids, sets = models.batch(1, 6), sets_of(model, 3)
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", sets[0])
         with bank.using("a"):
             before = logits(model, ids)
@@ -145,7 +145,7 @@ def test_sets_come_and_go_while_a_batch_keeps_its_own():
 def test_room_is_little_more_than_what_sets_take():
     model = models.build("llama")
     mutes = sets_of(model, 1)[0]
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         for number in range(100):
             bank.add(str(number), mutes)
         assert bank.bytes < 1.3 * 100 * (8 * mutes.count + 8 * 4)
@@ -156,7 +156,7 @@ def test_more_neurons_than_offsets_can_tell_apart_are_refused(monkeypatch):
     first, second, third = sets_of(model, 3)
     monkeypatch.setattr(serving, "MAX_SLOTS", first.count + second.count)
     ids = models.batch(1, 6)
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", first)
         bank.add("b", second)
         with bank.using("a"):
@@ -185,7 +185,7 @@ def test_ten_thousand_sets_of_a_7b_model():
 def test_a_failure_while_sets_move_changes_nothing(monkeypatch):
     model = models.build("llama")
     ids, sets = models.batch(1, 6), sets_of(model, 3)
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         for name, mutes in zip("abc", sets, strict=True):
             bank.add(name, mutes)
         with bank.using("c"):
@@ -215,7 +215,7 @@ def test_threads_have_sets_of_their_own_while_others_come_and_go():
     model = models.build("llama")
     ids, sets = models.batch(2, 6), sets_of(model, 3)
     found, running = {}, threading.Event()
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         for name, mutes in zip("abc", sets, strict=True):
             bank.add(name, mutes)
         expected = {}
@@ -252,7 +252,7 @@ def test_threads_have_sets_of_their_own_while_others_come_and_go():
 def test_no_request_is_served_unmuted_by_mistake():
     model = models.build("llama")
     ids, mutes = models.batch(2, 4), sets_of(model, 1)[0]
-    with MuteBank(model, required=True) as bank:
+    with MuteBank(model) as bank:
         bank.add("a", mutes)
         with pytest.raises(RuntimeError, match="requires a mute set, or None"):
             logits(model, ids)
@@ -288,7 +288,7 @@ def test_rows_are_those_of_the_batch():
     for name in ("llama", "opt"):  # OPT's FFNs see tokens without rows
         model = models.build(name)
         mutes = sets_of(model, 1)[0]
-        with MuteBank(model) as bank:
+        with MuteBank(model, required=False) as bank:
             bank.add("a", mutes)
             for rows, names in ((2, "aaa"), (8, ["a"] * 16), (1, "aa")):
                 ids = models.batch(rows, 6)
@@ -303,17 +303,29 @@ def test_a_model_that_does_not_call_its_down_projection_is_refused():
     mlp.forward = lambda x: torch.nn.functional.linear(
         mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
     )
-    with pytest.raises(ValueError, match="was called 0 times"):
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp cannot be masked: a mask at its down does not"):
+        MuteBank(model)
+    mlp.forward = lambda x: plain(x) + mlp.down_proj(torch.zeros(*x.shape[:-1], models.WIDTH))
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp was called 2 times in a forward pass"):
         MuteBank(model)
     mlp.forward = plain
     assert "generate" not in vars(model)
     MuteBank(model).undo()
+    assert not {"generate", "generate_batch"} & vars(model).keys()
+
+
+def test_continuous_batching_is_refused():
+    model = models.build("llama")
+    with MuteBank(model):
+        for start in (model.generate_batch, model.init_continuous_batching):
+            with pytest.raises(RuntimeError, match="continuous batching puts many requests into one row"):
+                start([[3, 4, 5]])
 
 
 def test_copies_and_pickles():
     model = models.build("llama")
     ids, mutes = models.batch(2, 4), sets_of(model, 1)[0]
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", mutes)
         with bank.using("a"):
             expected = logits(model, ids)
@@ -325,7 +337,7 @@ def test_copies_and_pickles():
 def test_compiled_with_a_graph_break():
     model = models.build("llama")
     ids, mutes = models.batch(2, 4), sets_of(model, 1)[0]
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", mutes)
         compiled = torch.compile(model, backend="eager")
         with bank.using(["a", None]):
@@ -335,7 +347,7 @@ def test_compiled_with_a_graph_break():
 def test_bad_arguments_are_named():
     model, other = models.build("llama"), models.build("llama", seed=1)
     mutes = sets_of(model, 1)[0]
-    with MuteBank(model) as bank:
+    with MuteBank(model, required=False) as bank:
         bank.add("a", mutes)
         with pytest.raises(ValueError, match="there is a mute set 'a' already"):
             bank.add("a", mutes)
@@ -358,4 +370,4 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="of experts"):
         MuteBank(models.build("mixtral"))
     with neumuter.mute(model, mutes), pytest.raises(RuntimeError, match="already has"):
-        MuteBank(model)
+        MuteBank(model, required=False)

@@ -104,27 +104,6 @@ def test_nothing_that_somebody_else_reads_is_changed(name):
         torch.testing.assert_close(model(ids).logits, folded(ids).logits)
 
 
-def test_an_adapter_that_comes_later_sees_what_it_saw(monkeypatch):
-    """As behind folded weights, with gradients and without."""
-    peft = pytest.importorskip("peft")
-    model, ids = build("llama"), batch()
-    mutes = modulations(model)
-    folded = copy.deepcopy(model)
-    neumuter.fold(folded, mutes)
-    neumuter.mute(model, mutes)
-    config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
-    logits = []
-    for one in (model, folded):
-        torch.manual_seed(0)
-        adapted = peft.get_peft_model(one, config).eval()
-        inputs = embedded(adapted, ids)
-        with torch.no_grad():
-            logits += [adapted(input_ids=ids).logits]
-        logits += [adapted(inputs_embeds=inputs).logits.detach()]
-    for other in logits[1:]:
-        torch.testing.assert_close(other, logits[0])
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fold_rounds_once_in_bfloat16(name):
     model = build(name, torch.bfloat16)

@@ -253,6 +253,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Find the part of ``model`` that the text goes through: the decoder, or the model itself without one."""
+    model = unwrapped(model)
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Find all FFNs of ``model``, in model order, but those of a vision or audio tower.
 
@@ -261,8 +268,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             but is not understood.
     """
     model = unwrapped(model)
-    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
-    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set(model.modules())
+    inside = set(decoder_of(model).modules())
     dtype = getattr(model, "dtype", torch.float32)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(

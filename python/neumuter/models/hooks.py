@@ -187,6 +187,24 @@ class Gates(nn.Module):
         self.path, self.layer, self.width = ffn.path, ffn.layer, ffn.width
         self.layout, self.activation, self.mesh, self.seam = ffn.layout, ffn.activation, ffn.mesh, seam
         self.former = None
+        # For Installed: the token that is NaN, the number of eager calls, whether compiled code or any calls.
+        self.probe: int | None = None
+        self.calls, self.compiled, self.called = 0, False, False
+
+    def count_call(self) -> None:
+        self.called = True
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        else:
+            self.calls += 1
+
+    def probing(self, hidden_states: Tensor) -> Mask:
+        """A mask of ones, but for NaN at the token ``probe``."""
+        assert self.probe is not None
+        values = torch.ones(2, self.width, device=hidden_states.device)
+        values[1] = torch.nan
+        tokens = torch.arange(hidden_states.shape[:-1].numel(), device=hidden_states.device)
+        return Mask(values, torch.eq(tokens, self.probe).int())
 
     def mask(self, hidden_states: Tensor) -> Mask | None:
         """The ``Mask`` of this forward, or None. hidden_states: [B, S, d] or [T, d]."""
@@ -197,7 +215,7 @@ class Gates(nn.Module):
         self.former = vars(module).get("forward")
         module.add_module(CHILD, self)
         # A partial copies and pickles with the module.
-        module.forward = functools.partial(_forward, module)
+        module.forward = functools.partial(forward_with_gates, module)
 
     def remove(self, module: nn.Module) -> None:
         if self.former is None:
@@ -240,10 +258,12 @@ def run_seam(
     return hook.post_forward(module, SEAMS[seam](module, gates, mask, *arguments, **options))
 
 
-def _forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-    """The forward of a module that has Gates."""
+def forward_with_gates(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """Run the forward of a module that has Gates."""
     gates = cast(Gates, module._modules[CHILD])
-    mask = gates.mask((*arguments, *options.values())[0])
+    gates.count_call()
+    hidden_states = (*arguments, *options.values())[0]
+    mask = gates.mask(hidden_states) if gates.probe is None else gates.probing(hidden_states)
     if mask is None:
         return gates.unmasked(module, *arguments, **options)
     return run_seam(gates.seam, module, gates, mask, *arguments, **options)

@@ -1,29 +1,121 @@
-"""Gates on the FFNs of one model instance, and the way back."""
+"""Gates on the FFNs of one model instance: put on, proved, watched, and taken off again."""
 
+import threading
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from neumuter.models.hooks import CHILD, Gates
+from neumuter.models.families import FFN, decoder_of, input_device
+from neumuter.models.hooks import CHILD, Gates, seam_module
+from neumuter.models.seams import can_run, run_eagerly
 
 Kind = TypeVar("Kind", bound=Gates)
 
+# Where torch.compile, FSDP and activation checkpointing keep the module that they pass everything on to.
+TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 class Installed(Generic[Kind]):
-    """Gates on the FFNs of one model instance, until ``remove``."""
+    """Gates on the FFNs of one model instance, until ``remove``.
 
-    def __init__(self, gates: Sequence[Kind], modules: Sequence[nn.Module]) -> None:
-        self.gates, self._modules = gates, modules
+    The constructor runs the model and proves that the mask of each FFN reaches the output. Afterwards every
+    forward pass checks that all gates were called, and that no adapter was put around a down projection.
+    Compiled code does not count calls; it is checked when it is compiled.
+
+    Args:
+        model: what the FFNs are parts of.
+        gates: one for each FFN, with the seam where it belongs.
+        ffns: the FFNs.
+
+    Raises:
+        ValueError: a mask does not reach the output; the message names the FFN.
+    """
+
+    def __init__(self, model: nn.Module, gates: Sequence[Kind], ffns: Sequence[FFN]) -> None:
+        self.gates = gates
+        self._modules = [seam_module(ffn, one.seam) for one, ffn in zip(gates, ffns, strict=True)]
+        places = {
+            child: (parent, name) for parent in model.modules() for name, child in parent.named_children()
+        }
+        self._places = [places[module] for module in self._modules]
+        # Of the forward pass that each thread is in.
+        self._calls_before: dict[int, list[int]] = {}
+        self._hooks: list[RemovableHandle] = []
         try:
-            for one, module in zip(gates, modules, strict=True):
+            for one, module in zip(gates, self._modules, strict=True):
                 one.install(module)
+            self._prove(model)
         except BaseException:
             self.remove()
             raise
+        decoder = decoder_of(model)
+        self._hooks.append(decoder.register_forward_pre_hook(self._begin))
+        self._hooks.append(decoder.register_forward_hook(self._check))
+
+    def _prove(self, model: nn.Module) -> None:
+        """Run one row per FFN, whose mask is NaN there: only a mask that reaches the output makes it NaN."""
+        if not can_run(model):
+            return
+        for row, one in enumerate(self.gates):
+            one.probe = row
+        try:
+            ids = torch.zeros(len(self.gates), 1, dtype=torch.int64, device=input_device(model))
+            reached = run_eagerly(model, ids).isnan().flatten(1).any(1).tolist()
+        finally:
+            for one in self.gates:
+                one.probe = None
+        for one, arrived in zip(self.gates, reached, strict=True):
+            if not arrived:
+                raise ValueError(
+                    f"{one.path} cannot be masked: a mask at its {one.seam} does not reach the output of the "
+                    "model, whose forward pass takes another way, as patched FFNs do that read weights "
+                    "instead of calling their projections"
+                )
+
+    def _begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        # Compiled code would be compiled again for every number, so it sees flags alone.
+        if torch.compiler.is_compiling():
+            for one in self.gates:
+                one.called = False
+            return
+        thread = threading.get_ident()
+        if not self._calls_before.keys() - {thread}:
+            for one in self.gates:
+                one.compiled = False
+        self._calls_before[thread] = [one.calls for one in self.gates]
+
+    def _check(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
+        """Raise RuntimeError unless every FFN was computed with its gates."""
+        # A replica of DataParallel has gates of its own.
+        if getattr(module, "_is_replica", False):
+            return
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else self._calls_before.pop(threading.get_ident(), None)
+        for number, one in enumerate(self.gates):
+            holds = one.called if before is None else one.compiled or one.calls > before[number]
+            # An adapter around a down projection calls it, but sees neurons without their mask.
+            if not holds or (one.seam == "down" and not self._is_in_place(number)):
+                raise RuntimeError(
+                    f"the {one.seam} of {one.path} was replaced, wrapped or passed by since this model was "
+                    "attached or muted, so that its mask no longer holds as it did. Take the handle off with "
+                    "undo() or detach(), change the model, then attach or mute it again"
+                )
+
+    def _is_in_place(self, number: int) -> bool:
+        """Whether the module of the gates is where it was, but for what passes everything on to it."""
+        parent, name = self._places[number]
+        found = parent._modules.get(name)
+        while found is not None and found is not self._modules[number]:
+            found = next((m for inner in TRANSPARENT if (m := found._modules.get(inner)) is not None), None)
+        return found is not None
 
     def remove(self) -> None:
         """Put everything back as it was. Harmless when called again."""
+        for hook in self._hooks:
+            hook.remove()
         for gates, module in zip(self.gates, self._modules, strict=True):
             if getattr(module, CHILD, None) is gates:
                 gates.remove(module)

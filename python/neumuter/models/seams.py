@@ -21,46 +21,75 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
 
     The model runs once on two tokens, in evaluation mode. A fused seam is taken where, with a mask of ones,
     it gives what the FFN gives: on these tokens, and for random inputs up to very large ones. A dense FFN
-    that computes something else, or whose activation the kernels lack, is masked at its down projection. So
-    are all FFNs of a model that cannot run yet because its weights are elsewhere.
+    that computes something else, or whose activation the kernels lack, is masked at its down projection, if
+    the model calls that. So are all FFNs of a model that cannot run yet because its weights are elsewhere.
 
     Args:
         constant: the mask needs no gradient, so a fused seam saves nothing: take "down" wherever the down
             projection is called as a module.
 
     Raises:
-        ValueError: experts that compute something else.
+        ValueError: experts that compute something else; a dense FFN without a fused seam that does not call
+            its down projection.
     """
-    seams = {ffn.path: "down" for ffn in ffns if ffn.layout}
     if isinstance(next(model.parameters()), FakeTensor):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not can_run(model):
-        return seams | {ffn.path: "experts" for ffn in ffns if not ffn.layout}
+        return {ffn.path: "down" if ffn.layout else "experts" for ffn in ffns}
     handles: list[RemovableHandle] = []
-    called: set[str] = set()
+    watched = _Watched()
     try:
         for ffn in ffns:
-            if constant and ffn.layout:
-                handles.append(ffn.down.register_forward_pre_hook(_adding(ffn.path, called)))
-            handles += _watch(ffn, seams)
-        ids = torch.arange(2, device=input_device(model))[None]
-        # Compiled code may pass by hooks.
-        eager = torch.compiler.set_stance("force_eager")
-        with without_dropout(model), torch.no_grad(), eager:
-            model(input_ids=ids, use_cache=False)
+            if ffn.layout:
+                handles.append(ffn.down.register_forward_pre_hook(watched.adding(ffn.path)))
+            handles += _watch(ffn, watched)
+        run_eagerly(model, torch.arange(2, device=input_device(model))[None])
     finally:
         for handle in handles:
             handle.remove()
+    seams = {}
     for ffn in ffns:
-        if ffn.path in called:
+        called = ffn.path in watched.called
+        if ffn.path in watched.fused and not (constant and called):
+            seams[ffn.path] = watched.fused[ffn.path]
+        elif called:
             seams[ffn.path] = "down"
-        if ffn.path not in seams:
+        else:
+            kind = type(ffn.module).__name__
             raise ValueError(
-                f"{ffn.path}, a {type(ffn.module).__name__}, has the attributes of transformers' experts but "
-                "computes something else than down(activation(gate)·up) or down(activation(up)) of the "
-                "chosen experts; it cannot be masked"
+                f"{ffn.path}, a {kind}, computes something else than activation(gate)·up, and does not call "
+                "its down projection as a module, so that no mask can be put before it"
+                if ffn.layout
+                else f"{ffn.path}, a {kind}, has the attributes of transformers' experts but computes "
+                "something else than down(activation(gate)·up) or down(activation(up)) of the chosen "
+                "experts; it cannot be masked"
             )
     return seams
+
+
+class _Watched:
+    """What a forward pass shows: {path: fused seam}, and which FFNs call their down projection themselves."""
+
+    def __init__(self) -> None:
+        self.fused: dict[str, str] = {}
+        self.called: set[str] = set()
+        # While a fused seam is tried, its calls are ours.
+        self.trying = False
+
+    def adding(self, path: str) -> Callable[..., None]:
+        return lambda *_: None if self.trying else self.called.add(path)
+
+
+@torch.no_grad()
+def run_eagerly(model: nn.Module, ids: Tensor) -> Tensor:
+    """Run ``model`` on token ids [B, S], in evaluation mode and uncompiled; returns its first output.
+
+    Compiled code may pass by hooks.
+    """
+    with without_dropout(model), torch.compiler.set_stance("force_eager"):
+        output = model(input_ids=ids, use_cache=False)
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
 
 
 def _by_structure(ffn: FFN) -> str:
@@ -75,15 +104,13 @@ def _by_structure(ffn: FFN) -> str:
 def can_run(model: nn.Module) -> bool:
     """Whether a forward pass is possible now: a model of transformers whose weights are all there."""
     embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
-    return embeddings is not None and all(parameter.numel() for parameter in model.parameters())
+    return embeddings is not None and all(
+        parameter.numel() and not isinstance(parameter, FakeTensor) for parameter in model.parameters()
+    )
 
 
-def _adding(path: str, called: set[str]) -> Callable[..., None]:
-    return lambda *_: called.add(path)
-
-
-def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:
-    """Hooks on one FFN that write into ``seams`` if a fused seam gives the same; their handles."""
+def _watch(ffn: FFN, watched: _Watched) -> list[RemovableHandle]:
+    """Hooks on one FFN that note a fused seam if it gives the same; their handles."""
     ones = Mask(torch.ones(1, ffn.width, device=ffn.device))
 
     def whole(seam: str) -> list[RemovableHandle]:
@@ -96,11 +123,13 @@ def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(given[0].shape, generator=generator).to(given[0])
             tried = [given[0], *(scale * noise for scale in SCALES)]
+            watched.trying = True
             if all(
                 _close(run_seam(seam, module, ffn, ones, x, *given[1:]), module.forward(x, *given[1:]))
                 for x in tried
             ):
-                seams[ffn.path] = seam
+                watched.fused[ffn.path] = seam
+            watched.trying = False
 
         return [ffn.module.register_forward_hook(hook, with_kwargs=True)]
 
@@ -121,7 +150,7 @@ def _watch(ffn: FFN, seams: dict[str, str]) -> list[RemovableHandle]:
 
     def down(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if len(acted) == 1 and torch.equal(acted[0], arguments[0]):
-            seams[ffn.path] = "activation"
+            watched.fused[ffn.path] = "activation"
 
     activation = getattr(ffn.module, child)
     return [activation.register_forward_hook(plain), ffn.down.register_forward_pre_hook(down)]

@@ -5,16 +5,14 @@ import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.families import FFN, find_ffns, input_device, unwrapped
-from neumuter.models.hooks import Gates
+from neumuter.models.families import FFN, decoder_of, find_ffns, unwrapped
+from neumuter.models.hooks import Gates, forward_with_gates
 from neumuter.models.installed import Installed, refuse_wrapped
-from neumuter.models.modes import without_dropout
-from neumuter.models.seams import can_run
 from neumuter.mutes.matching import fitting_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
 from neumuter.serving.live import FEW, scale_neurons
@@ -26,6 +24,8 @@ MAX_SLOTS = 2**31 - 1
 ROOM_FACTOR = 1.25
 # A batch keeps the row ids of this number of token counts.
 MAX_CACHED_COUNTS = 8
+# The methods of transformers' models that start it.
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 # What a _Pool holds on each device.
 Tensors = dict[torch.device, tuple[Tensor, Tensor, Tensor]]
 # Where a set is in it: its row, its first slot, the slot behind its last.
@@ -48,25 +48,27 @@ class MuteBank:
             model(**batch)
 
     A row's output does not depend, bit for bit, on the sets of the other rows. Rows are those of the batch:
-    packed sequences and continuous batching, which put many requests in one row, are refused or must not be
+    continuous batching, which puts many requests in one row, is refused, and packed sequences must not be
     used.
 
     For inference: without gradients, and a graph break in torch.compile. A model with a bank cannot be
     pickled; copies of it share its contexts. As a context manager it undoes itself at the end.
 
     Args:
-        model: a causal language model without experts, neither attached nor muted.
+        model: a causal language model without experts, neither attached nor muted. It runs once, to prove
+            that masks reach its output.
         required: a forward pass outside of ``using`` (and of ``generate`` with mute_sets) raises
-            RuntimeError, so that no request is served unmuted by mistake. Contexts hold in the thread that
-            opened them; a server that computes in a thread of its own must open them there.
+            RuntimeError, so that no request is served unmuted by mistake; ``using(None)`` says that none is
+            wanted. Contexts hold in the thread that opened them; a server that computes in a thread of its
+            own must open them there. False: such passes run unmuted.
 
     Raises:
         ValueError: the model has experts or sharded neurons, or its down projections are not called as
-            modules.
+            modules, once each.
         RuntimeError: the model is attached or muted.
     """
 
-    def __init__(self, model: nn.Module, required: bool = False) -> None:
+    def __init__(self, model: nn.Module, required: bool = True) -> None:
         refuse_wrapped(model)
         ffns = find_ffns(model)
         for ffn in ffns:
@@ -78,17 +80,22 @@ class MuteBank:
         self._paths = [ffn.path for ffn in ffns]
         self._pool = _Pool(len(ffns), {_indexed(ffn.device) for ffn in ffns})
         self._current = _Current(required)
-        self._former, generate = vars(self._inner).get("generate"), getattr(self._inner, "generate", None)
         gates = [_BankGates(ffn, number, self._current) for number, ffn in enumerate(ffns)]
-        self._installed = Installed(gates, [ffn.down for ffn in ffns])
-        self._hook = self._inner.register_forward_pre_hook(self._current.begin, with_kwargs=True)
-        if generate is not None:
-            cast(Any, self._inner).generate = functools.partial(_generate, self, generate)
-        try:
-            _check_calls(model, gates, self)
-        except BaseException:
-            self.undo()
-            raise
+        self._installed = Installed(model, gates, ffns)
+        for one in gates:
+            if one.calls > 1:
+                self._installed.remove()
+                raise ValueError(
+                    f"the down projection of {one.path} was called {one.calls} times in a forward pass: a "
+                    "MuteBank needs models that call it once; use neumuter.mute or fold"
+                )
+        self._hook = decoder_of(model).register_forward_pre_hook(self._current.begin, with_kwargs=True)
+        self._former: dict[str, Any] = {}
+        for name in ("generate", *CONTINUOUS_BATCHING):
+            if (method := getattr(self._inner, name, None)) is not None:
+                self._former[name] = vars(self._inner).get(name)
+                ours = functools.partial(_generate, self, method) if name == "generate" else _refuse_packing
+                setattr(self._inner, name, ours)
 
     def __repr__(self) -> str:
         return f"MuteBank({type(self._inner).__name__}, {len(self.names)} mute sets, {self.bytes} bytes)"
@@ -171,10 +178,11 @@ class MuteBank:
         """Put the very original modules and ``generate`` back. Harmless when called again."""
         self._installed.remove()
         self._hook.remove()
-        if self._former is not None:
-            self._inner.generate = self._former
-        else:
-            vars(self._inner).pop("generate", None)
+        for name, former in self._former.items():
+            vars(self._inner).pop(name, None)
+            if former is not None:
+                setattr(self._inner, name, former)
+        self._former = {}
 
     def __enter__(self) -> "MuteBank":
         return self
@@ -194,6 +202,13 @@ def _generate(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **o
         return generate(*arguments, **options)
     with bank.using(options.pop("mute_sets")):
         return generate(*arguments, **options)
+
+
+def _refuse_packing(*arguments: Any, **options: Any) -> NoReturn:
+    raise RuntimeError(
+        "continuous batching puts many requests into one row, where a MuteBank cannot tell them apart: use "
+        "generate(mute_sets=...), or undo() the bank and serve one mute set with neumuter.mute or fold"
+    )
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -244,7 +259,7 @@ class _BankGates(Gates):
 
     def __init__(self, ffn: FFN, number: int, current: _Current) -> None:
         super().__init__(ffn, "down")
-        self.number, self.current, self.calls = number, current, 0
+        self.number, self.current = number, current
 
     def install(self, module: nn.Module) -> None:
         super().install(module)
@@ -253,6 +268,9 @@ class _BankGates(Gates):
 
 def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
     """Run a muted down projection, with little Python: between layers the caches are cold."""
+    if gates.probe is not None:
+        return forward_with_gates(down, hidden, *arguments, **options)
+    gates.count_call()
     if (rows := gates.current.variable.get()) is not None:
         gains = None if torch.compiler.is_compiling() else rows.gains.get(gates.number)
         if (
@@ -269,23 +287,6 @@ def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, 
     return gates.unmasked(down, hidden, *arguments, **options)
 
 
-@torch.no_grad()
-def _check_calls(model: nn.Module, gates: Sequence[_BankGates], bank: MuteBank) -> None:
-    """Run two tokens; raises ValueError unless every down projection was called, with a row per token."""
-    if not can_run(model):
-        return
-    rows = _Rows([-1], bank._pool.tensors, counting=True)
-    eager = torch.compiler.set_stance("force_eager")
-    with without_dropout(model), eager, bank._current.activate(rows):
-        model(input_ids=torch.arange(2, device=input_device(model))[None], use_cache=False)
-    for one in gates:
-        if one.calls != 1:
-            raise ValueError(
-                f"the down projection of {one.path} was called {one.calls} times in a forward pass: a "
-                "MuteBank needs models that call it as a module, once; use neumuter.mute or fold"
-            )
-
-
 class _Rows:
     """The sets of the rows of one batch, in the pool's tensors as they were when it began.
 
@@ -293,8 +294,8 @@ class _Rows:
     model flattens its activations}. For few activations, a product takes less time than calling ``mute_``.
     """
 
-    def __init__(self, rows: list[int], tensors: Tensors, counting: bool = False) -> None:
-        self.rows, self.tensors, self.counting = torch.tensor(rows), tensors, counting
+    def __init__(self, rows: list[int], tensors: Tensors) -> None:
+        self.rows, self.tensors = torch.tensor(rows), tensors
         self.touched = any(row >= 0 for row in rows)
         self.batch: int | None = None
         self.gains: dict[int, Tensor] = {}
@@ -311,8 +312,6 @@ class _Rows:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def mute_(self, hidden: Tensor, gates: "_BankGates") -> None:
-        if self.counting:
-            gates.calls += 1
         if not self.touched:
             return
         device = hidden.device

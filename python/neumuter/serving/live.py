@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.families import FFN
-from neumuter.models.hooks import Gates, Mask, masked_act_of, seam_module
+from neumuter.models.hooks import Gates, Mask, forward_with_gates, masked_act_of
 from neumuter.models.installed import Installed
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.matching import matching_ffns
@@ -42,6 +42,9 @@ class ConstantGates(Gates):
 
 def _muted(down: nn.Module, gates: ConstantGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
     """Run a muted down projection, with little Python: between layers the caches are cold."""
+    if gates.probe is not None:
+        return forward_with_gates(down, hidden, *arguments, **options)
+    gates.count_call()
     if gates.on:
         gains = gates._buffers["gains"]
         assert gains is not None
@@ -68,10 +71,8 @@ class Muted:
         matching = matching_ffns(model, mutes)
         ffns = [matching[path] for path in mutes.layers]
         seams = choose_seams(model, ffns, constant=True)
-        self._installed = Installed(
-            [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns],
-            [seam_module(ffn, seams[ffn.path]) for ffn in ffns],
-        )
+        gates = [ConstantGates(ffn, seams[ffn.path], mutes.layers[ffn.path]) for ffn in ffns]
+        self._installed = Installed(model, gates, ffns)
 
     def __repr__(self) -> str:
         return f"Muted({type(self.model).__name__}, {self.mutes!r})"

@@ -28,6 +28,11 @@ class Sampling:
     row_ids: torch.Tensor | None
 
     def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
+        if torch.is_grad_enabled() and not gates.scores.requires_grad:
+            raise RuntimeError(
+                f"the scores of {gates.path} are frozen, so training would change nothing. PEFT freezes all "
+                "parameters of a model: detach, wrap the model, then attach it"
+            )
         rows = self.sample_ids.shape[0]
         _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
         device = gates.scores.device

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.families import find_ffns
-from neumuter.models.hooks import seam_module
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import fingerprint
@@ -46,10 +45,8 @@ class Masked:
         seams = choose_seams(model, self.ffns)
         # They are known by name, because wrappers such as FSDP put other objects in their place.
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._installed = Installed(
-            [TrainableGates(ffn, seams[ffn.path]) for ffn in self.ffns],
-            [seam_module(ffn, seams[ffn.path]) for ffn in self.ffns],
-        )
+        gates = [TrainableGates(ffn, seams[ffn.path]) for ffn in self.ffns]
+        self._installed = Installed(model, gates, self.ffns)
         for name, parameter in model.named_parameters():
             if name in self._trainable:
                 parameter.requires_grad_(False)
