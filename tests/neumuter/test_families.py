@@ -161,11 +161,31 @@ def test_muting_zeroes_columns_and_survives_folding_and_saving(name, tmp_path):
         neumuter.mute(again, mutes)
 
 
+def tokens(ids, length=None):
+    """A batch of unpadded texts, or of texts of which the first ``length`` tokens are no padding."""
+    attention = torch.ones_like(ids)
+    attention[:, length:] = 0 if length else 1
+    return {"input_ids": ids, "attention_mask": attention}
+
+
+@pytest.mark.parametrize("name", OF_EXPERTS)
+def test_experts_that_padding_reaches_are_not_reached(name):
+    model, ids = build(name), batch(1, 12)
+    found = []
+    for given in (tokens(ids[:, :2]), tokens(ids, 2), tokens(ids)):
+        with neumuter.attach(model, 0) as masked:
+            masked.keep_unreached_open([given])
+            found += [{path: score.isfinite() for path, score in masked.scores.items()}]
+    for path, alone in found[0].items():
+        assert torch.equal(found[1][path], alone)
+    assert any(not torch.equal(found[2][path], alone) for path, alone in found[0].items())
+
+
 @pytest.mark.parametrize("name", OF_EXPERTS)
 def test_unreached_experts_are_never_muted(name):
     model = build(name)
     with neumuter.attach(model, 0) as masked:
-        masked.keep_unreached_open(lambda: model(batch(1, 1)))
+        masked.keep_unreached_open([tokens(batch(1, 1))])
         total, reached = 0, 0
         for path, score in masked.scores.items():
             total += len(score)
@@ -384,7 +404,7 @@ def test_experts_that_are_reached_later_can_be_selected_again():
     with neumuter.attach(model) as masked:
         counts = []
         for ids in (batch(1, 1), batch(4, 9)):
-            masked.keep_unreached_open(lambda ids=ids: model(ids))
+            masked.keep_unreached_open([tokens(ids)])
             counts.append(sum(int(score.isfinite().sum()) for score in masked.scores.values()))
         assert counts[0] < counts[1]
 

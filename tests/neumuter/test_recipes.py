@@ -88,6 +88,22 @@ def test_forgetting_raises_the_forget_loss_more_than_the_other(model, mode):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("name", models.OF_EXPERTS)
+def test_models_with_experts_are_fitted(name):
+    model = memorised(name)
+    plain = evaluation.mean_token_loss(model, FORGET)
+    for support, steps in ((None, 60), (QUICK_SUPPORT, 20)):
+        with neumuter.attach(model, 0) as masked:
+            gains = dataclasses.replace(QUICK_GAINS, steps=steps)
+            mutes = fit(masked, FORGET, KEEP, 0.3, "modulate", support, gains)
+            reached = {path: score.isfinite() for path, score in masked.scores.items()}
+        assert mutes.count == int(0.3 * sum(mutes.widths.values()))
+        assert any(path.endswith("experts") for path in mutes.layers)
+        for path, layer in mutes.layers.items():
+            assert reached[path][layer.indices.long()].all()
+        assert losses_under(model, mutes)[0] > plain + 0.5
+
+
 def test_a_recipe_repeats_itself_and_depends_on_its_seed_alone(llama):
     def run(seed, config=QUICK_SUPPORT):
         torch.rand(3)  # the global generator does not matter

@@ -151,7 +151,7 @@ def _by_expert(mask: Mask, token: Tensor, expert: Tensor, tokens: int, number: i
         row = row_ids.reshape(-1).to(token.device)[token]
     else:
         row = token // max(tokens // rows, 1)
-    return values.view(rows * number, -1), torch.where(row < 0, -1, row * number + expert)
+    return values.reshape(rows * number, -1), torch.where(row < 0, -1, row * number + expert)
 
 
 SEAMS: dict[str, Callable[..., Tensor]] = {

@@ -55,12 +55,9 @@ class PairedBatches:
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self.samples[0].ids[None, :PROBE_TOKENS])
             hidden = torch.cat([self._hidden(ids) for ids in groups])
-            forget = range(self.forget_count)
+            pieces = (forget_batch[key].split(REFERENCE_SAMPLES_PER_PASS) for key in KEYS)
             masked.keep_unreached_open(
-                lambda: [
-                    self._hidden(forget[i : i + REFERENCE_SAMPLES_PER_PASS])
-                    for i in forget[::REFERENCE_SAMPLES_PER_PASS]
-                ]
+                dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
             )
         self.reference = hidden.split([len(self.samples[i].targets) for i in retain])
 

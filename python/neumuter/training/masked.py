@@ -1,6 +1,6 @@
 """Trainable gates on the FFN neurons of a frozen model, and the way back."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.families import find_ffns
+from neumuter.models.families import decoder_of, find_ffns, input_device
 from neumuter.models.installed import Installed, refuse_wrapped
+from neumuter.models.modes import without_dropout
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.matching import architecture
@@ -157,7 +158,7 @@ class Masked:
                 gates.source = former
 
     @torch.no_grad()
-    def keep_unreached_open(self, forward: Callable[[], object]) -> None:
+    def keep_unreached_open(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Exclude the neurons of experts that no token of the forget texts is routed to.
 
         The scores of experts that got no token become +∞: their gates stay 1, no gradient moves them, and
@@ -165,24 +166,30 @@ class Masked:
         Without experts nothing is run.
 
         Args:
-            forward: runs the model on the forget texts; it is called with gates off.
+            batches: the forget texts: "input_ids" and "attention_mask", int64 [B, T], padded on the right.
+                Where padding is routed to does not matter.
         """
         experts = [ffn for ffn in self.ffns if not ffn.layout]
         if not experts:
             return
         reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
+        real = torch.empty(0, dtype=torch.bool)
 
         def record(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-                chosen = (*arguments, *options.values())[1].reshape(-1)
+                by_token = (*arguments, *options.values())[1].view(real.numel(), -1)
+                chosen = by_token[real.to(by_token.device)].flatten()
                 reached[path][chosen[chosen < len(reached[path])]] = True
 
             return hook
 
         handles = [f.module.register_forward_pre_hook(record(f.path), with_kwargs=True) for f in experts]
+        decoder, device = decoder_of(self.model), input_device(self.model)
         try:
-            with self.off():
-                forward()
+            with self.off(), without_dropout(self.model):
+                for batch in batches:
+                    real = batch["attention_mask"].flatten() > 0
+                    decoder(input_ids=batch["input_ids"].to(device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
