@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import accelerate
 import peft
@@ -261,6 +262,87 @@ def test_a_dense_ffn_beside_experts(tmp_path):
         assert largest_difference(model, mutes, tmp_path / way) < 1e-5
 
 
+def test_lora_that_peft_puts_on_the_experts_instead(tmp_path):
+    """PEFT takes targets named down_proj for the experts', where the model has experts under another name."""
+    model = build("qwen3_moe", mlp_only_layers=[0, 1])
+    mutes = mutes_of(model, {0: ([3, 5], [0.0, 0.0])})
+    for way in ("lora", "one rank"):
+        with pytest.raises(ValueError, match=r"PEFT .* does not adapt model.layers.0.mlp.down_proj; use ano"):
+            WAYS[way](model, mutes, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    export_ia3(model, mutes, tmp_path / "adapter")
+    assert largest_difference(model, mutes, tmp_path / "adapter") < 1e-5
+
+
+@every_way
+def test_a_down_projection_that_is_not_called(way, tmp_path):
+    """As fast-inference patches make: the FFN reads the weight, and PEFT's layer would do nothing."""
+    model = build("llama")
+    mutes = some_mutes(model)
+
+    def fused(mlp, x):
+        return nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+
+    mlp = model.model.layers[1].mlp
+    mlp.forward = types.MethodType(fused, mlp)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp reads the weights of its down projection"):
+        WAYS[way](model, mutes, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@every_way
+@pytest.mark.parametrize("change", ["other values", "other scale"])
+def test_what_peft_computes_otherwise(way, change, tmp_path, monkeypatch):
+    """An adapter of which each neuron is the next one's, or that PEFT scales."""
+    model = build("llama")
+    mutes = some_mutes(model)
+    if change == "other values":
+        monkeypatch.setattr(exports, "save_file", lambda tensors, *arguments, **options: save_file(
+            {key: tensor.roll(1, dims=-1) for key, tensor in tensors.items()}, *arguments, **options
+        ))  # fmt: skip
+    elif way == "ia3":
+        monkeypatch.setattr(peft.tuners.ia3.layer.Linear, "forward", lambda layer, x: layer.base_layer(x))
+    else:
+        former = peft.tuners.lora.layer.Linear.forward
+        monkeypatch.setattr(
+            peft.tuners.lora.layer.Linear,
+            "forward",
+            lambda layer, x: 1.5 * former(layer, x) - layer.base_layer(x) / 2,
+        )
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj gives other values than with muted"):
+        WAYS[way](model, mutes, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@every_way
+def test_verifying_leaves_the_model_as_it_is(way, tmp_path):
+    model = build("llama").train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    state, random = model.state_dict(keep_vars=True), torch.get_rng_state()
+    before = {name: (parameter, parameter.clone()) for name, parameter in state.items()}
+    WAYS[way](model, some_mutes(model), tmp_path / "adapter")
+    assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+@every_way
+def test_shared_weights_are_refused(way, tmp_path):
+    """Merging would multiply them twice, or in an FFN that is not muted."""
+    model = build("llama")
+    model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp shares the weights .* model.layers.0.mlp.down_proj.weight"
+    ):
+        WAYS[way](model, some_mutes(model), tmp_path / "adapter")
+    mutes = mutes_of(model, {2: ([0, 3], [0.5, 0.0])})
+    WAYS[way](model, mutes, tmp_path / "adapter")
+    assert largest_difference(model, mutes, tmp_path / "adapter") < 1e-5
+
+
 @every_way
 def test_models_that_are_not_plain_are_refused(way, tmp_path):
     model = build("llama")
@@ -288,14 +370,17 @@ def test_weights_that_cannot_be_read(way, tmp_path):
             WAYS[way](model, some_mutes(model), tmp_path / "adapter")
 
 
-def test_an_offloaded_model_has_an_ia3_adapter_all_the_same(tmp_path):
+def test_offloaded_models_are_refused(tmp_path):
+    """PEFT loads nothing on them, so nothing could be verified."""
     model = build("llama")
     mutes = some_mutes(model)
+    export_ia3(model, mutes, tmp_path / "before")
     accelerate.cpu_offload(model, execution_device="cpu")
-    export_ia3(model, mutes, tmp_path / "adapter")
     with pytest.raises(ValueError, match="PEFT loads no adapter on an offloaded model"):
-        largest_difference(model, mutes, tmp_path / "adapter")
-    assert largest_difference(build("llama"), mutes, tmp_path / "adapter") < 1e-5
+        export_ia3(model, mutes, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="PEFT loads no adapter on an offloaded model"):
+        largest_difference(model, mutes, tmp_path / "before")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["before"]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import neumuter
 from neumuter.cli.app import main
+from neumuter.models.loading import load_model
 from neumuter.serving.adapters import largest_difference
 from neumuter.texts import encode
 from tests.models import build, tokenizer
@@ -228,6 +229,32 @@ def test_experts_are_folded_through_the_loaded_model(tmp_path):
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert largest_difference(original, tmp_path / "mutes.safetensors", tmp_path / "out") < 1e-4
     assert "Made to forget" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["fold", "shrink"])
+def test_a_checkpoint_that_reads_back_otherwise_is_not_reported(
+    checkpoint, tmp_path, capsys, monkeypatch, command
+):
+    """Somebody's patch of the loaded model, which the saved config knows nothing of."""
+    assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") == 0
+
+    def patched(*arguments, **options):
+        network, tokenizer = load_model(*arguments, **options)
+        *_, last = (module for module in network.modules() if "Norm" in type(module).__name__)
+        last.eps = last.variance_epsilon = 1.0
+        return network, tokenizer
+
+    monkeypatch.setattr("neumuter.models.loading.load_model", patched)
+    file = checkpoint / "out" / "mutes.safetensors"
+    arguments = ("fold", checkpoint / "model", file, file) if command == "fold" else (
+        "export", checkpoint / "model", file, "--to", "shrink"
+    )  # fmt: skip
+    capsys.readouterr()
+    assert run(*arguments, "--out", tmp_path / "out") == 1
+    output = capsys.readouterr()
+    assert "does not compute what it did in memory" in output.err
+    assert "Written" not in output.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import neumuter
 from neumuter.serving import fold_checkpoint as folding
@@ -394,6 +394,35 @@ def test_a_set_that_is_folded_already_is_refused(tmp_path):
     fold_checkpoint(tmp_path / "model", mutes, tmp_path / "once")
     with pytest.raises(neumuter.MuteMismatchError, match="muted columns"):
         fold_checkpoint(tmp_path / "once", mutes, tmp_path / "twice")
+
+
+@pytest.mark.parametrize("gains", [(0.5, 1), (0.5, 0.5), (0.5, 0.25)])
+def test_ffns_that_share_weights(tmp_path, gains):
+    """Zamba2 stores the FFN that all its layers share once; whoever saved it may have stored it twice."""
+    blocks = dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1)
+    mamba = dict(mamba_d_state=8, n_mamba_heads=2, mamba_headdim=32, adapter_rank=4)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=72, num_attention_heads=4, pad_token_id=0)
+    config = AutoConfig.for_model("zamba2", num_key_value_heads=4, **sizes, **blocks, **mamba)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    with neumuter.attach(model, start_layer=0) as masked:
+        layers = {p: ([3, 5], [g, g]) for p, g in zip(masked.scores, gains, strict=True) if g != 1}
+        mutes = masked.mute_set(layers, mode="modulate", gain_range=(-2, 2))
+    file = tmp_path / "model/model.safetensors"
+    stored = load_file(file)
+    first, second = (f"{path}.down_proj.weight" for path in mutes.widths)
+    assert (first in stored, second in stored) == (True, False)
+    save_file(stored | {second: stored[first].clone()}, file, metadata={"format": "pt"})
+    if gains[0] != gains[1]:
+        with pytest.raises(ValueError, match="shares its weights with"):
+            fold_checkpoint(tmp_path / "model", mutes, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    fold_checkpoint(tmp_path / "model", mutes, tmp_path / "out")
+    with neumuter.mute(model, mutes):
+        expected = model(batch()).logits
+    actual = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(batch()).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_that_are_stored_one_by_one_are_refused(tmp_path):

@@ -55,6 +55,70 @@ def test_fold_equals_mute(name):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def share(model, how):
+    """The third FFN has the down projection of the second."""
+    second, third = (layer.mlp for layer in model.model.layers[1:])
+    if how == "one parameter":
+        third.down_proj.weight = second.down_proj.weight
+    elif how == "one memory":
+        third.down_proj.weight.data = second.down_proj.weight.data
+    elif how == "a part of the memory":
+        both = second.down_proj.weight.data
+        whole = both.new_empty(len(both) + 1, WIDTH).normal_(std=0.15)
+        second.down_proj.weight.data, third.down_proj.weight.data = whole[:-1], whole[1:]
+    return model
+
+
+def shared_mutes(model, *gains):
+    with neumuter.attach(model, start_layer=0) as masked:
+        paths = list(masked.scores)
+        layers = {p: (range(20), [g] * 20) for p, g in zip(paths, gains, strict=True) if g != 1}
+        return masked.mute_set(layers, mode="modulate", gain_range=(-2, 2))
+
+
+@pytest.mark.parametrize("how", ["one parameter", "one memory"])
+def test_ffns_that_share_weights_are_folded_once(how):
+    model, ids = share(build("llama"), how), batch()
+    mutes = shared_mutes(model, 1, 0.5, 0.5)
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    assert (expected - model(ids).logits).abs().max() > 0.01
+    neumuter.fold(model, mutes)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gains", [(1, 0.5, 1), (1, 1, 0.5), (1, 0.5, 0.25)])
+@pytest.mark.parametrize("how", ["one parameter", "one memory", "a part of the memory"])
+def test_ffns_that_share_weights_and_are_not_muted_alike_are_not_folded(how, gains):
+    model = share(build("llama"), how)
+    mutes, weight = shared_mutes(model, *gains), model.model.layers[1].mlp.down_proj.weight
+    before = weight.clone()
+    with pytest.raises(
+        ValueError, match=r"shares its weights with model.layers.\d.mlp.down_proj.weight, which"
+    ):
+        neumuter.fold(model, mutes)
+    assert torch.equal(weight, before)
+
+
+def test_weights_that_something_else_reads_are_not_folded_into():
+    model = build("llama", intermediate_size=97)
+    model.model.embed_tokens.weight = torch.nn.Parameter(model.model.layers[1].mlp.down_proj.weight.data.T)
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp: it shares its weights with model.embed_tokens.weight"
+    ):
+        neumuter.fold(model, shared_mutes(model, 1, 0.5, 1))
+
+
+def test_an_ffn_in_two_places_is_folded():
+    model, ids = build("llama"), batch()
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    mutes = shared_mutes(model, 1, 0.5)
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    neumuter.fold(model, mutes)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def embedded(model, ids):
     return model.get_input_embeddings()(ids).detach().requires_grad_()
 

@@ -225,6 +225,17 @@ def test_what_depends_on_all_neurons_is_refused():
     refused(model, some_mutes(model), r"cannot shrink 0: its norm.weight depends on all of the neurons")
 
 
+def test_shared_weights_are_refused():
+    model = build("llama")
+    first, second, _ = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    with pytest.raises(
+        ValueError,
+        match=r"layers.0.mlp: its up_proj.weight shares its weights with model.layers.1.mlp.up_proj.weight",
+    ):
+        shrink(model, some_mutes(model))
+
+
 def test_other_weights_are_refused():
     refused(build("llama", seed=1), some_mutes(build("llama")), "weights differ")
 

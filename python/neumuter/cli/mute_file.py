@@ -80,13 +80,15 @@ def export(
     to: Annotated[Form, typer.Option(help="shrink: fold, and remove silenced neurons.")],
     out: Annotated[Path, typer.Option(help="Folder for the export; must not exist or be empty.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run the export and the live muted model, and compare.")
+        bool,
+        typer.Option("--verify", help="Also measure how far its logits are from the live muted model's."),
     ] = False,
     gguf_file: GgufFile = None,
 ) -> None:
     """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
     from neumuter.files import new_folder
     from neumuter.serving import adapters as exports
+    from neumuter.serving.saved import save_verified
     from neumuter.serving.shrink import shrink
 
     network, tokenizer = open_model(model, gguf_file=gguf_file)
@@ -98,12 +100,10 @@ def export(
     elif to is Form.shrink:
         with new_folder(out) as temporary:
             found = shrink(network, mutes)
-            network.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            save_verified(network, tokenizer, temporary)
         widths = ", ".join(sorted({f"{old} to {new}" for old, new in found.widths.values()}))
         sizes = f"{found.bytes_before / 1e6:.4g} to {found.bytes_after / 1e6:.4g} MB"
         note = f"Neurons per FFN: {widths}; parameters: {sizes}."
-    console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
     if verify:
         original, _ = open_model(model, gguf_file=gguf_file)
         difference, effect = exports.largest_difference(original, mutes, out), exports.effect(original, mutes)
@@ -113,6 +113,7 @@ def export(
         )
         if not difference <= MAX_DIFFERENCE * effect:
             raise RuntimeError(f"{out} does not compute what the muted model does: do not serve it")
+    console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
 
 
 def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> "MuteSet":
@@ -122,6 +123,7 @@ def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | N
     from neumuter.report.progress import show_progress
     from neumuter.serving.fold import fold as fold_live
     from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
+    from neumuter.serving.saved import save_verified
 
     if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
         mutes = MuteSet.load(files[0])
@@ -133,7 +135,6 @@ def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | N
         mutes = load_union(network, files)
         fold_live(network, mutes)
         with console.status("Saving the checkpoint"):
-            network.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            save_verified(network, tokenizer, temporary)
             (temporary / CARD).write_text(model_card(mutes), encoding="utf-8")
     return mutes

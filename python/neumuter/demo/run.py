@@ -33,6 +33,7 @@ from neumuter.recipes import (
 from neumuter.report.progress import show_progress
 from neumuter.serving.fold import fold
 from neumuter.serving.live import mute
+from neumuter.serving.saved import save_verified
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import NothingSelectedError, attach
 from neumuter.types import Batch
@@ -250,8 +251,7 @@ def _save_folded(
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         fresh, former = Path(temporary) / "fresh", Path(temporary) / "former"
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+        save_verified(model, tokenizer, fresh)
         if path.exists():
             os.replace(path, former)
         os.replace(fresh, path)

@@ -8,7 +8,8 @@ elsewhere, column i of B [d, k] is (g_f − 1)·W[:, f].
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +24,14 @@ from transformers.pytorch_utils import Conv1D
 from neumuter.files import PathLike, new_folder
 from neumuter.models.families import FFN, input_device, unwrapped
 from neumuter.models.modes import without_dropout
+from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
-from neumuter.serving.fold import FOLDABLE
+from neumuter.serving.fold import FOLDABLE, down_name
 from neumuter.serving.live import mute
 
+# The largest error of a projection with its adapter, as a share of what the projection gives: rounding.
+MAX_ERROR = 0.05
 # The ranks of vLLM's LoRAConfig; its newer versions have 1 as well.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 PEFT_NOTE = (
@@ -56,13 +60,17 @@ def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike) -> Exported:
     Each down projection with muted neurons gets a vector of float32 [1, F]: the gains, and 1 elsewhere. With
     bitsandbytes, the IA³ layers of PEFT 0.21 need torch.autocast in bfloat16 and float16.
 
+    Before ``out`` appears, PEFT loads the adapter on a copy of the model, which shares its weights. There
+    each projection must compute what it computes with muted neurons.
+
     Args:
         model: the model that the set was made for, neither attached nor muted; it stays as it is.
         mutes: a ``MuteSet``, or the path of a mute file.
         out: a folder that does not exist or is empty; it is written whole or not at all.
 
     Raises:
-        ValueError: the model has experts or adapters, or is sharded.
+        ValueError: the model has experts with muted neurons, or adapters; it is sharded or offloaded; or PEFT
+            cannot take the adapter: it puts it elsewhere, or the model does not call a down projection.
         MuteMismatchError: the set was made for another model.
         RuntimeError: the model is attached or muted.
         FileExistsError: something is in ``out``.
@@ -81,7 +89,7 @@ def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike) -> Exported:
     config = peft.IA3Config(**_common_options(model, ffns))
     # PEFT would make sets of lists that its constructor gets.
     config.target_modules = config.feedforward_modules = list(ffns)
-    return _write(out, config, tensors, PEFT_NOTE)
+    return _write(model, mutes, ffns, out, config, tensors, PEFT_NOTE)
 
 
 def export_lora(model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bool = False) -> Exported:
@@ -89,7 +97,8 @@ def export_lora(model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bo
 
     Merging the adapter is folding the mute set; unmerged, it takes off again what a muted neuron adds, up to
     rounding. Each down projection with k muted neurons gets A [k, F] and B [d, k], computed in float32 and
-    rounded to the dtype of its weight.
+    rounded to the dtype of its weight. It is verified as that of ``export_ia3`` is. In many models with
+    experts, PEFT 0.21 puts LoRA for any projection named down_proj on the experts: this is refused.
 
     Args:
         model: the model that the set was made for, neither attached nor muted; it stays as it is.
@@ -119,7 +128,7 @@ def export_lora(model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bo
     config = peft.LoraConfig(**ranks, **_common_options(model, ffns))
     config.target_modules = list(ffns)
     flags = f"vllm serve MODEL --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}"
-    return _write(out, config, tensors, flags if one_rank else PEFT_NOTE)
+    return _write(model, mutes, ffns, out, config, tensors, flags if one_rank else PEFT_NOTE)
 
 
 @torch.no_grad()
@@ -142,19 +151,14 @@ def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) ->
         ImportError: the export is an adapter, and the package peft is not installed.
     """
     model = unwrapped(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            "PEFT loads no adapter on an offloaded model; to compare, load the model into memory"
-        )
-    ids = _random_tokens(model)
+    ids = random_tokens(model)
     if (Path(folder) / "adapter_config.json").exists():
-        exported = _import_peft().PeftModel.from_pretrained(copy.deepcopy(model), folder)
+        with _adapted(model, folder) as adapted:
+            actual = cast(Any, adapted)(input_ids=ids).logits
     else:
-        exported = cast(
-            Any, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        ).to(ids.device)
-    with without_dropout(exported):
-        actual = exported(input_ids=ids).logits
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        with without_dropout(exported := cast(Any, loaded).to(ids.device)):
+            actual = exported(input_ids=ids).logits
     with mute(model, mutes), without_dropout(model):
         expected = model(input_ids=ids).logits
     difference: float = (actual.double() - expected.double()).abs().max().item()
@@ -165,7 +169,7 @@ def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) ->
 def effect(model: nn.Module, mutes: MuteSource) -> float:
     """Measure the largest absolute difference that muting makes to the logits, on the same random tokens."""
     model = unwrapped(model)
-    ids = _random_tokens(model)
+    ids = random_tokens(model)
     with without_dropout(model):
         plain = model(input_ids=ids).logits
         with mute(model, mutes):
@@ -174,7 +178,8 @@ def effect(model: nn.Module, mutes: MuteSource) -> float:
     return difference
 
 
-def _random_tokens(model: nn.Module) -> Tensor:
+def random_tokens(model: nn.Module) -> Tensor:
+    """Draw two sequences of 16 tokens of the model's vocabulary, int64 [2, 16], always the same."""
     vocabulary: int = cast(Any, model).get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return ids.to(input_device(model))
@@ -197,12 +202,17 @@ def _find_down_projections(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
             name = path or type(module).__name__
             raise ValueError(f"{name} is sharded; load the whole model in one process, and export there")
     ffns = {path: ffn for path, ffn in matching_ffns(model, mutes).items() if path in mutes.layers}
-    found = {}
+    found, sharing = {}, Sharing(model)
     for path, ffn in ffns.items():
         if not ffn.layout:
             raise ValueError(
                 f"{path} holds experts, whose neurons no IA³ or LoRA adapter of PEFT can scale; fold the "
                 "mute set, or use neumuter.mute on the live model"
+            )
+        if others := sharing.others(ffn.module, down_name(ffn)):
+            raise ValueError(
+                f"{path} shares the weights of its down projection with {others[0]}, which would change "
+                "with it when the adapter is merged; use neumuter.mute on the live model"
             )
         found[f"{path}.{ffn.layout.down}"] = ffn
     return found
@@ -232,7 +242,7 @@ def _factorise(path: str, ffn: FFN, layer: MutedLayer, rank: int) -> tuple[Tenso
     if weight is None or weight.dtype not in FOLDABLE:
         raise ValueError(
             f"{path} is quantised or offloaded: its weights, which a LoRA adapter is made of, cannot be "
-            "read; use export_ia3, or dequantise the model and load it into memory"
+            "read; dequantise the model and load it into memory, or use export_ia3 on the quantised one"
         )
     neurons = layer.indices.long()
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -253,9 +263,84 @@ def _common_options(model: nn.Module, ffns: Mapping[str, FFN]) -> dict[str, Any]
     }
 
 
-def _write(out: PathLike, config: Any, tensors: Mapping[str, Tensor], note: str) -> Exported:
+def _write(
+    model: nn.Module,
+    mutes: MuteSet,
+    ffns: Mapping[str, FFN],
+    out: PathLike,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    note: str,
+) -> Exported:
     named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
     with new_folder(out) as temporary:
         config.save_pretrained(temporary)
         save_file(named, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        with _adapted(model, temporary) as adapted:
+            _refuse_other_places(adapted, ffns)
+            for path, ffn in ffns.items():
+                _refuse_other_values(adapted.get_submodule(path), path, ffn, mutes.layers[ffn.path])
     return Exported(Path(out), config.peft_type.value.lower(), note)
+
+
+# --- Verification: what PEFT makes of the files ------------------------------------------------
+
+
+@contextmanager
+def _adapted(model: nn.Module, folder: PathLike) -> Iterator[nn.Module]:
+    """Context: a copy of the model with the adapter in ``folder``. They share their weights."""
+    model = unwrapped(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "PEFT loads no adapter on an offloaded model, so none can be verified; load it into memory"
+        )
+    tensors = [*model.parameters(), *model.buffers()]
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    try:
+        # PEFT freezes what it adapts, and draws first values that it then overwrites.
+        with torch.random.fork_rng(devices=[]):
+            peft_model = _import_peft().PeftModel.from_pretrained(twin, folder)
+        with without_dropout(peft_model), torch.no_grad():
+            yield peft_model.get_base_model()
+    finally:
+        for tensor in trained:
+            tensor.requires_grad_(True)
+
+
+def _refuse_other_places(adapted: nn.Module, ffns: Mapping[str, FFN]) -> None:
+    """Raise ValueError unless the projections of ``ffns`` have the adapter, no others have, and all run."""
+    found = {path for path, module in adapted.named_modules() if hasattr(module, "base_layer")}
+    for path in sorted(found ^ ffns.keys()):
+        raise _refusal(f"it adapts {path}" if path in found else f"it does not adapt {path}")
+    called: set[str] = set()
+    for path in {path for down, ffn in ffns.items() for path in (down, ffn.path)}:
+        adapted.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    cast(Any, adapted)(input_ids=random_tokens(adapted), use_cache=False)
+    for down, ffn in ffns.items():
+        if ffn.path in called and down not in called:
+            raise _refusal(f"{ffn.path} reads the weights of its down projection and does not call it")
+
+
+def _refuse_other_values(module: nn.Module, path: str, ffn: FFN, layer: MutedLayer) -> None:
+    """Raise ValueError unless an adapted projection gives what it gives for muted neurons, up to rounding."""
+    gains, muted = torch.ones(ffn.width), torch.zeros(ffn.width)
+    gains[layer.indices.long()], muted[layer.indices.long()] = layer.gains, 1
+    noise = torch.randn(4, ffn.width, generator=torch.Generator().manual_seed(0))
+    low = ffn.dtype in (torch.bfloat16, torch.float16)
+    # Among all other neurons, few muted ones would be lost in rounding.
+    for inputs in (noise * muted, noise * (1 - muted)):
+        plain, scaled = (x.to(ffn.device, ffn.dtype) for x in (inputs, inputs * gains))
+        with torch.autocast(ffn.device.type, ffn.dtype if low else None, enabled=low):
+            actual, expected, size = (
+                f(x).float() for f, x in ((module, plain), (ffn.down, scaled), (ffn.down, plain))
+            )
+        if not (actual - expected).norm() <= MAX_ERROR * (size.norm() + expected.norm()):
+            raise _refusal(f"with it, {path} gives other values than with muted neurons")
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(
+        f"PEFT {_import_peft().__version__} cannot take this adapter: {reason}; use another form of export, "
+        "or fold the mute set"
+    )

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from neumuter.models.families import FFN
+from neumuter.models.families import FFN, find_ffns
+from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MutedLayer, MuteSource, load_mutes
+from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,9 +22,11 @@ def fold(model: nn.Module, mutes: MuteSource) -> None:
     weight's dtype. The result is an ordinary model; gains of 0 cannot be taken back. Nothing is changed on
     an error.
 
+    FFNs that share the weights of their down projection are folded once, if they have the same muted neurons.
+
     Raises:
-        ValueError: weights that are quantised, hidden in an adapter, sharded or offloaded; what
-            ``neumuter.mute`` raises.
+        ValueError: weights that are quantised, hidden in an adapter, sharded, offloaded, or shared with what
+            is not muted alike; what ``neumuter.mute`` raises.
     """
     mutes = load_mutes(mutes)
     ffns = matching_ffns(model, mutes)
@@ -37,8 +40,38 @@ def fold(model: nn.Module, mutes: MuteSource) -> None:
                 "offloaded; dequantise the model or merge its adapters first, gather it on one device, or "
                 "use neumuter.mute on the live model"
             )
+    for path in folded_once(model, mutes):
+        fold_columns(cast(Tensor, ffns[path].down_weight), mutes.layers[path])
+
+
+def folded_once(model: nn.Module, mutes: MuteSet) -> list[str]:
+    """List the FFNs to fold: of those that share the weights of their down projection, the first.
+
+    Raises:
+        ValueError: such weights belong to another FFN that is not muted alike, or to something else.
+    """
+    sharing = Sharing(model)
+    ffns = {ffn.path: ffn for ffn in find_ffns(model)}
+    owners = {name: path for path, ffn in ffns.items() for name in sharing.names(ffn.module, down_name(ffn))}
+    found: list[str] = []
     for path, layer in mutes.layers.items():
-        fold_columns(cast(Tensor, ffns[path].down_weight), layer)
+        names = sharing.others(ffns[path].module, down_name(ffns[path]))
+        others = {name: owners.get(name) for name in names}
+        for name, other in others.items():
+            same = mutes.layers.get(other or "")
+            if same is None or not all(map(torch.equal, same, layer)):
+                raise ValueError(
+                    f"cannot fold into the down projection of {path}: it shares its weights with {name}, "
+                    "which the mute set does not mute alike; use neumuter.mute on the live model"
+                )
+        if not set(others.values()) & set(found):
+            found.append(path)
+    return found
+
+
+def down_name(ffn: FFN) -> str:
+    """The name of the down projection's weight among the parameters of an FFN."""
+    return f"{ffn.layout.down}.weight" if ffn.layout else "down_proj"
 
 
 def fold_columns(weight: Tensor, layer: MutedLayer) -> None:

@@ -26,7 +26,7 @@ from neumuter.files import PathLike, new_folder, refuse_taken
 from neumuter.models.families import FFN, find_ffns
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
-from neumuter.serving.fold import fold_columns
+from neumuter.serving.fold import down_name, fold_columns, folded_once
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BYTES_PER_COPY = 1 << 22
@@ -109,7 +109,8 @@ def fold_checkpoint(
         MuteMismatchError: the set was made for another model, or is folded in already.
         MuteFileError: the mute file is bad.
         NotOnDiskError: the checkpoint stores a down projection under another name than the model does.
-        ValueError: the checkpoint is damaged or quantised, or ``out`` cannot be renamed to.
+        ValueError: the checkpoint is damaged or quantised, FFNs that share weights are not muted alike, or
+            ``out`` cannot be renamed to.
         OSError: a shard that was read back is not what was written, or ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(os.path.abspath(out))
@@ -188,7 +189,7 @@ def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_D
 
     Raises:
         MuteMismatchError: the architecture, a module path or an intermediate size differs.
-        ValueError: weights that cannot be folded where they are.
+        ValueError: weights that cannot be folded where they are, or that are shared and not muted alike.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
@@ -197,6 +198,7 @@ def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_D
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
+    folded_once(model, mutes)
     places: dict[str, _Place] = {}
     for shard in shards:
         found = _read_header(shard)
@@ -210,7 +212,7 @@ def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_D
 
 
 def _locate(ffn: FFN, places: dict[str, _Place], prefix: str) -> _Place:
-    name = f"{ffn.path}.{ffn.layout.down}.weight" if ffn.layout else f"{ffn.path}.down_proj"
+    name = f"{ffn.path}.{down_name(ffn)}"
     # A model that was saved without its head has no prefix.
     place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))
     if place is None:

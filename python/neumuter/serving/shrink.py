@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neumuter.models.families import FFN, find_ffns, unwrapped
+from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.serving.fold import FOLDABLE, fold
@@ -46,17 +47,22 @@ def shrink(model: nn.Module, mutes: MuteSource, multiple: int = 64) -> Shrunk:
         multiple: widths are rounded up to a multiple of this.
 
     Raises:
-        ValueError: ``multiple`` is not a positive integer; the model has experts, quantised weights, or a
-            config without an attribute for the width; nothing can be removed, which is always so with one
-            width for all and an FFN that the mute set leaves out; or what ``neumuter.fold`` raises.
+        ValueError: ``multiple`` is not a positive integer; the model has experts, FFNs with quantised or
+            shared weights, or a config without an attribute for the width; nothing can be removed, which is
+            always so with one width for all and an FFN that the mute set leaves out; or what
+            ``neumuter.fold`` raises.
     """
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple must be an integer of at least 1, got {multiple!r}")
     mutes = load_mutes(mutes)
     matching_ffns(model, mutes)
     ffns = find_ffns(model)
+    sharing = Sharing(model)
     for ffn in ffns:
         _check_plain(ffn)
+        for name, _ in ffn.module.named_parameters(remove_duplicate=False):
+            if others := sharing.others(ffn.module, name):
+                raise ValueError(f"cannot shrink {ffn.path}: its {name} shares its weights with {others[0]}")
     silent = {path: layer.indices[layer.gains == 0].tolist() for path, layer in mutes.layers.items()}
     before = {ffn.path: ffn.width for ffn in ffns}
     kept = {path: width - len(silent.get(path, [])) for path, width in before.items()}
