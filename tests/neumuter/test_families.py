@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import neumuter
 import neumuter.models.hooks
@@ -17,7 +17,9 @@ from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, bui
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 SEAMS = {"activation", "ffn", "experts", "down"}
-PLAIN = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "phi", "opt", "starcoder2")
+PLAIN = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "phi", "opt", "starcoder2", "bloom")
+# FFNs that do more than the kernels know: Gemma 3n's first layers drop small gates.
+NOT_FUSED = {"llama_mish": "012", "modernbert_decoder": "012", "gemma3n": "0"}
 
 
 def generated(model, ids):
@@ -97,7 +99,7 @@ def test_the_fused_seam_is_found(name):
             if name in OF_EXPERTS and path.endswith("experts"):
                 assert seam == "experts"
                 assert len(masked.scores[path]) == EXPERTS * WIDTH
-            elif name == "llama_mish":
+            elif any(f".{layer}." in path for layer in NOT_FUSED.get(name, "")):
                 assert seam == "down"
             else:
                 assert seam == ("activation" if name in PLAIN else "ffn")
@@ -255,7 +257,7 @@ def test_unknown_experts_are_refused():
     class Mixture(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weights = nn.Parameter(torch.zeros(4, 8, 8))
+            self.weights = nn.Parameter(torch.zeros(4, 8, 16))
 
     model = build("llama")
     model.model.layers[1].mixture = Mixture()
@@ -363,6 +365,99 @@ def test_a_layer_that_is_not_understood_is_named():
         torch.testing.assert_close(ours, model(ids).logits)
     finally:
         REGISTERED.clear()
+
+
+def found_in(model_type, **options):
+    """The paths and classes of the FFNs that are found, layers aside."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
+    return {(re.sub(r"\d+", "0", ffn.path), type(ffn.module).__name__) for ffn in find_ffns(model)}
+
+
+def test_towers_are_no_part_of_the_text_model():
+    assert found_in("phi4_multimodal") == {("model.layers.0.mlp", "Phi4MultimodalMLP")}
+    with pytest.raises(ValueError, match="no FFN found in GitForCausalLM"):
+        found_in("git")
+
+
+def test_mixers_low_rank_blocks_and_block_diagonal_weights_are_no_ffns():
+    assert found_in("zamba") == {("model.layers.0.shared_transf.feed_forward", "ZambaMLP")}
+    assert found_in("gemma3n_text") == {("model.layers.0.mlp", "Gemma3nTextMLP")}
+    assert found_in("recurrent_gemma") == {("model.layers.0.mlp_block", "RecurrentGemmaMlp")}
+
+
+def test_the_decoder_is_not_the_head():
+    assert found_in("modernbert-decoder") == {("model.layers.0.mlp", "ModernBertDecoderMLP")}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_shared_experts_of_one_weight_are_refused(number):
+    with pytest.raises(ValueError, match=r"mlp.shared_experts, a InklingSharedExperts, holds the 3-dim"):
+        found_in("inkling_text", n_shared_experts=number)
+
+
+# --- What PEFT puts around FFNs --------------------------------------------------------------
+
+
+def test_modules_that_are_trained_whole_count_once():
+    peft = pytest.importorskip("peft")
+    model, ids = build("llama"), batch()
+    with neumuter.attach(model, 0) as masked:
+        randomise(masked)
+        plain = masked.select(budget=0.3)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config).eval()
+    expected = adapted(ids).logits
+    with neumuter.mute(adapted, plain):
+        muted = adapted(ids).logits
+    assert not torch.allclose(muted, expected, atol=1e-3)
+    for ffn in find_ffns(adapted):
+        ffn.down.weight.data.mul_(1.5)
+    with neumuter.attach(adapted, 0) as masked:
+        assert set(masked.scores) == {f"model.layers.{i}.mlp" for i in range(3)}
+        mutes = masked.mute_set({path: (torch.arange(9), torch.zeros(9)) for path in masked.scores})
+    with neumuter.mute(adapted, mutes):
+        muted = adapted(ids).logits
+    with adapted.disable_adapter(), neumuter.mute(adapted, plain):
+        assert not torch.allclose(adapted(ids).logits, muted, atol=1e-3)
+    merged = adapted.merge_and_unload()
+    with neumuter.mute(merged, mutes):
+        torch.testing.assert_close(merged(ids).logits, muted)
+
+
+def test_mute_sets_move_to_adapted_experts_and_back():
+    peft = pytest.importorskip("peft")
+    model, ids = build("qwen3_moe"), batch()
+    with neumuter.attach(model, 0) as masked:
+        randomise(masked)
+        mutes = masked.select(budget=0.3)
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    config = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    with neumuter.mute(adapted, mutes):
+        torch.testing.assert_close(adapted(ids).logits, expected)
+    with neumuter.attach(adapted, 0) as masked:
+        again = masked.mute_set(mutes.layers)
+    with pytest.raises(ValueError, match=r"cannot fold into the down projection of .*0.mlp.experts"):
+        neumuter.fold(adapted, mutes)
+    with neumuter.mute(adapted.unload(), again):
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_mute_sets_move_to_mixed_adapters():
+    peft = pytest.importorskip("peft")
+    model, ids = build("llama"), batch()
+    with neumuter.attach(model, 0) as masked:
+        randomise(masked)
+        mutes = masked.select(budget=0.3)
+    with neumuter.mute(model, mutes):
+        expected = model(ids).logits
+    mixed = peft.PeftMixedModel(model, peft.LoraConfig(r=2, target_modules=["down_proj"]), "first").eval()
+    with neumuter.mute(mixed, mutes):
+        torch.testing.assert_close(mixed(ids).logits, expected)
 
 
 def test_a_module_around_an_ffn_is_none():

@@ -5,6 +5,7 @@ down; or one that makes gate and up together, and down. Sizes tell which is whic
 attributes of transformers' experts interface. ``register_family`` describes what this misses.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -12,7 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import activations
+from transformers import PreTrainedModel, activations
+from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.pytorch_utils import Conv1D
 
 # Keys are exact types, because a subclass may compute something else.
@@ -24,6 +26,7 @@ ACTIVATION_NAMES = {
     activations.NewGELUActivation: "gelu_tanh",
     activations.FastGELUActivation: "gelu_tanh",
     activations.AccurateGELUActivation: "gelu_tanh",
+    BloomGelu: "gelu_tanh",
     nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu2",
 }
@@ -57,6 +60,14 @@ class Layout:
 
 
 REGISTERED: list[Layout] = []
+# FFNs that call a function instead of an activation module, by class name, with what they call.
+FUNCTIONAL = {
+    name: (Layout(down="w2", up="w3", gate="w1"), "silu") for name in ("Lfm2MLP", "Lfm2MoeMLP", "Lfm3MLP")
+}
+# Modules with these words in the names of their classes expand and contract as FFNs do, but are none.
+OTHERS = ("Attention", "Mamba", "Mixer", "OutputProjection")
+# What torch.compile and PEFT add to paths. A mute set is for the model with them and without.
+ADDED_TO_PATHS = re.compile(r"\._orig_mod|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 
 
 def register_family(
@@ -98,7 +109,7 @@ class FFN:
 
     path: of the module in the model. layer: its position among all FFNs of the model, from 0. layout: of a
     dense FFN; None for experts, whose neurons are counted expert after expert. activation: the kernels' name
-    of it, None if they do not have it. dtype: of the hidden states.
+    of it, None if they do not have it. dtype: of the hidden states. adapted: PEFT adds to experts' weights.
     """
 
     path: str
@@ -107,6 +118,7 @@ class FFN:
     layout: Layout | None
     activation: str | None
     dtype: torch.dtype
+    adapted: bool = False
 
     @property
     def experts(self) -> int:
@@ -201,9 +213,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation") and (
-        not isinstance(module, nn.MultiheadAttention)
-    )
+    places = ("transformers.activations", "torch.nn.modules.activation")
+    known = type(module) in ACTIVATION_NAMES or type(module).__module__ in places
+    return known and not isinstance(module, nn.MultiheadAttention)
 
 
 def infer_layout(module: nn.Module) -> Layout | None:
@@ -212,6 +224,11 @@ def infer_layout(module: nn.Module) -> Layout | None:
     for layout in REGISTERED:
         if all(name in children for name in layout.names):
             return layout
+    if type(module).__name__ in FUNCTIONAL:
+        return FUNCTIONAL[type(module).__name__][0]
+    # A mixer of tokens, as Mamba's.
+    if any(isinstance(child, nn.modules.conv._ConvNd) for child in children.values()):
+        return None
     linear = {name: size for name, child in children.items() if (size := features(child))}
     acting = [name for name, child in children.items() if _is_activation(child)]
     if len(acting) != 1:
@@ -248,6 +265,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = outer.module
         if inner is None and hasattr(outer, "get_base_model") and hasattr(outer, "peft_config"):
             inner = outer.get_base_model()
+        if inner is None and type(outer).__name__ == "PeftMixedModel":
+            inner = outer.base_model.model
         if inner is None:
             return model
         model = inner
@@ -257,7 +276,26 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """Find the part of ``model`` that the text goes through: the decoder, or the model itself without one."""
     model = unwrapped(model)
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    # Some models call their head so.
+    if isinstance(decoder, nn.Module) and features(decoder):
+        decoder = getattr(model, "base_model", model)
     return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _outside(decoder: nn.Module) -> set[nn.Module]:
+    """The modules in a decoder that texts do not go through: those of towers, and what PEFT replaces."""
+    outside: set[nn.Module] = set()
+    for module in decoder.modules():
+        if isinstance(module, PreTrainedModel) and module is not decoder:
+            takes = getattr(module, "input_modalities", "text")
+            if module.main_input_name != "input_ids" or "text" not in takes:
+                outside.update(module.modules())
+        if type(module).__name__ == "ModulesToSaveWrapper":
+            wrapper: Any = module
+            parts = {None: wrapper.original_module, **wrapper.modules_to_save}
+            used = None if wrapper.disable_adapters else wrapper.active_adapters[0]
+            outside.update(m for name, part in parts.items() if name != used for m in part.modules())
+    return outside
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -268,7 +306,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             but is not understood.
     """
     model = unwrapped(model)
-    inside = set(decoder_of(model).modules())
+    decoder = decoder_of(model)
+    inside = set(decoder.modules()) - _outside(decoder)
     dtype = getattr(model, "dtype", torch.float32)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -287,10 +326,11 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             found[path] = module, None, plain or None
         elif layout := infer_layout(module):
             acting = getattr(module, layout.activation) if layout.activation else None
+            named = FUNCTIONAL.get(type(module).__name__, (None, None))[1]
             # A mask at an activation that several FFNs share would mask them all.
             if layout.up and not layout.gate and parents[acting] > 1:
                 acting = None
-            found[path] = module, layout, activation_name(acting)
+            found[path] = module, layout, named or activation_name(acting)
         elif not isinstance(module, nn.modules.conv._ConvNd):
             _refuse_unknown_experts(path, module)
             if _looks_like_ffn(module):
@@ -312,9 +352,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             "of an FFN among its children; describe its FFNs with neumuter.register_family(down=..., "
             "up=..., gate=..., activation=...). Modules with projections are: " + _classes(model)
         )
-    # Compiled layers have one more name in their paths.
     return [
-        FFN(path.replace("._orig_mod", ""), layer, *parts, dtype)
+        FFN(ADDED_TO_PATHS.sub("", path), layer, *parts, dtype, ".base_layer" in path)
         for layer, (path, parts) in enumerate(kept.items())
     ]
 
@@ -331,11 +370,11 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def _looks_like_ffn(module: nn.Module) -> bool:
-    """Whether its projections expand and contract again, as an FFN's do."""
+    """Whether its projections expand and then contract again, as an FFN's do."""
     sizes = [size for child in module.children() if (size := features(child))]
-    if len(sizes) not in (2, 3) or any(w in type(module).__name__ for w in ("Attention", "Mamba", "Mixer")):
+    if len(sizes) not in (2, 3) or any(word in type(module).__name__ for word in OTHERS):
         return False
-    for width, hidden in sizes:
+    for width, hidden in sizes[1:]:
         others = {size for size in sizes if size != (width, hidden)}
         if width > hidden and others in ({(hidden, width)}, {(hidden, 2 * width)}):
             return True
@@ -349,8 +388,11 @@ def _gates_plainly(experts: nn.Module) -> bool:
 
 
 def _refuse_unknown_experts(path: str, module: nn.Module) -> None:
+    if any(word in type(module).__name__ for word in OTHERS):
+        return
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1:
+        # Square ones are the blocks of a block-diagonal matrix.
+        if parameter.dim() == 3 and 1 < min(parameter.shape[1:]) < max(parameter.shape[1:]):
             raise ValueError(
                 f"{path}, a {type(module).__name__}, holds the 3-dimensional weight {name}, "
                 f"{tuple(parameter.shape)}, as experts do, but not through transformers' experts interface "

@@ -84,5 +84,7 @@ def fold_columns(weight: Tensor, layer: MutedLayer) -> None:
 
 
 def _is_view(weight: Tensor, ffn: FFN) -> bool:
+    if ffn.adapted:
+        return False
     parameters = [ffn.down.weight] if ffn.layout else [ffn.module.down_proj]
     return any(weight.data_ptr() == p.data_ptr() for p in parameters if type(p) is torch.nn.Parameter)
