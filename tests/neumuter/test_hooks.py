@@ -7,7 +7,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from neumuter import MaskedGatedMLP, MaskedMLP
-from neumuter.models.families import activation_name
+from neumuter.models.ffn import activation_name
 from tests.models import HIDDEN, WIDTH
 
 LLAMA = LlamaConfig(hidden_size=HIDDEN, intermediate_size=WIDTH)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.integrations.moe import _grouped_linear
 
-from neumuter.models.families import FFN
+from neumuter.models.ffn import FFN
 from neumuter_kernels import masked_act, masked_glu
 
 # The name of the Gates among a seam's children.

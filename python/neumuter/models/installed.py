@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from neumuter.models.families import FFN, decoder_of, input_device
+from neumuter.models.families import decoder_of, input_device
+from neumuter.models.ffn import FFN
 from neumuter.models.hooks import CHILD, Gates, seam_module
 from neumuter.models.seams import can_run, run_eagerly
 

@@ -7,7 +7,7 @@ from transformers import GPTNeoConfig, PreTrainedConfig
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from neumuter.models.families import activation_name
+from neumuter.models.ffn import activation_name
 from neumuter.models.hooks import Mask, masked_act_of, masked_glu_of
 
 

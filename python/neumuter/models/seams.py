@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
-from neumuter.models.families import FFN, input_device, unwrapped
+from neumuter.models.families import input_device, unwrapped
+from neumuter.models.ffn import FFN
 from neumuter.models.hooks import Mask, masked_act_of, run_seam
 from neumuter.models.modes import without_dropout
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from neumuter.models.families import FFN
+from neumuter.models.ffn import FFN
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from neumuter.models.families import FFN, find_ffns, unwrapped
+from neumuter.models.families import find_ffns, unwrapped
+from neumuter.models.ffn import FFN
 from neumuter.models.installed import refuse_wrapped
 from neumuter.mutes.fingerprint import TOLERANCE, distance, sketches
 from neumuter.mutes.mute_set import SKETCHES, MuteSet

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from neumuter.files import PathLike, new_folder
-from neumuter.models.families import FFN, input_device, unwrapped
+from neumuter.models.families import input_device, unwrapped
+from neumuter.models.ffn import FFN
 from neumuter.models.modes import without_dropout
 from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.families import FFN, decoder_of, find_ffns, unwrapped
+from neumuter.models.families import decoder_of, find_ffns, unwrapped
+from neumuter.models.ffn import FFN
 from neumuter.models.hooks import Gates, forward_with_gates
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.mutes.matching import fitting_ffns

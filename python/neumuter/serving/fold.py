@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from neumuter.models.families import FFN, find_ffns
+from neumuter.models.families import find_ffns
+from neumuter.models.ffn import FFN
 from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes

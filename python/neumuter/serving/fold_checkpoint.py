@@ -23,7 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from neumuter.files import PathLike, new_folder, refuse_taken
-from neumuter.models.families import FFN, find_ffns
+from neumuter.models.families import find_ffns
+from neumuter.models.ffn import FFN
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.fold import down_name, fold_columns, folded_once

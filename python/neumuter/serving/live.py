@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.families import FFN
+from neumuter.models.ffn import FFN
 from neumuter.models.hooks import Gates, Mask, forward_with_gates, masked_act_of
 from neumuter.models.installed import Installed
 from neumuter.models.seams import choose_seams

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neumuter.models.families import FFN, find_ffns, unwrapped
+from neumuter.models.families import find_ffns, unwrapped
+from neumuter.models.ffn import FFN
 from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes

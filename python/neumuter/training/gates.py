@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.families import FFN
+from neumuter.models.ffn import FFN
 from neumuter.models.hooks import Gates, Mask
 from neumuter_kernels import hard_concrete
 

@@ -1,0 +1,172 @@
+"""One FFN of a model: its layout, its sizes, and where its neurons are."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import activations
+from transformers.models.bloom.modeling_bloom import BloomGelu
+from transformers.pytorch_utils import Conv1D
+
+# Keys are exact types, because a subclass may compute something else.
+ACTIVATION_NAMES = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.AccurateGELUActivation: "gelu_tanh",
+    BloomGelu: "gelu_tanh",
+    nn.ReLU: "relu",
+    activations.ReLUSquaredActivation: "relu2",
+}
+
+
+def activation_name(module: object) -> str | None:
+    """Name an activation module as the kernels do: silu, gelu, gelu_tanh, relu or relu2; None for others."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return ACTIVATION_NAMES.get(type(module))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the children that make a module an FFN.
+
+    down: the down projection. up: the up projection, and gate the gate projection of a gated FFN; or gate_up:
+    one projection that makes both, the gate in the first half of its output. activation: the module of the
+    activation function, if there is one.
+    """
+
+    down: str
+    up: str | None = None
+    gate: str | None = None
+    gate_up: str | None = None
+    activation: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [n for n in (self.gate, self.up, self.gate_up, self.down, self.activation) if n]
+
+
+class Experts(Protocol):
+    """The attributes of modules that follow transformers' experts interface."""
+
+    num_experts: int
+    down_proj: Tensor
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One FFN of a model.
+
+    path: of the module in the model. layer: its position among all FFNs of the model, from 0. layout: of a
+    dense FFN; None for experts, whose neurons are counted expert after expert. activation: the kernels' name
+    of it, None if they do not have it. dtype: of the hidden states. adapted: PEFT adds to experts' weights.
+    """
+
+    path: str
+    layer: int
+    module: nn.Module
+    layout: Layout | None
+    activation: str | None
+    dtype: torch.dtype
+    adapted: bool = False
+
+    @property
+    def experts(self) -> int:
+        """The number of experts; 1 for a dense FFN."""
+        return 1 if self.layout else self._experts.num_experts
+
+    @property
+    def _experts(self) -> "Experts":
+        return cast(Experts, self.module)
+
+    @property
+    def down(self) -> nn.Module:
+        """The down projection of a dense FFN, a module."""
+        assert self.layout is not None
+        down: nn.Module = getattr(self.module, self.layout.down)
+        return down
+
+    @property
+    def width(self) -> int:
+        """The number of neurons: F, or E·F for E experts. Read from the projection, not from the config."""
+        if self.layout:
+            return cast(tuple[int, int], features(self.down))[0]
+        return self._experts.down_proj.shape[1 if self._experts.is_transposed else 2] * self.experts
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The device mesh over which tensor parallelism splits the neurons, or None."""
+        weight: Any = getattr(self.down, "weight", None) if self.layout else self._experts.down_proj
+        splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
+        # FSDP splits along dimension 0, and gathers before a forward.
+        if not splits or splits == [0]:
+            return None
+        if not self.layout or splits != [1]:
+            raise ValueError(
+                f"the neurons of {self.path} are split along dimensions {splits}, which masks cannot follow"
+            )
+        mesh: DeviceMesh = weight.device_mesh
+        return mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the neurons are computed."""
+        places = self.down.parameters() if self.layout else [self._experts.down_proj]
+        tensors = [*places, *(self.down.buffers() if self.layout else [])]
+        found = next((t.device for t in tensors if t.device.type != "meta"), None)
+        # Accelerate's hook knows where offloaded weights are loaded to.
+        hook = getattr(self.down if self.layout else self.module, "_hf_hook", None)
+        return found or torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+    @property
+    def down_weight(self) -> Tensor | None:
+        """A view of the down projection's weight as [d, E, F], or None if it is not one plain matrix.
+
+        d is the hidden size, E the number of experts (1 if dense), F the intermediate size. Quantised
+        weights, adapters around a projection, and weights that are offloaded have no such view.
+        """
+        if not self.layout:
+            weight = _plain(self._experts.down_proj)
+            order = (2, 0, 1) if self._experts.is_transposed else (1, 0, 2)
+            return None if weight is None else weight.permute(order)
+        if not isinstance(self.down, nn.Linear | Conv1D) or hasattr(self.down, "base_layer"):
+            return None
+        weight = _plain(self.down.weight)
+        if weight is None:
+            return None
+        return (weight.T if isinstance(self.down, Conv1D) else weight)[:, None]
+
+
+def _plain(weight: Any) -> Tensor | None:
+    """A floating-point tensor in memory, detached; gathered if it is sharded; None for anything else."""
+    plain: Tensor
+    if hasattr(weight, "full_tensor"):
+        plain = weight.detach().full_tensor()
+        return plain
+    # DeepSpeed's ZeRO-3 marks its parameters so.
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            plain = weight.detach().clone()
+            return plain
+    usual = type(weight) in (torch.Tensor, nn.Parameter)
+    return weight.detach() if usual and weight.is_floating_point() and not weight.is_meta else None
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Find (inputs, outputs) of a linear projection of any kind, plain, quantised or adapted; else None."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (inputs, outputs) if type(inputs) is int and type(outputs) is int else None
