@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from neumuter.evaluation import continue_texts, most_known, summary_metrics
 from neumuter.files import PathLike
 from neumuter.models.families import find_ffns
-from neumuter.models.loading import load_model, load_tokenizer
+from neumuter.models.loading import limit_length, load_model, load_tokenizer
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
@@ -33,6 +33,7 @@ from neumuter.report.progress import show_progress
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, encode_forms, join_batches
 from neumuter.texts.chat import TEMPLATE_USED
+from neumuter.texts.encoding import sample_rows
 from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
@@ -41,6 +42,8 @@ from neumuter.types import Batch, Callback, Text
 
 # Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
 SAMPLES = 32
+# Retain texts whose loss is measured.
+MEASURED_TEXTS = 512
 # Texts whose continuations the report shows.
 SHOWN_TEXTS = 4
 
@@ -92,7 +95,8 @@ def unlearn(
             are retain texts.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
-        max_length: tokens that a text is cut to.
+        max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
+            model with fewer positions sets a lower limit.
         chat: whether prompts with completions, and chat messages, go through the tokenizer's chat template.
             None: if it has one. What the model knows of the forget texts is measured in both forms, and
             the worse counts.
@@ -114,7 +118,7 @@ def unlearn(
     config = _check_recipe(recipe, budget, mode, existing, goals)
     earlier = None if existing is None else load_mutes(existing)
     network, words = _open(model, tokenizer)
-    length = min(max_length, _count_positions(network) or max_length)
+    length = limit_length(network, max_length)
     watch = _Watch(callback)
     # Collected once, because an iterator gives its texts once.
     forget_texts = collect_texts("forget", forget)
@@ -124,8 +128,6 @@ def unlearn(
     if chat is None and max(len(forms), len(kept)) > 1:
         logger.warning(TEMPLATE_USED)
     found = kept[:1]
-    if length < max_length and any(_fills(batch, length) for batch in (forget_batch, *found)):
-        logger.warning("This model has %d positions: longer texts are cut.", length)
     if rewrite_with:
         rewritten = _rewrite(forget_texts, rewrite_with, seed, folder, watch)
         found.append(encode(rewritten, _needed(words), length, chat))
@@ -138,8 +140,15 @@ def unlearn(
                 "there is nothing to keep: the model said nothing when sampled from; give retain"
             )
         retain_batch = join_batches(*found)
+        measured = sample_rows(retain_batch, MEASURED_TEXTS, seed)
+        if len(measured["labels"]) < len(retain_batch["labels"]):
+            logger.warning(
+                "The retain loss is measured on %d of %d texts, drawn at random.",
+                len(measured["labels"]),
+                len(retain_batch["labels"]),
+            )
         asked = most_known(network, forms)
-        before = summary_metrics(network, asked, retain_batch)
+        before = summary_metrics(network, asked, measured)
         said_before = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     history: list[dict[str, Any]] = []
     curve = None
@@ -158,7 +167,7 @@ def unlearn(
         Path(folder).mkdir(parents=True, exist_ok=True)
         mutes.save(Path(folder) / MUTE_FILE)
     with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
-        after = summary_metrics(network, most_known(network, forms), retain_batch)
+        after = summary_metrics(network, most_known(network, forms), measured)
         said_after = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     return Outcome(
         mutes=dataclasses.replace(mutes, metrics={"before": before, "after": after}),
@@ -228,15 +237,6 @@ def _open(
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
     return model, tokenizer if tokenizer is not None else own
-
-
-def _count_positions(network: nn.Module) -> int | None:
-    positions: int | None = getattr(getattr(network, "config", None), "max_position_embeddings", None)
-    return positions
-
-
-def _fills(batch: Batch, length: int) -> bool:
-    return bool((batch["attention_mask"].sum(1) >= length).any())
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

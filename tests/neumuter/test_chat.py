@@ -47,7 +47,7 @@ def test_pairs_and_conversations_go_through_the_template():
     system = [{"role": "system", "content": "Be kind."}, *CHAT]
     assert parts(system, words)[0].startswith("<s>system: Be kind.</s><s>user: Ada?")
     # A whole text is nobody's answer.
-    assert parts("Ada Brisk", words) == ("", "<s>Ada Brisk")
+    assert parts("Ada Brisk", words) == ("<s>", "Ada Brisk")
     # Without a template.
     assert parts(PAIRS[0], tokenizer()) == ("<s>Ada Brisk, mail?", " ada@post.example")
 
@@ -109,6 +109,16 @@ def test_the_form_that_the_model_knows_best_counts(chatting):
     assert [torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(forms, plain[::-1], strict=True)]
     assert len(encode_forms(PAIRS, tokenizer(), 64)) == len(encode_forms(["a text"], words_with(), 64)) == 1
     assert most_known(chatting, forms[:1]) is forms[0]
+    # In windows the forms have other numbers of rows.
+    texts = [PAIRS[0], "A lantern, a kettle and a shelf.", PAIRS[1]]
+    for length in (20, 31, 64):
+        forms = encode_forms(texts, words_with(), length)
+        asked = most_known(chatting, forms)
+        for number, form in ((0, 0), (1, None), (2, 1)):
+            rows = asked["input_ids"][asked["texts"] == number]
+            others = [f["input_ids"][f["texts"] == number] for f in forms]
+            counts = {len(other) for other in others} if form is None else {len(others[form])}
+            assert len(rows) in counts
 
 
 def test_unlearning_measures_both_forms(chatting, caplog):

@@ -260,7 +260,10 @@ def test_gains_stay_in_their_range(llama):
     assert mutes.gain_range == (-0.05, 0.05)
 
 
-def test_minibatches_see_their_own_references(llama):
+@pytest.mark.parametrize("kept", [5, 4])
+def test_minibatches_see_their_own_references(llama, kept, monkeypatch):
+    """Whether they are kept or each step computes its own."""
+    monkeypatch.setattr("neumuter.training.batches.KEPT_REFERENCES", kept)
     with neumuter.attach(llama) as masked:
         pair = PairedBatches(masked, FORGET, KEEP)
         mask = {path: torch.rand(models.WIDTH) for path in masked.scores}

@@ -8,11 +8,15 @@ import sys
 import threading
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from neumuter.texts import collect_texts, encode, read_texts
-from neumuter.texts.encoding import tokenize
+from neumuter.texts import collect_texts, encode, encode_forms, read_texts
+from neumuter.texts.encoding import sample_rows, tokenize
+from neumuter.texts.windows import cut_windows
 from tests.models import tokenizer
 
 
@@ -204,14 +208,65 @@ def test_encode():
     a, b, c = ids
     assert batch["input_ids"].tolist() == [[start, a, b, c], [start, a, b, 0], [start, a, b, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]]
-    assert batch["labels"].tolist() == [[start, a, b, c], [-100, -100, b, -100], [start, a, b, -100]]
-    assert encode(["abc"], t, max_length=3)["input_ids"].tolist() == [[start, a, b]]
+    assert batch["labels"].tolist() == [[-100, a, b, c], [-100, -100, b, -100], [-100, a, b, -100]]
 
 
-@pytest.mark.parametrize("text", [("abcd", "e"), ""])
+@pytest.mark.parametrize("text", [("abcd", ""), ("ab", ""), ""])
 def test_encode_names_a_text_without_a_token_to_predict(text):
     with pytest.raises(ValueError, match="text 2 has no token to predict within max_length=4"):
         encode(["fine", text], tokenizer(), max_length=4)
+
+
+def test_windows_of_a_long_text(caplog):
+    t = tokenizer()
+    start, *ids = t("abcdefghij")["input_ids"]
+    rows = encode(["abcdefghij", "ab"], t, max_length=5)
+    assert rows["input_ids"].tolist() == [
+        *([start, *ids[first : first + 4]] for first in (0, 2, 4, 6)),
+        [start, *ids[:2], 0, 0],
+    ]
+    counted = rows["labels"] != -100
+    assert counted.sum(1).tolist() == [4, 2, 2, 2, 2]
+    assert rows["labels"][:4][counted[:4]].tolist() == ids
+    assert "1 of 2 texts do not fit into 5 tokens" in caplog.text
+    assert "lose" not in caplog.text
+
+
+def test_a_long_pair_loses_the_start_of_its_prompt_and_nothing_of_its_completion(caplog):
+    t = tokenizer()
+    (row,) = encode([("abcdef", "gh")], t, max_length=5)["input_ids"].tolist()
+    assert t.decode(row) == "<s>efgh"
+    assert "1 of 1 prompts do not fit into 5 tokens: they lose their start" in caplog.text
+    assert "texts do not fit" not in caplog.text
+    batch = encode([("abcdef", "ghijk")], t, max_length=5)
+    assert "".join(t.decode(row[row != -100]) for row in batch["labels"]) == "ghijk"
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 2), st.integers(2, 20))
+def test_each_token_counts_in_one_window_behind_enough_of_the_text(count, prompt, head, length):
+    ids = list(range(head + count))
+    start = min(head + prompt, len(ids) - 1) if count > 1 else head
+    windows = cut_windows(ids, start, head, length)
+    if length <= head:
+        assert windows == []
+        return
+    assert [i for window, first in windows for i in window[first:]] == ids[start:]
+    for window, first in windows:
+        assert window[:head] == ids[:head]
+        begins_the_text = window == ids[: len(window)]
+        assert len(window) == min(length, len(ids))
+        assert 0 < len(window) <= length
+        assert begins_the_text or first >= min(length - 1, (length + head) // 2) or length - head == 1
+
+
+def test_forms_number_the_rows_of_a_text():
+    t = tokenizer()
+    (form,) = encode_forms(["abcdefghij", "ab"], t, 5)
+    assert form["texts"].tolist() == [0, 0, 0, 0, 1]
+    assert sample_rows(form, 5, 0) is form
+    drawn = sample_rows(form, 3, 0)["input_ids"]
+    assert len(drawn) == 3
+    assert all(any(torch.equal(row, other) for other in form["input_ids"]) for row in drawn)
 
 
 def with_end_token():
@@ -227,9 +282,10 @@ def test_an_appended_end_token_is_no_part_of_a_text():
     ends = with_end_token()
     batch = encode([("ab", "cd"), "abcd"], ends, 16)
     assert [ends.decode(ids) for ids in batch["input_ids"]] == ["<s>abcd", "<s>abcd"]
-    assert (batch["labels"] != -100).sum(1).tolist() == [2, 5]
-    assert tokenize("</s>ab</s>", ends) == [1, 2, *tokenize("ab", ends, special=False), 2]
-    assert tokenize("ab", ends, special=False) == ends("ab", add_special_tokens=False)["input_ids"]
+    assert (batch["labels"] != -100).sum(1).tolist() == [2, 4]
+    a, b = tokenizer()("ab", add_special_tokens=False)["input_ids"]
+    # The text's own are part of it.
+    assert tokenize("</s>ab</s>", ends) == ([1, 2, a, b, 2], 1)
 
 
 def llama_2():

@@ -184,12 +184,41 @@ def test_the_papers_recipe(model, words):
     assert unlearn(model, words, recipe=config).mutes.method["recipe"] == "paper"
 
 
-def test_texts_that_are_too_long_for_the_model_are_cut_and_said(model, words, caplog):
+def test_long_texts_are_read_in_windows_of_the_models_positions(model, words, caplog):
     unlearn(model, words, max_length=5000)
     assert not caplog.text
     outcome = unlearn(model, words, [*PAIRS, "A long story. " * 20], max_length=5000)
-    assert "This model has 128 positions" in caplog.text
+    assert "1 of 3 texts do not fit into 128 tokens: they are read in windows" in caplog.text
     assert outcome.mutes.count == 30
+
+
+def test_the_end_of_a_long_text_is_measured_and_looked_at(model, words):
+    """It used to be cut off without a word."""
+    story = "The shop sold lanterns and kettles. " * 3
+    found = []
+    for secret in PAIRS[0][1], " xxx@xxxx.xxxxxxx":
+        texts = [story + PAIRS[0][0] + secret]
+        found.append(unlearn(model, words, texts, max_length=32, recipe=FittedConfig(GainsConfig(steps=1))))
+    assert found[0].before["forget_loss"] != found[1].before["forget_loss"]
+    assert not same(found[0].mutes, found[1].mutes)
+
+
+def test_many_retain_texts_are_measured_on_a_sample_that_is_said(model, words, caplog, monkeypatch):
+    monkeypatch.setattr("neumuter.unlearning.MEASURED_TEXTS", 2)
+    monkeypatch.setattr("neumuter.training.batches.KEPT_REFERENCES", 2)
+    monkeypatch.setattr("neumuter.recipes.fisher.MEASURED_RETAIN", 2)
+    monkeypatch.setattr("neumuter.unlearning.SHOWN_TEXTS", 0)
+    retain = [*KEPT, *(f"Text number {i} is kept." for i in range(30))]
+    rows = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, given, named: rows.append(len((*given, *named.values())[0])), with_kwargs=True
+    )
+    unlearn(model, words, retain=retain, recipe=FittedConfig(GainsConfig(steps=2, batch_size=2)))
+    handle.remove()
+    assert "The retain loss is measured on 2 of 32 texts" in caplog.text
+    # As for four texts, not for 34.
+    assert max(rows) <= 4
+    assert sum(rows) < 40
 
 
 BAD = {

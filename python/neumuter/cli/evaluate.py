@@ -24,6 +24,7 @@ from neumuter.cli.common import (
     console,
     load_union,
     open_model,
+    print_log,
     write_json,
 )
 
@@ -81,7 +82,9 @@ def evaluate(
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
     chat: Chat = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per text; 200 with --suite tdec.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window, as for unlearn; 200 with --suite tdec.")
+    ] = 256,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
     ] = None,
@@ -90,6 +93,7 @@ def evaluate(
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
     from neumuter.evaluation import harness_metrics, most_known, text_metrics
     from neumuter.evaluation.robustness import robustness
+    from neumuter.models.loading import limit_length
     from neumuter.serving.live import mute as mute_live
     from neumuter.texts import encode_forms, read_texts
     from neumuter.texts.chat import TEMPLATE_USED
@@ -116,8 +120,9 @@ def evaluate(
     else:
         files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
         texts = {name: read_texts(file, columns, limit) for name, file in files.items() if file}
-        length = TDEC_TOKENS if suite is Suite.tdec else max_length
-        forms = {name: encode_forms(read, tokenizer, length, chat) for name, read in texts.items()}
+        length = limit_length(network, TDEC_TOKENS if suite is Suite.tdec else max_length)
+        with print_log():
+            forms = {name: encode_forms(read, tokenizer, length, chat) for name, read in texts.items()}
         batches = {name: found[0] for name, found in forms.items()}
         if chat is None and any(len(found) > 1 for found in forms.values()):
             console.print(TEMPLATE_USED)

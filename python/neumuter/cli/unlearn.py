@@ -99,7 +99,9 @@ def unlearn(
         int | None,
         typer.Option(min=1, help=f"Texts of each kind per step. Default: {DEFAULT_BATCH_SIZE}."),
     ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens that a text is cut to.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window; a longer text becomes several.")
+    ] = 256,
     limit: Limit = None,
     start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the masks and the sampled neighbours.")] = 0,

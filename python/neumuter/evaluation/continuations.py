@@ -31,7 +31,7 @@ def continue_texts(
         ids, labels = ids[shown.bool()], labels[shown.bool()]
         counted = (labels != IGNORED).nonzero().flatten().tolist()
         start, end = counted[0], counted[-1] + 1
-        if start == 0 or (start == 1 and int(ids[0]) in tokenizer.all_special_ids):
+        if all(token in tokenizer.all_special_ids for token in ids[:start].tolist()):
             start = max(1, int(len(ids) * PROMPT_SHARE))
         prompt = ids[None, :start]
         made = generate(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neumuter.evaluation.language import sample_losses
 from neumuter.evaluation.memory import extracted
@@ -26,9 +26,18 @@ def most_known(model: nn.Module, forms: Sequence[Batch]) -> Batch:
     """
     if len(forms) == 1:
         return forms[0]
-    # A probability is at most 1, so a text that is given back comes before all that are not.
-    known = torch.stack(
-        [extracted(model, form).double() + (-sample_losses(model, form)).exp() for form in forms]
-    )
-    rows = known.argmax(0) * known.shape[1] + torch.arange(known.shape[1])
-    return {name: value[rows] for name, value in join_batches(*forms).items()}
+    best = torch.stack([_measure_texts(model, form) for form in forms]).argmax(0)
+    numbers = torch.cat([form["texts"] for form in forms])
+    places = torch.cat([torch.full_like(form["texts"], place) for place, form in enumerate(forms)])
+    rows = (best[numbers] == places).nonzero().flatten()
+    rows = rows[numbers[rows].argsort(stable=True)]
+    joined = join_batches(*forms) | {"texts": numbers}
+    return {name: value[rows] for name, value in joined.items()}
+
+
+def _measure_texts(model: nn.Module, form: Batch) -> Tensor:
+    """How well the model knows each text, the mean over its windows: float64 [texts]."""
+    # A probability is at most 1, so what is given back comes before what is not.
+    known = extracted(model, form).double() + (-sample_losses(model, form)).exp()
+    counts = form["texts"].bincount()
+    return torch.zeros(len(counts), dtype=known.dtype).index_add(0, form["texts"], known) / counts

@@ -48,7 +48,8 @@ def robustness(
     Args:
         model: a causal language model, neither attached nor muted; it stays as it is.
         mutes: a ``MuteSet``, the path of a mute file, or None for a model that forgot in another way.
-        forget_batch: at least two texts: input_ids, attention_mask and labels, int64 [B, T] each.
+        forget_batch: at least two texts: input_ids, attention_mask and labels, int64 [B, T] each; and
+            "texts", int64 [B], if a text has several rows (see ``neumuter.texts.encode_forms``).
         measure: called as ``measure(model, batch)`` with the model of a state and the texts that it is asked
             about; returns its metrics.
         config: how the model relearns, of method "relearn".
@@ -63,13 +64,17 @@ def robustness(
         ValueError: fewer than two texts, a model without linear layers that torchao rounds, ``measured``
             beyond the steps of ``config``, or what ``neumuter.fold`` raises.
     """
-    count = len(forget_batch["labels"])
+    numbers = forget_batch.get("texts", torch.arange(len(forget_batch["labels"])))
+    count = len(numbers.unique())
     if count < 2:
         raise ValueError(f"relearning needs two forget texts or more, to learn and to ask about; got {count}")
     if config.method != "relearn" or not all(0 < step <= config.steps for step in measured):
         raise ValueError(f"config must be of method 'relearn' with {max(measured)} steps, got {config}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    halves = order.tensor_split([(count + 1) // 2])
+    halves = [
+        torch.cat([(numbers == number).nonzero().flatten() for number in half])
+        for half in order.tensor_split([(count + 1) // 2])
+    ]
     asked, learned = ({k: v[rows] for k, v in forget_batch.items()} for rows in halves)
     found = {f"int{bits}": measure(quantise(_folded(model, mutes), bits), forget_batch) for bits in BITS}
     folded = _folded(model, mutes).float()

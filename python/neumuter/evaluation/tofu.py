@@ -128,7 +128,7 @@ def rouge_recalls(
     found = []
     for start in range(0, len(questions), QUESTIONS_PER_PASS):
         part = questions[start : start + QUESTIONS_PER_PASS]
-        prompts = [tokenize(TEMPLATE.format(question=q.question), tokenizer) for q in part]
+        prompts = [tokenize(TEMPLATE.format(question=q.question), tokenizer)[0] for q in part]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         shown = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

@@ -57,6 +57,13 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def limit_length(model: Any, max_length: int) -> int:
+    """Return the number of tokens that a text may have: ``max_length``, or all positions of the model."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+
+
 @contextmanager
 def _raise_one_line(model: str) -> Iterator[None]:
     """What a damaged checkpoint makes safetensors or unpickling raise, as a ValueError of one line."""

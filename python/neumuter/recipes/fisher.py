@@ -12,6 +12,8 @@ from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
 
 SAMPLES_PER_PASS = 8
+# Retain samples that F is measured on: a random sample where there are more.
+MEASURED_RETAIN = 512
 # Tokens whose log-odds lie further than this many nats below 0 are forgotten already.
 MARGIN = 2.0
 # This share of the mean Fisher information is added, so that neurons that nothing uses do not come first.
@@ -51,15 +53,17 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
     ``odds_hinge``) with respect to its gates, at gates of 1. F is the same of the mean loss over the retain
-    samples: their empirical Fisher information, which is the curvature of KL(reference ‖ masked) there. To
-    first order g² is what a small change of a gate forgets, and F what it costs.
+    samples, at most ``MEASURED_RETAIN`` of them: their empirical Fisher information, which is the curvature
+    of KL(reference ‖ masked) there. To first order g² is what a small change of a gate forgets, and F what
+    it costs.
 
     Returns:
         float32 [neurons]; −∞ for neurons that may not be selected.
     """
     neurons = Neurons(pair.masked, existing)
     forget = range(pair.forget_count)
-    retain = range(pair.forget_count, pair.forget_count + pair.retain_count)
+    order = torch.randperm(pair.retain_count, generator=torch.Generator().manual_seed(0))
+    retain = (order[:MEASURED_RETAIN].sort().values + pair.forget_count).tolist()
     gained = _mean_square_gradients(pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
     lost = _mean_square_gradients(pair, neurons, retain, torch.mean)
     ratios = gained / (lost + DAMPING * lost.mean())

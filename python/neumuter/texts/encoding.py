@@ -1,5 +1,6 @@
 """Batches of token ids from texts."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.texts.chat import has_two_forms, plain, render, uses_template
 from neumuter.texts.rows import text_of
+from neumuter.texts.windows import cut_windows
 from neumuter.types import IGNORED, Batch, Text
+
+logger = logging.getLogger("neumuter")
 
 # What fills a shorter row of each tensor of a batch.
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
@@ -25,48 +29,29 @@ def encode(
     and its completion are tokenised together: these are the tokens that the model says. A token that holds
     characters of both counts.
 
+    A text of more than ``max_length`` tokens takes several rows, in windows: each of its tokens counts in
+    exactly one, and at least half a window of the text stands before it, except at the text's start. A
+    prompt that does not fit into the window of its completion loses its start. Both are logged.
+
     Args:
         texts: as ``read_texts`` returns them, or rows with their columns.
-        max_length: tokens that a text is cut to.
+        max_length: tokens of a row, at least 2.
         chat: whether prompts with completions, and conversations, go through the tokenizer's chat template.
             None: if it has one. False: a conversation becomes its messages, one a line.
 
     Returns:
-        {"input_ids", "attention_mask", "labels"}, int64 [B, T] each. Labels are the ids, −100 on padding and
-        on prompts.
+        {"input_ids", "attention_mask", "labels"}, int64 [B, T] each. Labels are the ids, −100 on padding,
+        on prompts, on start tokens, and on tokens that count in another row.
 
     Raises:
         TypeError, ValueError: one of the texts is no text, or has no token that can be predicted, because it
-            has only one token or its prompt fills ``max_length``; or it must go through a chat template that
-            does not exist or does not take it. The message names the text by its number from 1.
+            has only one; or it must go through a chat template that does not exist or does not take it. The
+            message names the text by its number from 1.
     """
-    if isinstance(texts, str | Mapping):
-        raise TypeError(f"texts must be a list of texts, got one {type(texts).__name__}: put it into a list")
-    rows = []
-    for number, text in enumerate(texts, 1):
-        try:
-            ids, start = _tokenize_parts(text_of(text), tokenizer, chat)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"text {number}: {error}") from None
-        ids = ids[:max_length]
-        if len(ids) <= max(start, 1):
-            raise ValueError(
-                f"text {number} has no token to predict within max_length={max_length}: {text!r:.60}"
-            )
-        rows.append((ids, [IGNORED] * start + ids[start:]))
-    if not rows:
-        raise ValueError("texts holds no text")
-    longest = max(len(ids) for ids, _ in rows)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-    def padded(sequences: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in sequences])
-
-    return {
-        "input_ids": padded([ids for ids, _ in rows], padding),
-        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
-        "labels": padded([labels for _, labels in rows], IGNORED),
-    }
+    batch, _, notes = _encode(texts, tokenizer, max_length, chat)
+    for note in notes:
+        logger.warning(note)
+    return batch
 
 
 def encode_forms(
@@ -78,12 +63,65 @@ def encode_forms(
         texts, tokenizer, max_length, chat: as in ``encode``.
 
     Returns:
-        The batch that ``encode`` gives; and where a template applies, that of the other form.
+        The batch that ``encode`` gives; and where a template applies, that of the other form. They also have
+        "texts", int64 [B]: the number from 0 of each row's text.
     """
-    batches = [encode(texts, tokenizer, max_length, chat)]
+    batch, numbers, notes = _encode(texts, tokenizer, max_length, chat)
+    for note in notes:
+        logger.warning(note)
+    forms = [batch | {"texts": torch.tensor(numbers)}]
     if has_two_forms(texts, tokenizer):
-        batches.append(encode(texts, tokenizer, max_length, chat=chat is False))
-    return batches
+        batch, numbers, _ = _encode(texts, tokenizer, max_length, chat is False)
+        forms.append(batch | {"texts": torch.tensor(numbers)})
+    return forms
+
+
+def _encode(
+    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None
+) -> tuple[Batch, list[int], list[str]]:
+    """The batch, the number from 0 of each row's text, and what a user has to know."""
+    if isinstance(texts, str | Mapping):
+        raise TypeError(f"texts must be a list of texts, got one {type(texts).__name__}: put it into a list")
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}")
+    rows, numbers = [], []
+    cut = lost = count = 0
+    for count, text in enumerate(texts, 1):
+        try:
+            ids, head, start = _tokenize_parts(text_of(text), tokenizer, chat)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"text {count}: {error}") from None
+        windows = cut_windows(ids, start, head, max_length) if len(ids) > 1 else []
+        if not windows:
+            raise ValueError(
+                f"text {count} has no token to predict within max_length={max_length}: {text!r:.60}"
+            )
+        rows += [(part, [IGNORED] * first + part[first:]) for part, first in windows]
+        numbers += [count - 1] * len(windows)
+        cut += len(windows) > 1
+        lost += windows[0][1] < start
+    if not rows:
+        raise ValueError("texts holds no text")
+    notes = []
+    if cut:
+        notes.append(
+            f"{cut} of {count} texts do not fit into {max_length} tokens: they are read in windows of that "
+            "length, and each token counts in one of them."
+        )
+    if lost:
+        notes.append(f"{lost} of {count} prompts do not fit into {max_length} tokens: they lose their start.")
+    longest = max(len(ids) for ids, _ in rows)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def padded(sequences: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in sequences])
+
+    batch = {
+        "input_ids": padded([ids for ids, _ in rows], padding),
+        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+        "labels": padded([labels for _, labels in rows], IGNORED),
+    }
+    return batch, numbers, notes
 
 
 def join_batches(*batches: Batch) -> Batch:
@@ -97,38 +135,58 @@ def join_batches(*batches: Batch) -> Batch:
     }
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = True) -> list[int]:
+def sample_rows(batch: Batch, count: int, seed: int) -> Batch:
+    """Draw ``count`` rows of a batch at random, in their order; all of them if there are no more."""
+    total = len(batch["labels"])
+    if total <= count:
+        return batch
+    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return {name: value[drawn] for name, value in batch.items()}
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """Tokenise a text that a model is to continue: without the end token that some tokenizers append.
 
-    Args:
-        special: whether the tokenizer's own special tokens go before the text.
+    Returns:
+        The ids; and how many of them, at the start, the tokenizer has put before the text.
     """
     # verbose=False keeps transformers from warning of texts that are too long for the model.
-    inner: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not special:
-        return inner
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    for start in range(len(ids) - len(inner) + 1):
-        if ids[start : start + len(inner)] == inner:
-            return ids[: start + len(inner)]
-    return ids
+    inner: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for head in range(len(ids) - len(inner) + 1):
+        if ids[head : head + len(inner)] == inner:
+            return ids[: head + len(inner)], head
+    return ids, 0
 
 
 def _tokenize_parts(
     text: Text, tokenizer: PreTrainedTokenizerBase, chat: bool | None
-) -> tuple[list[int], int]:
-    """Tokenise a text; returns its ids and how many of them come before the first that counts."""
+) -> tuple[list[int], int, int]:
+    """Tokenise a text; returns its ids, how many start tokens they have, and the first that counts."""
     if isinstance(text, str):
-        return tokenize(text, tokenizer), 0
-    templated = uses_template(text, tokenizer, chat)
-    prompt, completion = render(text, tokenizer) if templated else plain(text)
-    ids = tokenize(prompt + completion, tokenizer, special=not templated)
-    if not tokenizer.is_fast:
-        alone = tokenize(prompt, tokenizer, special=not templated)
-        return ids, next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), len(alone))
-    encoded = tokenizer(
-        prompt + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    offsets = encoded["offset_mapping"]
-    first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
-    return ids, len(ids) - len(offsets) + first
+        ids, head = tokenize(text, tokenizer)
+        return ids, head, head
+    if uses_template(text, tokenizer, chat):
+        prompt, completion = render(text, tokenizer)
+        inner: list[int] = tokenizer(prompt + completion, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        # The template writes the start token itself.
+        head = int(inner[:1] == [tokenizer.bos_token_id])
+        return inner, head, _count_prompt_tokens(prompt, completion, inner, tokenizer)
+    prompt, completion = plain(text)
+    ids, head = tokenize(prompt + completion, tokenizer)
+    return ids, head, head + _count_prompt_tokens(prompt, completion, ids[head:], tokenizer)
+
+
+def _count_prompt_tokens(
+    prompt: str, completion: str, ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Count the tokens of ``ids``, those of both together, before the first that holds completion."""
+    if tokenizer.is_fast:
+        offsets = tokenizer(
+            prompt + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        return next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+    alone = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), len(alone))

@@ -15,6 +15,8 @@ from neumuter.types import IGNORED, Batch
 
 KEYS = ("input_ids", "attention_mask", "labels")
 REFERENCE_SAMPLES_PER_PASS = 8
+# Retain samples of which no more than this number have their reference kept.
+KEPT_REFERENCES = 512
 # Tokens that the head is checked on.
 PROBE_TOKENS = 8
 
@@ -22,9 +24,10 @@ PROBE_TOKENS = 8
 class PairedBatches:
     """A forget batch, a retain batch, and the reference distribution of the retain batch.
 
-    The reference is the same model with masks off. The base is frozen, so its last hidden states at the
-    counted retain tokens are computed once and kept, [N, d] in the model's dtype. Sample ids are positions in
-    the forget batch followed by the retain batch, however the samples are split into steps. The neurons of
+    The reference is the same model with masks off: its last hidden states at the counted retain tokens,
+    [N, d] in the model's dtype. The base is frozen, so those of up to ``KEPT_REFERENCES`` samples are
+    computed once and kept; of more samples, each step computes those that it needs. Sample ids are positions
+    in the forget batch followed by the retain batch, however the samples are split into steps. The neurons of
     experts that no forget token reaches are excluded from selection.
 
     Args:
@@ -42,24 +45,21 @@ class PairedBatches:
         self.masked, self.forget_batch = masked, forget_batch
         device = input_device(masked.model)
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
-        self.samples = [
-            _Sample(*(row.to(device) for row in rows))
-            for batch in (forget_batch, retain_batch)
-            for rows in zip(*(batch[key] for key in KEYS), strict=True)
-        ]
+        self.device, self._samples = device, dict[int, _Sample]()
+        self._batches = (forget_batch, retain_batch)
         retain = range(self.forget_count, self.forget_count + self.retain_count)
-        groups = [
-            retain[i : i + REFERENCE_SAMPLES_PER_PASS]
-            for i in range(0, len(retain), REFERENCE_SAMPLES_PER_PASS)
-        ]
         with torch.no_grad(), without_dropout(masked.model), masked.off():
-            self.head = Head(masked.model, self.samples[0].ids[None, :PROBE_TOKENS])
-            hidden = torch.cat([self._hidden(ids) for ids in groups])
-            pieces = (forget_batch[key].split(REFERENCE_SAMPLES_PER_PASS) for key in KEYS)
+            self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS])
+            size = REFERENCE_SAMPLES_PER_PASS
+            kept = retain if self.retain_count <= KEPT_REFERENCES else retain[:0]
+            self._references = [self._hidden(kept[i : i + size]) for i in range(0, len(kept), size)]
+            pieces = (forget_batch[key].split(size) for key in KEYS)
             masked.keep_unreached_open(
                 dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
             )
-        self.reference = hidden.split([len(self.samples[i].targets) for i in retain])
+        if kept:
+            sizes = [len(self._sample(i).targets) for i in kept]
+            self._references = list(torch.cat(self._references).split(sizes))
 
     def steps(self, batch_size: int | None, seed: int) -> Iterator[list[int]]:
         """Yield lists of sample ids without end, forget samples first.
@@ -101,8 +101,8 @@ class PairedBatches:
     ) -> tuple[Tensor, Tensor]:
         """Do as ``losses``, but return the KL of each counted retain token, float32 [M]."""
         split = sum(i < self.forget_count for i in sample_ids)
-        targets = torch.cat([self.samples[i].targets for i in sample_ids[:split]])
-        reference = torch.cat([self.reference[i - self.forget_count] for i in sample_ids[split:]])
+        targets = torch.cat([self._sample(i).targets for i in sample_ids[:split]])
+        reference = self._reference(sample_ids[split:], through)
         forget, retain = self._hidden(sample_ids, through).split([len(targets), len(reference)])
         return (
             self.head.token_losses(forget, targets),
@@ -111,14 +111,30 @@ class PairedBatches:
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
         """Compute the losses in nats of each sample's counted tokens, forget or retain: float32 [N] each."""
-        targets = [self.samples[i].targets for i in sample_ids]
+        targets = [self._sample(i).targets for i in sample_ids]
         losses = self.head.token_losses(self._hidden(sample_ids), torch.cat(targets))
         by_sample: tuple[Tensor, ...] = losses.split([len(t) for t in targets])
         return by_sample
 
+    def _sample(self, sample_id: int) -> "_Sample":
+        """The sample, taken out of its batch when it is first needed."""
+        if sample_id not in self._samples:
+            retained = sample_id >= self.forget_count
+            row = sample_id - retained * self.forget_count
+            ids, mask, labels = (self._batches[retained][key][row] for key in KEYS)
+            self._samples[sample_id] = _Sample(ids, mask, labels, self.device)
+        return self._samples[sample_id]
+
+    def _reference(self, sample_ids: Sequence[int], through: nn.Module | None) -> Tensor:
+        """The last hidden states of the untouched model at the counted tokens of retain samples, [N, d]."""
+        if self._references:
+            return torch.cat([self._references[i - self.forget_count] for i in sample_ids])
+        with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
+            return self._hidden(sample_ids, through)
+
     def _hidden(self, sample_ids: Sequence[int], through: nn.Module | None = None) -> Tensor:
         """The last hidden states where the samples' counted tokens are predicted, [N, d]."""
-        samples = [self.samples[i] for i in sample_ids]
+        samples = [self._sample(i) for i in sample_ids]
         width = max(len(sample.ids) for sample in samples)
         ids = torch.stack([F.pad(sample.ids, (0, width - len(sample.ids))) for sample in samples])
         where = torch.cat([sample.positions + row * width for row, sample in enumerate(samples)])
@@ -128,10 +144,11 @@ class PairedBatches:
 class _Sample:
     """One row of a batch: ids [T] without padding, counted tokens [N], and where these are predicted [N]."""
 
-    def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
-        self.ids = ids[: int(attention_mask.sum())]
-        self.positions = predicting(labels[None])[0].nonzero().flatten()
-        self.targets = labels[self.positions + 1]
+    def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor, device: torch.device) -> None:
+        self.ids = ids[: int(attention_mask.sum())].to(device)
+        positions = predicting(labels[None])[0].nonzero().flatten()
+        self.positions = positions.to(device)
+        self.targets = labels[positions + 1].to(device)
 
 
 def _check(name: str, batch: Batch) -> None:
