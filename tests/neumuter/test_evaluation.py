@@ -244,6 +244,18 @@ def test_tofu_losses_are_of_the_answer_alone():
     assert tofu.probabilities(model, tokenizer, [question]).item() == pytest.approx(math.exp(mean), rel=1e-4)
 
 
+def test_an_answer_longer_than_a_window_has_one_probability(monkeypatch):
+    model, tokenizer = models.build("llama"), models.tokenizer()
+    questions = [tofu.Question("Who?", "Ada of the long name", "", ()), tofu.Question("Who?", "Bo", "", ())]
+    whole = tofu.probabilities(model, tokenizer, questions)
+    monkeypatch.setattr(tofu, "MAX_LENGTH", 27)
+    found = tofu.probabilities(model, tokenizer, questions)
+    assert found.shape == (2,)
+    assert found[1] == pytest.approx(whole[1].item())
+    assert found[0] != whole[0]
+    assert found[0] == pytest.approx(whole[0].item(), rel=0.5)
+
+
 def test_rouge_recall_is_of_the_greedy_answer(monkeypatch):
     pytest.importorskip("rouge_score")
     model, tokenizer = models.build("llama"), models.tokenizer()

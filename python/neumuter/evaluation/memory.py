@@ -77,7 +77,8 @@ def extraction_likelihood(
 
     EL_n(x) = 1/(T − n) Σ_{i=1}^{T−n} |{g ∈ ngrams(ŷ_i) : g ∈ ngrams(x_≥i)}| / |ngrams(x_≥i)|, where ŷ_i is
     the greedy continuation of the first i tokens to length T, and n-grams that come again count again.
-    Samples are all real tokens of ``input_ids``, whatever their labels.
+    Samples are all real tokens of ``input_ids``, whatever their labels, so where windows of a text overlap,
+    both count.
 
     Where the arg max after i tokens is the true next token, ŷ_i is that token followed by ŷ_{i+1}. So only
     the misses are continued, ``rows`` at a time: none for a text that is known by heart.

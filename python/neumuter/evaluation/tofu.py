@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from neumuter.evaluation.language import sample_losses
+from neumuter.evaluation.language import losses_by_sample
 from neumuter.files import PathLike
 from neumuter.generation import find_end_tokens, generate
-from neumuter.texts.encoding import encode, tokenize
+from neumuter.texts.encoding import encode_forms, tokenize
 from neumuter.texts.files import read_rows
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ def read_questions(path: PathLike, limit: int | None = None) -> list[Question]:
 def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Tensor:
     """Compute the mean loss in nats of the answer of each (question, answer): float64 [N]."""
     texts = [(TEMPLATE.format(question=question), f" {answer}") for question, answer in pairs]
-    return sample_losses(model, encode(texts, tokenizer, MAX_LENGTH, chat=False))
+    form = encode_forms(texts, tokenizer, MAX_LENGTH, chat=False)[0]
+    windows = iter(losses_by_sample(model, form))
+    counts = form["texts"].bincount().tolist()
+    return torch.stack([torch.cat([next(windows) for _ in range(count)]).mean() for count in counts])
 
 
 def probabilities(

@@ -145,10 +145,10 @@ class _Sample:
     """One row of a batch: ids [T] without padding, counted tokens [N], and where these are predicted [N]."""
 
     def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor, device: torch.device) -> None:
-        self.ids = ids[: int(attention_mask.sum())].to(device)
         positions = predicting(labels[None])[0].nonzero().flatten()
-        self.positions = positions.to(device)
-        self.targets = labels[positions + 1].to(device)
+        parts = (ids[: int(attention_mask.sum())], positions, labels[positions + 1])
+        # Without waiting for the device.
+        self.ids, self.positions, self.targets = (part.to(device, non_blocking=True) for part in parts)
 
 
 def _check(name: str, batch: Batch) -> None:
