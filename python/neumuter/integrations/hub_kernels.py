@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from neumuter.files import PathLike, new_folder
 from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN, Layout, activation_name
-from neumuter.models.hooks import Mask, masked_act_of, masked_glu_of
 from neumuter.models.installed import refuse_wrapped
+from neumuter.models.mask import Mask, masked_act_of, masked_glu_of
 from neumuter.models.seams import choose_seams
 
 BACKENDS = ("cpu", "cuda", "rocm")

@@ -12,58 +12,17 @@ The projections are called as the modules that they are: quantised, adapted, sha
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers.integrations.moe import _grouped_linear
 
+from neumuter.models.experts import masked_experts
 from neumuter.models.ffn import FFN
-from neumuter_kernels import masked_act, masked_glu
+from neumuter.models.mask import Mask, masked_act_of, masked_glu_of, masked_packed_of
 
 # The name of the Gates among a seam's children.
 CHILD = "neumuter"
-
-
-class Mask(NamedTuple):
-    """values: float32 [G, width]. row_ids: integers, one row per token, −1 = unmasked; None: G equal runs.
-
-    mesh: the device mesh over which tensor parallelism splits the neurons, or None.
-    """
-
-    values: torch.Tensor
-    row_ids: torch.Tensor | None = None
-    mesh: DeviceMesh | None = None
-
-    def fitting(self, activations: Tensor, width: int) -> Tensor:
-        """The values as the kernels need them for ``activations`` of ``width`` neurons of this process."""
-        values = self.values
-        if self.mesh is not None and values.shape[1] != width:
-            # The gradients reach all processes.
-            whole = DTensor.from_local(values, self.mesh, [Replicate()])
-            values = whole.redistribute(placements=[Shard(1)]).to_local()
-        wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
-        return values.to(activations.device, wide)
-
-
-def masked_act_of(hidden: Tensor, activation: str, mask: Mask) -> Tensor:
-    """φ(hidden)·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_act``."""
-    values = mask.fitting(hidden, hidden.shape[-1])
-    return masked_act(hidden, values, mask.row_ids, activation)
-
-
-def masked_glu_of(gate: Tensor, up: Tensor, activation: str, mask: Mask) -> Tensor:
-    """φ(gate)·up·mask, [..., F], for a ``Mask``; see ``neumuter_kernels.masked_glu``."""
-    values = mask.fitting(gate, gate.shape[-1])
-    return masked_glu(gate, up, values, mask.row_ids, activation)
-
-
-def masked_packed_of(gate_up: Tensor, activation: str, mask: Mask) -> Tensor:
-    """As ``masked_glu_of`` for gate and up in the halves of one tensor, [..., 2F]."""
-    values = mask.fitting(gate_up, gate_up.shape[-1] // 2)
-    return masked_glu(mask=values, row_ids=mask.row_ids, activation=activation, gate_up=gate_up)
 
 
 # --- The seams: functions of the module that they replace the forward of --------------------
@@ -93,65 +52,6 @@ def masked_ffn(ffn: nn.Module, gates: "FFN | Gates", mask: Mask, hidden_states: 
 def masked_down(down: nn.Module, gates: "Gates", mask: Mask, hidden: Tensor) -> Tensor:
     output: Tensor = gates.unmasked(down, masked_act_of(hidden, "identity", mask))
     return output
-
-
-def masked_experts(
-    experts: Any,
-    gates: "FFN | Gates",
-    mask: Mask,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-) -> Tensor:
-    """As transformers' grouped_mm_experts_forward: hidden_states and output [T, d], the others [T, k]."""
-    tokens, k = top_k_index.shape
-    number = experts.num_experts
-    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    token = order // k
-    ends = torch.searchsorted(expert, torch.arange(number, device=expert.device), right=True, out_int32=True)
-    mask = Mask(*_by_expert(mask, token, expert, tokens, number))
-
-    def project(x: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-        return _project(x, getattr(experts, name), ends, bias, experts.is_transposed)
-
-    hidden = project(hidden_states[token], "gate_up_proj" if experts.has_gate else "up_proj")
-    if gates.activation and experts.has_gate:
-        hidden = masked_packed_of(hidden, gates.activation, mask)
-    elif gates.activation:
-        hidden = masked_act_of(hidden, gates.activation, mask)
-    else:
-        hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        hidden = masked_act_of(hidden, "identity", mask)
-    output = project(hidden, "down_proj")
-    # Older versions of transformers do not have it.
-    if getattr(experts, "has_post_expert_norm", False):
-        output = experts.post_expert_norm(output)
-    output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    restored = torch.empty_like(output).index_copy(0, order, output)
-    return restored.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
-
-
-def _project(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
-    """The rows of x up to ends[e], from ends[e − 1] on, through the weight and bias of expert e."""
-    if x.dtype != torch.float64:
-        return _grouped_linear(x, weight, offs=ends, bias=bias, is_transposed=is_transposed)
-    weight = weight if is_transposed else weight.transpose(-2, -1)
-    product: Tensor = torch.ops.transformers.grouped_mm_fallback(
-        x, weight, offs=ends
-    )  # torch's has no float64
-    return product if bias is None else product + bias
-
-
-def _by_expert(mask: Mask, token: Tensor, expert: Tensor, tokens: int, number: int) -> tuple[Tensor, Tensor]:
-    """A mask [G, E·F] as [G·E, F], and the row of each pair of token and expert."""
-    values, row_ids, _ = mask
-    rows = len(values)
-    if row_ids is not None:
-        row = row_ids.reshape(-1).to(token.device)[token]
-    else:
-        row = token // max(tokens // rows, 1)
-    return values.reshape(rows * number, -1), torch.where(row < 0, -1, row * number + expert)
 
 
 SEAMS: dict[str, Callable[..., Tensor]] = {

@@ -8,7 +8,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from neumuter.models.ffn import activation_name
-from neumuter.models.hooks import Mask, masked_act_of, masked_glu_of
+from neumuter.models.mask import Mask, masked_act_of, masked_glu_of
 
 
 def _as_mask(mask: Tensor, row_ids: Tensor | None) -> Mask:

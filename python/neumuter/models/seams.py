@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from neumuter.models.families import input_device, unwrapped
 from neumuter.models.ffn import FFN
-from neumuter.models.hooks import Mask, masked_act_of, run_seam
+from neumuter.models.hooks import run_seam
+from neumuter.models.mask import Mask, masked_act_of
 from neumuter.models.modes import without_dropout
 
 # Random inputs are scaled by these, so that a clamp shows.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.ffn import FFN
-from neumuter.models.hooks import Gates, Mask, forward_with_gates, masked_act_of
+from neumuter.models.hooks import Gates, forward_with_gates
 from neumuter.models.installed import Installed
+from neumuter.models.mask import Mask, masked_act_of
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.models.ffn import FFN
-from neumuter.models.hooks import Gates, Mask
+from neumuter.models.hooks import Gates
+from neumuter.models.mask import Mask
 from neumuter_kernels import hard_concrete
 
 STRETCH = (-0.1, 1.1)
