@@ -47,7 +47,7 @@ def serve(records, **options):
 
 
 bank = neumuter.MuteBank(model)
-untouched = serve(others)
+untouched = serve(others, mute_sets=None)
 bank.add("north", folder / "north.safetensors")
 bank.add("south", folder / "south.safetensors")
 

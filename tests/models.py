@@ -71,8 +71,10 @@ FAMILIES = {
     "qwen2_moe": ("qwen2_moe", LLAMA_LIKE | MOE | dict(shared_expert_intermediate_size=40)),
     "qwen3_moe": ("qwen3_moe", LLAMA_LIKE | HEADS | MOE),
     "gpt_oss": ("gpt_oss", LLAMA_LIKE | HEADS | LOCAL),
+    "llama4": ("llama4_text", LLAMA_LIKE | HEADS | LOCAL | dict(intermediate_size_mlp=40, moe_layers=[1, 2])),
+    "jetmoe": ("jetmoe", LLAMA_LIKE | LOCAL | dict(kv_channels=8)),
 }  # fmt: skip
-OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "jetmoe")
 SMALL = ("llama", "llama_bias", "qwen2", "gpt2", "gpt_neo", "phi3", "mixtral")  # one of each kind
 
 
@@ -95,7 +97,7 @@ def build(name, dtype=torch.float32, seed=0, **changes):
 def build_double(name):
     """A model in float64, which transformers' grouped products of experts do not have."""
     model = build(name).double()
-    if name in OF_EXPERTS:
+    if name in OF_EXPERTS[:4]:
         model.set_experts_implementation("eager")
     return model
 

@@ -164,7 +164,7 @@ def sets_of(model, count):
 def bank_of(model, sets, count=None):
     """A bank of ``count`` tenants who have these sets in turn."""
     count = count or len(sets)
-    bank = MuteBank(model)
+    bank = MuteBank(model, required=False)
     for number in range(count):
         bank.add(str(number), sets[number % len(sets)])
     return bank

@@ -1,6 +1,7 @@
 """Every family: attach, gradients, muting, folding and detach on a small model built from its config."""
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from neumuter_kernels import hard_concrete
 from tests.models import EXPERTS, FAMILIES, OF_EXPERTS, WIDTH, batch, build, build_double, randomise
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-SEAMS = {"activation", "ffn", "experts", "down"}
+SEAMS = {"activation", "ffn", "experts", "repeated_experts", "routing_experts", "down"}
 PLAIN = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "phi", "opt", "starcoder2", "bloom")
 # FFNs that do more than the kernels know: Gemma 3n's first layers drop small gates.
 NOT_FUSED = {"llama_mish": "012", "modernbert_decoder": "012", "gemma3n": "0"}
@@ -40,7 +41,7 @@ def pre_hooks(model, gates):
         if ffn.path not in gates:
             continue
         mask = gates[ffn.path]
-        if ffn.layout:
+        if ffn.is_dense:
 
             def hook(module, arguments, mask=mask):
                 (x,) = arguments
@@ -49,9 +50,35 @@ def pre_hooks(model, gates):
 
             undo.append(ffn.down.register_forward_pre_hook(hook).remove)
         else:
-            ffn.module.forward = lambda *args, experts=ffn.module, mask=mask: looped(experts, mask, *args)
+            loop = LOOPS.get(type(ffn.module).__name__, looped)
+            ffn.module.forward = functools.partial(loop, ffn.module, mask)
             undo.append(lambda module=ffn.module: delattr(module, "forward"))
     return lambda: [function() for function in undo]
+
+
+def looped_llama4(experts, mask, hidden):
+    """Every expert sees every token, times its weight."""
+    number = experts.num_experts
+    tokens = len(hidden) // number
+    mask = mask.view(len(mask), number, -1).repeat_interleave(tokens // len(mask), 0).to(hidden.dtype)
+    outputs = []
+    for e, x in enumerate(hidden.split(tokens)):
+        gate, up = (x @ experts.gate_up_proj[e]).chunk(2, -1)
+        outputs += [(experts.act_fn(gate) * up * mask[:, e]) @ experts.down_proj[e]]
+    return torch.cat(outputs)
+
+
+def looped_jetmoe(moe, mask, hidden):
+    flat = hidden.flatten(0, 1)
+    _, token, weights, counts, _ = moe.router(flat)
+    mask = mask.view(len(mask), len(counts), -1).repeat_interleave(len(flat) // len(mask), 0).to(hidden.dtype)
+    output = torch.zeros_like(flat)
+    expert = [e for e, count in enumerate(counts) for _ in range(int(count))]
+    for t, e, weight in zip(token.tolist(), expert, weights, strict=True):
+        gate, up = (moe.input_linear.weight[e] @ flat[t]).chunk(2)
+        h = moe.activation(gate) * up * mask[t, e]
+        output[t] += moe.output_linear.weight[e] @ h * weight
+    return output.view(hidden.shape) + moe.bias
 
 
 def looped(experts, mask, hidden, chosen, weights):
@@ -68,6 +95,9 @@ def looped(experts, mask, hidden, chosen, weights):
             y = h @ down + (experts.down_proj_bias[expert] if experts.has_bias else 0)
             output[token] += y * weight
     return output
+
+
+LOOPS = {"Llama4TextExperts": looped_llama4, "JetMoeMoE": looped_jetmoe}
 
 
 @every_family
@@ -96,14 +126,15 @@ def test_off_has_the_bits_of_the_untouched_model(name, dtype):
 def test_the_fused_seam_is_found(name):
     with neumuter.attach(build(name), 0) as masked:
         for path, seam in masked.seams.items():
-            if name in OF_EXPERTS and path.endswith("experts"):
-                assert seam == "experts"
+            if name in OF_EXPERTS and (path.endswith(".experts") or name == "jetmoe"):
+                wanted = {"llama4": "repeated_experts", "jetmoe": "routing_experts"}
+                assert seam == wanted.get(name, "experts")
                 assert len(masked.scores[path]) == EXPERTS * WIDTH
             elif any(f".{layer}." in path for layer in NOT_FUSED.get(name, "")):
                 assert seam == "down"
             else:
                 assert seam == ("activation" if name in PLAIN else "ffn")
-        assert len(masked.seams) == (6 if name == "qwen2_moe" else 3)
+        assert len(masked.seams) == {"qwen2_moe": 6, "llama4": 5}.get(name, 3)
 
 
 @every_family
@@ -143,8 +174,8 @@ def test_muting_zeroes_columns_and_survives_folding_and_saving(name, tmp_path):
     for ffn in find_ffns(zeroed):
         if ffn.path in mutes.layers:
             indices, gains = mutes.layers[ffn.path]
-            weight = ffn.down_weight.flatten(1) if ffn.layout else ffn.down_weight
-            if ffn.layout:
+            weight = ffn.down_weight.flatten(1) if ffn.is_dense else ffn.down_weight
+            if ffn.is_dense:
                 weight[:, indices.long()] *= gains
             else:
                 width = weight.shape[2]
@@ -192,7 +223,7 @@ def test_unreached_experts_are_never_muted(name):
         for path, score in masked.scores.items():
             total += len(score)
             reached += int(score.isfinite().sum())
-            if path.endswith("experts"):
+            if masked.seams[path].endswith("experts"):
                 by_expert = score.view(EXPERTS, WIDTH).isfinite()
                 assert by_expert.all(1).sum() == by_expert.any(1).sum() == 2  # of one token
         with torch.no_grad():

@@ -98,7 +98,7 @@ def test_models_with_experts_are_fitted(name):
             mutes = fit(masked, FORGET, KEEP, 0.3, "modulate", support, gains)
             reached = {path: score.isfinite() for path, score in masked.scores.items()}
         assert mutes.count == int(0.3 * sum(mutes.widths.values()))
-        assert any(path.endswith("experts") for path in mutes.layers)
+        assert any(masked.seams[path].endswith("experts") for path in mutes.layers)
         for path, layer in mutes.layers.items():
             assert reached[path][layer.indices.long()].all()
         assert losses_under(model, mutes)[0] > plain + 0.5

@@ -162,5 +162,7 @@ def annotate(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _find_layer(ffn: FFN, seam: str) -> str | None:
-    others = {name for name, _ in ffn.module.named_children()} - set(ffn.layout.names if ffn.layout else ())
+    if not isinstance(ffn.layout, Layout):
+        return None
+    others = {name for name, _ in ffn.module.named_children()} - set(ffn.layout.names)
     return next((name for name, wanted in _LAYERS.items() if wanted == (ffn.layout, seam, others)), None)

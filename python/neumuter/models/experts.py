@@ -1,4 +1,9 @@
-"""Seams of mixtures of experts: tokens are grouped by expert and reach the same kernels."""
+"""Seams of mixtures of experts: tokens are grouped by expert and reach the same kernels.
+
+- "experts": transformers' experts interface; it gets the tokens and the experts chosen for each.
+- "repeated_experts": Llama 4's; it gets the tokens once for each expert, times their weights there.
+- "routing_experts": JetMoE's; it gets the tokens and routes them itself.
+"""
 
 from typing import Any
 
@@ -44,6 +49,52 @@ def masked_experts(
     output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     restored = torch.empty_like(output).index_copy(0, order, output)
     return restored.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+
+def masked_repeated_experts(experts: Any, gates: Any, mask: Mask, hidden_states: Tensor) -> Tensor:
+    """As Llama4TextExperts: hidden_states and output [E·T, d], expert after expert."""
+    number = experts.num_experts
+    gate_up = torch.bmm(hidden_states.unflatten(0, (number, -1)), experts.gate_up_proj)
+    tokens = gate_up.shape[1]
+    expert = torch.arange(number, device=gate_up.device).repeat_interleave(tokens)
+    token = torch.arange(tokens, device=gate_up.device).repeat(number)
+    mask = Mask(*_by_expert(mask, token, expert, tokens, number))
+    hidden = masked_packed_of(gate_up.flatten(0, 1), gates.activation, mask)
+    return torch.bmm(hidden.unflatten(0, (number, -1)), experts.down_proj).flatten(0, 1)
+
+
+def masked_routing_experts(moe: Any, gates: Any, mask: Mask, hidden_states: Tensor) -> Tensor:
+    """As JetMoeMoE: hidden_states and output [B, S, d]."""
+    flat = hidden_states.flatten(0, -2)
+    _, token, weights, counts, _ = moe.router(flat)
+    expert = _experts_of(counts, token.device)
+    mask = Mask(*_by_expert(mask, token, expert, len(flat), len(counts)))
+    hidden = masked_packed_of(moe.input_linear(flat[token], counts), gates.activation, mask)
+    output = moe.output_linear(hidden, counts) * weights[:, None]
+    summed = torch.zeros(len(flat), output.shape[1], dtype=output.dtype, device=output.device)
+    result: Tensor = summed.index_add(0, token, output).view(hidden_states.shape) + moe.bias
+    return result
+
+
+def find_reached(
+    seam: str, module: Any, real: Tensor, hidden_states: Tensor, *routing: Tensor, **options: Tensor
+) -> Tensor:
+    """Find the experts, int64 [n], that the tokens at ``real``, bool [T], go to, by a seam's inputs."""
+    real = real.to(hidden_states.device)
+    if seam == "repeated_experts":
+        by_expert: Tensor = hidden_states.unflatten(0, (int(module.num_experts), -1))
+        return by_expert[:, real].flatten(1).any(1).nonzero().flatten()
+    if seam == "routing_experts":
+        _, token, _, counts, _ = module.router(hidden_states.flatten(0, -2))
+        return _experts_of(counts, token.device)[real[token]]
+    chosen = (*routing, *options.values())[0]
+    return chosen.view(len(real), -1)[real].flatten()
+
+
+def _experts_of(counts: Any, device: torch.device) -> Tensor:
+    """The expert of each token, int64, where the tokens of each expert follow each other."""
+    counts = torch.as_tensor(counts, device=device)
+    return torch.arange(len(counts), device=device).repeat_interleave(counts)
 
 
 def _project(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:

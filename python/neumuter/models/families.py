@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from neumuter.models.ffn import ACTIVATION_NAMES, FFN, Layout, activation_name, features
+from neumuter.models.ffn import ACTIVATION_NAMES, FFN, Experts, Layout, activation_name, features
 
 REGISTERED: list[Layout] = []
 # FFNs that call a function instead of an activation module, by class name, with what they call.
 FUNCTIONAL = {
     name: (Layout(down="w2", up="w3", gate="w1"), "silu") for name in ("Lfm2MLP", "Lfm2MoeMLP", "Lfm3MLP")
+}
+# Experts outside of transformers' interface, by class name, with the name of their activation module.
+MIXTURES = {
+    "Llama4TextExperts": (Experts(transposed=True, seam="repeated_experts"), "act_fn"),
+    "JetMoeMoE": (Experts("output_linear.weight", False, "routing_experts"), "activation"),
 }
 # Modules with these words in the names of their classes expand and contract as FFNs do, but are none.
 OTHERS = ("Attention", "Mamba", "Mixer", "OutputProjection")
@@ -152,23 +157,32 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     parents: Counter[nn.Module | None] = Counter(
         child for module in model.modules() for child in set(module.children())
     )
-    found: dict[str, tuple[nn.Module, Layout | None, str | None]] = {}
+    found: dict[str, tuple[nn.Module, Layout | Experts, str | None]] = {}
+    # Experts in these are no FFNs, or those that were found.
+    understood: set[nn.Module] = set()
     unknown: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if module not in inside:
             continue
-        if _is_experts(module):
+        kind = type(module).__name__
+        if kind in MIXTURES or any(word in kind for word in OTHERS):
+            understood.update(module.modules())
+        if kind in MIXTURES:
+            experts, activation = MIXTURES[kind]
+            found[path] = module, experts, activation_name(getattr(module, activation))
+        elif _is_experts(module):
             plain = _gates_plainly(module) and activation_name(getattr(module, "act_fn", None))
-            found[path] = module, None, plain or None
+            found[path] = module, Experts(), plain or None
         elif layout := infer_layout(module):
             acting = getattr(module, layout.activation) if layout.activation else None
-            named = FUNCTIONAL.get(type(module).__name__, (None, None))[1]
+            named = FUNCTIONAL.get(kind, (None, None))[1]
             # A mask at an activation that several FFNs share would mask them all.
             if layout.up and not layout.gate and parents[acting] > 1:
                 acting = None
             found[path] = module, layout, named or activation_name(acting)
         elif not isinstance(module, nn.modules.conv._ConvNd):
-            _refuse_unknown_experts(path, module)
+            if module not in understood:
+                _refuse_unknown_experts(path, module)
             if _looks_like_ffn(module):
                 unknown[path] = module
     # A module that contains an FFN is none, even if it has a gate of its own, as some decoder layers do.
@@ -224,8 +238,6 @@ def _gates_plainly(experts: nn.Module) -> bool:
 
 
 def _refuse_unknown_experts(path: str, module: nn.Module) -> None:
-    if any(word in type(module).__name__ for word in OTHERS):
-        return
     for name, parameter in module.named_parameters(recurse=False):
         # Square ones are the blocks of a block-diagonal matrix.
         if parameter.dim() == 3 and 1 < min(parameter.shape[1:]) < max(parameter.shape[1:]):

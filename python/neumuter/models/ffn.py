@@ -1,7 +1,8 @@
 """One FFN of a model: its layout, its sizes, and where its neurons are."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +53,17 @@ class Layout:
         return [n for n in (self.gate, self.up, self.gate_up, self.down, self.activation) if n]
 
 
-class Experts(Protocol):
-    """The attributes of modules that follow transformers' experts interface."""
+@dataclass(frozen=True)
+class Experts:
+    """How the module of a mixture keeps its experts and runs them.
 
-    num_experts: int
-    down_proj: Tensor
-    has_gate: bool
-    has_bias: bool
-    is_transposed: bool
-    is_concatenated: bool
+    down: the path of the down projections' weight, [E, d, F], or [E, F, d] if it is transposed. transposed:
+    None asks the module, as transformers' experts interface has it. seam: see ``neumuter.models.experts``.
+    """
+
+    down: str = "down_proj"
+    transposed: bool | None = None
+    seam: str = "experts"
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ class FFN:
     """One FFN of a model.
 
     path: of the module in the model. layer: its position among all FFNs of the model, from 0. layout: of a
-    dense FFN; None for experts, whose neurons are counted expert after expert. activation: the kernels' name
-    of it, None if they do not have it. dtype: of the hidden states. adapted: PEFT adds to experts' weights.
+    dense FFN; the neurons of experts are counted expert after expert. activation: the kernels' name of it,
+    None if they do not have it. dtype: of the hidden states. adapted: PEFT adds to the experts' weights.
     """
 
     path: str
     layer: int
     module: nn.Module
-    layout: Layout | None
+    layout: Layout | Experts
     activation: str | None
     dtype: torch.dtype
     adapted: bool = False
@@ -83,35 +86,53 @@ class FFN:
     @property
     def experts(self) -> int:
         """The number of experts; 1 for a dense FFN."""
-        return 1 if self.layout else self._experts.num_experts
+        return 1 if self.is_dense else self.down_parameter.shape[0]
 
     @property
-    def _experts(self) -> "Experts":
-        return cast(Experts, self.module)
+    def is_dense(self) -> bool:
+        return isinstance(self.layout, Layout)
+
+    @property
+    def down_name(self) -> str:
+        """The path in the module of the down projection's weight."""
+        return f"{self.layout.down}.weight" if self.is_dense else self.layout.down
+
+    @property
+    def down_parameter(self) -> Tensor:
+        """The weight of the down projection; a dense one that is quantised may have none."""
+        weight: Tensor = attrgetter(self.down_name)(self.module)
+        return weight
+
+    @property
+    def _is_transposed(self) -> bool:
+        assert isinstance(self.layout, Experts)
+        if self.layout.transposed is not None:
+            return self.layout.transposed
+        return bool(cast(Any, self.module).is_transposed)
 
     @property
     def down(self) -> nn.Module:
         """The down projection of a dense FFN, a module."""
-        assert self.layout is not None
+        assert self.is_dense
         down: nn.Module = getattr(self.module, self.layout.down)
         return down
 
     @property
     def width(self) -> int:
         """The number of neurons: F, or E·F for E experts. Read from the projection, not from the config."""
-        if self.layout:
+        if self.is_dense:
             return cast(tuple[int, int], features(self.down))[0]
-        return self._experts.down_proj.shape[1 if self._experts.is_transposed else 2] * self.experts
+        return self.down_parameter.shape[1 if self._is_transposed else 2] * self.experts
 
     @property
     def mesh(self) -> DeviceMesh | None:
         """The device mesh over which tensor parallelism splits the neurons, or None."""
-        weight: Any = getattr(self.down, "weight", None) if self.layout else self._experts.down_proj
+        weight: Any = getattr(self.down, "weight", None) if self.is_dense else self.down_parameter
         splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
         # FSDP splits along dimension 0, and gathers before a forward.
         if not splits or splits == [0]:
             return None
-        if not self.layout or splits != [1]:
+        if not self.is_dense or splits != [1]:
             raise ValueError(
                 f"the neurons of {self.path} are split along dimensions {splits}, which masks cannot follow"
             )
@@ -121,11 +142,11 @@ class FFN:
     @property
     def device(self) -> torch.device:
         """Where the neurons are computed."""
-        places = self.down.parameters() if self.layout else [self._experts.down_proj]
-        tensors = [*places, *(self.down.buffers() if self.layout else [])]
+        places = self.down.parameters() if self.is_dense else [self.down_parameter]
+        tensors = [*places, *(self.down.buffers() if self.is_dense else [])]
         found = next((t.device for t in tensors if t.device.type != "meta"), None)
         # Accelerate's hook knows where offloaded weights are loaded to.
-        hook = getattr(self.down if self.layout else self.module, "_hf_hook", None)
+        hook = getattr(self.down if self.is_dense else self.module, "_hf_hook", None)
         return found or torch.device(getattr(hook, "execution_device", None) or "cpu")
 
     @property
@@ -135,9 +156,9 @@ class FFN:
         d is the hidden size, E the number of experts (1 if dense), F the intermediate size. Quantised
         weights, adapters around a projection, and weights that are offloaded have no such view.
         """
-        if not self.layout:
-            weight = _plain(self._experts.down_proj)
-            order = (2, 0, 1) if self._experts.is_transposed else (1, 0, 2)
+        if not self.is_dense:
+            weight = _plain(self.down_parameter)
+            order = (2, 0, 1) if self._is_transposed else (1, 0, 2)
             return None if weight is None else weight.permute(order)
         if not isinstance(self.down, nn.Linear | Conv1D) or hasattr(self.down, "base_layer"):
             return None

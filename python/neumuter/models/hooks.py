@@ -1,10 +1,10 @@
 """How a mask gets into a model's own FFNs.
 
-A mask reaches a model's FFN at one of four places, called seams, whose forward is replaced on that instance:
+A mask reaches a model's FFN at one of these places, called seams, whose forward is replaced on that instance:
 
 - "activation": of a plain FFN; the activation module, since the mask may follow φ at once.
 - "ffn": of a gated FFN; the whole module, since the kernel computes φ(gate)·up·mask.
-- "experts": the experts module of a mixture; its tokens are grouped by expert and reach the same kernels.
+- "experts", "repeated_experts", "routing_experts": the experts of a mixture; see ``neumuter.models.experts``.
 - "down": the down projection's input, behind whatever an FFN computes that the kernels do not know.
 
 The projections are called as the modules that they are: quantised, adapted, sharded or offloaded ones, too.
@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.experts import masked_experts
-from neumuter.models.ffn import FFN
+from neumuter.models.experts import masked_experts, masked_repeated_experts, masked_routing_experts
+from neumuter.models.ffn import FFN, Layout
 from neumuter.models.mask import Mask, masked_act_of, masked_glu_of, masked_packed_of
 
 # The name of the Gates among a seam's children.
@@ -35,7 +35,7 @@ def masked_activation(activation: nn.Module, gates: "FFN | Gates", mask: Mask, h
 
 def masked_ffn(ffn: nn.Module, gates: "FFN | Gates", mask: Mask, hidden_states: Tensor) -> Tensor:
     layout = gates.layout
-    assert layout is not None
+    assert isinstance(layout, Layout)
     assert gates.activation is not None
     if layout.gate_up:
         gate_up = getattr(ffn, layout.gate_up)(hidden_states)
@@ -58,6 +58,8 @@ SEAMS: dict[str, Callable[..., Tensor]] = {
     "activation": masked_activation,
     "ffn": masked_ffn,
     "experts": masked_experts,
+    "repeated_experts": masked_repeated_experts,
+    "routing_experts": masked_routing_experts,
     "down": masked_down,
 }
 
@@ -65,7 +67,7 @@ SEAMS: dict[str, Callable[..., Tensor]] = {
 def seam_module(ffn: FFN, seam: str) -> nn.Module:
     """The module whose forward that seam of an ``FFN`` replaces."""
     if seam == "activation":
-        assert ffn.layout is not None
+        assert isinstance(ffn.layout, Layout)
         assert ffn.layout.activation is not None
         activation: nn.Module = getattr(ffn.module, ffn.layout.activation)
         return activation
@@ -163,6 +165,8 @@ def forward_with_gates(module: nn.Module, *arguments: Any, **options: Any) -> An
     gates = cast(Gates, module._modules[CHILD])
     gates.count_call()
     hidden_states = (*arguments, *options.values())[0]
+    if gates.seam == "repeated_experts":
+        hidden_states = hidden_states[: len(hidden_states) // cast(int, module.num_experts)]
     mask = gates.mask(hidden_states) if gates.probe is None else gates.probing(hidden_states)
     if mask is None:
         return gates.unmasked(module, *arguments, **options)

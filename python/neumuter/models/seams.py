@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from neumuter.models.families import input_device, unwrapped
-from neumuter.models.ffn import FFN
+from neumuter.models.ffn import FFN, Experts, Layout
 from neumuter.models.hooks import run_seam
 from neumuter.models.mask import Mask, masked_act_of
 from neumuter.models.modes import without_dropout
@@ -37,12 +37,12 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
     if isinstance(next(model.parameters()), FakeTensor):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not can_run(model):
-        return {ffn.path: "down" if ffn.layout else "experts" for ffn in ffns}
+        return {f.path: "down" if isinstance(f.layout, Layout) else f.layout.seam for f in ffns}
     handles: list[RemovableHandle] = []
     watched = _Watched()
     try:
         for ffn in ffns:
-            if ffn.layout:
+            if ffn.is_dense:
                 handles.append(ffn.down.register_forward_pre_hook(watched.adding(ffn.path)))
             handles += _watch(ffn, watched)
         run_eagerly(model, torch.arange(2, device=input_device(model))[None])
@@ -61,7 +61,7 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
             raise ValueError(
                 f"{ffn.path}, a {kind}, computes something else than activation(gate)·up, and does not call "
                 "its down projection as a module, so that no mask can be put before it"
-                if ffn.layout
+                if ffn.is_dense
                 else f"{ffn.path}, a {kind}, has the attributes of transformers' experts but computes "
                 "something else than down(activation(gate)·up) or down(activation(up)) of the chosen "
                 "experts; it cannot be masked"
@@ -96,8 +96,8 @@ def run_eagerly(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _by_structure(ffn: FFN) -> str:
     """The seam that an FFN gets if it computes what its children suggest: of models without values."""
-    if not ffn.layout:
-        return "experts"
+    if isinstance(ffn.layout, Experts):
+        return ffn.layout.seam
     if not ffn.activation:
         return "down"
     return "ffn" if ffn.layout.gate or ffn.layout.gate_up else "activation"
@@ -135,8 +135,8 @@ def _watch(ffn: FFN, watched: _Watched) -> list[RemovableHandle]:
 
         return [ffn.module.register_forward_hook(hook, with_kwargs=True)]
 
-    if not ffn.layout:
-        return whole("experts")
+    if isinstance(ffn.layout, Experts):
+        return whole(ffn.layout.seam)
     if _by_structure(ffn) == "down":
         return []
     if _by_structure(ffn) == "ffn":

@@ -95,7 +95,7 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
         ValueError: quantised experts.
     """
     weight = ffn.down_weight
-    if weight is None and not ffn.layout:
+    if weight is None and not ffn.is_dense:
         raise ValueError(
             f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
         )

@@ -84,7 +84,7 @@ def _mean_activations(masked: Masked, batch: Batch) -> dict[str, Tensor]:
     shown = batch["attention_mask"].bool()
     found, handles = {}, []
     for ffn in masked.ffns:
-        if not ffn.layout:
+        if not ffn.is_dense:
             raise ValueError(f"{ffn.path} has experts: neurons cannot be selected by their activation")
 
         def record(module: nn.Module, arguments: tuple[Any, ...], path: str = ffn.path) -> None:

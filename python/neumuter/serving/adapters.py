@@ -28,7 +28,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
-from neumuter.serving.fold import FOLDABLE, down_name
+from neumuter.serving.fold import FOLDABLE
 from neumuter.serving.live import mute
 
 # The largest error of a projection with its adapter, as a share of what the projection gives: rounding.
@@ -205,12 +205,12 @@ def _find_down_projections(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     ffns = {path: ffn for path, ffn in matching_ffns(model, mutes).items() if path in mutes.layers}
     found, sharing = {}, Sharing(model)
     for path, ffn in ffns.items():
-        if not ffn.layout:
+        if not ffn.is_dense:
             raise ValueError(
                 f"{path} holds experts, whose neurons no IA³ or LoRA adapter of PEFT can scale; fold the "
                 "mute set, or use neumuter.mute on the live model"
             )
-        if others := sharing.others(ffn.module, down_name(ffn)):
+        if others := sharing.others(ffn.module, ffn.down_name):
             raise ValueError(
                 f"{path} shares the weights of its down projection with {others[0]}, which would change "
                 "with it when the adapter is merged; use neumuter.mute on the live model"

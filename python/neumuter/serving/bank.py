@@ -73,8 +73,8 @@ class MuteBank:
         refuse_wrapped(model)
         ffns = find_ffns(model)
         for ffn in ffns:
-            if not ffn.layout or ffn.mesh is not None:
-                kind = "sharded" if ffn.layout else "of experts"
+            if not ffn.is_dense or ffn.mesh is not None:
+                kind = "sharded" if ffn.is_dense else "of experts"
                 raise ValueError(f"{ffn.path} is {kind}: a MuteBank needs whole, dense FFNs")
         self.model, self._lock = model, threading.Lock()
         self._inner = unwrapped(model)

@@ -53,10 +53,10 @@ def folded_once(model: nn.Module, mutes: MuteSet) -> list[str]:
     """
     sharing = Sharing(model)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
-    owners = {name: path for path, ffn in ffns.items() for name in sharing.names(ffn.module, down_name(ffn))}
+    owners = {name: path for path, ffn in ffns.items() for name in sharing.names(ffn.module, ffn.down_name)}
     found: list[str] = []
     for path, layer in mutes.layers.items():
-        names = sharing.others(ffns[path].module, down_name(ffns[path]))
+        names = sharing.others(ffns[path].module, ffns[path].down_name)
         others = {name: owners.get(name) for name in names}
         for name, other in others.items():
             same = mutes.layers.get(other or "")
@@ -68,11 +68,6 @@ def folded_once(model: nn.Module, mutes: MuteSet) -> list[str]:
         if not set(others.values()) & set(found):
             found.append(path)
     return found
-
-
-def down_name(ffn: FFN) -> str:
-    """The name of the down projection's weight among the parameters of an FFN."""
-    return f"{ffn.layout.down}.weight" if ffn.layout else "down_proj"
 
 
 def fold_columns(weight: Tensor, layer: MutedLayer) -> None:
@@ -87,5 +82,5 @@ def fold_columns(weight: Tensor, layer: MutedLayer) -> None:
 def _is_view(weight: Tensor, ffn: FFN) -> bool:
     if ffn.adapted:
         return False
-    parameters = [ffn.down.weight] if ffn.layout else [ffn.module.down_proj]
-    return any(weight.data_ptr() == p.data_ptr() for p in parameters if type(p) is torch.nn.Parameter)
+    parameter = ffn.down_parameter
+    return type(parameter) is torch.nn.Parameter and weight.data_ptr() == parameter.data_ptr()

@@ -27,7 +27,7 @@ from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
-from neumuter.serving.fold import down_name, fold_columns, folded_once
+from neumuter.serving.fold import fold_columns, folded_once
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BYTES_PER_COPY = 1 << 22
@@ -67,7 +67,8 @@ class _Down:
     @contextmanager
     def holding(self, data: bytearray) -> Iterator[Tensor]:
         """Context in which the weight is the bytes ``data``; yields a view of them, [d, E, F]."""
-        holder, name = (self.ffn.down, "weight") if self.ffn.layout else (self.ffn.module, "down_proj")
+        parent, _, name = self.ffn.down_name.rpartition(".")
+        holder = self.ffn.module.get_submodule(parent)
         empty = getattr(holder, name)
         tensor = torch.frombuffer(data, dtype=DTYPES[self.place.dtype]).view(self.place.shape)
         setattr(holder, name, nn.Parameter(tensor, requires_grad=False))
@@ -213,7 +214,7 @@ def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_D
 
 
 def _locate(ffn: FFN, places: dict[str, _Place], prefix: str) -> _Place:
-    name = f"{ffn.path}.{down_name(ffn)}"
+    name = f"{ffn.path}.{ffn.down_name}"
     # A model that was saved without its head has no prefix.
     place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))
     if place is None:
@@ -221,8 +222,7 @@ def _locate(ffn: FFN, places: dict[str, _Place], prefix: str) -> _Place:
             f"the checkpoint has no tensor {name}: it is quantised, or stores this weight in another form, "
             "which transformers converts on loading; load the model, and use neumuter.fold"
         )
-    weight = ffn.down.weight if ffn.layout else ffn.module.down_proj
-    shape = tuple(cast(Tensor, weight).shape)
+    shape = tuple(ffn.down_parameter.shape)
     if place.shape != shape:
         raise ValueError(f"{name} has shape {list(place.shape)}, config.json says {list(shape)}")
     if place.dtype not in DTYPES:

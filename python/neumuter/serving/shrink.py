@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neumuter.models.families import find_ffns, unwrapped
-from neumuter.models.ffn import FFN
+from neumuter.models.ffn import FFN, Layout
 from neumuter.models.sharing import Sharing
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
@@ -98,13 +98,13 @@ def shrink(model: nn.Module, mutes: MuteSource, multiple: int = 64) -> Shrunk:
 
 
 def _projections(ffn: FFN) -> list[nn.Module]:
-    assert ffn.layout is not None
+    assert isinstance(ffn.layout, Layout)
     names = (ffn.layout.gate, ffn.layout.up, ffn.layout.gate_up, ffn.layout.down)
     return [getattr(ffn.module, name) for name in names if name]
 
 
 def _check_plain(ffn: FFN) -> None:
-    if not ffn.layout:
+    if not ffn.is_dense:
         raise ValueError(f"{ffn.path} has experts; only dense FFNs can be shrunk")
     for module in (projections := _projections(ffn)):
         weight: Any = getattr(module, "weight", None)
@@ -159,7 +159,7 @@ def _shapes_outside(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, torch.Si
 
 def _keep_neurons(ffn: FFN, neurons: Tensor) -> None:
     """Keep the neurons at ``neurons``, int64 [n], ascending."""
-    assert ffn.layout is not None
+    assert isinstance(ffn.layout, Layout)
     width = ffn.width
     for module in _projections(ffn):
         if module is ffn.down:

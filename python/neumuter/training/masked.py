@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neumuter.models.experts import find_reached
 from neumuter.models.families import decoder_of, find_ffns, input_device
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
@@ -169,7 +170,7 @@ class Masked:
             batches: the forget texts: "input_ids" and "attention_mask", int64 [B, T], padded on the right.
                 Where padding is routed to does not matter.
         """
-        experts = [ffn for ffn in self.ffns if not ffn.layout]
+        experts = [ffn for ffn in self.ffns if not ffn.is_dense]
         if not experts:
             return
         reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
@@ -177,8 +178,7 @@ class Masked:
 
         def record(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-                by_token = (*arguments, *options.values())[1].view(real.numel(), -1)
-                chosen = by_token[real.to(by_token.device)].flatten()
+                chosen = find_reached(self.seams[path], module, real, *arguments, **options)
                 reached[path][chosen[chosen < len(reached[path])]] = True
 
             return hook
