@@ -120,17 +120,23 @@ def decoder_of(model: nn.Module) -> nn.Module:
     # Some models call their head so.
     if isinstance(decoder, nn.Module) and features(decoder):
         decoder = getattr(model, "base_model", model)
+    # Others name a decoder that they do not have.
+    if decoder is model:
+        decoder = next((child for child in model.children() if _takes_text(child)), model)
     return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _takes_text(module: nn.Module) -> bool:
+    named = isinstance(module, PreTrainedModel) and module.main_input_name == "input_ids"
+    return named and "text" in getattr(module, "input_modalities", "text")
 
 
 def _outside(decoder: nn.Module) -> set[nn.Module]:
     """The modules in a decoder that texts do not go through: those of towers, and what PEFT replaces."""
     outside: set[nn.Module] = set()
     for module in decoder.modules():
-        if isinstance(module, PreTrainedModel) and module is not decoder:
-            takes = getattr(module, "input_modalities", "text")
-            if module.main_input_name != "input_ids" or "text" not in takes:
-                outside.update(module.modules())
+        if isinstance(module, PreTrainedModel) and module is not decoder and not _takes_text(module):
+            outside.update(module.modules())
         if type(module).__name__ == "ModulesToSaveWrapper":
             wrapper: Any = module
             parts = {None: wrapper.original_module, **wrapper.modules_to_save}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import neumuter_kernels as nk
-from neumuter.models.families import unwrapped
+from neumuter.models.families import decoder_of, unwrapped
 from neumuter_kernels.registration import final
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ class Head:
     @torch.no_grad()
     def __init__(self, model: nn.Module, input_ids: Tensor | None = None) -> None:
         self.model = cast("PreTrainedModel", unwrapped(model))
-        self.base, self.projection = self.model.base_model, self.model.get_output_embeddings()
+        # Some models name a base that they do not have.
+        base = self.model.base_model
+        self.base = decoder_of(self.model) if base is self.model else base
+        self.projection = self.model.get_output_embeddings()
         if input_ids is None:
             self.is_projection, self.vocabulary = True, self.projection.out_features
             return
