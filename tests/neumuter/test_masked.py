@@ -247,3 +247,30 @@ def test_mute_set_of_explicit_neurons():
         ):
             with pytest.raises(ValueError, match=message):
                 masked.mute_set(neurons, mode="modulate", gain_range=(-2, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_noise_everywhere_reaches_the_ffns_before_the_first_masked_one(name):
+    """As gates on all FFNs would give it, of which those before cannot be trained and go with the handle."""
+    model, ids, samples = build(name), batch(), torch.arange(4)
+    plain = model(ids).logits
+    with neumuter.attach(model, start_layer=0) as every, every.sampling(3, 1, samples):
+        expected = model(ids).logits
+    with neumuter.attach(model, start_layer=2) as masked:
+        with masked.sampling(3, 1, samples):
+            assert not torch.allclose(model(ids).logits, expected)
+        with masked.sampling(3, 1, samples, everywhere=True):
+            noisy = model(ids).logits
+            assert torch.equal(noisy, expected)
+            with masked.off():
+                assert torch.equal(model(ids).logits, plain)
+            with masked.sampling(3, 1, samples):
+                assert not torch.allclose(model(ids).logits, expected)
+        noisy.sum().backward()
+        trained = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert len(trained) == len(masked.scores) == 1
+        assert torch.equal(model(ids).logits, plain)
+    assert torch.equal(model(ids).logits, plain)
+    assert not any("neumuter" in name for name, _ in model.named_modules())
+    with pytest.raises(RuntimeError, match="detached"), masked.sampling(3, 1, samples, everywhere=True):
+        pass

@@ -1,5 +1,7 @@
 """Forget and retain samples side by side: one masked forward pass gives both losses."""
 
+import itertools
+import random
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +16,8 @@ from neumuter.training.masked import Masked
 from neumuter.types import IGNORED, Batch
 
 KEYS = ("input_ids", "attention_mask", "labels")
-REFERENCE_SAMPLES_PER_PASS = 8
+# Without gradients.
+SAMPLES_PER_PASS = 8
 # Retain samples of which no more than this number have their reference kept.
 KEPT_REFERENCES = 512
 # Tokens that the head is checked on.
@@ -24,11 +27,11 @@ PROBE_TOKENS = 8
 class PairedBatches:
     """A forget batch, a retain batch, and the reference distribution of the retain batch.
 
-    The reference is the same model with masks off: its last hidden states at the counted retain tokens,
-    [N, d] in the model's dtype. The base is frozen, so those of up to ``KEPT_REFERENCES`` samples are
-    computed once and kept; of more samples, each step computes those that it needs. Sample ids are positions
-    in the forget batch followed by the retain batch, however the samples are split into steps. The neurons of
-    experts that no forget token reaches are excluded from selection.
+    The reference is the same model with masks off: its last hidden states at the retain tokens, [N, d] in the
+    model's dtype. The base is frozen, so those of up to ``KEPT_REFERENCES`` samples are computed when the
+    first step needs them, and kept; of more samples, each step computes those that it needs. Sample ids are
+    positions in the forget batch followed by the retain batch, however the samples are split into steps. The
+    neurons of experts that no forget token reaches are excluded from selection.
 
     Args:
         masked: the handle of the model; every recipe takes it from here.
@@ -47,19 +50,14 @@ class PairedBatches:
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
         self.device, self._samples = device, dict[int, _Sample]()
         self._batches = (forget_batch, retain_batch)
-        retain = range(self.forget_count, self.forget_count + self.retain_count)
+        # By whether they are those of all tokens.
+        self._references: dict[bool, Sequence[Tensor]] = {}
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS])
-            size = REFERENCE_SAMPLES_PER_PASS
-            kept = retain if self.retain_count <= KEPT_REFERENCES else retain[:0]
-            self._references = [self._hidden(kept[i : i + size]) for i in range(0, len(kept), size)]
-            pieces = (forget_batch[key].split(size) for key in KEYS)
+            pieces = (forget_batch[key].split(SAMPLES_PER_PASS) for key in KEYS)
             masked.keep_unreached_open(
                 dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
             )
-        if kept:
-            sizes = [len(self._sample(i).targets) for i in kept]
-            self._references = list(torch.cat(self._references).split(sizes))
 
     def steps(self, batch_size: int | None, seed: int) -> Iterator[list[int]]:
         """Yield lists of sample ids without end, forget samples first.
@@ -82,28 +80,41 @@ class PairedBatches:
                 for _ in range(min(batch_size, count))
             ]
 
-    def losses(self, sample_ids: Sequence[int], through: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    def epoch(self, number: int, seed: int) -> list[tuple[int, int]]:
+        """Draw pairs of sample ids (forget, retain) of an epoch, which is one pass over the forget samples.
+
+        Retain samples come in turn, too: each comes once before any comes again, through all epochs.
+        """
+        kinds = ((0, self.forget_count), (self.forget_count, self.retain_count))
+        queues = [_in_turn(first, count, number * self.forget_count, seed) for first, count in kinds]
+        return list(itertools.islice(zip(*queues, strict=True), self.forget_count))
+
+    def losses(
+        self, sample_ids: Sequence[int], through: nn.Module | None = None, everywhere: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Run the samples once, under the masks that are in force.
 
         Args:
             sample_ids: forget samples first, at least one of each kind.
             through: see ``Head.hidden``.
+            everywhere: take KL at every token of the retain samples, the last one and those of prompts
+                included, instead of where a counted token is predicted.
 
         Returns:
             The token losses of the forget samples, float32 [N] in nats; and KL(reference ‖ masked) per
-            counted retain token, a float32 scalar in nats.
+            retain token, a float32 scalar in nats.
         """
-        losses, divergences = self.token_losses(sample_ids, through)
+        losses, divergences = self.token_losses(sample_ids, through, everywhere)
         return losses, divergences.mean()
 
     def token_losses(
-        self, sample_ids: Sequence[int], through: nn.Module | None = None
+        self, sample_ids: Sequence[int], through: nn.Module | None = None, everywhere: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Do as ``losses``, but return the KL of each counted retain token, float32 [M]."""
+        """Do as ``losses``, but return the KL of each retain token, float32 [M]."""
         split = sum(i < self.forget_count for i in sample_ids)
+        reference = self._reference(sample_ids[split:], through, everywhere)
         targets = torch.cat([self._sample(i).targets for i in sample_ids[:split]])
-        reference = self._reference(sample_ids[split:], through)
-        forget, retain = self._hidden(sample_ids, through).split([len(targets), len(reference)])
+        forget, retain = self._hidden(sample_ids, through, everywhere).split([len(targets), len(reference)])
         return (
             self.head.token_losses(forget, targets),
             self.head.kl_divergences(retain, reference),
@@ -116,6 +127,13 @@ class PairedBatches:
         by_sample: tuple[Tensor, ...] = losses.split([len(t) for t in targets])
         return by_sample
 
+    def count_tokens(self, sample_ids: Sequence[int], everywhere: bool = False) -> tuple[int, int]:
+        """Count the losses and the divergences that ``token_losses`` gives for these samples."""
+        counts = [0, 0]
+        for i in sample_ids:
+            counts[i >= self.forget_count] += len(self._places(i, everywhere))
+        return counts[0], counts[1]
+
     def _sample(self, sample_id: int) -> "_Sample":
         """The sample, taken out of its batch when it is first needed."""
         if sample_id not in self._samples:
@@ -125,20 +143,36 @@ class PairedBatches:
             self._samples[sample_id] = _Sample(ids, mask, labels, self.device)
         return self._samples[sample_id]
 
-    def _reference(self, sample_ids: Sequence[int], through: nn.Module | None) -> Tensor:
-        """The last hidden states of the untouched model at the counted tokens of retain samples, [N, d]."""
-        if self._references:
-            return torch.cat([self._references[i - self.forget_count] for i in sample_ids])
+    def _reference(self, sample_ids: Sequence[int], through: nn.Module | None, everywhere: bool) -> Tensor:
+        """The last hidden states of the untouched model of retain samples, [M, d]."""
+        retain, size = range(self.forget_count, self.forget_count + self.retain_count), SAMPLES_PER_PASS
         with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
-            return self._hidden(sample_ids, through)
+            if len(retain) > KEPT_REFERENCES:
+                return self._hidden(sample_ids, through, everywhere)
+            # Of all samples at once: all processes have to run the same forward passes.
+            if everywhere not in self._references:
+                groups = [retain[i : i + size] for i in range(0, len(retain), size)]
+                hidden = torch.cat([self._hidden(ids, through, everywhere) for ids in groups])
+                lengths = [len(self._places(i, everywhere)) for i in retain]
+                self._references[everywhere] = hidden.split(lengths)
+        return torch.cat([self._references[everywhere][i - self.forget_count] for i in sample_ids])
 
-    def _hidden(self, sample_ids: Sequence[int], through: nn.Module | None = None) -> Tensor:
-        """The last hidden states where the samples' counted tokens are predicted, [N, d]."""
-        samples = [self._sample(i) for i in sample_ids]
-        width = max(len(sample.ids) for sample in samples)
-        ids = torch.stack([F.pad(sample.ids, (0, width - len(sample.ids))) for sample in samples])
-        where = torch.cat([sample.positions + row * width for row, sample in enumerate(samples)])
+    def _hidden(
+        self, sample_ids: Sequence[int], through: nn.Module | None = None, everywhere: bool = False
+    ) -> Tensor:
+        """The last hidden states of the samples at their ``_places``, [N, d]."""
+        samples = [self._sample(i).ids for i in sample_ids]
+        width = max(map(len, samples))
+        ids = torch.stack([F.pad(sample, (0, width - len(sample))) for sample in samples])
+        where = torch.cat([self._places(i, everywhere) + row * width for row, i in enumerate(sample_ids)])
         return self.head.hidden(ids, through).flatten(0, 1).index_select(0, where)
+
+    def _places(self, sample_id: int, everywhere: bool) -> Tensor:
+        """Where a sample's counted tokens are predicted; everywhere, all positions of a retain sample."""
+        sample = self._sample(sample_id)
+        if everywhere and sample_id >= self.forget_count:
+            return torch.arange(len(sample.ids), device=sample.ids.device)
+        return sample.positions
 
 
 class _Sample:
@@ -169,6 +203,15 @@ def _check(name: str, batch: Batch) -> None:
         raise ValueError(f"{name} must be padded on the right, so attention_mask must never rise in a row")
     if ((batch["labels"] != IGNORED) & (batch["attention_mask"] == 0)).any():
         raise ValueError(f"{name} counts padding: labels must be -100 where attention_mask is 0")
+
+
+def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
+    """Yield first … first + count − 1 without end, in a new order each time round, from ``start`` on."""
+    for turn in itertools.count(start // count):
+        order = list(range(first, first + count))
+        random.Random(f"{seed} {first} {turn}").shuffle(order)
+        yield from order[start % count :]
+        start = 0
 
 
 def shuffled(start: int, count: int, generator: torch.Generator) -> Iterator[int]:

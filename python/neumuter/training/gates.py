@@ -29,7 +29,7 @@ class Sampling:
     row_ids: torch.Tensor | None
 
     def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
-        if torch.is_grad_enabled() and not gates.scores.requires_grad:
+        if gates.trained and torch.is_grad_enabled() and not gates.scores.requires_grad:
             raise RuntimeError(
                 f"the scores of {gates.path} are frozen, so training would change nothing. PEFT freezes all "
                 "parameters of a model: detach, wrap the model, then attach it"
@@ -97,11 +97,18 @@ Source = Sampling | Evaluating | Applying
 
 
 class TrainableGates(Gates):
-    """A trainable score per neuron. ``source`` says which mask it makes of them; None: none."""
+    """A score per neuron, a Parameter if it is ``trained``. ``source`` says which mask it makes of them."""
 
-    def __init__(self, ffn: FFN, seam: str) -> None:
+    scores: torch.Tensor
+
+    def __init__(self, ffn: FFN, seam: str, trained: bool = True) -> None:
         super().__init__(ffn, seam)
-        self.scores = nn.Parameter(torch.full((self.width,), INITIAL_SCORE, device=ffn.device))
+        self.trained = trained
+        scores = torch.full((self.width,), INITIAL_SCORE, device=ffn.device)
+        if trained:
+            self.scores = nn.Parameter(scores)
+        else:
+            self.register_buffer("scores", scores, persistent=False)
         self.source: Source | None = None
 
     def mask(self, hidden_states: Tensor) -> Mask | None:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from neumuter.models.experts import find_reached
 from neumuter.models.families import decoder_of, find_ffns, input_device
+from neumuter.models.ffn import FFN
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
 from neumuter.models.seams import choose_seams
@@ -43,12 +44,12 @@ class Masked:
                 f"{len(found)} FFNs), got {start_layer!r}"
             )
         self.model = model
-        self.ffns = found[start_layer:]
-        seams = choose_seams(model, self.ffns)
+        self.ffns, self._before = found[start_layer:], found[:start_layer]
+        # Gates on those before, once ``open_before`` was called.
+        self._open: Installed[TrainableGates] | None = None
         # They are known by name, because wrappers such as FSDP put other objects in their place.
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        gates = [TrainableGates(ffn, seams[ffn.path]) for ffn in self.ffns]
-        self._installed = Installed(model, gates, self.ffns)
+        self._installed = _install(model, self.ffns)
         for name, parameter in model.named_parameters():
             if name in self._trainable:
                 parameter.requires_grad_(False)
@@ -65,7 +66,7 @@ class Masked:
 
         Of E experts it is [E·F], expert after expert.
         """
-        return {gates.path: gates.scores for gates in self._installed.gates}
+        return {gates.path: cast(nn.Parameter, gates.scores) for gates in self._installed.gates}
 
     @torch.no_grad()
     def full_scores(self) -> dict[str, Tensor]:
@@ -86,6 +87,7 @@ class Masked:
         step: int | Tensor,
         sample_ids: Tensor | Sequence[int],
         row_ids: Tensor | Sequence[int] | None = None,
+        everywhere: bool = False,
     ) -> AbstractContextManager["Masked"]:
         """Context: training gates, one row of hard-concrete samples per sample of the batch.
 
@@ -97,6 +99,7 @@ class Masked:
             sample_ids: int64 [B], an id for each sample of the batch.
             row_ids: for sequences packed into one row, integers with one entry per token: the position of its
                 sample in ``sample_ids``, or −1 for no mask.
+            everywhere: the FFNs before the first masked one draw noise, too; see ``open_before``.
         """
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64:
@@ -105,7 +108,20 @@ class Masked:
             )
         device = next(iter(self.scores.values())).device
         step = torch.tensor(int(step), device=device)
-        return self._using(Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids))))
+        source = Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids)))
+        if everywhere:
+            self.open_before()
+        return self._using(source, everywhere)
+
+    def open_before(self) -> None:
+        """Put gates on the FFNs before the first masked one, too, which only ``sampling`` everywhere uses.
+
+        They are not trained and not selected from: their scores stay open. ``sampling`` calls this itself;
+        call it before something wraps the model that must see all modules.
+        """
+        if self._before and self._open is None:
+            with self.off():
+                self._open = _install(self.model, self._before, trained=False)
 
     def evaluating(self) -> AbstractContextManager["Masked"]:
         """Context: the gates without noise, one row for all samples."""
@@ -146,16 +162,20 @@ class Masked:
         return self._using(None)
 
     @contextmanager
-    def _using(self, source: Source | None) -> Iterator["Masked"]:
+    def _using(self, source: Source | None, everywhere: bool = False) -> Iterator["Masked"]:
         if not self._attached:
             raise RuntimeError("this handle is detached; attach the model again")
-        previous = [gates.source for gates in self._installed.gates]
-        for gates in self._installed.gates:
-            gates.source = source
+        given = [(gates, source) for gates in self._installed.gates]
+        given += [
+            (gates, source if everywhere else None) for gates in (self._open.gates if self._open else ())
+        ]
+        previous = [gates.source for gates, _ in given]
+        for gates, own in given:
+            gates.source = own
         try:
             yield self
         finally:
-            for gates, former in zip(self._installed.gates, previous, strict=True):
+            for (gates, _), former in zip(given, previous, strict=True):
                 gates.source = former
 
     @torch.no_grad()
@@ -312,6 +332,8 @@ class Masked:
         """Put the very original modules and requires_grad flags back. Harmless when called again."""
         if self._attached:
             self._installed.remove()
+            if self._open:
+                self._open.remove()
             for name, parameter in self.model.named_parameters():
                 if name in self._trainable:
                     parameter.requires_grad_(True)
@@ -322,6 +344,11 @@ class Masked:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+
+def _install(model: nn.Module, ffns: Sequence[FFN], trained: bool = True) -> Installed[TrainableGates]:
+    seams = choose_seams(model, ffns)
+    return Installed(model, [TrainableGates(ffn, seams[ffn.path], trained) for ffn in ffns], ffns)
 
 
 def _gathered(score: Any) -> Tensor:
