@@ -113,7 +113,7 @@ class Step:
 
 
 class Ours(Step):
-    """What ``train_gates`` does."""
+    """What ``train_gates`` does with ``PaperConfig(refined=True)``."""
 
     def __init__(self, model, forget, retain):
         self.masked = neumuter.attach(model)

@@ -93,7 +93,7 @@ def _masked(find):
 
 
 def _paper(job, masked):
-    config = recipes.PaperConfig(epochs=job.recipe["paper_epochs"])
+    config = recipes.PaperConfig(epochs=job.recipe["paper_epochs"], refined=True)
     try:
         return recipes.train_gates(PairedBatches(masked, job.forget, job.retain), config, job.seed)
     except NothingSelectedError:

@@ -121,7 +121,7 @@ def load_trainer(registry, handler, tokenizer_name, model, evaluators, args, met
 
 METHOD = {
     "paper": {
-        "num_train_epochs": 20, "sparsity": 2.0, "stop_loss": 50.0, "budget": 20,
+        "num_train_epochs": 40, "sparsity": 2.0, "stop_loss": 50.0, "budget": 20,
         "per_device_train_batch_size": 4,
     },
     "fitted": {"budget": 20, "steps": 30, "batch_size": 4, "kl_target": 1.0, "gain_range": [-1.0, 1.5]},

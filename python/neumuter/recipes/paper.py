@@ -1,8 +1,9 @@
 """NeuMuter's own recipe: hard-concrete gates, trained until few of them close."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import ceil, log
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class PaperConfig:
 
     # Passes over the forget samples.
     epochs: int = 200
-    # Samples of each kind per step; None takes all of them.
+    # Samples of each kind per step, fewer at the end of an epoch; None takes all of them.
     batch_size: int | None = 1
     # Of Adam.
     lr: float = 0.1
@@ -37,6 +38,11 @@ class PaperConfig:
     descent: float = 5.0
     # Neurons with σ(score) below it are muted.
     threshold: float = 0.15
+    # False is the authors' algorithm: one mask for all forget samples of a step and one for all retain
+    # samples; noise also in the FFNs before the first masked one, which stay open in the end; and KL at every
+    # token of the retain samples. True gives each sample a mask of its own, leaves those FFNs alone, and
+    # takes KL where a counted token is predicted.
+    refined: bool = False
 
 
 def train_gates(
@@ -51,9 +57,11 @@ def train_gates(
     the mean loss of the counted forget tokens, s = −1 while LM ≤ stop_loss and +5 above, and
     p = σ(score − β·ln(−γ/ζ)) is the probability that a gate is open (Hou et al. 2025; Louizos et al.
     2018). λ over the number of neurons is the pull on each, which therefore depends on the model's size;
-    ``sparsity_per_neuron`` gives that pull itself. Both kinds of samples share one forward pass with one
-    sampled mask row each. Their noise is keyed by the sample's id, its position in the forget batch
-    followed by the retain batch.
+    ``sparsity_per_neuron`` gives that pull itself.
+
+    This is what the authors' code computes, with two differences. Padding never counts. An epoch is one pass
+    over the forget samples, and the retain samples go on where the last epoch ended; in the authors' code
+    both begin anew, and the epoch ends with the shorter of the two. ``config.refined`` changes more.
 
     Args:
         pair: the forget and retain texts.
@@ -68,17 +76,14 @@ def train_gates(
     """
     scores = list(pair.masked.scores.values())
     optimizer = torch.optim.Adam(scores, lr=config.lr)
-    per_epoch = math.ceil(pair.forget_count / (config.batch_size or pair.forget_count))
-    total = config.epochs * per_epoch
-    ids = pair.steps(config.batch_size, seed)
+    total = config.epochs * ceil(pair.forget_count / (config.batch_size or pair.forget_count))
     with without_dropout(pair.masked.model):
-        for step in range(total):
-            sample_ids = next(ids)
+        for step, sample_ids in enumerate(_steps(pair, config, seed)):
             optimizer.zero_grad()
-            with pair.masked.sampling(seed, step, torch.tensor(sample_ids, device=scores[0].device)):
-                losses, kl = pair.losses(sample_ids)
+            with sample_gates(pair, config, seed, step, sample_ids):
+                losses, kl = pair.losses(sample_ids, everywhere=not config.refined)
                 forget_loss = losses.mean()
-                loss = combine_losses(forget_loss, kl, scores, config)
+                loss = combine_losses(forget_loss, kl, scores, config, forget_loss.detach())
                 loss.backward()
             optimizer.step()
             if callback:
@@ -94,26 +99,54 @@ def train_gates(
     return pair.masked.select(threshold=config.threshold, method=method, seed=seed)
 
 
+def _steps(pair: PairedBatches, config: PaperConfig, seed: int) -> Iterator[list[int]]:
+    """The sample ids of each step, forget samples first."""
+    for epoch in range(config.epochs):
+        pairs, size = pair.epoch(epoch, seed), config.batch_size
+        if size is None:
+            yield list(range(pair.forget_count + pair.retain_count))
+        else:
+            for start in range(0, len(pairs), size):
+                yield join_pairs(pairs[start : start + size])
+
+
+def join_pairs(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The sample ids of pairs (forget sample, retain sample), forget samples first."""
+    return [first for first, _ in pairs] + [second for _, second in pairs]
+
+
+def sample_gates(
+    pair: PairedBatches, config: PaperConfig, seed: int, step: int, sample_ids: Sequence[int]
+) -> AbstractContextManager[object]:
+    """Context: the gates of a step, which depend on the seed, the step and, if refined, the samples."""
+    if config.refined:
+        return pair.masked.sampling(seed, step, sample_ids)
+    # The same noise for all samples of a kind, in all processes: that of ids 0 and 1.
+    kinds = [int(i >= pair.forget_count) for i in sample_ids]
+    return pair.masked.sampling(seed, step, kinds, everywhere=True)
+
+
 def combine_losses(
     forget_loss: Tensor,
     kl: Tensor,
     scores: Sequence[Tensor],
     config: PaperConfig,
-    level: Tensor | None = None,
+    level: Tensor,
+    parts: int = 1,
 ) -> Tensor:
     """Compute NeuMuter's loss of a step, a scalar.
 
     Args:
-        level: what is compared with stop_loss, where it is not ``forget_loss``.
+        level: the forget loss of the whole step, which is compared with stop_loss.
+        parts: of how many parts the step's loss is the sum; ``forget_loss`` and ``kl`` are of this part.
     """
-    shift = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
-    level = forget_loss.detach() if level is None else level
+    shift = TEMPERATURE * log(-STRETCH[0] / STRETCH[1])
     sign = torch.where(level <= config.stop_loss, -1.0, config.descent)
     sparsity = config.sparsity
     if config.sparsity_per_neuron is not None:
         sparsity = config.sparsity_per_neuron * sum(score.numel() for score in scores)
     closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
-    return sign * forget_loss + sparsity * closed + config.kl_weight * kl
+    return sign * forget_loss + sparsity * closed / parts + config.kl_weight * kl
 
 
 def measure_closed_share(scores: Sequence[Tensor], threshold: float) -> Tensor:
@@ -124,6 +157,6 @@ def measure_closed_share(scores: Sequence[Tensor], threshold: float) -> Tensor:
 
 def describe_method(config: PaperConfig) -> dict[str, Any]:
     """Describe the objective as a mute file records it."""
-    names = ("sparsity", "sparsity_per_neuron", "kl_weight", "stop_loss", "descent", "threshold")
+    names = ("sparsity", "sparsity_per_neuron", "kl_weight", "stop_loss", "descent", "threshold", "refined")
     recorded = {name: getattr(config, name) for name in names}
     return {"recipe": "paper", **recorded, "temperature": TEMPERATURE, "stretch": list(STRETCH)}

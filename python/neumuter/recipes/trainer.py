@@ -3,10 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -19,7 +20,14 @@ from neumuter.evaluation import summary_metrics
 from neumuter.files import PathLike, write_atomically
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.recipes.paper import PaperConfig, combine_losses, describe_method, measure_closed_share
+from neumuter.recipes.paper import (
+    PaperConfig,
+    combine_losses,
+    describe_method,
+    join_pairs,
+    measure_closed_share,
+    sample_gates,
+)
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import NothingSelectedError, attach
 from neumuter.types import Batch
@@ -33,9 +41,10 @@ _PAPER = PaperConfig()
 class NeuMuterConfig(TrainingArguments):
     """transformers' TrainingArguments with the authors' values as defaults, and what NeuMuter adds.
 
-    ``sparsity``, ``sparsity_per_neuron``, ``kl_weight``, ``stop_loss``, ``descent``, ``threshold``: as in
-    ``PaperConfig``. ``budget``: a share (float) or number (int) of neurons to mute, instead of the threshold.
-    ``start_layer``: the first FFN that gets gates. ``goal_forget_loss``, ``goal_forget_ma``: training ends
+    ``sparsity``, ``sparsity_per_neuron``, ``kl_weight``, ``stop_loss``, ``descent``, ``threshold``,
+    ``refined``: as in ``PaperConfig``. An epoch is one pass over the forget samples. ``budget``: a share
+    (float) or number (int) of neurons to mute, instead of the threshold. ``start_layer``: the first FFN that
+    gets gates. ``goal_forget_loss``, ``goal_forget_ma``: training ends
     as soon as an evaluation finds the forget loss (nats) at or above, and the MA at or below, these.
     ``seed`` is also the gates'.
     """
@@ -52,6 +61,7 @@ class NeuMuterConfig(TrainingArguments):
     stop_loss: float = _PAPER.stop_loss
     descent: float = _PAPER.descent
     threshold: float = _PAPER.threshold
+    refined: bool = _PAPER.refined
     budget: float | None = None
     start_layer: int = 1
     goal_forget_loss: float | None = None
@@ -74,25 +84,62 @@ class NeuMuterConfig(TrainingArguments):
             stop_loss=self.stop_loss,
             descent=self.descent,
             threshold=self.threshold,
+            refined=self.refined,
         )
 
 
-class _Indices(torch.utils.data.Dataset[tuple[int, int]]):
-    """Pairs of sample ids; every forget and every retain sample comes at least once in a round."""
+class _Item(NamedTuple):
+    """A forget and a retain sample. Not counted: it fills the batches at the end of an epoch, so that all
+    processes have equally many."""
 
-    def __init__(self, forget: int, retain: int) -> None:
-        self.forget, self.retain = forget, retain
+    forget: int
+    retain: int
+    counted: bool
+
+
+class _ForgetSamples(torch.utils.data.Dataset[_Item]):
+    """As long as there are forget samples. What the sampler draws is itself the item."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     def __len__(self) -> int:
-        return max(self.forget, self.retain)
+        return self.count
 
-    def __getitem__(self, i: int) -> tuple[int, int]:
-        return i % self.forget, self.forget + i % self.retain
+    def __getitem__(self, item: _Item) -> _Item:
+        return item
 
 
-def _collate(pairs: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+class _Epochs(torch.utils.data.Sampler[_Item]):
+    """The pairs of the Trainer's current epoch, filled up to a multiple of ``size``."""
+
+    def __init__(self, trainer: "NeuMuterTrainer", size: int) -> None:
+        self.trainer, self.size = trainer, size
+
+    def __len__(self) -> int:
+        return math.ceil(self.trainer.pair.forget_count / self.size) * self.size
+
+    def __iter__(self) -> Iterator[_Item]:
+        trainer = self.trainer
+        pairs = trainer.pair.epoch(int(trainer.state.epoch or 0), trainer.args.seed)
+        yield from (_Item(*pair, counted=True) for pair in pairs)
+        yield from [_Item(*pairs[0], counted=False)] * (len(self) - len(pairs))
+
+
+def _collate(items: Sequence[_Item]) -> dict[str, Any]:
+    counted = [item for item in items if item.counted]
+    ids = join_pairs([(item.forget, item.retain) for item in counted or items[:1]])
     # A list: a tensor would go to the device, and coming back wait for it.
-    return {"sample_ids": [first for first, _ in pairs] + [second for _, second in pairs]}
+    return {"sample_ids": ids, "weight": float(bool(counted))}
+
+
+class _Step(NamedTuple):
+    """A step of all processes: its batches in each; its tokens that count, int64 [2] of forget and retain;
+    and its forget loss where each batch needs it first."""
+
+    batches: int
+    tokens: torch.Tensor
+    level: torch.Tensor | None
 
 
 class _Goals(TrainerCallback):
@@ -115,7 +162,8 @@ class NeuMuterTrainer(Trainer):
     ``model``: attached here (``trainer.masked``); detach it with ``trainer.masked.detach()``. ``args``:
     NeuMuterConfig. ``forget_batch``, ``retain_batch``: see ``PairedBatches``. Other
     arguments go to transformers' Trainer. A training batch has ``per_device_train_batch_size`` samples of
-    each kind. Dropout of the model is off.
+    each kind, fewer at the end of an epoch. How a step is split into batches and processes changes nothing
+    but rounding. Dropout of the model is off.
 
     Checkpoints hold the scores, the optimiser and the Trainer's state, not the model. The gates' noise
     depends on the seed, the step and the samples alone, so a resumed run goes on with the same bits on the
@@ -141,14 +189,19 @@ class NeuMuterTrainer(Trainer):
             self.masked.detach()
             raise
         self.batches = {"forget": forget_batch, "retain": retain_batch}
-        self._sums: dict[str, tuple[Tensor | float, int]] = {}
-        data = _Indices(self.pair.forget_count, self.pair.retain_count)
+        # Before the Trainer wraps the model.
+        if not args.refined:
+            self.masked.open_before()
+        self._sums: dict[str, Tensor | float] = {}
+        self._steps = 0
+        data = _ForgetSamples(self.pair.forget_count)
         args.remove_unused_columns = False
         super().__init__(
             model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=_collate,
             callbacks=[_Goals(), *callbacks], **options,
         )  # fmt: skip
-        self.model_accepts_loss_kwargs = False
+        # Or the Trainer would divide by the number of batches, which may have unequally many tokens.
+        self.model_accepts_loss_kwargs = True
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any
@@ -158,11 +211,45 @@ class NeuMuterTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(cast(str, self.args.output_dir))
         return super().train(resume_from_checkpoint, *arguments, **options)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> _Epochs:
+        return _Epochs(self, self._train_batch_size * self.accelerator.num_processes)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of a step; and their ``_Step``, which the losses of each depend on."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [
+            self.pair.count_tokens(batch["sample_ids"], not self.args.refined)
+            for batch in batches
+            if batch["weight"]
+        ]
+        tokens = torch.tensor([(0, 0), *counts], device=device).sum(0)
+        tokens = self.accelerator.reduce(tokens, "sum")
+        level = self._measure_level(batches) / tokens[0] if len(batches) > 1 else None
+        self._steps += 1
+        return batches, _Step(len(batches), tokens, level)
+
+    @torch.no_grad()
+    def _measure_level(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """The sum of the forget losses of all tokens of a step: whether it ascends depends on it."""
+        total = torch.zeros((), device=self.args.device)
+        with without_dropout(self.model), self.accelerator.autocast():
+            for batch in batches:
+                forget = [i for i in batch["sample_ids"] if i < self.pair.forget_count]
+                with self._sampling(forget):
+                    total += batch["weight"] * torch.cat([*self.pair.sample_losses(forget)]).sum()
+        return cast(Tensor, self.accelerator.reduce(total, "sum"))
+
+    def _sampling(self, sample_ids: Sequence[int]) -> AbstractContextManager[object]:
+        step = self.state.global_step
+        return sample_gates(self.pair, self.args.objective, self.args.seed, step, sample_ids)
+
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         # Around the backward pass, too, in which activation checkpointing runs the forward again.
-        with self.masked.sampling(self.args.seed, self.state.global_step, inputs["sample_ids"]):
+        with self._sampling(inputs["sample_ids"]):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -170,36 +257,32 @@ class NeuMuterTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        if not self.args.gradient_checkpointing:
-            # This turns dropout off; the Trainer switches back in every step.
-            model.eval()
-        losses = self.pair.token_losses(inputs["sample_ids"], through=model)
-        (forget_loss, level), (kl, divergence) = map(self._mean, losses)
+        step: _Step = num_items_in_batch
+        # Dropout is off, but checkpoints need training mode. The Trainer switches back in every step.
+        for module in model.modules():
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        # The Trainer leaves this to the model's own forward, which is called only where something wraps it.
+        with self.accelerator.autocast():
+            losses = self.pair.token_losses(inputs["sample_ids"], model, not self.args.refined)
+        # What this batch adds to the means of the step.
+        parts = torch.stack([inputs["weight"] * loss.sum() for loss in losses]) / step.tokens
+        means = self.accelerator.reduce(parts.detach(), "sum")
+        # Gradients are averaged over processes.
+        forget_loss, kl = parts * self.accelerator.num_processes
         scores = list(self.masked.scores.values())
-        loss = combine_losses(forget_loss, kl, scores, self.args.objective, level)
-        closed = measure_closed_share(scores, self.args.threshold)
-        parts = {"forget_loss": level, "kl": divergence, "muted": closed}
-        for name, value in parts.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = total + value.detach(), count + 1
+        level = means[0] if step.level is None else step.level
+        loss = combine_losses(forget_loss, kl, scores, self.args.objective, level, step.batches)
+        closed = measure_closed_share(scores, self.args.threshold) / step.batches
+        for name, value in {"forget_loss": means[0], "kl": means[1], "muted": closed}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
         return (loss, {}) if return_outputs else loss
-
-    def _mean(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """(what this process adds to the mean of all processes' tokens times their number, that mean).
-
-        Gradients are averaged over processes, which have different numbers of tokens: so the result does not
-        depend on how samples are split among them.
-        """
-        total = torch.stack([losses.detach().sum(), losses.new_tensor(len(losses))])
-        total = self.accelerator.reduce(total, "sum")
-        return losses.sum() * self.accelerator.num_processes / total[1], total[0] / total[1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: float(total) / count for name, (total, count) in self._sums.items()}
-            self._sums = {}
+            logs |= {name: float(total) / self._steps for name, total in self._sums.items()}
+            self._sums, self._steps = {}, 0
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -253,6 +336,9 @@ class NeuMuterTrainer(Trainer):
                 raise ValueError(f"{path} holds scores of other FFNs than this model has")
             for name, score in scores.items():
                 score.copy_(file.get_tensor(name))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
 
 
 def last_checkpoint(folder: PathLike) -> str | None:
