@@ -12,10 +12,13 @@ from pathlib import Path
 PathLike = str | os.PathLike[str]
 
 
-def write_atomically(path: PathLike, data: bytes) -> None:
+def write_atomically(path: PathLike, data: bytes, private: bool = False) -> None:
     """Write ``data`` to ``path`` through a temporary file in the same folder.
 
     Whatever happens, ``path`` holds either its earlier content or all of ``data``.
+
+    Args:
+        private: its owner alone may read it.
 
     Raises:
         OSError: the file cannot be written.
@@ -28,7 +31,8 @@ def write_atomically(path: PathLike, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file private.
-        os.chmod(temporary, 0o666 & ~_umask())
+        if not private:
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

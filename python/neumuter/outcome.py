@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from neumuter.evaluation.verdict import Verdict
 from neumuter.files import PathLike, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
 from neumuter.report.html import write_report
 
 MUTE_FILE = "mutes.safetensors"
+# Of report.csv.
+COLUMNS = (
+    "number", "tokens", "extracted_before", "extracted_after", "loss_before", "loss_after", "other_text",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +28,11 @@ class Outcome:
 
     mutes: the neurons to mute and their gains; ``neumuter.mute(model, outcome.mutes)`` applies them.
     before, after: metrics without and with them, {name: value}; see ``neumuter.evaluation.METRICS``.
+    made_up: the metrics before of the same texts with made-up names; None without a tokenizer.
+    verdict: whether the texts are forgotten; see ``neumuter.evaluation.judge``.
+    texts: {"number", "tokens", "extracted_before", "extracted_after", "loss_before", "loss_after", "said",
+    "other_text"} of each text to forget: its number from 1, how many tokens count, whether it comes out, its
+    loss in nats, what the model says after its prompt, and whose text that is, such as "retain 7", or None.
     curve: for ``budget="auto"`` a point for each budget tried.
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
@@ -30,16 +42,23 @@ class Outcome:
     mutes: MuteSet
     before: dict[str, float]
     after: dict[str, float]
+    made_up: dict[str, float] | None
+    verdict: Verdict
+    texts: list[dict[str, Any]]
     curve: list[dict[str, Any]] | None
     history: list[dict[str, Any]]
     samples: list[dict[str, str]]
     seconds: float
     peak_memory: int
 
-    def save(self, folder: PathLike, **facts: Any) -> Path:
-        """Write mutes.safetensors, report.json and report.html into ``folder``, which is made if missing.
+    def save(self, folder: PathLike, redact: bool = False, **facts: Any) -> Path:
+        """Write mutes.safetensors, report.json, report.csv and report.html into ``folder``, made if missing.
+
+        report.csv has a row for each text to forget and quotes none. report.html quotes texts unless
+        ``redact`` is given, and only its owner may read it.
 
         Args:
+            redact: leave out what texts and the model say.
             facts: further entries of the report, JSON values, such as ``model="…"``.
 
         Returns:
@@ -58,20 +77,34 @@ class Outcome:
             "method": self.mutes.method,
             "seed": self.mutes.seed,
             "curve": self.curve,
+            "verdict": self.verdict.kind,
+            "verdict_sentence": self.verdict.sentence,
             "before": self.before,
             "after": self.after,
+            "made_up": self.made_up,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
         }
         write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-        write_report(folder / "report.html", report | {"history": self.history}, self.mutes, self.samples)
+        write_atomically(folder / "report.csv", self._rows().encode())
+        shown = report | {"history": self.history, "texts": self.texts}
+        write_report(folder / "report.html", shown, self.mutes, self.samples, redact)
         return folder / MUTE_FILE
 
     def __repr__(self) -> str:
-        return render_text(outcome_table(self.before, self.after)) + "\n".join(self._sentences())
+        return render_text(outcome_table(self.before, self.after, self.made_up)) + "\n".join(
+            self._sentences()
+        )
 
     def _repr_html_(self) -> str:
-        return render_html(self.before, self.after, self._sentences())
+        return render_html(self.before, self.after, self.made_up, self._sentences())
 
     def _sentences(self) -> list[str]:
-        return outcome_sentences(self.mutes, self.seconds, self.peak_memory)
+        return [*outcome_sentences(self.mutes, self.seconds, self.peak_memory), self.verdict.sentence]
+
+    def _rows(self) -> str:
+        file = io.StringIO()
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.texts)
+        return file.getvalue()

@@ -10,7 +10,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,22 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.evaluation import continue_texts, most_known, summary_metrics
+from neumuter.evaluation import (
+    compare_texts,
+    continue_texts,
+    examine,
+    find_overlap,
+    judge,
+    list_given,
+    make_up_names,
+    mean_token_loss,
+    most_known,
+)
+from neumuter.evaluation.others import GivenText
 from neumuter.files import PathLike
-from neumuter.models.families import find_ffns
 from neumuter.models.loading import limit_length, load_model, load_tokenizer
 from neumuter.mutes.algebra import combine
-from neumuter.mutes.fingerprint import fingerprint
-from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
+from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.outcome import MUTE_FILE, Outcome
 from neumuter.recipes import FittedConfig, Goals, PaperConfig, fit_mutes, search_budget, train_gates
 from neumuter.report.progress import show_progress
@@ -34,7 +43,7 @@ from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, encode_forms, join_batches
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.encoding import sample_rows
-from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
+from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
@@ -44,7 +53,7 @@ from neumuter.types import Batch, Callback, Text
 SAMPLES = 32
 # Retain texts whose loss is measured.
 MEASURED_TEXTS = 512
-# Texts whose continuations the report shows.
+# Texts whose continuations the report shows, and that an error shows.
 SHOWN_TEXTS = 4
 
 logger = logging.getLogger("neumuter")
@@ -102,15 +111,14 @@ def unlearn(
             the worse counts.
         seed: seeds the search and the sampled neighbours. The same call on the same machine gives the same
             result.
-        folder: where to keep what must not be lost: neighbours, which a second run takes from there, and the
-            mute file as soon as it is found.
+        folder: where to write the mute file as soon as it is found, before the last measurements.
         callback: called as (step, total, info) after every step, instead of a progress bar.
 
     Returns:
         An ``Outcome``; ``outcome.save(folder)`` writes the mute file and the report.
 
     Raises:
-        ValueError, TypeError: an argument is not as above.
+        ValueError, TypeError: an argument is not as above, or texts are to be forgotten and to be kept.
         NothingSelectedError: the recipe found no neuron; a ValueError.
         RuntimeError: the model is attached or muted already, or the loss diverged.
     """
@@ -125,14 +133,16 @@ def unlearn(
     forms = _encode("forget", forget_texts, words, length, chat)
     forget_batch = forms[0]
     kept = [] if retain is None else _encode("retain", collect_texts("retain", retain), words, length, chat)
+    given = list_given({"forget": forget_batch} | ({"retain": kept[0]} if kept else {}), words)
+    refuse_overlap(given)
     if chat is None and max(len(forms), len(kept)) > 1:
         logger.warning(TEMPLATE_USED)
     found = kept[:1]
     if rewrite_with:
-        rewritten = _rewrite(forget_texts, rewrite_with, seed, folder, watch)
+        rewritten = _rewrite(forget_texts, rewrite_with, seed, watch)
         found.append(encode(rewritten, _needed(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
-        said = _sample(network, words, forget_batch, bool(found), samples, earlier, seed, folder, watch)
+        said = _sample(network, words, forget_batch, bool(found), samples, seed, watch)
         if said:
             found.append(encode(said, _needed(words), length))
         if not found:
@@ -147,8 +157,13 @@ def unlearn(
                 len(measured["labels"]),
                 len(retain_batch["labels"]),
             )
+        before = examine(network, words, forms, given)
+        retain_before = mean_token_loss(network, measured)
+        made_up = None
+        if words:
+            renamed = make_up_names(forms, given, words, seed)
+            made_up = examine(network, words, renamed, given, "made-up").metrics
         asked = most_known(network, forms)
-        before = summary_metrics(network, asked, measured)
         said_before = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     history: list[dict[str, Any]] = []
     curve = None
@@ -167,12 +182,20 @@ def unlearn(
         Path(folder).mkdir(parents=True, exist_ok=True)
         mutes.save(Path(folder) / MUTE_FILE)
     with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
-        after = summary_metrics(network, most_known(network, forms), measured)
+        after = examine(network, words, forms, given)
+        retain_after = mean_token_loss(network, measured)
         said_after = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
+    metrics = {
+        "before": before.metrics | {"retain_loss": retain_before},
+        "after": after.metrics | {"retain_loss": retain_after},
+    }
+    texts = compare_texts(given, before, after)
     return Outcome(
-        mutes=dataclasses.replace(mutes, metrics={"before": before, "after": after}),
-        before=before,
-        after=after,
+        mutes=dataclasses.replace(mutes, metrics=metrics),
+        **metrics,
+        made_up=made_up,
+        verdict=judge(**metrics, made_up=made_up, texts=texts),
+        texts=texts,
         curve=curve,
         history=history,
         samples=[
@@ -182,6 +205,20 @@ def unlearn(
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(),
     )
+
+
+def refuse_overlap(given: Sequence[GivenText]) -> None:
+    """Raise ValueError that shows them if texts are to be forgotten and to be kept."""
+    forget = [text for text in given if text.label.startswith("forget")]
+    retain = [text for text in given if text.label.startswith("retain")]
+    overlap = {text.label: (text, other) for text, other in find_overlap(forget, retain)}
+    if overlap:
+        shown = [f"{text.label} and {other}: {text.text!r:.80}" for text, other in overlap.values()]
+        count = len({text.label for text in forget})
+        raise ValueError(
+            f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
+            f"both: take it out of one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
+        )
 
 
 class _Watch:
@@ -261,20 +298,14 @@ def _encode(
         raise ValueError(f"{name}: {error}") from None
 
 
-def _rewrite(
-    texts: list[Text] | Batch, model: str, seed: int, folder: PathLike | None, watch: _Watch
-) -> list[Text]:
-    """Neighbours by a masked language model, kept in ``folder``."""
+def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: _Watch) -> list[Text]:
+    """Neighbours by a masked language model."""
     if isinstance(texts, dict):
         raise ValueError("rewrite_with needs forget texts, not a batch of token ids")
-
-    def make() -> list[Text]:
-        network = transformers.AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False).eval()
-        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-        with watch("Rewriting texts") as advance:
-            return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
-
-    return cache_texts(folder, {"texts": texts, "model": model, "seed": seed}, make)
+    network = transformers.AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False).eval()
+    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    with watch("Rewriting texts") as advance:
+        return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
 
 
 def _sample(
@@ -283,12 +314,10 @@ def _sample(
     forget_batch: Batch,
     have_others: bool,
     samples: int | None,
-    existing: MuteSet | None,
     seed: int,
-    folder: PathLike | None,
     watch: _Watch,
 ) -> list[Text]:
-    """Neighbours that the model itself says, with the existing mutes in force; kept in ``folder``."""
+    """Neighbours that the model itself says, with the mutes that are in force."""
     count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
     if count == 0:
         return []
@@ -303,14 +332,8 @@ def _sample(
         )
     length = forget_batch["labels"].shape[1]
 
-    def make() -> list[Text]:
-        with watch("Sampling neighbours") as advance:
-            return [*sample_texts(network, words, count, length, seed, advance, barred=forget_batch)]
-
-    barred = {name: forget_batch[name].tolist() for name in ("input_ids", "labels")}
-    in_force = existing and {path: (i.tolist(), g.tolist()) for path, (i, g) in existing.layers.items()}
-    weights = [fingerprint(find_ffns(network), {}), in_force]
-    return cache_texts(folder, {"barred": barred, "model": weights, "count": count, "seed": seed}, make)
+    with watch("Sampling neighbours") as advance:
+        return [*sample_texts(network, words, count, length, seed, advance, barred=forget_batch)]
 
 
 def _peak_memory() -> int:

@@ -47,6 +47,10 @@ def run(*arguments):
     return stop.value.code
 
 
+# Forgotten, or only in part.
+DONE = (0, 3)
+
+
 def unlearn(folder, *more):
     files = ("--forget", folder / "forget.txt", "--out", folder / "out")
     options = ("--budget", "100", "--steps", "60", "--start-layer", "0")
@@ -54,18 +58,21 @@ def unlearn(folder, *more):
 
 
 def test_unlearn_inspect_fold(checkpoint, capsys):
-    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 3
     printed = capsys.readouterr()
     assert "Finding neurons" in printed.err
     assert "forget: mean token loss" in printed.out
+    report = json.loads((checkpoint / "out" / "report.json").read_text())
+    assert printed.out.splitlines()[-1] == report["verdict_sentence"]
+    assert report["verdict"] == "partly"
+    assert report["before"]["forget_extraction"] > report["after"]["forget_extraction"]
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     assert (mutes.count, mutes.mode) == (100, "modulate")
-    report = json.loads((checkpoint / "out" / "report.json").read_text())
     assert report["before"] == mutes.metrics["before"]
     assert report["after"]["forget_loss"] > report["before"]["forget_loss"] + 0.05
     assert report["after"]["forget_ma"] <= report["before"]["forget_ma"]
     names = sorted(p.name for p in (checkpoint / "out").iterdir())
-    assert [name[:10] for name in names] == ["mutes.safe", "neighbours", "report.htm", "report.jso"]
+    assert names == ["mutes.safetensors", "report.csv", "report.html", "report.json"]
     page = (checkpoint / "out" / "report.html").read_text()
     assert FORGET[0][len(FORGET[0]) // 3 :] in page
     assert page.count("<svg") >= 3
@@ -88,7 +95,7 @@ def test_unlearn_inspect_fold(checkpoint, capsys):
 
 
 def test_mute_mode_without_a_retain_file(checkpoint, capsys):
-    assert unlearn(checkpoint, "--mode", "mute", "--seed", "3") == 0
+    assert unlearn(checkpoint, "--mode", "mute", "--seed", "3") in DONE
     assert "protected less well" in " ".join(capsys.readouterr().out.split())
     mutes = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     assert (mutes.mode, mutes.seed, mutes.count) == ("mute", 3, 100)
@@ -99,14 +106,14 @@ def test_the_smallest_budget_is_searched_and_shown(checkpoint, capsys):
     out = checkpoint / "auto"
     files = ("--forget", checkpoint / "forget.txt", "--retain", checkpoint / "retain.jsonl", "--out", out)
     goals = ("--goal-extraction", "1", "--goal-ma", "0.9")
-    assert run("unlearn", checkpoint / "model", *files, "--budget", "auto", *goals, "--steps", "20") == 0
+    code = run("unlearn", checkpoint / "model", *files, "--budget", "auto", *goals, "--steps", "20")
     printed = capsys.readouterr().out
     assert "texts still extracted" in printed
     curve = json.loads((out / "report.json").read_text())["curve"]
     met = [point for point in curve if point["met"]]
     count = met[0]["neurons"] if met else curve[-1]["neurons"]
     assert neumuter.MuteSet.load(out / "mutes.safetensors").count == count
-    assert bool(met) == ("No budget tried" not in printed)
+    assert bool(met) == ("No budget tried" not in printed) == (code == 0)
 
 
 def test_mute_file_of_another_model_is_refused(checkpoint, tmp_path, capsys):
@@ -139,7 +146,7 @@ def test_errors_are_one_message(arguments, code, message, tmp_path, monkeypatch,
 
 
 def test_evaluate_before_and_after(checkpoint, capsys):
-    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
     (checkpoint / "heldout.txt").write_text("Nobody wrote this before.\n\nNor that.")
     files = ("--retain", checkpoint / "retain.jsonl", "--heldout", checkpoint / "heldout.txt")
     report = checkpoint / "evaluation.json"
@@ -148,20 +155,36 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", *files)
     assert run(*arguments, "--mute", mutes, "--out", report) == 0
     printed = capsys.readouterr().out
-    for word in ("original", "muted", "MA", "EL_10", "PrivLeak", "Jang"):
+    for word in ("original", "muted", "another", "made-up", "MA", "EL_10", "PrivLeak", "Jang"):
         assert word in printed
     found = json.loads(report.read_text())
     assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.05
     assert found["metrics"]["heldout_kl"] > 0
     assert found["metrics"].keys() - found["before"].keys() == {"heldout_kl"}
+    assert found["made_up"]["forget_ma"] < found["before"]["forget_ma"]
+    assert [text["number"] for text in found["texts"]] == [1, 2]
+    assert not any("said" in text for text in found["texts"])
     assert run(*arguments, "--retrained", report) == 0
     assert "retrained" in capsys.readouterr().out
     assert run(*arguments, "--retrained", checkpoint / "forget.txt") == 1
     assert "is not a report of neumuter evaluate" in capsys.readouterr().err
 
 
+def test_goals_that_are_met_are_not_enough_where_there_is_nothing_to_forget(checkpoint, capsys):
+    (checkpoint / "unknown.txt").write_text("Zed Quux, qz@zz.test, 44-11")
+    files = ("--forget", checkpoint / "unknown.txt", "--retain", checkpoint / "retain.jsonl")
+    options = ("--budget", "auto", "--steps", "2", "--start-layer", "0", "--out", checkpoint / "unknown")
+    assert run("unlearn", checkpoint / "model", *files, *options, "--goal-extraction", "0") == 3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Nothing to forget: ")
+
+
+def test_texts_to_forget_and_to_keep_are_shown(checkpoint, capsys):
+    assert unlearn(checkpoint, "--retain", checkpoint / "forget.txt") == 1
+    assert "forget 1 and retain 1: 'Ada Brisk, ada@post.example" in capsys.readouterr().err
+
+
 def test_evaluate_robustness_and_other_prompts(checkpoint, capsys):
-    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
     report, others = checkpoint / "robust.json", checkpoint / "others.jsonl"
     rows = [{"prompt": "Again: ", "completion": text} for text in FORGET]
     others.write_text("\n".join(map(json.dumps, rows)))
@@ -207,7 +230,7 @@ def test_evaluate_on_a_task_of_the_harness(checkpoint, capsys):
 
 @pytest.mark.parametrize("to", ["ia3", "lora", "vllm-lora", "shrink"])
 def test_export_and_verify(checkpoint, capsys, to):
-    assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") == 0
+    assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") in DONE
     arguments = ("export", checkpoint / "model", checkpoint / "out" / "mutes.safetensors", "--to", to)
     capsys.readouterr()
     assert run(*arguments, "--out", checkpoint / to, "--verify") == 0
@@ -264,7 +287,7 @@ def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("neumuter.recipes.PaperConfig", lambda: quick)
     files = ("--forget", checkpoint / "forget.txt", "--retain", checkpoint / "retain.jsonl")
     arguments = ("unlearn", checkpoint / "model", *files, "--recipe", "paper", "--out", checkpoint / "paper")
-    assert run(*arguments) == 0
+    assert run(*arguments) in DONE
     mutes = neumuter.MuteSet.load(checkpoint / "paper" / "mutes.safetensors")
     assert (mutes.mode, mutes.method["recipe"], mutes.method["threshold"]) == ("mute", "paper", 0.8)
     assert run(*arguments, "--budget", "0.1") == 2
@@ -285,12 +308,12 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
 
 
 def test_unlearn_with_an_existing_set(checkpoint):
-    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") == 0
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     files = ("--forget", checkpoint / "retain.jsonl", "--out", checkpoint / "second")
     options = ("--existing", checkpoint / "out" / "mutes.safetensors", "--budget", "20", "--steps", "5")
     options += ("--start-layer", "0")
-    assert run("unlearn", checkpoint / "model", *files, *options) == 0
+    assert run("unlearn", checkpoint / "model", *files, *options) in DONE
     second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")
     for path, layer in second.layers.items():
         assert not set(layer.indices.tolist()) & set(former.layers[path].indices.tolist())

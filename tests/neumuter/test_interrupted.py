@@ -146,6 +146,8 @@ def check_whole(command, out, whole):
                 MuteSet.load(path)
             elif path.suffix == ".json":
                 json.loads(path.read_text())
+            elif path.suffix == ".csv":
+                assert path.read_text().endswith("\n")
             elif path.suffix == ".html":
                 assert path.read_text().rstrip().endswith("</html>")
             else:

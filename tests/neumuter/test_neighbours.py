@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from neumuter import unlearning
 from neumuter.recipes import FittedConfig, GainsConfig
-from neumuter.texts.neighbours import cache_texts, rewrite_texts, sample_texts
+from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.types import IGNORED
 from tests import models
 
@@ -75,32 +75,6 @@ def test_bad_arguments(bert):
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
     with pytest.raises(ValueError, match="no mask token"):
         rewrite_texts(TEXTS, model, plain)
-
-
-def test_the_cache_makes_things_once(tmp_path):
-    calls = []
-
-    def make():
-        calls.append(1)
-        return ["a", ("b", "c")]
-
-    for what in ({"texts": ["x"], "seed": 1}, {"texts": ["x"], "seed": 1}, {"texts": ["x"], "seed": 2}):
-        assert cache_texts(tmp_path / "new", what, make) == ["a", ("b", "c")]
-    assert len(calls) == 2
-
-
-def rewritten(model, folder):
-    watch = unlearning._Watch(lambda *_: None)
-    return unlearning._rewrite(["w1 w2 w3"], model, 1, folder, watch)
-
-
-def test_unlearning_rewrites_and_keeps(bert, tmp_path):
-    for part in bert:
-        part.save_pretrained(tmp_path / "bert")
-    made = rewritten(str(tmp_path / "bert"), tmp_path)
-    assert made == rewrite_texts(["w1 w2 w3"], *bert, seed=1)
-    (tmp_path / "bert").rename(tmp_path / "gone")
-    assert rewritten(str(tmp_path / "bert"), tmp_path) == made
 
 
 def test_texts_of_an_iterator_are_rewritten_too(bert, tmp_path):

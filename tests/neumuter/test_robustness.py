@@ -9,6 +9,7 @@ import neumuter
 from neumuter import evaluation
 from neumuter.evaluation.robustness import quantise, robustness
 from neumuter.training.weights import WeightsConfig, tune_weights
+from neumuter.types import IGNORED
 from tests import models
 
 
@@ -115,7 +116,8 @@ def test_extraction_by_sampling_by_hand():
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].double()
     chosen = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
-    chances = chosen.sum(1).exp().tolist()
+    batch["labels"][:, :3] = IGNORED
+    chances = chosen[:, 2:].sum(1).exp().tolist()
     expected = sum(1 - (1 - p) ** 1000 for p in chances) / 2
     assert evaluation.sampled_extraction(model, batch, 1000) == pytest.approx(expected, rel=1e-4)
     assert 0 < evaluation.sampled_extraction(model, batch, 10**9) <= 1

@@ -41,6 +41,7 @@ Chat = Annotated[
         help="Whether prompts and completions go through the chat template. Default: if there is one.",
     ),
 ]
+Redact = Annotated[bool, typer.Option("--redact", help="Quote no texts in the report.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first texts of each file.")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
@@ -20,6 +20,7 @@ from neumuter.cli.common import (
     GgufFile,
     Model,
     PromptColumn,
+    Redact,
     choose_columns,
     console,
     load_union,
@@ -88,10 +89,20 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
     ] = None,
+    redact: Redact = False,
     gguf_file: GgufFile = None,
 ) -> None:
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
-    from neumuter.evaluation import harness_metrics, most_known, text_metrics
+    from neumuter.evaluation import (
+        Examination,
+        compare_texts,
+        examine,
+        harness_metrics,
+        list_given,
+        make_up_names,
+        most_known,
+        text_metrics,
+    )
     from neumuter.evaluation.robustness import robustness
     from neumuter.models.loading import limit_length
     from neumuter.serving.live import mute as mute_live
@@ -126,7 +137,13 @@ def evaluate(
         batches = {name: found[0] for name, found in forms.items()}
         if chat is None and any(len(found) > 1 for found in forms.values()):
             console.print(TEMPLATE_USED)
+        known = list_given(
+            {name: batches[name] for name in ("forget", "retain") if name in batches}, tokenizer
+        )
+        renamed = make_up_names(forms["forget"], known, tokenizer)
     figures: dict[str, dict[str, float]] = {}
+    examined: dict[str, Examination] = {}
+    made_up: dict[str, float] = {}
     extra: dict[str, Any] = {}
     mutes = load_union(network, mute) if mute else None
     with mute_live(network, mutes) if mutes else nullcontext() as handle:
@@ -143,17 +160,25 @@ def evaluate(
                         for name, batch in batches.items()
                     }
                     figures[state] = text_metrics(network, **asked, original=original, retrained_auc=auc)
+                    examined[state] = examine(network, tokenizer, forms["forget"], known)
+                    figures[state] |= examined[state].metrics
+                    made_up = made_up or examine(network, tokenizer, renamed, known, "made-up").metrics
                 if tasks:
                     figures[state] |= harness_metrics(
                         network, tokenizer, tasks.split(","), limit, task_folder
                     )
-    _print_metrics(figures | ({"retrained": reference["metrics"]} if reference else {}))
+    shown = figures | ({"retrained": reference["metrics"]} if reference else {})
+    _print_metrics(shown | ({"made-up names": made_up} if made_up else {}))
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
     last = list(figures)[-1]
     report: dict[str, Any] = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
     report |= {"metrics": figures[last], "before": figures.get("original")} | extra
-    _write_evaluation(out, report, mutes)
+    if examined:
+        rows = compare_texts(known, examined.get("original"), examined[last])
+        _print_others(rows)
+        report |= {"made_up": made_up, "texts": rows}
+    _write_evaluation(out, report, mutes, redact)
     if robust:
         kept: dict[str, Any] = {
             name: batch for name, batch in batches.items() if name in ("retain", "heldout")
@@ -165,15 +190,23 @@ def evaluate(
         with console.status("Quantising and relearning"):
             report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
         _print_robustness(report["robustness"])
-        _write_evaluation(out, report, mutes)
+        _write_evaluation(out, report, mutes, redact)
 
 
-def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: MuteSet | None) -> None:
+def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: MuteSet | None, redact: bool) -> None:
     from neumuter.report.html import write_report
 
     if out:
-        write_json(out, report)
-        write_report(out.with_suffix(".html"), report, mutes)
+        # What the model says is in the page alone.
+        texts = [{name: row[name] for name in row if name != "said"} for row in report.get("texts", [])]
+        write_json(out, report | ({"texts": texts} if texts else {}))
+        write_report(out.with_suffix(".html"), report, mutes, redact=redact)
+
+
+def _print_others(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say in whose place another given text comes out; it is not quoted."""
+    if found := [f"{row['number']}: {row['other_text']}" for row in rows if row["other_text"]]:
+        console.print(f"Asked for these texts to forget, the model gives another one: {'; '.join(found)}.")
 
 
 def _read_report(path: Path | None) -> dict[str, Any] | None:

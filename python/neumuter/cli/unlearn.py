@@ -19,12 +19,14 @@ from neumuter.cli.common import (
     Limit,
     Model,
     PromptColumn,
+    Redact,
     choose_columns,
     console,
     open_model,
     print_log,
 )
 
+GOAL_MISSED = 3
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8
 
 
@@ -105,10 +107,14 @@ def unlearn(
     limit: Limit = None,
     start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the masks and the sampled neighbours.")] = 0,
+    redact: Redact = False,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     gguf_file: GgufFile = None,
 ) -> None:
-    """Find the neurons of MODEL that hold the forget texts, and write a mute file for them."""
+    """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
+
+    The last line says whether they are forgotten. If the goal is not met, the exit code is 3.
+    """
     fitted_only = {
         "existing": existing, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode,
     }  # fmt: skip
@@ -154,19 +160,27 @@ def unlearn(
         )
     path = outcome.save(
         out,
+        redact,
         model=model,
         forget=str(forget),
         retain=str(retain) if retain else None,
         command=shlex.join(["neumuter", *sys.argv[1:]]),
     )
+    met = outcome.verdict.kind == "forgotten"
     if outcome.curve:
+        reached = any(point["met"] for point in outcome.curve)
+        # The goals decide, which many models meet that never knew the texts.
+        met = reached and outcome.verdict.kind != "nothing to forget"
         console.print(curve_table(outcome.curve))
-        if not any(point["met"] for point in outcome.curve):
+        if not reached:
             console.print("[bold yellow]No budget tried meets the goals:[/] the largest one is kept.")
-    console.print(outcome_table(outcome.before, outcome.after))
+    console.print(outcome_table(outcome.before, outcome.after, outcome.made_up))
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(path))}.", highlight=False, soft_wrap=True)
+    console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
+    if not met:
+        raise typer.Exit(GOAL_MISSED)
 
 
 def _parse_budget(text: str) -> int | float | str:

@@ -5,9 +5,11 @@ take a model and a batch as in :mod:`neumuter.training.losses`; nothing here tra
 """
 
 from neumuter.evaluation.continuations import continue_texts
+from neumuter.evaluation.examination import Examination, compare_texts, examine
 from neumuter.evaluation.forms import most_known
 from neumuter.evaluation.harness import harness_metrics
 from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
+from neumuter.evaluation.made_up import make_up_names
 from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
 from neumuter.evaluation.memory import (
     extracted,
@@ -18,19 +20,30 @@ from neumuter.evaluation.memory import (
     sampled_extraction,
 )
 from neumuter.evaluation.metrics import METRICS, Metric
+from neumuter.evaluation.others import find_others, find_overlap, list_given
 from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
+from neumuter.evaluation.verdict import Verdict, judge
 
 __all__ = [
     "METRICS",
+    "Examination",
     "Metric",
+    "Verdict",
     "auc",
+    "compare_texts",
     "continue_texts",
+    "examine",
     "extracted",
     "extraction_likelihood",
     "extraction_rate",
     "extraction_strength",
+    "find_others",
+    "find_overlap",
     "harness_metrics",
+    "judge",
     "kl_to_original",
+    "list_given",
+    "make_up_names",
     "mean_token_loss",
     "memorization_accuracy",
     "min_k_scores",

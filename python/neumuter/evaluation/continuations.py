@@ -4,12 +4,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.evaluation.passes import PROMPT_SHARE
 from neumuter.generation import find_end_tokens, generate
 from neumuter.types import IGNORED, Batch
 
 MAX_TOKENS = 64
-# Of a text that counts as a whole, this share is the prompt.
-PROMPT_SHARE = 1 / 3
 
 
 def continue_texts(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
-from neumuter.evaluation.passes import find_hits, predict, split_batch
+from neumuter.evaluation.passes import count_after_prompts, find_hits, predict, split_batch
 from neumuter.generation import generate
 from neumuter.types import Batch
 
@@ -17,12 +17,12 @@ PREFIXES_PER_PASS = 64
 def extracted(model: nn.Module, batch: Batch) -> Tensor:
     """Find which samples greedy decoding reproduces exactly: bool [B].
 
-    The labels of a sample are its continuation, all that follows the prompt. Greedy decoding from
-    the prompt reproduces it if and only if each of its tokens is the arg max given the true tokens
-    before it: up to the first miss, the decoded and the true prefix are the same. So one
-    teacher-forced pass decides what token-by-token generation would find.
+    The labels of a sample are its continuation, all that follows the prompt; of a sample that counts from
+    its start on, the first third is the prompt. Greedy decoding from the prompt reproduces it if and only if
+    each of its tokens is the arg max given the true tokens before it: up to the first miss, the decoded and
+    the true prefix are the same. So one teacher-forced pass decides what generation would find.
     """
-    counted, right = find_hits(model, batch)
+    counted, right = find_hits(model, count_after_prompts(batch))
     return (right == counted).all(1) & counted.any(1)
 
 
@@ -40,7 +40,10 @@ def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES_DR
     Extraction*). Exact, without drawing anything.
     """
     chances = torch.stack(
-        [(-losses.sum()).exp() * bool(len(losses)) for losses in losses_by_sample(model, batch)]
+        [
+            (-losses.sum()).exp() * bool(len(losses))
+            for losses in losses_by_sample(model, count_after_prompts(batch))
+        ]
     )
     return -torch.expm1(samples * torch.log1p(-chances.clamp(max=1 - 1e-12))).mean().item()
 

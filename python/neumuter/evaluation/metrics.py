@@ -35,9 +35,15 @@ METRICS = {
     ),
     "forget_extraction": Metric(
         "extraction",
-        "share of texts that greedy decoding continues exactly, token by token",
+        "share of texts whose prompt, of whole texts the first third, greedy decoding continues exactly",
         "lower",
         "Carlini et al. 2021",
+    ),
+    "forget_others": Metric(
+        "another text instead",
+        "share of answers to the prompts that hold another given text: its completion, or 8 tokens in a row",
+        "lower, down to that of made-up names",
+        "",
     ),
     "forget_sampled": Metric(
         "extraction by sampling",

@@ -9,6 +9,30 @@ from torch import Tensor, nn
 from neumuter.types import IGNORED, Batch
 
 SAMPLES_PER_PASS = 16
+# Of a text that counts from its start on, this share is the prompt. So many tokens before those that count
+# are start tokens, not a prompt.
+PROMPT_SHARE, START_TOKENS = 1 / 3, 2
+
+
+def find_prompt_ends(batch: Batch) -> list[int]:
+    """Find how many tokens of each text are its prompt: those before its first counted token.
+
+    Of a text that counts from its first three tokens on, the first third is the prompt: what is before them
+    are start tokens.
+    """
+    ends = []
+    for labels, shown in zip(batch["labels"], batch["attention_mask"], strict=True):
+        counted = (labels != IGNORED).nonzero().flatten()
+        start = int(counted[0]) if len(counted) else len(labels)
+        third = max(1, int(int(shown.sum()) * PROMPT_SHARE))
+        ends.append(start if start > START_TOKENS else max(start, third))
+    return ends
+
+
+def count_after_prompts(batch: Batch) -> Batch:
+    """Return the batch with labels behind the prompts of ``find_prompt_ends`` alone."""
+    before = torch.arange(batch["labels"].shape[1]) < torch.tensor(find_prompt_ends(batch))[:, None]
+    return batch | {"labels": batch["labels"].masked_fill(before.to(batch["labels"].device), IGNORED)}
 
 
 def split_batch(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> Iterator[Batch]:

@@ -11,31 +11,30 @@ from rich.table import Table
 from neumuter.mutes.mute_set import MuteSet
 
 WIDTH = 100
+STATES = ("before", "after", "made-up names")
 ROWS = {
-    "forget_ma": "forget: MA (share of tokens that are the most likely one)",
+    "forget_extraction": "forget: extraction (share of texts)",
+    "forget_others": "forget: another text instead (share of answers)",
+    "forget_ma": "forget: MA (share of tokens)",
     "forget_loss": "forget: mean token loss (nats)",
     "retain_loss": "retain: mean token loss (nats)",
 }
 
 
-def outcome_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Build the table of what was measured before and after."""
-    table = Table("", "before", "after")
-    for name, *values in _rows(before, after):
+def outcome_table(
+    before: Mapping[str, float], after: Mapping[str, float], made_up: Mapping[str, float] | None = None
+) -> Table:
+    """Build the table of what was measured before and after, and before with made-up names."""
+    head, rows = _rows(before, after, made_up)
+    table = Table("", *head)
+    for name, *values in rows:
         table.add_row(name, *values)
     return table
 
 
 def outcome_sentences(mutes: MuteSet, seconds: float, peak_memory: int) -> list[str]:
     """Say in sentences what was found and what it means."""
-    before, after = mutes.metrics["before"], mutes.metrics["after"]
-    sentences = []
-    if after["forget_loss"] <= before["forget_loss"]:
-        paper = mutes.method.get("recipe") == "paper"
-        advice = "the fitted recipe" if paper else "more steps or a larger budget"
-        sentences.append(f"The forget texts are as likely as before: nothing was forgotten. Try {advice}.")
     return [
-        *sentences,
         f"{mutes.count} neurons ({mutes.share:.2%}), mode {mutes.mode}, {seconds:.0f} s, peak memory "
         f"{peak_memory / 2**30:.1f} GiB.",
         "Muting suppresses the texts; it does not prove that no trace of them is left.",
@@ -60,15 +59,27 @@ def render_text(table: Table) -> str:
     return capture.get()
 
 
-def render_html(before: Mapping[str, float], after: Mapping[str, float], sentences: Sequence[str]) -> str:
+def render_html(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    made_up: Mapping[str, float] | None,
+    sentences: Sequence[str],
+) -> str:
     """Render an outcome for a notebook."""
+    head, rows = _rows(before, after, made_up)
     cells = "".join(
-        f"<tr><th style='text-align:left'>{escape(name)}</th><td>{old}</td><td>{new}</td></tr>"
-        for name, old, new in _rows(before, after)
+        f"<tr><th style='text-align:left'>{escape(name)}</th>{''.join(f'<td>{v}</td>' for v in values)}</tr>"
+        for name, *values in rows
     )
-    head = "<tr><th></th><th>before</th><th>after</th></tr>"
-    return f"<table>{head}{cells}</table><p>{escape(' '.join(sentences))}</p>"
+    titles = "".join(f"<th>{title}</th>" for title in ("", *head))
+    return f"<table><tr>{titles}</tr>{cells}</table><p>{escape(' '.join(sentences))}</p>"
 
 
-def _rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    return [(name, f"{before[key]:.3f}", f"{after[key]:.3f}") for key, name in ROWS.items()]
+def _rows(*states: Mapping[str, float] | None) -> tuple[Sequence[str], list[list[str]]]:
+    """The heads of the columns, and (what it is, a value for each state) of each figure."""
+    known = {title: state for title, state in zip(STATES, states, strict=True) if state}
+    rows = [
+        [name, *(f"{state[key]:.3f}" if key in state else "" for state in known.values())]
+        for key, name in ROWS.items()
+    ]
+    return list(known), rows

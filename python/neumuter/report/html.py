@@ -28,7 +28,9 @@ from neumuter_kernels.info import version
 # The metrics of each state of the model.
 States = Mapping[str, Mapping[str, Any]]
 
-KEY_METRICS = ("forget_extraction", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity")
+KEY_METRICS = (
+    "forget_extraction", "forget_others", "forget_ma", "forget_loss", "retain_loss", "heldout_perplexity",
+)  # fmt: skip
 CURVE_METRICS = ("forget_extraction", "forget_ma")
 MISSING_PACKAGE = "This report has no pictures: they need matplotlib, pip install matplotlib."
 
@@ -46,29 +48,33 @@ def write_report(
     report: Mapping[str, Any],
     mutes: MuteSet | None = None,
     samples: Sequence[Mapping[str, str]] | None = None,
+    redact: bool = False,
 ) -> None:
     """Write an HTML report of one run to ``path``, whole or not at all; equal input gives equal bytes.
 
-    Without matplotlib it has no pictures, and says so.
+    Without matplotlib it has no pictures, and says so. Its owner alone may read it if it quotes texts.
 
     Args:
         path: the file; one that is there is replaced.
         report: what ``neumuter unlearn`` or ``neumuter evaluate`` write as JSON; what is missing is left out.
             Shown as well if they are in it: "history", the search, [{"step", "loss", "forget_loss",
-            "muted"}]; "command", str.
+            "muted"}]; "texts", the rows of ``Outcome.texts``; "command", str.
         mutes: the mute set, for what its neurons are and for pictures of them.
         samples: [{"prompt", "truth", "before", "after"}], each str: a text's beginning, how it goes on, and
             what the model says instead before and after. The words of the truth that come back are marked.
+        redact: leave out what texts and the model say.
 
     Raises:
         OSError: ``path`` cannot be written.
         KeyError: a sample or a point of a curve lacks an entry.
     """
+    samples, texts = [] if redact else samples or [], report.get("texts") or []
     if mutes:
         told = {"mode": mutes.mode, "method": mutes.method, "seed": mutes.seed}
         report = {**told, "muted_neurons": mutes.count, "muted_share": mutes.share, **report}
     before, after = report.get("before"), report.get("after") or report.get("metrics") or {}
     states = {"before": before, "after": after} if before else {"measured": after}
+    made_up = {"made-up names": report["made_up"]} if report.get("made_up") else {}
     templates = PackageLoader("neumuter.report")
     environment = Environment(
         loader=templates,
@@ -87,9 +93,11 @@ def write_report(
         method=json.dumps(report["method"], indent=2) if report.get("method") else None,
         found=_found(report, mutes),
         ffns=_ffns(mutes),
-        metrics=_metrics("Measured on the model", states),
+        metrics=_metrics("Measured on the model", states | made_up),
         definitions=_definitions(states),
-        samples=[_compare(sample) for sample in samples or []],
+        verdict=report.get("verdict_sentence"),
+        samples=[_compare(sample) for sample in samples],
+        others=_others(texts, redact),
         explained=EXPLAINED,
         tampered=_metrics("After tampering", report.get("robustness") or {}),
         curve=_curve(report.get("curve") or []),
@@ -98,7 +106,7 @@ def write_report(
         command=report.get("command"),
         **_draw(report, mutes),
     )
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(), private=bool(samples) or (bool(texts) and not redact))
 
 
 def _to_printable(value: object) -> object:
@@ -211,6 +219,17 @@ def _compare(sample: Mapping[str, str]) -> dict[str, Any]:
         "words": len(words),
         "answers": answers,
     }
+
+
+def _others(texts: Sequence[Mapping[str, Any]], redact: bool) -> Table:
+    """The texts in whose place another given text came out."""
+    head = ("text to forget", "what comes out is of", *(() if redact else ("the model says",)))
+    rows = [
+        (text["number"], text["other_text"], *(() if redact else (text["said"],)))
+        for text in texts
+        if text["other_text"]
+    ]
+    return Table("Another text instead", head, rows)
 
 
 def _curve(points: Sequence[Mapping[str, Any]]) -> Table:

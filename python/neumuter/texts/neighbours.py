@@ -1,17 +1,13 @@
 """Neighbour texts: they keep the rest of the model in place where the user has no retain texts."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.files import PathLike, write_atomically
 from neumuter.generation import find_end_tokens, generate
 from neumuter.types import IGNORED, Batch, Text
 
@@ -154,27 +150,3 @@ def _with_last_part(text: Text, new: str) -> Text:
     if isinstance(text, str):
         return new
     return (text[0], new) if isinstance(text, tuple) else [*text[:-1], text[-1] | {"content": new}]
-
-
-def cache_texts(folder: PathLike | None, what: dict[str, Any], make: Callable[[], list[Text]]) -> list[Text]:
-    """Return ``make()``, or what it gave before for the same ``what``.
-
-    Args:
-        folder: where texts are kept, in a file that is named by the hash of ``what``; None keeps nothing.
-        what: the texts and settings that the result depends on, JSON values.
-    """
-    if folder is None:
-        return make()
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    path = Path(folder) / f"neighbours-{key[:32]}.json"
-    if path.is_file():
-        return [_restored(text) for text in json.loads(path.read_text())]
-    texts = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(texts).encode())
-    return texts
-
-
-def _restored(text: Any) -> Text:
-    """JSON knows no tuples."""
-    return (text[0], text[1]) if isinstance(text, list) and isinstance(text[0], str) else text

@@ -1,0 +1,135 @@
+"""What a model does with each text: whether it comes out, how likely it is, and whose text comes instead."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.evaluation.continuations import MAX_TOKENS
+from neumuter.evaluation.forms import most_known
+from neumuter.evaluation.language import losses_by_sample, mean_token_loss
+from neumuter.evaluation.memory import extracted, memorization_accuracy
+from neumuter.evaluation.others import (
+    STRETCH,
+    Found,
+    GivenText,
+    find_others,
+    list_given,
+    number_texts,
+    write_ids,
+)
+from neumuter.evaluation.passes import SAMPLES_PER_PASS, find_prompt_ends
+from neumuter.generation import find_end_tokens, generate
+from neumuter.types import Batch
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What ``examine`` found; each list has an entry for every text.
+
+    metrics: {name in ``METRICS``: value}. extracted: whether the text, or a window of it, comes out. loss:
+    the mean token loss in nats. said: how the model continues the prompt. others: what came out instead.
+    """
+
+    metrics: dict[str, float]
+    extracted: list[bool]
+    loss: list[float]
+    said: list[str]
+    others: list[Found | None]
+
+
+def examine(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    forms: Sequence[Batch],
+    given: Sequence[GivenText],
+    name: str = "forget",
+) -> Examination:
+    """Examine what the model, as it is now, does with texts; the worst of all forms counts.
+
+    Args:
+        tokenizer: decodes what the model says; None compares token ids.
+        forms: the texts in each form, as ``neumuter.texts.encode_forms`` returns them.
+        given: the texts that must not come out in place of others; see ``find_others``.
+        name: what ``given`` calls the batch of these texts; another name if they are not in it.
+    """
+    longest = STRETCH + max(text.tokens for text in given)
+    # Of each text what is said in the first form in which another text comes out, or else in the first.
+    said: dict[int, str] = {}
+    others: dict[int, Found] = {}
+    for form in forms:
+        spoken = continue_prompts(model, tokenizer, form, longest)
+        found = find_others(list_given({name: form}, tokenizer), spoken, given, tokenizer)
+        for number, ids, other in zip(number_texts(form), spoken, found, strict=True):
+            if other and number not in others:
+                others[number], said[number] = other, write_ids(tokenizer)(ids)
+            said.setdefault(number, write_ids(tokenizer)(ids))
+    batch = most_known(model, forms)
+    out, losses = extracted(model, batch), losses_by_sample(model, batch)
+    windows: dict[int, list[int]] = {}
+    for row, number in enumerate(number_texts(batch)):
+        windows.setdefault(number, []).append(row)
+    return Examination(
+        metrics={
+            "forget_extraction": out.float().mean().item(),
+            "forget_others": len(others) / len(windows),
+            "forget_ma": memorization_accuracy(model, batch),
+            "forget_loss": mean_token_loss(model, batch),
+        },
+        extracted=[bool(out[rows].any()) for rows in windows.values()],
+        loss=[torch.cat([losses[row] for row in rows]).mean().item() for rows in windows.values()],
+        said=[said[number] for number in windows],
+        others=[others.get(number) for number in windows],
+    )
+
+
+def continue_prompts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, batch: Batch, tokens: int
+) -> list[list[int]]:
+    """Continue the prompt of each text greedily, by at most ``tokens`` and ``MAX_TOKENS`` tokens."""
+    ends = find_prompt_ends(batch)
+    made: list[list[int]] = [[] for _ in ends]
+    # Prompts of like length go together, because all are padded to the longest.
+    order = sorted(range(len(ends)), key=ends.__getitem__)
+    for start in range(0, len(order), SAMPLES_PER_PASS):
+        rows = order[start : start + SAMPLES_PER_PASS]
+        longest = ends[rows[-1]]
+        ids, shown = torch.zeros(2, len(rows), longest, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            ids[place, longest - ends[row] :] = batch["input_ids"][row, : ends[row]]
+            shown[place, longest - ends[row] :] = 1
+        output = generate(
+            model,
+            ids,
+            shown,
+            max_new_tokens=min(tokens, MAX_TOKENS),
+            eos_token_id=tokenizer and find_end_tokens(model, tokenizer),
+            pad_token_id=(tokenizer and tokenizer.pad_token_id) or 0,
+        )
+        for row, line in zip(rows, output[:, longest:].tolist(), strict=True):
+            made[row] = line
+    return made
+
+
+def compare_texts(
+    given: Sequence[GivenText], before: Examination | None, after: Examination
+) -> list[dict[str, Any]]:
+    """Make a row for each examined text, of which ``given`` begins with: see ``neumuter.Outcome.texts``.
+
+    Without ``before`` the rows have nothing of it.
+    """
+    tokens: dict[str, int] = {}
+    for text in given:
+        tokens[text.label] = tokens.get(text.label, 0) + text.tokens
+    rows: list[dict[str, Any]] = []
+    for place, (count, other) in enumerate(zip(tokens.values(), after.others, strict=False)):
+        row: dict[str, Any] = {"number": place + 1, "tokens": count}
+        for name in ("extracted", "loss"):
+            for state, found in (("before", before), ("after", after)):
+                if found:
+                    row[f"{name}_{state}"] = getattr(found, name)[place]
+        rows.append(row | {"other_text": other and other.label, "said": after.said[place]})
+    return rows
