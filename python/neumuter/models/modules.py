@@ -1,4 +1,8 @@
-"""Drop-in MLPs: transformers' own, whose forward takes a mask."""
+"""Drop-in MLPs: transformers' own, whose forward takes a mask.
+
+The model around them has to pass the mask on. Models of transformers do not: they drop a keyword ``mask``
+without an error.
+"""
 
 from typing import cast
 
