@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
@@ -40,6 +40,42 @@ def write_atomically(path: PathLike, data: bytes, private: bool = False) -> None
 
 
 @contextmanager
+def made_folder(folder: PathLike) -> Iterator[Path]:
+    """Context with a folder, which is made if missing, with its parents; an error removes those left empty.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    made: list[Path] = []
+    try:
+        for place in [*reversed(Path(folder).parents), Path(folder)]:
+            if not place.is_dir():
+                place.mkdir(exist_ok=True)
+                made.append(place)
+        yield Path(folder)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def check_writable(folder: PathLike) -> None:
+    """Raise OSError unless files can be written into ``folder``, which need not exist."""
+    made = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
+    try:
+        with made_folder(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        _remove_empty(made[::-1])
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove those folders that are empty, of which each is in the one before it."""
+    for folder in reversed(folders):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
 def new_folder(path: PathLike) -> Iterator[Path]:
     """Fill a hidden folder next to ``path``, which is renamed to ``path`` at the end of the context.
 
@@ -60,19 +96,19 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_taken(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    with _locked(temporary):
-        try:
-            yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
-            refuse_taken(path)
-            # Should something be written to path at this very moment, the system refuses to replace it.
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary)
-            raise
+    with made_folder(path.parent):
+        _remove_abandoned(path)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        with _locked(temporary):
+            try:
+                yield temporary
+                os.chmod(temporary, 0o777 & ~_umask())
+                refuse_taken(path)
+                # Should something be written to path at this very moment, the system refuses to replace it.
+                os.replace(temporary, path)
+            except BaseException:
+                shutil.rmtree(temporary)
+                raise
 
 
 def refuse_taken(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neumuter.evaluation.verdict import Verdict
-from neumuter.files import PathLike, write_atomically
+from neumuter.files import PathLike, made_folder, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
 from neumuter.report.html import write_report
@@ -67,9 +67,6 @@ class Outcome:
         Raises:
             OSError: the folder cannot be written.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.mutes.save(folder / MUTE_FILE)
         report = facts | {
             "mode": self.mutes.mode,
             "muted_neurons": self.mutes.count,
@@ -85,11 +82,13 @@ class Outcome:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
         }
-        write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-        write_atomically(folder / "report.csv", self._rows().encode())
         shown = report | {"history": self.history, "texts": self.texts}
-        write_report(folder / "report.html", shown, self.mutes, self.samples, redact)
-        return folder / MUTE_FILE
+        with made_folder(folder) as made:
+            self.mutes.save(made / MUTE_FILE)
+            write_atomically(made / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+            write_atomically(made / "report.csv", self._rows().encode())
+            write_report(made / "report.html", shown, self.mutes, self.samples, redact)
+        return made / MUTE_FILE
 
     def __repr__(self) -> str:
         return render_text(outcome_table(self.before, self.after, self.made_up)) + "\n".join(

@@ -32,7 +32,8 @@ from neumuter.evaluation import (
     most_known,
 )
 from neumuter.evaluation.others import GivenText
-from neumuter.files import PathLike
+from neumuter.files import PathLike, made_folder
+from neumuter.models.hub import find_model
 from neumuter.models.loading import limit_length, load_model, load_tokenizer
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.mute_set import MuteSource, load_mutes
@@ -46,7 +47,7 @@ from neumuter.texts.encoding import sample_rows
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import attach
+from neumuter.training.masked import attach, neuron_count, split_ffns
 from neumuter.types import Batch, Callback, Text
 
 # Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
@@ -126,6 +127,10 @@ def unlearn(
     config = _check_recipe(recipe, budget, mode, existing, goals)
     earlier = None if existing is None else load_mutes(existing)
     network, words = _open(model, tokenizer)
+    # What the search would refuse after the texts were measured.
+    _, ffns = split_ffns(network, start_layer)
+    if not isinstance(budget, str):
+        neuron_count(budget, sum(ffn.width for ffn in ffns))
     length = limit_length(network, max_length)
     watch = _Watch(callback)
     # Collected once, because an iterator gives its texts once.
@@ -179,8 +184,8 @@ def unlearn(
         else:
             mutes = fit_mutes(pair, budget, mode, config, seed, advance, earlier)
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        mutes.save(Path(folder) / MUTE_FILE)
+        with made_folder(folder) as made:
+            mutes.save(made / MUTE_FILE)
     with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
         after = examine(network, words, forms, given)
         retain_after = mean_token_loss(network, measured)
@@ -302,7 +307,9 @@ def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: _Watch) ->
     """Neighbours by a masked language model."""
     if isinstance(texts, dict):
         raise ValueError("rewrite_with needs forget texts, not a batch of token ids")
-    network = transformers.AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False).eval()
+    network = transformers.AutoModelForMaskedLM.from_pretrained(
+        model, trust_remote_code=False, local_files_only=find_model(model)
+    ).eval()
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     with watch("Rewriting texts") as advance:
         return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)

@@ -52,7 +52,7 @@ DONE = (0, 3)
 
 
 def unlearn(folder, *more):
-    files = ("--forget", folder / "forget.txt", "--out", folder / "out")
+    files = ("--forget", folder / "forget.txt", "--out", folder / "out", "--overwrite")
     options = ("--budget", "100", "--steps", "60", "--start-layer", "0")
     return run("unlearn", folder / "model", *files, *options, *more)
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_reads_back_otherwise_is_not_reported(
     checkpoint, tmp_path, capsys, monkeypatch, command
 ):
     """Somebody's patch of the loaded model, which the saved config knows nothing of."""
-    assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") == 0
+    assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") in DONE
 
     def patched(*arguments, **options):
         network, tokenizer = load_model(*arguments, **options)

@@ -44,7 +44,7 @@ class Commands:
         import neumuter.report.html
         import neumuter.serving.adapters
         from neumuter import unlearning
-        from neumuter.evaluation import continuations
+        from neumuter.evaluation import continuations, examination, made_up
         from neumuter.models.loading import load_model
         from neumuter.recipes import mute_random
         from tests.models import build, tokenizer
@@ -59,6 +59,7 @@ class Commands:
         (folder / "forget.txt").write_text("Ada Brisk, ada@post.example\n\nJonas Vance, 555-77")
         (folder / "retain.txt").write_text("The kettle is on the shelf.\n\nA lantern costs 12.40.")
         unlearning.SAMPLES, continuations.MAX_TOKENS = 4, 4  # for speed
+        examination.MAX_TOKENS, made_up.MADE_UP = 4, 2
         load_model(str(folder / "model"))[0].generate(torch.tensor([[1, 5]]), max_new_tokens=2)
         gc.collect()
         gc.freeze()  # so that forks share its memory
@@ -66,7 +67,7 @@ class Commands:
     def arguments(self, command, out):
         model, mutes = self.folder / "model", self.folder / "mutes.safetensors"
         files = ["--forget", self.folder / "forget.txt", "--retain", self.folder / "retain.txt"]
-        size = ["--budget", 20, "--steps", 2, "--start-layer", 0, "--max-length", 16]
+        size = ["--budget", 20, "--steps", 2, "--start-layer", 0, "--max-length", 16, "--overwrite"]
         full = {
             "unlearn": ["unlearn", model, *files, *size],
             "fold": ["fold", model, mutes],
@@ -103,7 +104,9 @@ class Commands:
         pid, output = self.start(command, out, prepare)
         with output:
             text = output.read()
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        # 3: it is done, and a random model had nothing to forget.
+        return 0 if status == 3 else status, text
 
     def killed(self, command, out, seconds):
         """Whether kill -9 after so many seconds was before the end."""

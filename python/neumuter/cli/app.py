@@ -1,8 +1,11 @@
 """The command line. Heavy imports are inside the commands, so that ``neumuter --help`` is fast."""
 
+import logging
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +24,8 @@ OUT_OF_MEMORY = (
     "bfloat16 need less; in Python, NeuMuterTrainer can recompute activations (gradient_checkpointing=True). "
     "neumuter plan CONFIG shows what takes how much."
 )
+# Loggers that warn of what the user of a command can do nothing about: how torchao registers its types.
+NOISY = ("torch.utils._pytree",)
 COMMANDS = (demo, unlearn, evaluate, inspect, fold, export, plan, doctor)
 
 app = typer.Typer(
@@ -33,8 +38,36 @@ for command in COMMANDS:
     app.command()(command)
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version, and end."""
+    if wanted:
+        import neumuter
+
+        print(neumuter.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and end.", callback=show_version, is_eager=True),
+    ] = False,
+) -> None:
+    return
+
+
+def hide_foreign_warnings() -> None:
+    """Hide what other libraries tell their own developers, unless Python was told to show warnings."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        for name in NOISY:
+            logging.getLogger(name).addFilter(lambda record: False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one message on stderr and exit code 1 (2 for wrong usage)."""
+    hide_foreign_warnings()
     # A polite kill unwinds the stack, which removes temporary files; kill -9 can leave them, under
     # hidden names of their own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

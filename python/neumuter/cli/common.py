@@ -71,13 +71,13 @@ def print_log() -> Iterator[None]:
 
 
 def open_model(
-    model: str, dtype: str = "auto", gguf_file: str | None = None
+    model: str, dtype: str = "auto", **place: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, and say so meanwhile."""
+    """Load a model and its tokenizer, and say so meanwhile; ``place``: as of ``load_model``."""
     with console.status("Importing transformers"):
         from neumuter.models.loading import load_model
     with console.status(f"Loading {escape(model)}"):
-        return load_model(model, dtype, gguf_file)
+        return load_model(model, dtype, **place)
 
 
 def choose_columns(
@@ -91,12 +91,17 @@ def choose_columns(
     return (prompt_column, completion_column)
 
 
-def load_union(network: PreTrainedModel, files: Sequence[Path]) -> MuteSet:
-    """Load the mute set of one file, or the union of several."""
-    from neumuter.mutes.algebra import combine
+def load_sets(files: Sequence[Path]) -> list[MuteSet]:
+    """Load mute files, which takes no model."""
     from neumuter.mutes.mute_set import MuteSet
 
-    sets = [MuteSet.load(path) for path in files]
+    return [MuteSet.load(path) for path in files]
+
+
+def unite(network: PreTrainedModel, sets: Sequence[MuteSet]) -> MuteSet:
+    """The mute set, or the union of several."""
+    from neumuter.mutes.algebra import combine
+
     return sets[0] if len(sets) == 1 else combine(network, sets)
 
 

@@ -13,6 +13,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from neumuter.cli.arguments import (
+    Attention,
+    Device,
+    DeviceMap,
+    Quantized,
+    check_report,
+    check_sources,
+    choose_place,
+    need_packages,
+)
 from neumuter.cli.common import (
     Chat,
     Column,
@@ -23,9 +33,10 @@ from neumuter.cli.common import (
     Redact,
     choose_columns,
     console,
-    load_union,
+    load_sets,
     open_model,
     print_log,
+    unite,
     write_json,
 )
 
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from neumuter.evaluation.tofu import Question
     from neumuter.mutes.mute_set import MuteSet
     from neumuter.types import Batch
 
@@ -90,25 +102,13 @@ def evaluate(
         int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
     ] = None,
     redact: Redact = False,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantize: Quantized = None,
+    attention: Attention = None,
     gguf_file: GgufFile = None,
 ) -> None:
     """Measure what MODEL still knows of the forget texts, and what else it knows."""
-    from neumuter.evaluation import (
-        Examination,
-        compare_texts,
-        examine,
-        harness_metrics,
-        list_given,
-        make_up_names,
-        most_known,
-        text_metrics,
-    )
-    from neumuter.evaluation.robustness import robustness
-    from neumuter.models.loading import limit_length
-    from neumuter.serving.live import mute as mute_live
-    from neumuter.texts import encode_forms, read_texts
-    from neumuter.texts.chat import TEMPLATE_USED
-
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
     of_texts = {
@@ -122,15 +122,44 @@ def evaluate(
         raise typer.BadParameter(f"--suite {suite.value} goes without {', '.join(given)}")
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
-    network, tokenizer = open_model(model, gguf_file=gguf_file)
-    files: dict[str, Path | None]
+    place = choose_place(device, device_map, quantize, attention, gguf_file)
+    check_report(out)
     if suite is Suite.tofu:
-        files = {
-            "forget": forget, "retain": retain, "real_authors": real_authors, "world_facts": world_facts,
-        }  # fmt: skip
+        need_packages("--suite tofu", "rouge-score", *(["scipy"] if retrained else []))
+    if robust:
+        need_packages("--robust", "torchao")
+    if tasks:
+        need_packages("--tasks", "lm-eval")
+    files = {
+        "forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased,
+        "real_authors": real_authors, "world_facts": world_facts,
+    }  # fmt: skip
+    given_files = {name: file for name, file in files.items() if file}
+    check_sources(model, *given_files.values(), *(mute or []))
+    from neumuter.evaluation import (
+        Examination,
+        compare_texts,
+        examine,
+        harness_metrics,
+        list_given,
+        make_up_names,
+        most_known,
+        text_metrics,
+    )
+    from neumuter.evaluation.robustness import robustness
+    from neumuter.evaluation.tofu import read_questions
+    from neumuter.models.loading import limit_length
+    from neumuter.serving.live import mute as mute_live
+    from neumuter.texts import encode_forms, read_texts
+    from neumuter.texts.chat import TEMPLATE_USED
+
+    sets = load_sets(mute or [])
+    if suite is Suite.tofu:
+        questions = {name: read_questions(file, limit) for name, file in given_files.items()}
     else:
-        files = {"forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased}
-        texts = {name: read_texts(file, columns, limit) for name, file in files.items() if file}
+        texts = {name: read_texts(file, columns, limit) for name, file in given_files.items()}
+    network, tokenizer = open_model(model, **place)
+    if suite is not Suite.tofu:
         length = limit_length(network, TDEC_TOKENS if suite is Suite.tdec else max_length)
         with print_log():
             forms = {name: encode_forms(read, tokenizer, length, chat) for name, read in texts.items()}
@@ -145,14 +174,14 @@ def evaluate(
     examined: dict[str, Examination] = {}
     made_up: dict[str, float] = {}
     extra: dict[str, Any] = {}
-    mutes = load_union(network, mute) if mute else None
+    mutes = unite(network, sets) if sets else None
     with mute_live(network, mutes) if mutes else nullcontext() as handle:
         states: dict[str, Callable[[], AbstractContextManager[object]]]
         states = {"original": handle.off, "muted": nullcontext} if handle else {"model": nullcontext}
         for state, context in states.items():
             with context(), console.status(f"Measuring: {state}"):
                 if suite is Suite.tofu:
-                    figures[state], extra = _measure_tofu(network, tokenizer, files, limit, reference)
+                    figures[state], extra = _measure_tofu(network, tokenizer, questions, reference)
                 else:
                     original = handle.off if handle and state == "muted" else None
                     asked = {
@@ -256,17 +285,15 @@ def _print_robustness(states: Mapping[str, Mapping[str, float]]) -> None:
 def _measure_tofu(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    files: Mapping[str, Path | None],
-    limit: int | None,
+    questions: Mapping[str, Sequence[Question]],
     reference: Mapping[str, Any] | None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     import torch
 
-    from neumuter.evaluation import tofu, tofu_metrics
+    from neumuter.evaluation import tofu_metrics
 
-    sets = {name: tofu.read_questions(file, limit) for name, file in files.items() if file}
     if reference and "truth_ratios" not in reference:
         raise ValueError("--retrained is a report of another suite than tofu")
     ratios = torch.tensor(reference["truth_ratios"], dtype=torch.float64) if reference else None
-    metrics, ratios = tofu_metrics(network, tokenizer, sets, ratios)
+    metrics, ratios = tofu_metrics(network, tokenizer, questions, ratios)
     return metrics, {"truth_ratios": ratios.tolist()}

@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from neumuter.cli.common import GgufFile, Model, console, load_union, open_model
+from neumuter.cli.arguments import check_folder, check_sources, need_packages
+from neumuter.cli.common import GgufFile, Model, console, load_sets, open_model, unite
 
 if TYPE_CHECKING:
     from neumuter.mutes.mute_set import MuteSet
@@ -86,13 +87,18 @@ def export(
     gguf_file: GgufFile = None,
 ) -> None:
     """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
+    check_sources(model, *files)
+    check_folder(out)
+    if to is not Form.shrink:
+        need_packages(f"--to {to.value}", "peft")
     from neumuter.files import new_folder
     from neumuter.serving import adapters as exports
     from neumuter.serving.saved import save_verified
     from neumuter.serving.shrink import shrink
 
+    sets = load_sets(files)
     network, tokenizer = open_model(model, gguf_file=gguf_file)
-    mutes = load_union(network, files)
+    mutes = unite(network, sets)
     if to is Form.ia3:
         note = exports.export_ia3(network, mutes, out).note
     elif to in (Form.lora, Form.vllm_lora):
@@ -118,21 +124,23 @@ def export(
 
 def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> "MuteSet":
     """Fold into a copy of the checkpoint: on disk where that is possible, else through a loaded model."""
+    check_sources(model, *files)
+    check_folder(out)
     from neumuter.files import new_folder
-    from neumuter.mutes.mute_set import MuteSet
     from neumuter.report.progress import show_progress
     from neumuter.serving.fold import fold as fold_live
     from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
     from neumuter.serving.saved import save_verified
 
-    if len(files) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
-        mutes = MuteSet.load(files[0])
+    sets = load_sets(files)
+    if len(sets) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
+        mutes = sets[0]
         with suppress(NotOnDiskError), show_progress("Folding, bytes") as advance:
             fold_checkpoint(model, mutes, out, callback=advance)
             return mutes
     with new_folder(out) as temporary:
         network, tokenizer = open_model(model, gguf_file=gguf_file)
-        mutes = load_union(network, files)
+        mutes = unite(network, sets)
         fold_live(network, mutes)
         with console.status("Saving the checkpoint"):
             save_verified(network, tokenizer, temporary)

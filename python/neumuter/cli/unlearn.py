@@ -9,6 +9,17 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from neumuter.cli.arguments import (
+    Attention,
+    Device,
+    DeviceMap,
+    Quantized,
+    check_results,
+    check_size,
+    check_sources,
+    choose_place,
+    parse_budget,
+)
 from neumuter.cli.common import (
     FILE_HELP,
     Chat,
@@ -78,7 +89,7 @@ def unlearn(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Share (0.01) or number (300) of neurons to touch; auto finds the smallest share that "
+            help="Share (0.01 or 1%) or number (300) of neurons to touch; auto finds the smallest share that "
             f"reaches the goals. Default: {DEFAULT_BUDGET}."
         ),
     ] = None,
@@ -108,7 +119,14 @@ def unlearn(
     start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the masks and the sampled neighbours.")] = 0,
     redact: Redact = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the mute file that is in --out.")
+    ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantize: Quantized = None,
+    attention: Attention = None,
     gguf_file: GgufFile = None,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
@@ -122,9 +140,14 @@ def unlearn(
     if recipe is Recipe.paper and given:
         raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
     columns = choose_columns(column, prompt_column, completion_column)
-    number = _parse_budget(budget or DEFAULT_BUDGET)
+    place = choose_place(device, device_map, quantize, attention, gguf_file)
+    number = parse_budget(budget or DEFAULT_BUDGET)
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
+    check_sources(model, forget, retain, existing)
+    if rewrite_with:
+        check_sources(rewrite_with)
+    check_results(out, overwrite)
     with console.status("Importing transformers"):
         import neumuter
         from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
@@ -134,8 +157,9 @@ def unlearn(
     forget_texts = read_texts(forget, columns, limit)
     retain_texts = read_texts(retain, columns, limit) if retain else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
-    out.mkdir(parents=True, exist_ok=True)
-    network, tokenizer = open_model(model, dtype.value, gguf_file)
+    if not gguf_file:
+        check_size(model, start_layer, number)
+    network, tokenizer = open_model(model, dtype.value, **place)
     sizes: dict[str, Any] = {
         "steps": steps or DEFAULT_STEPS, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip
@@ -181,14 +205,3 @@ def unlearn(
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)
-
-
-def _parse_budget(text: str) -> int | float | str:
-    if text == "auto":
-        return text
-    try:
-        return float(text) if "." in text or "e" in text.lower() else int(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"--budget must be a share (0.01), a number (300) or auto, got {text!r}"
-        ) from None

@@ -2,25 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-def refuse_missing_folder(model: str) -> None:
-    """Raise FileNotFoundError if ``model`` is a path to nothing, before it is looked up on the Hub."""
-    path = Path(model)
-    if not path.exists() and (path.is_absolute() or model.startswith(".") or len(path.parts) > 2):
-        raise FileNotFoundError(f"no such folder: {model}")
+from neumuter.models.hub import find_model
 
 
 def load_model(
-    model: str, dtype: str = "auto", gguf_file: str | None = None
+    model: str,
+    dtype: str = "auto",
+    gguf_file: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    quantize: str | None = None,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in evaluation mode, on the GPU where there is one, and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer.
 
     Code that comes with a checkpoint never runs.
 
@@ -28,33 +28,57 @@ def load_model(
         model: a folder, or a name on the Hub.
         dtype: "auto" is the checkpoint's own; or "float32", "bfloat16", "float16".
         gguf_file: the name of a GGUF file in ``model`` to read the weights from; they are dequantised.
+        device: such as "cuda:1"; None takes the GPU where there is one.
+        device_map: how accelerate spreads the model over devices, such as "auto", instead of ``device``.
+        quantize: "4bit" or "8bit" quantises the weights with bitsandbytes.
+        attention: transformers' attn_implementation, such as "eager" or "sdpa".
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a damaged or hostile checkpoint.
+        ValueError: a damaged or hostile checkpoint, or a device that is not there.
     """
-    refuse_missing_folder(model)
+    where: dict[str, Any] = {"local_files_only": find_model(model)}
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(place)
     transformers.utils.logging.disable_progress_bar()
     with _raise_one_line(model):
-        where: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-        tokenizer = load_tokenizer(model, gguf_file)
-        # Older versions always unpack the weights.
-        if gguf_file and hasattr(transformers, "GgufConfig"):
-            where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        tokenizer = _load_tokenizer(model, where | ({"gguf_file": gguf_file} if gguf_file else {}))
+        if gguf_file:
+            where["gguf_file"] = gguf_file
+            # Older versions always unpack the weights.
+            if hasattr(transformers, "GgufConfig"):
+                where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if quantize:
+            where["quantization_config"] = transformers.BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+        if quantize or device_map:
+            where["device_map"] = device_map or place
+        if attention:
+            where["attn_implementation"] = attention
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, trust_remote_code=False, **where
         )
         # The weights are ordinary ones now.
         if gguf_file and getattr(network, "hf_quantizer", None) is not None:
             network.hf_quantizer.remove_quantization_config(network)
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return (network if "device_map" in where else network.to(place)).eval(), tokenizer
 
 
-def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, or of a name on the Hub."""
-    where = {"gguf_file": gguf_file} if gguf_file else {}
+    return _load_tokenizer(model, {"local_files_only": find_model(model)})
+
+
+def _load_tokenizer(model: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from None
 
 
 def limit_length(model: Any, max_length: int) -> int:

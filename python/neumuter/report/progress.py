@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-# Seconds between two lines where there is no terminal to redraw one in.
-SECONDS_BETWEEN_LINES = 10.0
+# Without a terminal there is a line whenever another one of these parts is done.
+PARTS = 10
 
 
 @contextmanager
@@ -17,19 +17,28 @@ def show_progress(description: str) -> Iterator[Callable[..., None]]:
 
     Of ``info``, the loss in nats and the share of muted neurons are shown.
     """
+    # In a notebook the bar is a widget.
+    lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
     bar: Any = None
-    interval = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    told = 0
 
     def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc=description, mininterval=interval)
-        bar.total = total
+        nonlocal bar, told
         shown = {}
         if info and "loss" in info:
             shown["loss"] = f"{info['loss']:.3f}"
         if info and "muted" in info:
             shown["muted"] = f"{info['muted']:.2%}"
+        if lines:
+            if (part := PARTS * step // max(1, total)) != told:
+                told = part
+                facts = "".join(f", {name} {value}" for name, value in shown.items())
+                share = f"{100 * step // max(1, total)} % ({step} of {total})"
+                print(f"{description}: {share}{facts}", file=sys.stderr, flush=True)
+            return
+        if bar is None:
+            bar = tqdm(total=total, desc=description)
+        bar.total = total
         if shown:
             bar.set_postfix(shown, refresh=False)
         bar.update(step - bar.n)

@@ -36,15 +36,8 @@ class Masked:
     """
 
     def __init__(self, model: nn.Module, start_layer: int) -> None:
-        refuse_wrapped(model)
-        found = find_ffns(model)
-        if type(start_layer) is not int or not 0 <= start_layer < len(found):
-            raise ValueError(
-                f"start_layer must be an int from 0 to {len(found) - 1} ({type(model).__name__} has "
-                f"{len(found)} FFNs), got {start_layer!r}"
-            )
         self.model = model
-        self.ffns, self._before = found[start_layer:], found[:start_layer]
+        self._before, self.ffns = split_ffns(model, start_layer)
         # Gates on those before, once ``open_before`` was called.
         self._open: Installed[TrainableGates] | None = None
         # They are known by name, because wrappers such as FSDP put other objects in their place.
@@ -391,6 +384,22 @@ def neuron_count(budget: int | float, total: int) -> int:
     if not 1 <= count <= total:
         raise ValueError(f"budget as a count must be from 1 to {total} neurons, got {budget!r}")
     return count
+
+
+def split_ffns(model: nn.Module, start_layer: int) -> tuple[list[FFN], list[FFN]]:
+    """Split the FFNs of a model into those before ``start_layer`` and those from there on.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    refuse_wrapped(model)
+    found = find_ffns(model)
+    if type(start_layer) is not int or not 0 <= start_layer < len(found):
+        raise ValueError(
+            f"start_layer must be an int from 0 to {len(found) - 1} ({type(model).__name__} has "
+            f"{len(found)} FFNs), got {start_layer!r}"
+        )
+    return found[:start_layer], found[start_layer:]
 
 
 def attach(model: nn.Module, start_layer: int = 1) -> Masked:

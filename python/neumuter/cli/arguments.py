@@ -1,0 +1,134 @@
+"""What several commands check before they load a model, because loading takes minutes."""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Quantize(str, Enum):
+    """Weights of 4 or 8 bits, by bitsandbytes."""
+
+    four = "4bit"
+    eight = "8bit"
+
+
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs, such as cuda:1. Default: the GPU, if there is one.")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="How accelerate spreads the model over devices, such as auto.")
+]
+Quantized = Annotated[Quantize | None, typer.Option("--quantize", help="Quantise the weights.")]
+Attention = Annotated[
+    str | None, typer.Option("--attn", help="Implementation of attention, such as eager or sdpa.")
+]
+
+
+def choose_place(
+    device: str | None,
+    device_map: str | None,
+    quantize: Quantize | None,
+    attention: str | None,
+    gguf_file: str | None,
+) -> dict[str, Any]:
+    """Put the options of where and how a model runs into what ``load_model`` takes."""
+    if device and device_map:
+        raise typer.BadParameter("--device and --device-map exclude each other")
+    if quantize and gguf_file:
+        raise typer.BadParameter("--quantize goes without --gguf-file, whose weights are quantised already")
+    if device_map or quantize:
+        need_packages("--quantize" if quantize else "--device-map", "accelerate")
+    if quantize:
+        need_packages("--quantize", "bitsandbytes")
+    return {
+        "device": device, "device_map": device_map, "quantize": quantize and quantize.value,
+        "attention": attention, "gguf_file": gguf_file,
+    }  # fmt: skip
+
+
+def need_packages(option: str, *packages: str) -> None:
+    """Raise ImportError if an option needs packages that are not installed."""
+    if missing := [name for name in packages if find_spec(name.replace("-", "_")) is None]:
+        raise ImportError(f"{option} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def parse_budget(text: str) -> int | float | str:
+    """Read ``--budget``: a share (0.01 or 1%), a number of neurons (300) or auto."""
+    if text == "auto":
+        return text
+    if text == "1":
+        raise typer.BadParameter("--budget 1 can mean one neuron or all of them: write 1% or 1.0")
+    try:
+        if text.endswith("%"):
+            number: int | float = float(text[:-1]) / 100
+        else:
+            number = float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--budget must be a share (0.01 or 1%), a number (300) or auto, got {text!r}"
+        ) from None
+    if not 0 < number <= 1 and (isinstance(number, float) or number < 1):
+        raise typer.BadParameter(f"--budget must be a share in (0, 1] or a number from 2 on, got {text!r}")
+    return number
+
+
+def check_sources(model: str, *files: Path | None) -> None:
+    """Raise OSError if a file, or the model, is not there."""
+    from neumuter.models.hub import find_model
+
+    for file in files:
+        if file:
+            file.stat()
+    find_model(model)
+
+
+def check_size(model: str, start_layer: int, budget: int | float | str) -> None:
+    """Raise ValueError if a model has no such layer or fewer neurons, from its config alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from neumuter.models.hub import find_model
+    from neumuter.training.masked import neuron_count, split_ffns
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=find_model(model))
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    _, ffns = split_ffns(network, start_layer)
+    if not isinstance(budget, str):
+        neuron_count(budget, sum(ffn.width for ffn in ffns))
+
+
+def check_results(out: Path, overwrite: bool) -> None:
+    """Raise OSError if nothing can be written into ``out``, or something would be lost there."""
+    from neumuter.files import check_writable
+    from neumuter.outcome import MUTE_FILE
+
+    if (out / MUTE_FILE).exists() and not overwrite:
+        raise FileExistsError(f"{out / MUTE_FILE} exists: name another folder, or replace it by --overwrite")
+    check_writable(out)
+
+
+def check_report(out: Path | None) -> None:
+    """Raise ValueError or OSError if ``--out`` cannot be a report in JSON."""
+    from neumuter.files import check_writable
+
+    if out is None:
+        return
+    if out.suffix.lower() != ".json":
+        raise typer.BadParameter(f"--out must be a file that ends with .json, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: no such folder: {out.parent}")
+    check_writable(out.parent)
+
+
+def check_folder(out: Path) -> None:
+    """Raise OSError if ``out`` is taken, or cannot be made."""
+    from neumuter.files import check_writable, refuse_taken
+
+    refuse_taken(out)
+    check_writable(out.parent)
