@@ -160,6 +160,8 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     found = json.loads(report.read_text())
     assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.05
     assert found["metrics"]["heldout_kl"] > 0
+    assert report.with_suffix(".html").stat().st_mode & 0o077 == 0
+    assert not any(text in report.read_text() for text in FORGET)
     assert found["metrics"].keys() - found["before"].keys() == {"heldout_kl"}
     assert found["made_up"]["forget_ma"] < found["before"]["forget_ma"]
     assert [text["number"] for text in found["texts"]] == [1, 2]
