@@ -6,14 +6,15 @@ objective runs on them. What it would keep in memory, compute and move is counte
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -154,11 +155,11 @@ def plan(
         checkpointing: whether activations are recomputed in the backward pass.
 
     Raises:
-        ValueError: a model that ``attach`` refuses, or experts in another dtype than bfloat16, which fake
-            tensors do not multiply.
+        ValueError: a model that ``attach`` refuses; experts in another dtype than bfloat16, which fake
+            tensors do not multiply; or a model whose forward pass depends on values, which they do not have.
     """
     config = config.get_text_config()
-    with FakeTensorMode():
+    with _without_values(config), FakeTensorMode():
         model = (
             AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             .eval()
@@ -194,6 +195,18 @@ def plan(
         layouts=_layouts(parts, layers, devices),
         **parts,
     )
+
+
+@contextmanager
+def _without_values(config: PreTrainedConfig) -> Iterator[None]:
+    """Context: names the model whose forward pass looks at values."""
+    try:
+        yield
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"the forward pass of {config.model_type} depends on values ({error}), which a plan does not "
+            "have; measure a step of the model instead"
+        ) from None
 
 
 class _Step:
