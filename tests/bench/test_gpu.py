@@ -124,10 +124,8 @@ def test_other_code_is_measured_again(queue, monkeypatch):
 
 
 def test_a_step_over_its_time_is_cut():
-    start = time.monotonic()
-    status = gpu._run([sys.executable, "-c", "import time; time.sleep(600)"], 0.5, os.environ)
-    assert status.startswith("cut after")
-    assert time.monotonic() - start < 60
+    """Else the test would not end."""
+    assert gpu._run(["sleep", "infinity"], 0.1, os.environ).startswith("cut after")
 
 
 def test_a_run_that_is_killed_keeps_its_rows_and_the_next_goes_on(tmp_path, path_with_stand_ins):

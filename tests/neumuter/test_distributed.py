@@ -19,7 +19,7 @@ def launch(how, processes, folder, name="llama"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     done = subprocess.run(
         [*map(str, command), "-m", "tests.neumuter.distributed", how, name, str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     made = folder / f"{how}-{processes}"

@@ -330,7 +330,7 @@ def launch(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return subprocess.run(
         [sys.executable, "-m", "neumuter.integrations.open_unlearning", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip
 
 

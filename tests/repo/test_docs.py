@@ -95,7 +95,7 @@ def _run_bash(page, block):
     read, write = os.pipe()
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{block.code}\npwd >&{write}"],
-        capture_output=True, text=True, timeout=600, env=environment, pass_fds=[write],
+        capture_output=True, text=True, env=environment, pass_fds=[write],
     )  # fmt: skip
     os.close(write)
     with os.fdopen(read) as pipe:
