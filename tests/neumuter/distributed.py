@@ -1,11 +1,10 @@
-"""What a process of a distributed test does: ``python -m tests.neumuter.distributed HOW FAMILY FOLDER``.
+"""What the processes of a distributed test do.
 
 A small model is attached and trained for a few steps on one global batch, split among the processes. The
 mute set and the scores are written to FOLDER as HOW-N.mute and HOW-N.pt, N the number of processes.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from neumuter.demo.task import VOCABULARY, encode, make_records, read_corpus, tr
 from tests.models import batch, build
 
 STEPS, SAMPLES = 4, 8
+CORPUS_CHARACTERS = 60_000  # for the tokenizer
 
 
 def ddp(masked):
@@ -70,7 +70,7 @@ def loaded(how, name, folder):
 def trainer(name, folder):
     """NeuMuterTrainer on the demo's records; at the end of an epoch, processes have fewer samples or none."""
     world = int(os.environ["WORLD_SIZE"])
-    records, tokenizer = make_records(0), train_tokenizer(read_corpus()[0])
+    records, tokenizer = make_records(0), train_tokenizer(read_corpus(CORPUS_CHARACTERS)[0])
     forget, keep = (encode(tokenizer, kind[:7], "secret") for kind in (records.forget, records.retain))
     config = NeuMuterConfig(
         output_dir=str(Path(folder) / "run"), num_train_epochs=STEPS,
@@ -80,6 +80,17 @@ def trainer(name, folder):
     run = NeuMuterTrainer(build(name, vocab_size=VOCABULARY), config, forget, keep)
     run.train()
     return run.masked, run.mute_set()
+
+
+def process(rank, world, port, how, name, folder):
+    """Process ``rank`` of ``world``; the others find it by the store at ``port``, as torchrun's do."""
+    log = os.open(Path(folder) / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 2)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ.update({key: str(value) for key, value in (ranks | store | agent).items()})
+    main(how, name, folder)
 
 
 def main(how, name, folder):
@@ -109,7 +120,3 @@ def write(how, folder, masked, mutes):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
