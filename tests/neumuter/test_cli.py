@@ -1,5 +1,6 @@
 """The command line on small checkpoints, as a user runs it."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -207,26 +208,32 @@ def test_evaluate_robustness_and_other_prompts(checkpoint, capsys):
     assert "--robust needs --mute" in capsys.readouterr().err
 
 
-def test_evaluate_on_a_task_of_the_harness(checkpoint, capsys):
-    pytest.importorskip("lm_eval")
-    folder = checkpoint / "tasks"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder for tasks; the harness reads it and the thousands of its own once."""
+    harness, reads = pytest.importorskip("lm_eval.tasks"), pytest.MonkeyPatch()
+    reads.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))
+    yield tmp_path_factory.mktemp("tasks")
+    reads.undo()
+
+
+def test_evaluate_on_a_task_of_the_harness(checkpoint, tasks, capsys):
     rows = [{"text": text[:-1], "right": "23".index(text[-1])} for text in FORGET]
     rows.append({"text": FORGET[0][:-1], "right": 1})  # which it is not
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tasks / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = {
         "task": "ends_with", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "doc_to_text": "{{text}}",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "rows.jsonl")}}, "doc_to_text": "{{text}}",
         "doc_to_choice": ["2", "3"], "doc_to_target": "right", "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-    (folder / "ends_with.yaml").write_text(json.dumps(task))
+    (tasks / "ends_with.yaml").write_text(json.dumps(task))
     report = checkpoint / "harness.json"
     arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", "--out", report)
-    assert run(*arguments, "--tasks", "ends_with", "--task-folder", folder) == 0
+    assert run(*arguments, "--tasks", "ends_with", "--task-folder", tasks) == 0
     assert "ends_with/acc" in capsys.readouterr().out
     assert json.loads(report.read_text())["metrics"]["ends_with/acc"] == pytest.approx(2 / 3)
-    assert run(*arguments, "--tasks", "no_such_task") == 1
+    assert run(*arguments, "--tasks", "no_such_task", "--task-folder", tasks) == 1
     assert "no task no_such_task" in capsys.readouterr().err
 
 
