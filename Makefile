@@ -68,17 +68,20 @@ clean:
 	rm -rf build dist demo-out neumuter_kernels/_C*.so *.egg-info python/*.egg-info $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,docs]'
+	@echo "Compiling the kernels and installing what the package needs into $(VENV): a few minutes"
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev,docs]'
 	touch $@
 
 # What only the tests load: transformers imports these wherever they are installed.
 $(VENV)/.quantised: $(VENV)/.built
-	$(BIN)/python -m pip install --quiet torchao bitsandbytes lm_eval kernels hydra-core 'transformers[serving]' openai playwright
+	@echo "Installing what only the tests need into $(VENV)"
+	$(BIN)/python -m pip install torchao bitsandbytes lm_eval kernels hydra-core 'transformers[serving]' openai playwright
 	touch $@
 
 $(VENV)/.torch:
+	@echo "Making $(VENV) and downloading torch into it: a few minutes, depending on the network"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' cmake ninja pybind11
 	touch $@

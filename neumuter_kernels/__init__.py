@@ -9,16 +9,14 @@ logits into losses and their gradients.
 
 import importlib.metadata
 
-import torch
+import torch  # noqa: F401 (loads the libraries of the compiled part)
 
 try:
     from neumuter_kernels import _C  # noqa: F401 (defines the ops)
 except ImportError as error:
-    raise ImportError(
-        f"the compiled part of neumuter-kernels does not load with torch {torch.__version__} (it needs 2.10 "
-        f"or newer): {error}. Build it for this Python and torch with: "
-        "pip install --no-build-isolation --force-reinstall --no-deps neumuter-kernels (or '.' in a checkout)"
-    ) from error
+    from neumuter_kernels.missing import reason
+
+    raise ImportError(reason(error)) from error
 
 from neumuter_kernels.hard_concrete import hard_concrete
 from neumuter_kernels.masked_ffn import masked_act, masked_glu

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import neumuter
 from neumuter import evaluation
 from neumuter.demo import run, run_demo, task, tutorial
-from neumuter.demo.model import Training, load_or_train
+from neumuter.demo.model import Training, architecture, load_or_train
 from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig
 from neumuter.texts import read_texts
 from neumuter.types import IGNORED
@@ -100,8 +100,13 @@ def test_a_model_is_trained_once_per_content_and_a_damaged_cache_is_replaced(tok
     assert all(torch.equal(first[name], repaired[name]) for name in first)
 
 
-def test_the_whole_job_leaves_whole_files_that_agree(monkeypatch, tmp_path):
+def test_the_whole_job_leaves_whole_files_that_agree(monkeypatch, corpus, tmp_path):
     monkeypatch.setattr(run, "Training", lambda: Training(steps=3))
+    monkeypatch.setattr(task, "HELDOUT_WINDOWS", 4)
+    small = architecture()
+    small.hidden_size, small.intermediate_size, small.head_dim = 32, 128, 8
+    monkeypatch.setattr("neumuter.demo.model.architecture", lambda: small)
+    monkeypatch.setattr(task, "read_corpus", lambda: corpus)
     quick = FittedConfig(GainsConfig(steps=2, batch_size=None), SupportConfig(steps=2, batch_size=None))
     monkeypatch.setattr(run, "RECIPE", quick)
     out = tmp_path / "out"
@@ -121,7 +126,11 @@ def test_the_whole_job_leaves_whole_files_that_agree(monkeypatch, tmp_path):
     ]
     assert all(row.keys() == KEYS for row in report["rows"])
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "suppresses, it does not erase" in " ".join(screen.getvalue().split())
+    shown = " ".join(screen.getvalue().split())
+    assert "suppresses, it does not erase" in shown
+    assert "depends on the processor" in shown
+    assert "neumuter unlearn MODEL --forget" in shown.split("Next")[-1]
+    assert shown.index("Reading ordinary text") < shown.index("Measuring what the model says: before")
 
     mutes = neumuter.MuteSet.load(out / "modulated.safetensors")
     row = report["rows"][2]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build/packaging"
@@ -141,18 +142,24 @@ def test_a_wheel_has_all_files_of_both_packages_and_nothing_else(which, built, f
     assert found[f"{information}licenses/LICENSE"] == files["LICENSE"]
 
 
-@pytest.mark.parametrize("which", ["wheel", "wheel_of_sdist"])
-def test_it_runs_in_an_empty_environment(which, built, tmp_path):
-    """Empty but for what it depends on, torch and the like, which is taken from the tests' environment."""
-    environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+def installed(wheel, environment):
+    """The Python and the packages of a new environment with the wheel, and with what it depends on.
+
+    Torch and the like are taken from the tests' environment.
+    """
     venv.create(environment, symlinks=True)
     python = environment / "bin/python"
-    pip(
-        "--python", python, "install", "--no-deps", "--no-index", getattr(built, which), cwd=elsewhere
-    )  # fmt: skip
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel, cwd=environment)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+    return python, packages
+
+
+@pytest.mark.parametrize("which", ["wheel", "wheel_of_sdist"])
+def test_it_runs_in_an_empty_environment(which, built, tmp_path):
+    environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    python, packages = installed(getattr(built, which), environment)
 
     code = "import neumuter as nm, neumuter_kernels as nk; print(nm.__version__, nm.__file__, nk.__file__)"
     version, *homes = run(python, "-c", code, cwd=elsewhere).split()
@@ -161,3 +168,78 @@ def test_it_runs_in_an_empty_environment(which, built, tmp_path):
     assert "unlearn" in run(environment / "bin/neumuter", "--help", cwd=elsewhere)
     assert "op select_muted" in run(python, "-m", "neumuter_kernels", cwd=elsewhere)
     assert not list(elsewhere.iterdir())
+
+
+INSTALL = re.compile(r"^```bash\n([^`]*^pip install --no-build-isolation \.\n[^`]*)^```$", re.MULTILINE)
+
+
+def test_python_in_a_checkout_says_that_its_sources_hide_the_package(built, files, tmp_path):
+    """And where the install instructions of each page lead, it works."""
+    python, packages = installed(built.wheel, tmp_path / "environment")
+    checkout = tmp_path / "checkout"
+    for name, content in files.items():
+        if name.startswith((*PACKAGES, "examples/")) or "/" not in name:
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes(content)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for arguments in (["-m", "neumuter_kernels"], ["-c", "import neumuter; neumuter.unlearn"]):
+        done = subprocess.run([python, *arguments], cwd=checkout, env=clean, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"hides the package that is installed in {packages / 'neumuter_kernels'}" in done.stderr
+    if sys.version_info >= (3, 11):
+        assert "op select_muted" in run(python, "-m", "neumuter_kernels", cwd=checkout, PYTHONSAFEPATH="1")
+    assert "unlearn" in run(python.with_name("neumuter"), "unlearn", "--help", cwd=checkout)
+    (packages / "neumuter_kernels").rename(packages / "elsewhere")
+    done = subprocess.run(
+        [python, "-m", "neumuter_kernels"], cwd=checkout, env=clean, capture_output=True, text=True
+    )
+    assert f"run in {checkout}: pip install --no-build-isolation --editable ." in done.stderr
+    (packages / "elsewhere").rename(packages / "neumuter_kernels")
+
+    pages = {
+        page: INSTALL.findall((ROOT / page).read_text()) for page in ("README.md", "docs/quick-start.md")
+    }
+    for page, (code,) in pages.items():
+        moves = [line for line in code.splitlines() if not line.startswith(("pip ", "neumuter doctor"))]
+        script = "\n".join(
+            [*moves, "\"$0\" -c 'import neumuter; neumuter.unlearn; print(neumuter.__file__)'"]
+        )
+        assert str(packages) in run("bash", "-ec", script, python, cwd=checkout), page
+
+
+@pytest.mark.parametrize(
+    ("version", "missing"),
+    [("65.5.0", "torch, pybind11, setuptools 77 or newer (found 65.5"), ("77.0", "torch, pybind11.")],
+)
+def test_what_is_missing_is_said_before_anything_is_downloaded(files, version, missing, tmp_path):
+    """pip's first hook, with --no-build-isolation, where there is nothing but setuptools."""
+    source, packages = tmp_path / "source", tmp_path / "packages"
+    packages.mkdir()
+    for name in ("setuptools", "_distutils_hack", "pkg_resources"):
+        if (home := Path(setuptools.__file__).parents[1] / name).exists():
+            (packages / name).symlink_to(home)
+    for name in TO_BUILD & files.keys():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(files[name])
+    code = f"""
+import sys
+sys.path.append({str(packages)!r})
+import setuptools, setuptools.build_meta
+setuptools.__version__ = {version!r}
+setuptools.build_meta.get_requires_for_build_wheel()
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=source, capture_output=True, text=True
+    )
+    assert f"this is missing: {missing}" in " ".join(done.stderr.split()), done.stderr
+    assert "pip install torch cmake ninja pybind11 'setuptools>=77'" in done.stderr
+    assert done.returncode != 0
+
+
+def test_pip_builds_with_the_torch_that_it_installs():
+    """In an environment of the build's own, which has what pyproject.toml lists and no other torch."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (requires,) = re.findall(r"^requires = \[(.*)\]$", text, re.MULTILINE)
+    (torch,) = re.findall(r'"(torch[^"]*)"', requires)
+    assert f'dependencies = [\n  "{torch}",' in text
+    assert '"setuptools>=77"' in requires

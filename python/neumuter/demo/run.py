@@ -80,7 +80,8 @@ def run_demo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files = {"muted": out / "muted.safetensors", "modulated": out / "modulated.safetensors"}
-    job = _Job(seed, fresh)
+    console.print("Reading ordinary text, and training a tokenizer and a model on it", style="dim")
+    job = _Job(seed, fresh, console)
     before = job.row("before", build(job.state), 0.0, job.seconds)
     rows = [before]
     for name, budget, mode in (
@@ -112,8 +113,8 @@ def run_demo(
 class _Job:
     """The models, batches and mute sets of one run."""
 
-    def __init__(self, seed: int, fresh: bool) -> None:
-        self.seed, self.fresh = seed, fresh
+    def __init__(self, seed: int, fresh: bool, console: Console) -> None:
+        self.seed, self.fresh, self.console = seed, fresh, console
         texts, heldout_texts = task.read_corpus()
         self.tokenizer = task.train_tokenizer(texts)
         self.text = task.windows(self.tokenizer, texts)
@@ -185,6 +186,7 @@ class _Job:
         for mode, values in budgets.items():
             for budget in values:
                 self.find(budget, mode)
+        self.console.print("Measuring what is left for each share of the neurons", style="dim")
         points = []
         for (_, mode), (mutes, _) in sorted(self.found.items()):
             model = build(self.state)
@@ -207,6 +209,7 @@ class _Job:
             return sum(int((score.sigmoid() < threshold).sum()) for score in masked.scores.values())
 
     def row(self, name: str, model: PreTrainedModel, share: float, seconds: float) -> dict[str, Any]:
+        self.console.print(f"Measuring what the model says: {name}", style="dim")
         return {"name": name, "muted_share": share, **self.measure(model), "seconds": seconds}
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:

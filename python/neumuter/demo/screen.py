@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+NEXT = "neumuter unlearn MODEL --forget forget.jsonl --retain retain.jsonl --out forgotten"
 COLUMNS = ("forget", "same", "other", "MA", "loss", "perplexity", "neurons", "seconds")
 LEGEND = (
     "forget: records to forget that greedy decoding still continues word for word; same, other: likewise, "
     "records to keep of the same and of another template. MA: share of a record's tokens that are the most "
     "likely one; loss: mean over the tokens of the secrets, in nats; both on the records to forget. "
-    "perplexity: on held-out text. seconds: to train the model (few if cached) or to find the mutes."
+    "perplexity: on held-out text. seconds: to train the model (few if cached) or to find the mutes. "
+    "Training on another processor gives another model, so all of it depends on the processor."
 )
 
 
@@ -44,6 +46,12 @@ def show(
         f"\n{escape(str(out))} holds muted.safetensors, modulated.safetensors, model/ (a checkpoint with the "
         f"latter folded in), report.json and report.png. {report['seconds_total']:.0f} s in all.",
         highlight=False,
+    )
+    console.print(
+        f"\n[bold]Next[/], with a model and texts of your own:\n\n    {NEXT}\n\ndocs/quick-start.md goes "
+        "through it step by step.",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
