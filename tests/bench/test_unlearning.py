@@ -112,8 +112,9 @@ def test_the_papers_table_runs_on_models_of_its_shapes(tmp_path, family, monkeyp
         lines = ["doc_id,corpus,text", *(f'{n},none,"{row["answer"]}"' for n, row in enumerate(made[:4]))]
         (data / "lm_extraction_32_0.csv").write_text("\n".join(lines))
     else:
-        for name in paper.TOFU_FILES.values():
-            (data / name).write_text("\n".join(map(json.dumps, made[:2])))
+        for kind, name in paper.TOFU_FILES.items():
+            rows = made[2:4] if kind == "texts to keep" else made[:2]
+            (data / name).write_text("\n".join(map(json.dumps, rows)))
     options = SimpleNamespace(
         model=str(tmp_path / "model"), data=data, retrained=None, tasks=None, rewrite_with=None
     )
