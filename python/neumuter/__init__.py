@@ -28,9 +28,15 @@ _HOMES = {
     "unlearn": "unlearning",
 }
 __all__ = list(_HOMES)
+# The packages of tools, which are imported on access as well.
+_TOOLS = ("evaluation", "recipes", "texts", "training")
 
 
 if TYPE_CHECKING:  # the same, told to type checkers
+    from neumuter import evaluation as evaluation
+    from neumuter import recipes as recipes
+    from neumuter import texts as texts
+    from neumuter import training as training
     from neumuter.models.families import register_family as register_family
     from neumuter.models.modules import MaskedGatedMLP as MaskedGatedMLP
     from neumuter.models.modules import MaskedMLP as MaskedMLP
@@ -64,6 +70,8 @@ else:
             from importlib.metadata import version
 
             value = version("neumuter-kernels")
+        elif name in _TOOLS:
+            value = importlib.import_module(f"neumuter.{name}")
         elif name in _HOMES:
             value = getattr(importlib.import_module(f"neumuter.{_HOMES[name]}"), name)
         else:
@@ -73,4 +81,4 @@ else:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *_TOOLS, *(name for name in globals() if name.startswith("__"))})

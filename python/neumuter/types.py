@@ -1,9 +1,9 @@
 """Types that many modules share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 # The label of a token that does not count: padding, a prompt.
 IGNORED = -100
@@ -20,3 +20,28 @@ Batch = dict[str, Tensor]
 
 # Called as (step, total, info) after every step.
 Callback = Callable[[int, int, dict[str, Any]], object]
+
+# What a batch has.
+KEYS = ("input_ids", "attention_mask", "labels")
+
+
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], allowed: str) -> None:
+    """Raise TypeError that says what is allowed unless the argument ``name`` is of these kinds."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+
+
+def check_batch(name: str, value: object) -> None:
+    """Raise TypeError unless ``value``, the argument ``name``, is a batch."""
+    found = value if isinstance(value, Mapping) else {}
+    if missing := [key for key in KEYS if not isinstance(found.get(key), Tensor)]:
+        lacking = f", which lacks {', '.join(missing)}" if found else ""
+        raise TypeError(
+            f"{name} must be a batch of {', '.join(KEYS)}, as neumuter.texts.encode makes it of texts, got "
+            f"{type(value).__name__}{lacking}"
+        )
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a model."""
+    check_kind("model", model, nn.Module, "a model of transformers, not its name; of a handle, handle.model")

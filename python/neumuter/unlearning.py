@@ -48,7 +48,7 @@ from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach, neuron_count, split_ffns
-from neumuter.types import Batch, Callback, Text
+from neumuter.types import Batch, Callback, Text, check_kind, check_model
 
 # Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
 SAMPLES = 32
@@ -276,8 +276,11 @@ def _open(
     own = None
     if isinstance(model, str | Path):
         model, own = load_model(str(model))
+    check_model(model)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
+    kinds = (PreTrainedTokenizerBase, type(None))
+    check_kind("tokenizer", tokenizer, kinds, "a tokenizer of transformers, its folder or name, or None")
     return model, tokenizer if tokenizer is not None else own
 
 

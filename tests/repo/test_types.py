@@ -21,7 +21,8 @@ def test_type_checkers_are_told_of_every_public_name():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert told == {(name, f"neumuter.{home}") for name, home in neumuter._HOMES.items()}
+    names = {(name, f"neumuter.{home}") for name, home in neumuter._HOMES.items()}
+    assert told == names | {(name, "neumuter") for name in neumuter._TOOLS}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.passes import PROMPT_SHARE
 from neumuter.generation import find_end_tokens, generate
-from neumuter.types import IGNORED, Batch
+from neumuter.types import IGNORED, Batch, check_batch
 
 MAX_TOKENS = 64
 
@@ -23,6 +23,7 @@ def continue_texts(
         For each text {"prompt", "truth", "said"}: its beginning, how it goes on, and what the model says
         instead, at most ``MAX_TOKENS`` tokens.
     """
+    check_batch("batch", batch)
     found = []
     for ids, shown, labels in zip(
         *(batch[name][:limit].cpu() for name in ("input_ids", "attention_mask", "labels")), strict=True

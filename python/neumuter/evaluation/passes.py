@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.types import IGNORED, Batch
+from neumuter.types import IGNORED, Batch, check_batch, check_model
 
 SAMPLES_PER_PASS = 16
 # Of a text that counts from its start on, this share is the prompt. So many tokens before those that count
@@ -20,6 +20,7 @@ def find_prompt_ends(batch: Batch) -> list[int]:
     Of a text that counts from its first three tokens on, the first third is the prompt: what is before them
     are start tokens.
     """
+    check_batch("batch", batch)
     ends = []
     for labels, shown in zip(batch["labels"], batch["attention_mask"], strict=True):
         counted = (labels != IGNORED).nonzero().flatten()
@@ -31,12 +32,15 @@ def find_prompt_ends(batch: Batch) -> list[int]:
 
 def count_after_prompts(batch: Batch) -> Batch:
     """Return the batch with labels behind the prompts of ``find_prompt_ends`` alone."""
-    before = torch.arange(batch["labels"].shape[1]) < torch.tensor(find_prompt_ends(batch))[:, None]
+    ends = torch.tensor(find_prompt_ends(batch))
+    before = torch.arange(batch["labels"].shape[1]) < ends[:, None]
     return batch | {"labels": batch["labels"].masked_fill(before.to(batch["labels"].device), IGNORED)}
 
 
 def split_batch(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> Iterator[Batch]:
     """Yield the batch in parts of ``rows`` samples, on the model's device."""
+    check_model(model)
+    check_batch("batch", batch)
     device = cast(torch.device, model.device)
     for start in range(0, len(batch["input_ids"]), rows):
         yield {key: value[start : start + rows].to(device) for key, value in batch.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neumuter.models.ffn import ACTIVATION_NAMES, FFN, Experts, Layout, activation_name, features
+from neumuter.types import check_model
 
 REGISTERED: list[Layout] = []
 # FFNs that call a function instead of an activation module, by class name, with what they call.
@@ -152,6 +153,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         ValueError: there is none; or a module, which the message names, looks like an FFN or like experts
             but is not understood.
     """
+    check_model(model)
     model = unwrapped(model)
     decoder = decoder_of(model)
     inside = set(decoder.modules()) - _outside(decoder)

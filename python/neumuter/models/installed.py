@@ -12,6 +12,7 @@ from neumuter.models.families import decoder_of, input_device
 from neumuter.models.ffn import FFN
 from neumuter.models.hooks import CHILD, Gates, seam_module
 from neumuter.models.seams import can_run, run_eagerly
+from neumuter.types import check_model
 
 Kind = TypeVar("Kind", bound=Gates)
 
@@ -124,6 +125,7 @@ class Installed(Generic[Kind]):
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise RuntimeError if some FFN of ``model`` is already attached or muted."""
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Gates):
             raise RuntimeError(

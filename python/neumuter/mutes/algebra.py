@@ -10,6 +10,7 @@ from neumuter.models.families import find_ffns
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.matching import architecture, matching_ffns
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
+from neumuter.types import check_model
 
 
 def combine(model: nn.Module, sets: Iterable[MuteSource]) -> MuteSet:
@@ -21,6 +22,7 @@ def combine(model: nn.Module, sets: Iterable[MuteSource]) -> MuteSet:
     Raises:
         ValueError: there is no set; what ``neumuter.mute`` raises.
     """
+    check_model(model)
     found = [load_mutes(mutes) for mutes in sets]
     if not found:
         raise ValueError("sets must hold at least one mute set")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from neumuter.files import PathLike, write_atomically
+from neumuter.types import check_kind
 
 FORMAT = 1
 # Numbers in a sketch of weights, see neumuter.mutes.fingerprint.
@@ -200,6 +201,7 @@ MuteSource = MuteSet | PathLike
 
 def load_mutes(mutes: MuteSource) -> MuteSet:
     """Return a ``MuteSet``, given that or the path of a mute file."""
+    check_kind("mutes", mutes, (MuteSet, str, os.PathLike), "a MuteSet or the path of a mute file")
     return mutes if isinstance(mutes, MuteSet) else MuteSet.load(mutes)
 
 

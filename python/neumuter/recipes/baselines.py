@@ -11,7 +11,7 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.losses import token_losses
 from neumuter.training.masked import Masked, neuron_count
 from neumuter.training.neurons import Neurons
-from neumuter.types import Batch
+from neumuter.types import Batch, check_batch
 
 
 def mute_random(masked: Masked, budget: int | float, seed: int = 0) -> MuteSet:
@@ -34,6 +34,7 @@ def mute_by_attribution(masked: Masked, forget_batch: Batch, budget: int | float
         forget_batch: see ``neumuter.training.batches``.
         budget: a share of the neurons (float) or a number (int).
     """
+    check_batch("forget_batch", forget_batch)
     neurons = Neurons(masked)
     k = neuron_count(budget, neurons.count)
     mask = torch.ones(neurons.count, device=neurons.device, requires_grad=True)
@@ -81,6 +82,7 @@ def mute_by_activation(
 
 def _mean_activations(masked: Masked, batch: Batch) -> dict[str, Tensor]:
     """The mean of |input of the down projection| over real tokens: {path: float32 [F]}."""
+    check_batch("batch", batch)
     shown = batch["attention_mask"].bool()
     found, handles = {}, []
     for ffn in masked.ffns:

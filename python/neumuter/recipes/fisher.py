@@ -7,7 +7,7 @@ from torch import Tensor
 
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.training.batches import PairedBatches
+from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
 
@@ -41,6 +41,7 @@ def propose_by_fisher(
     Raises:
         ValueError: a bad budget.
     """
+    check_pair(pair)
     neurons = Neurons(pair.masked, existing)
     k = min(int(times * neurons.count_of(budget)), int((~neurons.excluded).sum()))
     ratios = rank_by_fisher(pair, existing) if ratios is None else ratios
@@ -60,6 +61,7 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
     Returns:
         float32 [neurons]; −∞ for neurons that may not be selected.
     """
+    check_pair(pair)
     neurons = Neurons(pair.masked, existing)
     forget = range(pair.forget_count)
     order = torch.randperm(pair.retain_count, generator=torch.Generator().manual_seed(0))

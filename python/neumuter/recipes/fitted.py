@@ -14,7 +14,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import propose_by_fisher
 from neumuter.recipes.support import SupportConfig, describe_step, find_support
-from neumuter.training.batches import PairedBatches
+from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
 from neumuter.types import Callback
@@ -95,6 +95,7 @@ def fit_mutes(
         ValueError: a bad argument.
         RuntimeError: the loss diverged.
     """
+    check_pair(pair)
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
     gains, support = config.gains, config.support
@@ -138,6 +139,7 @@ def fit_gains(
     Returns:
         A MuteSet of mode "modulate" with gains in ``config.gain_range``.
     """
+    check_pair(pair)
     neurons = Neurons(pair.masked, existing)
     support = neurons.ids(mutes)
     gains = torch.full([len(support)], 0.0 if keep is None else 1.0, device=neurons.device)

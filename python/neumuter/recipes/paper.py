@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.training.batches import PairedBatches
+from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import STRETCH, TEMPERATURE
 from neumuter.types import Callback
 
@@ -74,6 +74,7 @@ def train_gates(
     Raises:
         NothingSelectedError: no neuron ended below the threshold.
     """
+    check_pair(pair)
     scores = list(pair.masked.scores.values())
     optimizer = torch.optim.Adam(scores, lr=config.lr)
     total = config.epochs * ceil(pair.forget_count / (config.batch_size or pair.forget_count))

@@ -8,7 +8,7 @@ from neumuter.evaluation import extraction_rate, memorization_accuracy, most_kno
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.recipes.fitted import FittedConfig, fit_mutes
-from neumuter.training.batches import PairedBatches
+from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.neurons import Neurons
 from neumuter.types import Batch, Callback
 
@@ -69,6 +69,7 @@ def search_budget(
     Raises:
         ValueError: a bad argument; what ``fit_mutes`` raises.
     """
+    check_pair(pair)
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"budgets must be ascending, got {budgets!r}")
     neurons = Neurons(pair.masked, existing)

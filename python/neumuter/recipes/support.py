@@ -8,7 +8,7 @@ from torch import Tensor
 
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.training.batches import PairedBatches
+from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import INITIAL_SCORE
 from neumuter.training.losses import hinge
 from neumuter.training.neurons import Neurons
@@ -60,6 +60,7 @@ def find_support(
         ValueError: a bad budget.
         RuntimeError: the loss diverged.
     """
+    check_pair(pair)
     neurons = Neurons(pair.masked, existing)
     k = neurons.count_of(budget)
     noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from neumuter.texts.chat import has_two_forms, plain, render, uses_template
 from neumuter.texts.rows import text_of
 from neumuter.texts.windows import cut_windows
-from neumuter.types import IGNORED, Batch, Text
+from neumuter.types import IGNORED, Batch, Text, check_batch, check_kind
 
 logger = logging.getLogger("neumuter")
 
@@ -80,6 +80,8 @@ def _encode(
     texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None
 ) -> tuple[Batch, list[int], list[str]]:
     """The batch, the number from 0 of each row's text, and what a user has to know."""
+    check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
+    check_kind("texts", texts, Iterable, "a list of texts")
     if isinstance(texts, str | Mapping):
         raise TypeError(f"texts must be a list of texts, got one {type(texts).__name__}: put it into a list")
     if max_length < 2:
@@ -126,6 +128,8 @@ def _encode(
 
 def join_batches(*batches: Batch) -> Batch:
     """Join batches, one below the other, padded on the right to the widest."""
+    for number, batch in enumerate(batches, 1):
+        check_batch(f"batch {number}", batch)
     width = max(batch["labels"].shape[1] for batch in batches)
     return {
         name: torch.cat(

@@ -9,9 +9,8 @@ from torch import Tensor
 from neumuter.files import PathLike
 from neumuter.texts.files import read_texts
 from neumuter.texts.rows import text_of
-from neumuter.types import Batch, Text
+from neumuter.types import KEYS, Batch, Text
 
-KEYS = ("input_ids", "attention_mask", "labels")
 ALLOWED = (
     "a path, a list of texts, of (prompt, completion) pairs or of chat messages, a datasets.Dataset, or a "
     f"batch of {', '.join(KEYS)}"

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,8 @@ from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
-from neumuter.types import IGNORED, Batch
+from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
 
-KEYS = ("input_ids", "attention_mask", "labels")
 # Without gradients.
 SAMPLES_PER_PASS = 8
 # Retain samples of which no more than this number have their reference kept.
@@ -43,6 +42,7 @@ class PairedBatches:
     """
 
     def __init__(self, masked: Masked, forget_batch: Batch, retain_batch: Batch) -> None:
+        check_kind("masked", masked, Masked, "the handle that neumuter.attach(model) returns")
         _check("forget_batch", forget_batch)
         _check("retain_batch", retain_batch)
         self.masked, self.forget_batch = masked, forget_batch
@@ -186,6 +186,8 @@ class _Sample:
 
 
 def _check(name: str, batch: Batch) -> None:
+    if not isinstance(batch, Mapping):
+        check_batch(name, batch)
     shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
     for key in KEYS:
         value = batch.get(key)
@@ -212,6 +214,11 @@ def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
         random.Random(f"{seed} {first} {turn}").shuffle(order)
         yield from order[start % count :]
         start = 0
+
+
+def check_pair(pair: object) -> None:
+    """Raise TypeError unless ``pair`` is what recipes take."""
+    check_kind("pair", pair, PairedBatches, "PairedBatches(masked, forget_batch, retain_batch)")
 
 
 def shuffled(start: int, count: int, generator: torch.Generator) -> Iterator[int]:

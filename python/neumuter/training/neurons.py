@@ -7,6 +7,7 @@ from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.masked import Masked, neuron_count
+from neumuter.types import check_kind
 
 
 class Neurons:
@@ -21,6 +22,7 @@ class Neurons:
     """
 
     def __init__(self, masked: Masked, existing: MuteSet | None = None) -> None:
+        check_kind("masked", masked, Masked, "the handle that neumuter.attach(model) returns")
         self.masked = masked
         self.widths = {path: score.numel() for path, score in masked.scores.items()}
         self.count = sum(self.widths.values())

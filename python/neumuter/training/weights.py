@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from neumuter.training.batches import shuffled
 from neumuter.training.losses import predicting, token_losses
-from neumuter.types import IGNORED, Batch, Callback
+from neumuter.types import IGNORED, Batch, Callback, check_batch, check_model
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
 # These take no retain texts.
@@ -62,6 +62,10 @@ def tune_weights(
 
     Raises ValueError if no parameter requires a gradient.
     """
+    check_model(model)
+    check_batch("forget_batch", forget_batch)
+    if retain_batch is not None:
+        check_batch("retain_batch", retain_batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: nothing can be tuned")
