@@ -33,6 +33,12 @@ def device(request):
 
 
 @pytest.fixture
+def interpreted(request, device):
+    """Whether Triton's interpreter runs the test, a thousand times as slow as a kernel."""
+    return request.node.callspec.params["device"] == "triton" and not HAVE_GPU
+
+
+@pytest.fixture
 def poisoned():
     """Fills what torch.empty returns with NaN, so that an element that was not written shows."""
     torch.use_deterministic_algorithms(True)
