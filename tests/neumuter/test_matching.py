@@ -119,6 +119,20 @@ def test_an_ffn_in_two_places_is_folded():
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_down_projection_of_two_ffns_is_refused():
+    """A mask there would reach both."""
+    model = build("llama")
+    mutes = shared_mutes(model, 1, 0.5, 1)
+    model.model.layers[2].mlp.down_proj = model.model.layers[1].mlp.down_proj
+    for use in (neumuter.mute, neumuter.fold):
+        with pytest.raises(
+            ValueError, match=r"model.layers.1.mlp.down_proj is a part of another module, too"
+        ):
+            use(model, mutes)
+    with pytest.raises(ValueError, match="a mask there would reach both"):
+        neumuter.attach(model)
+
+
 def embedded(model, ids):
     return model.get_input_embeddings()(ids).detach().requires_grad_()
 

@@ -196,6 +196,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     # A module that contains an FFN is none, even if it has a gate of its own, as some decoder layers do.
     outer = {path for path in found for other in found if other.startswith(f"{path}.")}
     kept = {path: parts for path, parts in found.items() if path not in outer}
+    for path, (module, form, _) in kept.items():
+        if isinstance(form, Layout) and parents[getattr(module, form.down)] > 1:
+            raise ValueError(
+                f"{path}.{form.down} is a part of another module, too, so a mask there would reach both; "
+                "give each a module of its own (they may share the weight)"
+            )
     for path, module in unknown.items():
         if not any(other.startswith(f"{path}.") for other in kept):
             raise ValueError(
