@@ -140,6 +140,27 @@ def test_missing_parts_are_left_out(tmp_path):
     assert pictures(document) == ["Share of neurons muted meanwhile: muted from 0 to 0"]
 
 
+def test_texts_of_others_are_shown_unless_redacted(tmp_path):
+    texts = [
+        {"number": 1, "other_text": "retain 7", "said": " eve@post.example, I think"},
+        {"number": 2, "other_text": None, "said": " no idea"},
+    ]
+    figures = {"made_up": {"forget_ma": 0.4321}, "texts": texts, "verdict_sentence": "Partly forgotten: so."}
+    path = tmp_path / "report.html"
+    page, document = written(path, UNLEARN | figures, None, [SAMPLE])
+    assert "1 retain 7 eve@post.example, I think" in words(document)
+    assert "Partly forgotten: so." in page
+    assert "made-up names" in page
+    assert "0.4321" in page
+    assert "no idea" not in page
+    assert path.stat().st_mode & 0o777 == 0o600
+    page, document = written(path, UNLEARN | figures, None, [SAMPLE], True)
+    assert "1 retain 7" in words(document)
+    assert "eve@post" not in page
+    assert "Ada Brisk" not in page
+    assert path.stat().st_mode & 0o044
+
+
 def test_words_that_come_back_are_marked(tmp_path):
     _, document = written(tmp_path / "report.html", {}, None, [SAMPLE, SAMPLE])
     marked = [mark.text for mark in document.iter("mark")]
