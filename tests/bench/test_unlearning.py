@@ -198,7 +198,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(tdec, "tokenizer", models.tokenizer)
     monkeypatch.setattr(real, "WINDOWS", 2)
     monkeypatch.setitem(real.TUNING, "most_epochs", 1)
-    monkeypatch.setitem(real.RECIPE, "steps", 2)
+    monkeypatch.setitem(real.RECIPE, "steps", 10)  # so that bfloat16 shows a difference
     monkeypatch.setitem(tdec.Texts.recipe, "steps", 2)
     monkeypatch.setattr(synth, "Training", lambda: Training(steps=1))
     monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
