@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from neumuter.models.families import decoder_of, input_device
-from neumuter.models.ffn import FFN
+from neumuter.models.ffn import FFN, Layout
 from neumuter.models.hooks import CHILD, Gates, seam_module
 from neumuter.models.seams import can_run, run_eagerly
 from neumuter.types import check_model
@@ -39,10 +39,7 @@ class Installed(Generic[Kind]):
     def __init__(self, model: nn.Module, gates: Sequence[Kind], ffns: Sequence[FFN]) -> None:
         self.gates = gates
         self._modules = [seam_module(ffn, one.seam) for one, ffn in zip(gates, ffns, strict=True)]
-        places = {
-            child: (parent, name) for parent in model.modules() for name, child in parent.named_children()
-        }
-        self._places = [places[module] for module in self._modules]
+        self._ffns = [ffn.module for ffn in ffns]
         # Of the forward pass that each thread is in.
         self._calls_before: dict[int, list[int]] = {}
         self._hooks: list[RemovableHandle] = []
@@ -91,11 +88,11 @@ class Installed(Generic[Kind]):
 
     def _check(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
         """Raise RuntimeError unless every FFN was computed with its gates."""
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else self._calls_before.pop(threading.get_ident(), None)
         # A replica of DataParallel has gates of its own.
         if getattr(module, "_is_replica", False):
             return
-        compiling = torch.compiler.is_compiling()
-        before = None if compiling else self._calls_before.pop(threading.get_ident(), None)
         for number, one in enumerate(self.gates):
             holds = one.called if before is None else one.compiled or one.calls > before[number]
             # An adapter around a down projection calls it, but sees neurons without their mask.
@@ -107,9 +104,10 @@ class Installed(Generic[Kind]):
                 )
 
     def _is_in_place(self, number: int) -> bool:
-        """Whether the module of the gates is where it was, but for what passes everything on to it."""
-        parent, name = self._places[number]
-        found = parent._modules.get(name)
+        """Whether a masked down projection is where it was, but for what passes everything on to it."""
+        layout = self.gates[number].layout
+        assert isinstance(layout, Layout)
+        found = self._ffns[number]._modules.get(layout.down)
         while found is not None and found is not self._modules[number]:
             found = next((m for inner in TRANSPARENT if (m := found._modules.get(inner)) is not None), None)
         return found is not None
