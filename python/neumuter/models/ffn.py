@@ -105,10 +105,18 @@ class FFN:
 
     @property
     def _is_transposed(self) -> bool:
-        assert isinstance(self.layout, Experts)
+        """Whether the weight of the down projection has its neurons before its outputs."""
+        if isinstance(self.layout, Layout):
+            return isinstance(self.down, Conv1D)
         if self.layout.transposed is not None:
             return self.layout.transposed
         return bool(cast(Any, self.module).is_transposed)
+
+    @property
+    def down_order(self) -> tuple[int, ...]:
+        """The dimensions of the down projection's weight: outputs, experts if it has them, neurons."""
+        first = (1, 0) if self._is_transposed else (0, 1)
+        return first if self.is_dense else (first[0] + 1, 0, first[1] + 1)
 
     @property
     def down(self) -> nn.Module:
@@ -156,16 +164,18 @@ class FFN:
         d is the hidden size, E the number of experts (1 if dense), F the intermediate size. Quantised
         weights, adapters around a projection, and weights that are offloaded have no such view.
         """
-        if not self.is_dense:
-            weight = _plain(self.down_parameter)
-            order = (2, 0, 1) if self._is_transposed else (1, 0, 2)
-            return None if weight is None else weight.permute(order)
-        if not isinstance(self.down, nn.Linear | Conv1D) or hasattr(self.down, "base_layer"):
+        if self.is_dense and (
+            not isinstance(self.down, nn.Linear | Conv1D) or hasattr(self.down, "base_layer")
+        ):
             return None
-        weight = _plain(self.down.weight)
-        if weight is None:
-            return None
-        return (weight.T if isinstance(self.down, Conv1D) else weight)[:, None]
+        weight = _plain(self.down_parameter)
+        return None if weight is None else by_neuron(weight, self.down_order)
+
+
+def by_neuron(weight: Tensor, order: tuple[int, ...]) -> Tensor:
+    """View the weight of a down projection as [d, E, F], given its ``FFN.down_order``."""
+    view = weight.permute(order)
+    return view if view.dim() == 3 else view[:, None]
 
 
 def _plain(weight: Any) -> Tensor | None:

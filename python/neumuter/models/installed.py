@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from neumuter.models.families import decoder_of, input_device
 from neumuter.models.ffn import FFN, Layout
@@ -16,6 +17,9 @@ from neumuter.types import check_model
 
 Kind = TypeVar("Kind", bound=Gates)
 
+# {weight of a down projection: path of its FFN} of what mutes are folded into for a while. The weights of a
+# copy are not in it.
+FOLDED = WeakTensorKeyDictionary()
 # Where torch.compile, FSDP and activation checkpointing keep the module that they pass everything on to.
 TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -129,4 +133,10 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise RuntimeError(
                 f"{module.path} already has {type(module).__name__}: this model is attached or muted; "
                 "call detach() or undo() on its handle first"
+            )
+    for parameter in model.parameters():
+        if parameter in FOLDED:
+            raise RuntimeError(
+                f"mutes are folded into {FOLDED[parameter]} for a while: this model is attached or muted; "
+                "call undo() on its handle first"
             )
