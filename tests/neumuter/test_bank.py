@@ -10,7 +10,9 @@ import torch
 import neumuter
 from neumuter.recipes import mute_random
 from neumuter.serving import bank as serving
-from neumuter.serving.bank import MuteBank, _Pool
+from neumuter.serving import pool as pools
+from neumuter.serving.bank import MuteBank
+from neumuter.serving.pool import Pool
 from tests import models
 
 FAMILIES = ("llama", "gpt2", "gpt_neo", "phi3", "opt")
@@ -154,7 +156,7 @@ def test_room_is_little_more_than_what_sets_take():
 def test_more_neurons_than_offsets_can_tell_apart_are_refused(monkeypatch):
     model = models.build("llama")
     first, second, third = sets_of(model, 3)
-    monkeypatch.setattr(serving, "MAX_SLOTS", first.count + second.count)
+    monkeypatch.setattr(pools, "MAX_SLOTS", first.count + second.count)
     ids = models.batch(1, 6)
     with MuteBank(model, required=False) as bank:
         bank.add("a", first)
@@ -175,7 +177,7 @@ def test_more_neurons_than_offsets_can_tell_apart_are_refused(monkeypatch):
 def test_ten_thousand_sets_of_a_7b_model():
     """1 % of 32 layers of 11,008 neurons, 10,000 times, with the room for more, in less than 400 MB."""
     count = int(1.25 * 10_000)
-    pool = _Pool(32, {torch.device("meta")})
+    pool = Pool(32, {torch.device("meta")})
     pool.tensors = {
         device: pool._make_room(device, count, count * int(0.01 * 32 * 11008)) for device in pool.tensors
     }
@@ -191,7 +193,7 @@ def test_a_failure_while_sets_move_changes_nothing(monkeypatch):
         with bank.using("c"):
             before = logits(model, ids)
         bank.remove("a")
-        real, calls = serving._append, []
+        real, calls = pools._append, []
 
         def fails(*arguments):
             calls.append(arguments)
@@ -199,7 +201,7 @@ def test_a_failure_while_sets_move_changes_nothing(monkeypatch):
                 raise MemoryError
             return real(*arguments)
 
-        monkeypatch.setattr(serving, "_append", fails)
+        monkeypatch.setattr(pools, "_append", fails)
         failed = 0
         for number in range(20):  # until sets have to move
             try:
