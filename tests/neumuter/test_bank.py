@@ -64,7 +64,7 @@ def test_each_row_is_as_if_its_set_were_alone(model):
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "opt"])  # activations [B, S, F], [B·S, F]
-def test_products_with_gains_have_the_bits_of_the_op(name, dtype, tokens, monkeypatch):
+def test_few_activations_and_many_have_the_same_bits(name, dtype, tokens, monkeypatch):
     model = models.build(name, dtype)
     ids, names, sets = models.batch(4, tokens), ["a", None, "c", "a"], sets_of(model)
     with MuteBank(model, required=False) as bank:
@@ -73,13 +73,13 @@ def test_products_with_gains_have_the_bits_of_the_op(name, dtype, tokens, monkey
         for rows in (ids, ids.roll(1, 0), ids.repeat(2, 1)):
             with bank.using(names):
                 first, second, _, fourth = (logits(model, x) for x in (rows, rows, rows[:4], rows))
-                made = len(bank._current.variable.get().gains)
+                made = len(bank._current.seat.buffers.shaped)
             assert made == (models.LAYERS if name == "llama" or tokens == 1 else 0)
             with monkeypatch.context() as patch, bank.using(names):
                 patch.setattr(serving, "FEW", 0)
                 expected = logits(model, rows)
-            assert torch.equal(first, expected)  # by the op, which makes the gains
-            assert torch.equal(second, expected)  # by the gains
+            assert torch.equal(first, expected)
+            assert torch.equal(second, expected)
             assert torch.equal(fourth, expected)  # after another size of batch
 
 

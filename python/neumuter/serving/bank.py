@@ -14,14 +14,13 @@ from neumuter.models.families import decoder_of, find_ffns, unwrapped
 from neumuter.models.ffn import FFN
 from neumuter.models.hooks import Gates, forward_with_gates
 from neumuter.models.installed import Installed, refuse_wrapped
+from neumuter.models.mask import Mask, masked_act_of
 from neumuter.mutes.matching import fitting_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.serving.live import FEW, scale_neurons
 from neumuter.serving.pool import Pool, Tensors
 from neumuter_kernels import mute_
 
-# A batch keeps the row ids of this number of token counts.
-MAX_CACHED_COUNTS = 8
 # The methods of transformers' models that start it.
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -33,7 +32,7 @@ class MuteBank:
     change, at the down projections' inputs, so whatever computes these may be quantised or foreign. Sets
     come and go while the model serves; a batch keeps to those that were there when it began. Each device of
     the model holds 8 bytes per muted neuron and 4 per layer of a set, and a quarter more as room, and for
-    each batch at work up to a megabyte per layer::
+    each thread that serves 4 bytes per neuron and row of its batch::
 
         bank = MuteBank(model)
         bank.add("alice", "alice.safetensors")
@@ -44,6 +43,11 @@ class MuteBank:
     A row's output does not depend, bit for bit, on the sets of the other rows. Rows are those of the batch:
     continuous batching, which puts many requests in one row, is refused, and packed sequences must not be
     used.
+
+    A CUDA graph of the model serves the sets of the next batch as well: capture it in ``using``, after a
+    forward pass of the same number of rows there, and replay it in ``using`` of the thread that captured it.
+    Where the rows do not fit, or outside of ``using``, a replay gives NaN (unmuted, without ``required``).
+    Keep the bank as long as the graph.
 
     For inference: without gradients, and a graph break in torch.compile. A model with a bank cannot be
     pickled; copies of it share its contexts. As a context manager it undoes itself at the end.
@@ -73,7 +77,7 @@ class MuteBank:
         self._inner = unwrapped(model)
         self._paths = [ffn.path for ffn in ffns]
         self._pool = Pool(len(ffns), {_indexed(ffn.device) for ffn in ffns})
-        self._current = _Current(required)
+        self._current = _Current(required, [(_indexed(ffn.device), ffn.width) for ffn in ffns])
         gates = [_BankGates(ffn, number, self._current) for number, ffn in enumerate(ffns)]
         self._installed = Installed(model, gates, ffns)
         for one in gates:
@@ -211,25 +215,37 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 class _Current:
-    """Which rows are in force, in this thread."""
+    """Which rows are in force, in this thread, and the buffers of their gains."""
 
-    def __init__(self, required: bool) -> None:
-        self.required = required
+    def __init__(self, required: bool, layers: Sequence[tuple[torch.device, int]]) -> None:
+        self.required, self.layers = required, layers
         self.variable: contextvars.ContextVar[_Rows | None] = contextvars.ContextVar("rows", default=None)
+        self.seat = _Seat()
 
     @contextlib.contextmanager
     def activate(self, rows: "_Rows") -> Iterator[None]:
         token = self.variable.set(rows)
         try:
+            self._rewrite(rows)
             yield
         finally:
             ended = self.variable.get()
             self.variable.reset(token)
+            self._rewrite(self.variable.get())
             if ended is not rows:
                 raise RuntimeError("contexts of a MuteBank must end in the order in which they were opened")
 
+    def _rewrite(self, rows: "_Rows | None") -> None:
+        """Write the gains of ``rows`` where this thread's graphs read them: a replay runs no Python."""
+        for batch, buffers in self.seat.by_batch.items():
+            if buffers.is_captured and rows is not None and batch % len(rows.rows) == 0:
+                buffers.write(rows)
+            elif buffers.is_captured:
+                buffers.clear(torch.nan if self.required else 1.0)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Take the number of rows of a forward pass, before it begins."""
+        """Take the number of rows of a forward pass, before it begins, and prepare their gains."""
         rows = self.variable.get()
         if rows is None:
             if self.required:
@@ -239,13 +255,46 @@ class _Current:
                 )
             return
         given = (options.get("input_ids"), options.get("inputs_embeds"), *arguments)
-        rows.begin(next(x.shape[0] for x in given if isinstance(x, torch.Tensor)))
+        batch = next(x.shape[0] for x in given if isinstance(x, torch.Tensor))
+        if batch % len(rows.rows):
+            raise ValueError(
+                f"a batch of {batch} rows cannot use {len(rows.rows)} mute sets, one for each row"
+            )
+        by_batch = self.seat.by_batch
+        if _is_capturing():
+            if batch not in by_batch or by_batch[batch].rows is not rows:
+                raise RuntimeError(
+                    f"a CUDA graph of {batch} rows cannot be captured yet: first run the model on this "
+                    "number of rows, in the same context and thread, where at least one row has a mute set"
+                )
+            by_batch[batch].is_captured = True
+        elif rows.touched:
+            if batch not in by_batch:
+                for other in [size for size, buffers in by_batch.items() if not buffers.is_captured]:
+                    del by_batch[other]
+                by_batch[batch] = _Buffers(batch, self.layers)
+            by_batch[batch].write(rows)
+        self.seat.buffers = by_batch.get(batch)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def scale(self, hidden: Tensor, rows: "_Rows", number: int) -> Tensor:
+        """Mute the activations [..., F] of one layer, out of place."""
+        if not rows.touched and not _is_capturing():
+            return hidden
+        buffers = self.seat.buffers
+        if buffers is None or buffers.rows is not rows:
+            raise RuntimeError("a MuteBank mutes whole forward passes of its model, not parts of it")
+        return buffers.scale(hidden, number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Current":
         return self
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a model with a MuteBank cannot be pickled: call its undo() first")
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _BankGates(Gates):
@@ -265,8 +314,10 @@ def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, 
     if gates.probe is not None:
         return forward_with_gates(down, hidden, *arguments, **options)
     gates.count_call()
-    if (rows := gates.current.variable.get()) is not None:
-        gains = None if torch.compiler.is_compiling() else rows.gains.get(gates.number)
+    current = gates.current
+    if (rows := current.variable.get()) is not None:
+        buffers = None if torch.compiler.is_compiling() else current.seat.buffers
+        gains = buffers.shaped.get(gates.number) if buffers and buffers.rows is rows else None
         if (
             gains is not None
             and gains.dim() == hidden.dim()
@@ -277,65 +328,79 @@ def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, 
         ):
             hidden = scale_neurons(hidden, gains)
         else:
-            rows.mute_(hidden, gates)
+            hidden = current.scale(hidden, rows, gates.number)
     return gates.unmasked(down, hidden, *arguments, **options)
 
 
 class _Rows:
-    """The sets of the rows of one batch, in the pool's tensors as they were when it began.
-
-    ``gains`` holds {number of a layer: the gains of all its neurons, float32 [B, 1, F], or [B, F] where a
-    model flattens its activations}. For few activations, a product takes less time than calling ``mute_``.
-    """
+    """The sets of the rows of one batch, in the pool's tensors as they were when it began."""
 
     def __init__(self, rows: list[int], tensors: Tensors) -> None:
         self.rows, self.tensors = torch.tensor(rows), tensors
         self.touched = any(row >= 0 for row in rows)
-        self.batch: int | None = None
-        self.gains: dict[int, Tensor] = {}
-        self._ids: dict[tuple[int, torch.device], Tensor] = {}
 
-    def begin(self, batch: int) -> None:
-        if batch % len(self.rows):
-            raise ValueError(
-                f"a batch of {batch} rows cannot use {len(self.rows)} mute sets, one for each row"
-            )
-        if batch != self.batch:
-            self.gains.clear()
-        self.batch = batch
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-    def mute_(self, hidden: Tensor, gates: "_BankGates") -> None:
-        if not self.touched:
+class _Seat(threading.local):
+    """The buffers of one thread: {rows of a batch: theirs}, and those of the forward pass that it is in."""
+
+    def __init__(self) -> None:
+        self.by_batch: dict[int, _Buffers] = {}
+        self.buffers: _Buffers | None = None
+
+
+class _Buffers:
+    """The gains of all neurons for the rows of a batch, float32 [B, F] for each layer.
+
+    They stay where they are, so that a captured graph computes with whatever rows were written last.
+
+    Attributes:
+        rows: whose gains these are.
+        shaped: {number of a layer: its gains, shaped as few activations there need them}. For few, a product
+            takes less time than calling a kernel.
+    """
+
+    def __init__(self, batch: int, layers: Sequence[tuple[torch.device, int]]) -> None:
+        self.gains = [torch.empty(batch, width, device=device) for device, width in layers]
+        self.shaped: dict[int, Tensor] = {}
+        self.rows: _Rows | None = None
+        self.is_captured = False
+
+    def clear(self, value: float) -> None:
+        """Overwrite all gains."""
+        self.rows = None
+        for gains in self.gains:
+            gains.fill_(value)
+
+    def write(self, rows: _Rows) -> None:
+        """Overwrite the gains with those of ``rows``."""
+        if self.rows is rows:
             return
-        device = hidden.device
-        ids = self._ids_of_tokens(hidden.shape[:-1].numel(), device)
-        mute_(hidden, *self.tensors[device], ids, gates.number)
-        # The next tokens multiply by these.
-        if hidden.numel() <= FEW and self.batch == hidden.shape[0]:
-            shape = (*hidden.shape[:1], *[1] * (hidden.dim() - 2), hidden.shape[-1])
-            gains = torch.ones(shape, device=device)
-            ids = self._ids_of_tokens(self.batch, device)
-            self.gains[gates.number] = mute_(gains, *self.tensors[device], ids, gates.number)
-
-    def _ids_of_tokens(self, tokens: int, device: torch.device) -> Tensor:
-        """Find the set of each token, int64 [tokens]; made in the first layer, for all layers."""
-        ids = self._ids.get((tokens, device))
-        if ids is None:
-            if device not in self.tensors:
-                raise RuntimeError(
-                    f"the model computes on {device}, where it was not when its MuteBank was made"
-                )
-            if self.batch is None or tokens % self.batch:
-                raise ValueError(
-                    f"{tokens} tokens cannot be split evenly among the {self.batch} rows of the batch"
-                )
-            if len(self._ids) >= MAX_CACHED_COUNTS:
-                self._ids.clear()
-            ids = self.rows.repeat_interleave(tokens // len(self.rows)).to(device)
-            self._ids[tokens, device] = ids
+        self.clear(1.0)
+        own = rows.rows.repeat_interleave(len(self.gains[0]) // len(rows.rows))
+        for device, tensors in rows.tensors.items():
+            ids = own.to(device)
+            for number, gains in enumerate(self.gains):
+                if gains.device == device:
+                    mute_(gains, *tensors, ids, number)
             # They may be given back while another stream still reads them.
             if device.type == "cuda":
-                for tensor in (ids, *self.tensors[device]):
+                for tensor in (*tensors, *self.gains):
                     tensor.record_stream(torch.cuda.current_stream(device))
-        return ids
+        self.rows = rows
+
+    def scale(self, hidden: Tensor, number: int) -> Tensor:
+        """Multiply activations [..., F] by the gains of their rows, out of place; rounded once."""
+        gains = self.gains[number]
+        if hidden.requires_grad:
+            raise ValueError("hidden requires grad, and a MuteBank has no gradient: use torch.no_grad()")
+        if gains.device != hidden.device:
+            raise RuntimeError(
+                f"the model computes on {hidden.device}, where it was not when its MuteBank was made"
+            )
+        batch, tokens = len(gains), hidden.shape[:-1].numel()
+        if tokens % batch:
+            raise ValueError(f"{tokens} tokens cannot be split evenly among the {batch} rows of the batch")
+        if hidden.numel() > FEW or hidden.shape[0] != batch:
+            return masked_act_of(hidden, "identity", Mask(gains))
+        self.shaped[number] = gains.view(batch, *[1] * (hidden.dim() - 2), -1)
+        return scale_neurons(hidden, self.shaped[number])
