@@ -45,7 +45,7 @@ def problem(tokens, width, dtype, device, small=False):
     def contender(name, function, *tensors):
         work = lambda: run(function, *tensors)  # noqa: E731
         if device == "cuda":
-            work = _captured(work)
+            work = captured(work)
         return Contender(name, lambda _: work(), check=lambda: check(function, *tensors))
 
     return [
@@ -55,7 +55,7 @@ def problem(tokens, width, dtype, device, small=False):
     ]
 
 
-def _captured(work):
+def captured(work):
     """``work`` as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
