@@ -14,8 +14,6 @@ from tests.neumuter.test_bank import logits, sets_of
 from tests.neumuter.test_installed import lora, patch
 from tests.neumuter.test_matching import share, shared_mutes
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
-
 
 def modulating(model, share=0.1):
     """A set with gains of many values."""
@@ -39,8 +37,11 @@ def same_bits(model, before):
     )
 
 
-@every_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in FAMILIES] + [(name, torch.bfloat16) for name in SMALL],
+    ids=str,
+)
 def test_it_is_folding_and_undone_bit_for_bit(name, dtype):
     model, ids = build(name, dtype), batch()
     mutes, before, plain = modulating(model), bits(model), logits(model, ids)
@@ -60,6 +61,23 @@ def test_it_is_folding_and_undone_bit_for_bit(name, dtype):
     assert not torch.equal(logits(expected, ids), plain)
     muted.undo()
     neumuter.mute(model, mutes).undo()
+
+
+@pytest.mark.parametrize("how", ["live", "fold"])
+def test_off_holds_until_its_own_end(how):
+    model, ids = build("llama"), batch()
+    plain = logits(model, ids)
+    with neumuter.mute(model, modulating(model), how) as muted:
+        expected = logits(model, ids)
+        with muted.off():
+            with muted.off():
+                pass
+            assert torch.equal(logits(model, ids), plain)
+        assert torch.equal(logits(model, ids), expected)
+        with muted.off():
+            muted.undo()
+        assert torch.equal(logits(model, ids), plain)
+    assert torch.equal(logits(model, ids), plain)
 
 
 def test_the_originals_are_those_of_the_muted_columns_alone():

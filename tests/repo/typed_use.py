@@ -55,6 +55,7 @@ def unlearning(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 def serving(model: nn.Module, mutes: neumuter.MuteSet) -> None:
     with neumuter.mute(model, "alice.safetensors") as handle:
         assert_type(handle, Muted)
+    neumuter.mute(model, mutes, how="fold").undo()
     with neumuter.MuteBank(model) as bank, bank.using(["alice", None]):
         assert_type(bank.names, tuple[str, ...])
     assert_type(neumuter.combine(model, [mutes, "bob.safetensors"]), neumuter.MuteSet)
