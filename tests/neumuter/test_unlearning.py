@@ -258,7 +258,7 @@ def test_the_end_of_a_long_text_is_measured_and_looked_at(model, words):
 
 def test_many_retain_texts_are_measured_on_a_sample_that_is_said(model, words, caplog, monkeypatch):
     monkeypatch.setattr("neumuter.unlearning.MEASURED_TEXTS", 2)
-    monkeypatch.setattr("neumuter.training.batches.KEPT_REFERENCES", 2)
+    monkeypatch.setattr("neumuter.training.batches.REFERENCE_BYTES", 0)
     monkeypatch.setattr("neumuter.recipes.fisher.MEASURED_RETAIN", 2)
     monkeypatch.setattr("neumuter.unlearning.SHOWN_TEXTS", 0)
     monkeypatch.setattr("neumuter.evaluation.examination.MAX_TOKENS", 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import neumuter_kernels as nk
 from neumuter.models.families import decoder_of, unwrapped
+from neumuter.models.packing import one_sequence_a_row
 from neumuter_kernels.registration import final
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Head:
             through: the model as wrapped by something that must see its forward pass, such as DDP.
         """
         if through is None or through is self.model:
-            hidden: Tensor = self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+            with one_sequence_a_row():
+                hidden: Tensor = self.base(input_ids=input_ids, use_cache=False).last_hidden_state
             return hidden
         found: list[Tensor] = []
         handle = self.base.register_forward_hook(
@@ -84,7 +86,8 @@ class Head:
         )
         few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         try:
-            through(input_ids=input_ids, use_cache=False, **({"logits_to_keep": 1} if few else {}))
+            with one_sequence_a_row():
+                through(input_ids=input_ids, use_cache=False, **({"logits_to_keep": 1} if few else {}))
         finally:
             handle.remove()
         return found[0]

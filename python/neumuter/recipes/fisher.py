@@ -66,7 +66,7 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
     forget = range(pair.forget_count)
     order = torch.randperm(pair.retain_count, generator=torch.Generator().manual_seed(0))
     retain = (order[:MEASURED_RETAIN].sort().values + pair.forget_count).tolist()
-    gained = _mean_square_gradients(pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN))
+    gained = _mean_square_gradients(pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN).mean())
     lost = _mean_square_gradients(pair, neurons, retain, torch.mean)
     ratios = gained / (lost + DAMPING * lost.mean())
     ratios[neurons.excluded] = -torch.inf

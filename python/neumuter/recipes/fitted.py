@@ -6,17 +6,19 @@ and KL(reference ‖ masked) on the retain tokens.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.fisher import propose_by_fisher
-from neumuter.recipes.support import SupportConfig, describe_step, find_support
+from neumuter.recipes.support import SupportConfig, find_support
+from neumuter.training.adam import Adam, cosine
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
+from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
 
@@ -171,31 +173,48 @@ class _Fit:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.ids = pair.steps(config.batch_size, seed)
-        self.step = 0
+        self.taken = 0
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
         """Gains float32 [k] of the neurons ``support`` int64 [k], after ``steps`` from ``start`` on."""
         neurons, config, masked = self.neurons, self.config, self.pair.masked
         gains = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([gains], lr=config.lr, betas=config.betas)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        with without_dropout(masked.model):
-            for _ in range(steps):
-                mask = neurons.start.index_put((support,), gains)
-                with masked.applying(neurons.by_layer(mask)):
-                    losses, kl = self.pair.losses(next(self.ids))
-                    loss = odds_hinge(losses, config.margin) + self.weight.to(kl.device) * kl
-                    optimizer.zero_grad()
-                    loss.backward()
-                optimizer.step()
-                schedule.step()
-                gains.data.clamp_(*config.gain_range)
-                excess = (kl.detach().to(self.weight.device) / config.kl_target - 1).clamp(-1, 1)
-                self.weight = (self.weight * (config.kl_weight_rate * excess).exp()).clamp(
-                    *config.kl_weight_range
-                )
-                self.step += 1
-                if self.callback:
-                    muted = len(support) / neurons.count
-                    self.callback(self.step, config.steps, describe_step(loss, losses, kl, muted))
+        share = torch.tensor(len(support) / neurons.count, device=neurons.device)
+        step = Step(
+            self.pair,
+            [gains],
+            lambda *_: masked.applying(neurons.by_layer(neurons.start.index_put((support,), gains))),
+            [
+                lambda found: found.mean(odds_hinge(found.losses, config.margin)),
+                lambda found: self.weight.to(found.kl.device) * found.kl,
+            ],
+            _Update(gains, self.weight, config, steps),
+            lambda: share,
+        )
+        tell, before = self.callback, self.taken
+        step.take(self.ids, steps, tell and (lambda n, info: tell(before + n, config.steps, info)))
+        self.taken += steps
         return gains.detach()
+
+
+class _Update:
+    """Adam; gains stay in their range; and η follows KL."""
+
+    def __init__(self, gains: Tensor, weight: Tensor, config: GainsConfig, steps: int) -> None:
+        self.gains, self.weight, self.config = gains, weight, config
+        self.adam = Adam([gains], cosine(config.lr, steps), config.betas)
+
+    def apply(self, measured: Measured, counter: Tensor) -> None:
+        config = self.config
+        self.adam.apply(measured, counter)
+        self.gains.clamp_(*config.gain_range)
+        excess = (measured.kl.to(self.weight.device) / config.kl_target - 1).clamp(-1, 1)
+        weight = self.weight * (config.kl_weight_rate * excess).exp()
+        self.weight.copy_(weight.clamp(*config.kl_weight_range))
+
+    def state(self) -> dict[str, Any]:
+        return {"adam": self.adam.state(), "kl_weight": self.weight.clone()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.adam.load(state["adam"])
+        self.weight.copy_(state["kl_weight"])

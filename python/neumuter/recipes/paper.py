@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.training.adam import Adam
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import STRETCH, TEMPERATURE
+from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
 
@@ -76,28 +77,33 @@ def train_gates(
     """
     check_pair(pair)
     scores = list(pair.masked.scores.values())
-    optimizer = torch.optim.Adam(scores, lr=config.lr)
     total = config.epochs * ceil(pair.forget_count / (config.batch_size or pair.forget_count))
-    with without_dropout(pair.masked.model):
-        for step, sample_ids in enumerate(_steps(pair, config, seed)):
-            optimizer.zero_grad()
-            with sample_gates(pair, config, seed, step, sample_ids):
-                losses, kl = pair.losses(sample_ids, everywhere=not config.refined)
-                forget_loss = losses.mean()
-                loss = combine_losses(forget_loss, kl, scores, config, forget_loss.detach())
-                loss.backward()
-            optimizer.step()
-            if callback:
-                info = {"loss": loss.item(), "forget_loss": forget_loss.item(), "kl": kl.item()}
-                callback(
-                    step + 1, total, {**info, "muted": measure_closed_share(scores, config.threshold).item()}
-                )
+    step = Step(
+        pair,
+        scores,
+        lambda inputs, counter: sample_gates(pair, config, seed, counter, inputs.samples),
+        [lambda found: _objective(found, scores, config)],
+        Adam(scores, [config.lr]),
+        lambda: measure_closed_share(scores, config.threshold),
+        everywhere=not config.refined,
+    )
+
+    def tell(number: int, info: dict[str, float]) -> None:
+        if callback:
+            callback(number, total, info)
+
+    step.take(_steps(pair, config, seed), total, callback and tell)
     method = describe_method(config) | {
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "lr": config.lr,
     }
     return pair.masked.select(threshold=config.threshold, method=method, seed=seed)
+
+
+def _objective(found: Measured, scores: Sequence[Tensor], config: PaperConfig) -> Tensor:
+    forget_loss = found.mean(found.losses)
+    return combine_losses(forget_loss, found.kl, scores, config, forget_loss.detach())
 
 
 def _steps(pair: PairedBatches, config: PaperConfig, seed: int) -> Iterator[list[int]]:
@@ -117,13 +123,13 @@ def join_pairs(pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def sample_gates(
-    pair: PairedBatches, config: PaperConfig, seed: int, step: int, sample_ids: Sequence[int]
+    pair: PairedBatches, config: PaperConfig, seed: int, step: int | Tensor, sample_ids: Tensor
 ) -> AbstractContextManager[object]:
     """Context: the gates of a step, which depend on the seed, the step and, if refined, the samples."""
     if config.refined:
         return pair.masked.sampling(seed, step, sample_ids)
     # The same noise for all samples of a kind, in all processes: that of ids 0 and 1.
-    kinds = [int(i >= pair.forget_count) for i in sample_ids]
+    kinds = (sample_ids >= pair.forget_count).long()
     return pair.masked.sampling(seed, step, kinds, everywhere=True)
 
 

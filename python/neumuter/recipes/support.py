@@ -1,17 +1,18 @@
 """Which neurons hold the texts, trained: a straight-through mask that silences the k lowest scores."""
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import INITIAL_SCORE
 from neumuter.training.losses import hinge
 from neumuter.training.neurons import Neurons
+from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
 
@@ -68,33 +69,60 @@ def find_support(
     scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)
     scores[neurons.excluded] = torch.inf
     scores.requires_grad_()
-    velocity = torch.zeros_like(scores)
-    mean_square: Any = 0.0
-    ids = pair.steps(config.batch_size, seed)
-    with without_dropout(pair.masked.model):
-        for step in range(1, config.steps + 1):
-            soft = scores.sigmoid()
-            hard = torch.ones_like(soft).index_fill(0, _find_lowest(scores, k), 0.0)
-            mask = neurons.start * (soft + (hard - soft).detach())
-            with pair.masked.applying(neurons.by_layer(mask)):
-                losses, kl = pair.losses(next(ids))
-                loss = hinge(losses, config.margin) + config.kl_weight * kl
-                (grad,) = torch.autograd.grad(loss, scores)
-            mean_square = config.decay * mean_square + (1 - config.decay) * grad.square().mean()
-            scale = (mean_square / (1 - config.decay**step)).sqrt().clamp(min=1e-12)
-            velocity = config.momentum * velocity + (1 - config.momentum) * grad / scale
-            scores.data -= config.lr * (1 - (step - 1) / config.steps) * velocity
-            if callback:
-                callback(step, config.steps, describe_step(loss, losses, kl, k / neurons.count))
+    share = torch.tensor(k / neurons.count, device=neurons.device)
+
+    def mask(*_: object) -> AbstractContextManager[object]:
+        soft = scores.sigmoid()
+        hard = torch.ones_like(soft).index_fill(0, _find_lowest(scores, k), 0.0)
+        return pair.masked.applying(neurons.by_layer(neurons.start * (soft + (hard - soft).detach())))
+
+    step = Step(
+        pair,
+        [scores],
+        mask,
+        [
+            lambda found: found.mean(hinge(found.losses, config.margin)),
+            lambda found: config.kl_weight * found.kl,
+        ],
+        _Update(scores, config),
+        lambda: share,
+    )
+
+    def tell(number: int, info: dict[str, float]) -> None:
+        if callback:
+            callback(number, config.steps, info)
+
+    step.take(pair.steps(config.batch_size, seed), config.steps, callback and tell)
     if scores.isnan().any():
         raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
     method = {"recipe": "fitted", "support": asdict(config)}
     return neurons.mute_set(_find_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
 
 
-def describe_step(loss: Tensor, losses: Tensor, kl: Tensor, muted: float) -> dict[str, Any]:
-    """What a callback is told of a step; waits for the device."""
-    return {"loss": loss.item(), "forget_loss": losses.mean().item(), "kl": kl.item(), "muted": muted}
+class _Update:
+    """Descent with momentum, and one scale for all gradients."""
+
+    def __init__(self, scores: Tensor, config: SupportConfig) -> None:
+        self.scores, self.config = scores, config
+        self.velocity = torch.zeros_like(scores)
+        self.mean_square = torch.zeros((), device=scores.device)
+
+    def apply(self, measured: Measured, counter: Tensor) -> None:
+        config, gradient = self.config, self.scores.grad
+        assert gradient is not None
+        step = counter.double() + 1
+        self.mean_square.mul_(config.decay).add_((1 - config.decay) * gradient.square().mean())
+        scale = (self.mean_square / (1 - config.decay**step).float()).sqrt().clamp(min=1e-12)
+        self.velocity.copy_(config.momentum * self.velocity + (1 - config.momentum) * gradient / scale)
+        lr = (config.lr * (1 - (step - 1) / config.steps)).float()
+        self.scores.sub_(lr * self.velocity)
+
+    def state(self) -> dict[str, Any]:
+        return {"velocity": self.velocity.clone(), "mean_square": self.mean_square.clone()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.velocity.copy_(state["velocity"])
+        self.mean_square.copy_(state["mean_square"])
 
 
 def _find_lowest(scores: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from neumuter.evaluation import summary_metrics
 from neumuter.files import PathLike, write_atomically
+from neumuter.models.devices import move
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.paper import (
@@ -224,7 +225,7 @@ class NeuMuterTrainer(Trainer):
             for batch in batches
             if batch["weight"]
         ]
-        tokens = torch.tensor([(0, 0), *counts], device=device).sum(0)
+        tokens = move(torch.tensor([(0, 0), *counts]).sum(0), device)
         tokens = self.accelerator.reduce(tokens, "sum")
         level = self._measure_level(batches) / tokens[0] if len(batches) > 1 else None
         self._steps += 1
@@ -243,7 +244,7 @@ class NeuMuterTrainer(Trainer):
 
     def _sampling(self, sample_ids: Sequence[int]) -> AbstractContextManager[object]:
         step = self.state.global_step
-        return sample_gates(self.pair, self.args.objective, self.args.seed, step, sample_ids)
+        return sample_gates(self.pair, self.args.objective, self.args.seed, step, torch.tensor(sample_ids))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

@@ -3,11 +3,13 @@
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neumuter.models.devices import move
 from neumuter.models.families import input_device
 from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
@@ -17,18 +19,47 @@ from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
 
 # Without gradients.
 SAMPLES_PER_PASS = 8
-# Retain samples of which no more than this number have their reference kept.
-KEPT_REFERENCES = 512
+# References of at most this size are kept, on the model's device.
+REFERENCE_BYTES = 1 << 30
+# Padded inputs are a multiple of this number of tokens wide, and have at least this number of counted tokens.
+BUCKET = 64
 # Tokens that the head is checked on.
 PROBE_TOKENS = 8
+
+
+class Inputs(NamedTuple):
+    """What a forward pass over samples needs, as tensors whose sizes say nothing of the samples if padded.
+
+    ids: int64 [B, W], forget samples first. samples: their sample ids, int64 [B]. places: where the counted
+    tokens are predicted, row·W + position, int64 [N + M], forget tokens first. targets: the forget tokens,
+    int64 [N]. references: the rows of the kept references, int64 [M]. weights: float32 [N + M], 0 for
+    padding and 1 for tokens that are there. split: the number of forget samples.
+    """
+
+    ids: torch.Tensor
+    samples: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    references: torch.Tensor
+    weights: torch.Tensor
+    split: int
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(part for part in self if isinstance(part, torch.Tensor))
+
+    def to(self, device: torch.device) -> "Inputs":
+        """The same on ``device``, without waiting for it."""
+        ids, samples, places, targets, references, weights = (move(part, device) for part in self.tensors)
+        return Inputs(ids, samples, places, targets, references, weights, self.split)
 
 
 class PairedBatches:
     """A forget batch, a retain batch, and the reference distribution of the retain batch.
 
     The reference is the same model with masks off: its last hidden states at the retain tokens, [N, d] in the
-    model's dtype. The base is frozen, so those of up to ``KEPT_REFERENCES`` samples are computed when the
-    first step needs them, and kept; of more samples, each step computes those that it needs. Sample ids are
+    model's dtype. The base is frozen, so up to ``REFERENCE_BYTES`` of them are computed when the first step
+    needs them, and kept; where there are more, each step computes those that it needs. Sample ids are
     positions in the forget batch followed by the retain batch, however the samples are split into steps. The
     neurons of experts that no forget token reaches are excluded from selection.
 
@@ -49,11 +80,11 @@ class PairedBatches:
         device = input_device(masked.model)
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
         self.device, self._samples = device, dict[int, _Sample]()
-        self._batches = (forget_batch, retain_batch)
+        self._batches = [{key: batch[key].cpu() for key in KEYS} for batch in (forget_batch, retain_batch)]
         # By whether they are those of all tokens.
-        self._references: dict[bool, Sequence[Tensor]] = {}
+        self._references: dict[bool, _References] = {}
         with torch.no_grad(), without_dropout(masked.model), masked.off():
-            self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS])
+            self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS].to(device))
             pieces = (forget_batch[key].split(SAMPLES_PER_PASS) for key in KEYS)
             masked.keep_unreached_open(
                 dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
@@ -111,20 +142,74 @@ class PairedBatches:
         self, sample_ids: Sequence[int], through: nn.Module | None = None, everywhere: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Do as ``losses``, but return the KL of each retain token, float32 [M]."""
-        split = sum(i < self.forget_count for i in sample_ids)
-        reference = self._reference(sample_ids[split:], through, everywhere)
-        targets = torch.cat([self._sample(i).targets for i in sample_ids[:split]])
-        forget, retain = self._hidden(sample_ids, through, everywhere).split([len(targets), len(reference)])
-        return (
-            self.head.token_losses(forget, targets),
-            self.head.kl_divergences(retain, reference),
+        inputs = self.take(sample_ids, everywhere, through).to(self.device)
+        return self.evaluate(inputs, everywhere, through)
+
+    def take(
+        self,
+        sample_ids: Sequence[int],
+        everywhere: bool = False,
+        through: nn.Module | None = None,
+        padded: bool = False,
+    ) -> Inputs:
+        """Gather the ``Inputs`` of samples, forget samples first, on the CPU.
+
+        Args:
+            everywhere, through: see ``losses``.
+            padded: round their sizes up, so that many steps have the same ones: the width to a multiple of
+                ``BUCKET``, up to the positions that the model has, and the numbers of tokens to powers of 2.
+        """
+        split, fill = sum(i < self.forget_count for i in sample_ids), _pad if padded else torch.cat
+        starts = self._kept(everywhere, through).starts
+        ids, places = self._lay_out(sample_ids, everywhere, padded)
+        rows = [
+            torch.arange(len(place)) + starts[i]
+            for i, place in zip(sample_ids[split:], places[split:], strict=True)
+        ]
+        kinds = [fill(places[:split]), fill(places[split:])]
+        weights = [
+            (torch.arange(len(kind)) < count).float()
+            for kind, count in zip(kinds, self.count_tokens(sample_ids, everywhere), strict=True)
+        ]
+        return Inputs(
+            ids=ids,
+            samples=torch.tensor(sample_ids),
+            places=torch.cat(kinds),
+            targets=fill([self._sample(i).targets for i in sample_ids[:split]]),
+            references=fill(rows),
+            weights=torch.cat(weights),
+            split=split,
         )
+
+    def evaluate(
+        self, inputs: Inputs, everywhere: bool = False, through: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run ``inputs``, which are on ``device``, under the masks that are in force; waits for nothing.
+
+        Returns:
+            The losses of the forget tokens, float32 [N], and the KL of the retain tokens, float32 [M], in
+            nats; meaningless where the weight of a token is 0.
+        """
+        counts = [len(inputs.targets), len(inputs.references)]
+        hidden = self._hidden(inputs.ids, inputs.places, through)
+        forget, retain = hidden.split(counts)
+        kept = self._references[everywhere].states
+        if kept is None:
+            first = inputs.split * inputs.ids.shape[1]
+            with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
+                ids, places = inputs.ids[inputs.split :], inputs.places[counts[0] :] - first
+                # Padding is at place 0 of all rows.
+                reference = self._hidden(ids, places.clamp(min=0), through)
+        else:
+            reference = kept.index_select(0, inputs.references)
+        return self.head.token_losses(forget, inputs.targets), self.head.kl_divergences(retain, reference)
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
         """Compute the losses in nats of each sample's counted tokens, forget or retain: float32 [N] each."""
-        targets = [self._sample(i).targets for i in sample_ids]
-        losses = self.head.token_losses(self._hidden(sample_ids), torch.cat(targets))
-        by_sample: tuple[Tensor, ...] = losses.split([len(t) for t in targets])
+        ids, places = self._lay_out(sample_ids)
+        targets = torch.cat([self._sample(i).targets for i in sample_ids])
+        losses = self.head.token_losses(self._hidden(ids, torch.cat(places)), move(targets, self.device))
+        by_sample: tuple[Tensor, ...] = losses.split([len(place) for place in places])
         return by_sample
 
     def count_tokens(self, sample_ids: Sequence[int], everywhere: bool = False) -> tuple[int, int]:
@@ -140,32 +225,45 @@ class PairedBatches:
             retained = sample_id >= self.forget_count
             row = sample_id - retained * self.forget_count
             ids, mask, labels = (self._batches[retained][key][row] for key in KEYS)
-            self._samples[sample_id] = _Sample(ids, mask, labels, self.device)
+            self._samples[sample_id] = _Sample(ids, mask, labels)
         return self._samples[sample_id]
 
-    def _reference(self, sample_ids: Sequence[int], through: nn.Module | None, everywhere: bool) -> Tensor:
-        """The last hidden states of the untouched model of retain samples, [M, d]."""
+    def _kept(self, everywhere: bool, through: nn.Module | None) -> "_References":
+        """The references of all retain samples, computed when they are first asked for."""
+        if everywhere in self._references:
+            return self._references[everywhere]
         retain, size = range(self.forget_count, self.forget_count + self.retain_count), SAMPLES_PER_PASS
+        lengths = [len(self._places(i, everywhere)) for i in retain]
+        found: list[Tensor] = []
+        # Of all samples at once: all processes have to run the same forward passes.
         with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
-            if len(retain) > KEPT_REFERENCES:
-                return self._hidden(sample_ids, through, everywhere)
-            # Of all samples at once: all processes have to run the same forward passes.
-            if everywhere not in self._references:
-                groups = [retain[i : i + size] for i in range(0, len(retain), size)]
-                hidden = torch.cat([self._hidden(ids, through, everywhere) for ids in groups])
-                lengths = [len(self._places(i, everywhere)) for i in retain]
-                self._references[everywhere] = hidden.split(lengths)
-        return torch.cat([self._references[everywhere][i - self.forget_count] for i in sample_ids])
+            for start in range(0, len(retain), size):
+                ids, places = self._lay_out(retain[start : start + size], everywhere)
+                found.append(self._hidden(ids, torch.cat(places), through))
+                if sum(lengths) * found[0][:1].nbytes > REFERENCE_BYTES:
+                    found = []
+                    break
+        starts = dict(zip(retain, itertools.accumulate([0, *lengths]), strict=False))
+        self._references[everywhere] = _References(torch.cat(found) if found else None, starts)
+        return self._references[everywhere]
 
-    def _hidden(
-        self, sample_ids: Sequence[int], through: nn.Module | None = None, everywhere: bool = False
-    ) -> Tensor:
-        """The last hidden states of the samples at their ``_places``, [N, d]."""
+    def _hidden(self, ids: Tensor, places: Tensor, through: nn.Module | None = None) -> Tensor:
+        """The last hidden states of ``ids``, int64 [B, W], at ``places`` = row·W + position: [N, d]."""
+        hidden = self.head.hidden(move(ids, self.device), through)
+        return hidden.flatten(0, 1).index_select(0, move(places, self.device))
+
+    def _lay_out(
+        self, sample_ids: Sequence[int], everywhere: bool = False, padded: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The ids of samples, int64 [B, W], and their ``_places`` plus row·W; see ``take``."""
         samples = [self._sample(i).ids for i in sample_ids]
         width = max(map(len, samples))
+        if padded:
+            # Of some models the positions are a table, which ends there.
+            last = getattr(self.masked.model.config, "max_position_embeddings", None) or width + BUCKET
+            width = max(width, min(-(-width // BUCKET) * BUCKET, last))
         ids = torch.stack([F.pad(sample, (0, width - len(sample))) for sample in samples])
-        where = torch.cat([self._places(i, everywhere) + row * width for row, i in enumerate(sample_ids)])
-        return self.head.hidden(ids, through).flatten(0, 1).index_select(0, where)
+        return ids, [self._places(i, everywhere) + row * width for row, i in enumerate(sample_ids)]
 
     def _places(self, sample_id: int, everywhere: bool) -> Tensor:
         """Where a sample's counted tokens are predicted; everywhere, all positions of a retain sample."""
@@ -178,11 +276,24 @@ class PairedBatches:
 class _Sample:
     """One row of a batch: ids [T] without padding, counted tokens [N], and where these are predicted [N]."""
 
-    def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor, device: torch.device) -> None:
-        positions = predicting(labels[None])[0].nonzero().flatten()
-        parts = (ids[: int(attention_mask.sum())], positions, labels[positions + 1])
-        # Without waiting for the device.
-        self.ids, self.positions, self.targets = (part.to(device, non_blocking=True) for part in parts)
+    def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        self.positions = predicting(labels[None])[0].nonzero().flatten()
+        self.ids, self.targets = ids[: int(attention_mask.sum())], labels[self.positions + 1]
+
+
+class _References(NamedTuple):
+    """The last hidden states of all retain samples one after the other, [N, d], or None where they are too
+    many to keep; and the row at which each sample begins."""
+
+    states: torch.Tensor | None
+    starts: dict[int, int]
+
+
+def _pad(parts: Sequence[Tensor]) -> Tensor:
+    """The parts, int64, one after the other, filled with zeros up to a power of 2."""
+    length = sum(map(len, parts))
+    size = max(BUCKET, 1 << (length - 1).bit_length())
+    return torch.cat([*parts, torch.zeros(size - length, dtype=torch.int64)])
 
 
 def _check(name: str, batch: Batch) -> None:

@@ -34,18 +34,18 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def hinge(losses: Tensor, margin: float) -> Tensor:
-    """Compute mean relu(margin − loss) over ``losses`` [N]: zero once every token costs ``margin`` nats.
+    """Compute relu(margin − loss) of each of ``losses`` [N]: zero once the token costs ``margin`` nats.
 
     Ascending a cross-entropy has no end and wrecks the model; this stops where the token is no
     longer predicted.
     """
-    return F.relu(margin - losses).mean()
+    return F.relu(margin - losses)
 
 
 def odds_hinge(losses: Tensor, margin: float) -> Tensor:
-    """Compute mean relu(margin + ln(p / (1 − p))) over tokens, given their ``losses`` −ln p, [N].
+    """Compute relu(margin + ln(p / (1 − p))) of each token, given its loss −ln p: [N], of ``losses`` [N].
 
-    Zero once every token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
+    Zero once the token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
     so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
     logit is 1 whatever p is. Where p is above 0.999, which rounding blurs, the tangent goes on.
     """
@@ -54,4 +54,4 @@ def odds_hinge(losses: Tensor, margin: float) -> Tensor:
     log_odds = -inside - torch.log(-torch.expm1(-inside))
     # Zero, and without a gradient, where nothing was clamped.
     beyond = (losses - inside) / -math.expm1(-certain)
-    return F.relu(margin + log_odds - beyond).mean()
+    return F.relu(margin + log_odds - beyond)

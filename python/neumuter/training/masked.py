@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from neumuter.models.devices import move
 from neumuter.models.experts import find_reached
 from neumuter.models.families import decoder_of, find_ffns, input_device
 from neumuter.models.ffn import FFN
@@ -100,8 +101,9 @@ class Masked:
                 f"sample_ids must be int64 [B] with B ≥ 1, got {ids.dtype} of shape {tuple(ids.shape)}"
             )
         device = next(iter(self.scores.values())).device
-        step = torch.tensor(int(step), device=device)
-        source = Sampling(int(seed), step, ids.to(device), _checked(row_ids, len(ids)))
+        # A tensor of the device may change where it is, in a CUDA graph; others are copied without waiting.
+        number = step if isinstance(step, torch.Tensor) else torch.tensor(int(step))
+        source = Sampling(int(seed), move(number, device), move(ids, device), _checked(row_ids, len(ids)))
         if everywhere:
             self.open_before()
         return self._using(source, everywhere)

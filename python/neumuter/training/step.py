@@ -1,0 +1,168 @@
+"""One training step of a recipe, taken again and again: eagerly, or as a CUDA graph.
+
+A recipe is a step made of parts: parameters, the masks that they make, loss terms, and an update. Which
+samples a step has is chosen outside of it, on the CPU; what it did is read from the device now and then. In
+between nothing waits for the device.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from neumuter.models.modes import without_dropout
+from neumuter.training.batches import Inputs, PairedBatches
+from neumuter.training.graphs import Graphs, find_obstacle
+
+# Steps after which the CPU reads what a GPU did.
+READ_EVERY = 16
+# Told of a step, counted from 1: (step, info).
+Tell = Callable[[int, dict[str, float]], object]
+READINGS = ("loss", "forget_loss", "kl", "muted")
+
+
+class Measured(NamedTuple):
+    """What a step's forward pass found.
+
+    losses: of the forget tokens, float32 [N] in nats. weights: of these tokens, float32 [N]; 0 for padding.
+    kl: the mean of KL(reference ‖ masked) over the retain tokens, a scalar in nats.
+    """
+
+    losses: torch.Tensor
+    weights: torch.Tensor
+    kl: torch.Tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values``, float32 [N], over the forget tokens."""
+        return _mean(values, self.weights)
+
+
+class Update(Protocol):
+    """What a step does with gradients. It works on tensors of the device alone, in place."""
+
+    def apply(self, measured: Measured, counter: Tensor) -> None:
+        """Change the parameters by their ``grad``; ``counter``: the number of steps before, int64 []."""
+
+    def state(self) -> dict[str, Any]:
+        """What it needs to go on, in addition to the parameters: tensors and numbers."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` returned."""
+
+
+class Step:
+    """A training step.
+
+    On a GPU it becomes a CUDA graph for each size of its inputs, which are padded so that there are few. What
+    cannot be captured runs eagerly, and the log says why.
+
+    Args:
+        pair: the texts, and the model under its masks.
+        parameters: float32 tensors that are trained in place.
+        masks: (inputs, counter) → the context of the masks; counter is the number of the step, int64 [].
+        terms: functions of ``Measured``; the loss is the sum of their scalars.
+        update: changes the parameters.
+        muted: measures the share of neurons that are muted, a scalar tensor.
+        everywhere: see ``PairedBatches.losses``.
+        reduce: makes the gradients those of all processes, in place; given the parameters.
+    """
+
+    def __init__(
+        self,
+        pair: PairedBatches,
+        parameters: Sequence[Tensor],
+        masks: Callable[[Inputs, Tensor], AbstractContextManager[object]],
+        terms: Sequence[Callable[[Measured], Tensor]],
+        update: Update,
+        muted: Callable[[], Tensor],
+        everywhere: bool = False,
+        reduce: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
+        self.pair, self.parameters, self.masks, self.terms = pair, parameters, masks, terms
+        self.update, self.muted, self.everywhere, self.reduce = update, muted, everywhere, reduce
+        obstacle = "several processes share it" if reduce else find_obstacle(pair.masked)
+        self._graphs = Graphs(self._run) if obstacle is None else None
+        self.read_every = 1 if pair.device.type == "cpu" else READ_EVERY
+        self.done = 0
+        self._counter = torch.zeros((), dtype=torch.int64, device=pair.device)
+        self._readings = torch.zeros(self.read_every, len(READINGS), device=pair.device)
+
+    def take(
+        self,
+        source: Iterator[Sequence[int]],
+        steps: int,
+        tell: Tell | None = None,
+        stop: Callable[[dict[str, float]], bool] | None = None,
+    ) -> None:
+        """Take ``steps`` steps, or fewer.
+
+        Args:
+            source: yields the sample ids of each step, forget samples first.
+            tell: called as (step, info) for every step, counted from 1: a few steps later on a GPU. info has
+                "loss", "forget_loss" and "kl" in nats, and "muted", the share of neurons.
+            stop: called with the info of every step; true ends the run soon after it.
+        """
+        last, told = self.done + steps, self.done
+        with without_dropout(self.pair.masked.model):
+            while self.done < last:
+                padded = self._graphs is not None
+                inputs = self.pair.take(next(source), self.everywhere, padded=padded)
+                if self._graphs:
+                    self._graphs.run(inputs)
+                else:
+                    self._run(inputs.to(self.pair.device))
+                self.done += 1
+                if not (tell or stop) or (self.done % self.read_every and self.done < last):
+                    continue
+                rows = self._readings.tolist()
+                stopped = False
+                while told < self.done:
+                    info = dict(zip(READINGS, rows[told % self.read_every], strict=True))
+                    told += 1
+                    if tell:
+                        tell(told, info)
+                    stopped |= bool(stop and stop(info))
+                if stopped:
+                    return
+
+    def state(self) -> dict[str, Any]:
+        """All that a later run needs to go on after this step with the same bits, but for its source."""
+        parameters = [parameter.detach().clone() for parameter in self.parameters]
+        return {"done": self.done, "parameters": parameters, "update": self.update.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` returned; the source must go on as well."""
+        self.done = state["done"]
+        self._counter.fill_(self.done)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.update.load(state["update"])
+
+    def _run(self, inputs: Inputs) -> None:
+        """The step itself. It must wait for nothing, and touch no tensor but those that stay in place."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        count = len(inputs.targets)
+        with self.masks(inputs, self._counter):
+            losses, divergences = self.pair.evaluate(inputs, self.everywhere)
+            kl = _mean(divergences, inputs.weights[count:])
+            measured = Measured(losses, inputs.weights[:count], kl)
+            loss = functools.reduce(torch.add, [term(measured) for term in self.terms])
+            loss.backward()
+        with torch.no_grad():
+            if self.reduce:
+                self.reduce(self.parameters)
+            self.update.apply(measured, self._counter)
+            readings = [loss, measured.mean(losses), kl, self.muted()]
+            row = torch.stack([value.detach().to(self._readings) for value in readings])
+            self._readings.index_copy_(0, self._counter[None] % self.read_every, row[None])
+            self._counter.add_(1)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    weights = weights.to(values.device)
+    return (values * weights).sum() / weights.sum()
