@@ -32,19 +32,19 @@ def hard_concrete(
     pass computes it again, so it is not stored.
 
     Args:
-        scores: float32 [F] (or float64), the log-odds s.
+        scores: float32 [F] (or float64), the log-odds s; or [L, F] of L layers, one after the other.
         rows: the number of gate rows, usually one per sample of the batch.
         seed: int in [0, 2^63).
         step: int in [0, 2^32), or an int64 tensor of one element on the device of scores. The tensor's
             value may change in a CUDA graph or under torch.compile, where an int is a constant.
-        layer: int in [0, 2^32).
+        layer: int in [0, 2^32): the number of the layer, or of the first of L.
         sample_ids: int64 [rows], the global index of each sample (taken modulo 2^32); None: 0 … rows − 1.
         temperature: β > 0.
         stretch: (γ, ζ) with γ < 0 and ζ > 1.
         training: whether to add noise; without it all rows are equal.
 
     Returns:
-        z: [rows, F] in the dtype of scores, differentiable with respect to scores.
+        z: [rows, F], or [L, rows, F], in the dtype of scores, differentiable with respect to scores.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -53,11 +53,11 @@ def hard_concrete(
     """
     if not isinstance(scores, torch.Tensor) or scores.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scores must be a float32 (or float64) tensor, got {describe(scores)}")
-    if scores.dim() != 1:
-        raise ValueError(f"scores must have shape [F], got {tuple(scores.shape)}")
+    if scores.dim() not in (1, 2):
+        raise ValueError(f"scores must have shape [F] or [L, F], got {tuple(scores.shape)}")
     check_int("rows", rows, 2**31)
     check_int("seed", seed, 2**63)
-    check_int("layer", layer, 2**32)
+    check_int("layer", layer, 2**32 - (len(scores) - 1 if scores.dim() == 2 else 0))
     if isinstance(step, torch.Tensor):
         if step.numel() != 1 or step.dtype != torch.int64 or step.device != scores.device:
             raise ValueError(f"step must be an int or one int64 on {scores.device}, got {describe(step)}")
@@ -81,7 +81,7 @@ def hard_concrete(
 
 
 def _fake(scores: Tensor, sample_ids: Tensor, *settings: object) -> Tensor:
-    return scores.new_empty((sample_ids.shape[0], scores.shape[0]))
+    return scores.new_empty((*scores.shape[:-1], sample_ids.shape[0], scores.shape[-1]))
 
 
 def _fake_backward(grad: Tensor, scores: Tensor, *settings: object) -> Tensor:

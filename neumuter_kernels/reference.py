@@ -6,8 +6,9 @@ the number of mask rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -242,8 +243,12 @@ def hard_concrete(
     """Hard-concrete gates (Louizos et al. 2018, eq. 10–12), [rows, F], one row per sample id.
 
     Training: z = clamp(σ((logit ν + s)/β)·(ζ − γ) + γ, 0, 1); otherwise z = clamp(σ(s)·(ζ − γ) +
-    γ, 0, 1) in every row. Has no autograd; see ``hard_concrete_backward``.
+    γ, 0, 1) in every row. Scores [L, F] are those of ``layer``, ``layer`` + 1 and so on, and give
+    [L, rows, F]. Has no autograd; see ``hard_concrete_backward``.
     """
+    if scores.dim() == 2:
+        options = (seed, step, layer, temperature, stretch, training)
+        return _each_layer(hard_concrete, (scores,), sample_ids, options)
     _, raw = _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training)
     return raw.clamp(0.0, 1.0)
 
@@ -259,11 +264,26 @@ def hard_concrete_backward(
     stretch: tuple[float, float] = (-0.1, 1.1),
     training: bool = True,
 ) -> Tensor:
-    """The gradient of the scores, [F], for ``grad`` [rows, F]: the sum over the rows."""
+    """The gradient of the scores, [F], for ``grad`` [rows, F]: the sum over the rows; or of [L, F]."""
+    if scores.dim() == 2:
+        options = (seed, step, layer, temperature, stretch, training)
+        return _each_layer(hard_concrete_backward, (grad, scores), sample_ids, options)
     sigma, raw = _stretched(scores, sample_ids, seed, step, layer, temperature, stretch, training)
     scale = stretch_span(stretch, scores.dtype) * (1.0 / temperature if training else 1.0)
     slope = (sigma * (1.0 - sigma)) * scale
     return torch.where((raw > 0) & (raw < 1), grad * slope, 0.0).sum(0)
+
+
+def _each_layer(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], sample_ids: Tensor, options: tuple[Any, ...]
+) -> Tensor:
+    """``function`` of each layer of ``tensors`` [L, …], stacked."""
+    seed, step, layer, *others = options
+    found = [
+        function(*parts, sample_ids, seed, step, layer + number, *others)
+        for number, parts in enumerate(zip(*tensors, strict=True))
+    ]
+    return torch.stack(found) if found else torch.empty_like(tensors[-1])
 
 
 # --- Losses of tokens ------------------------------------------------------------------------

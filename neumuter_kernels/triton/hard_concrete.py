@@ -82,16 +82,17 @@ SCALARS = ("seed_low", "seed_high", "layer", "inverse_temperature", "gamma", "sp
 
 @triton.jit(do_not_specialize=SCALARS)
 def hard_concrete_kernel(
-    scores, sample_ids, step, out, F, seed_low, seed_high, layer,
+    scores, sample_ids, step, out, rows, F, seed_low, seed_high, layer,
     inverse_temperature: tl.float64, gamma: tl.float64, span: tl.float64,
     TRAINING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(F, 4 * BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # those of all layers are counted
     first = (tl.program_id(0) % blocks) * BLOCK
-    sample = tl.load(sample_ids + row)
-    sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
-                     TRAINING, BLOCK)  # fmt: skip
+    number = row // rows
+    sample = tl.load(sample_ids + row % rows)
+    sigma = sigma_of(scores + number * F, sample, step, seed_low, seed_high, layer + number,
+                     inverse_temperature, first, F, TRAINING, BLOCK)  # fmt: skip
     raw = sigma * as_wide_as(sigma, span) + as_wide_as(sigma, gamma)
     z = tl.where(raw < 0.0, 0.0, raw)
     z = tl.where(z > 1.0, 1.0, z)
@@ -105,20 +106,23 @@ def hard_concrete_backward_kernel(
     inverse_temperature: tl.float64, gamma: tl.float64, span: tl.float64, scale: tl.float64,
     TRAINING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK
+    blocks = tl.cdiv(F, 4 * BLOCK)
+    first = (tl.program_id(0) % blocks) * BLOCK
+    number = (tl.program_id(0) // blocks).to(tl.int64)
+    scores += number * F
     f = 4 * first + tl.arange(0, 4 * BLOCK)
     sums = tl.zeros((4 * BLOCK,), dtype=scores.dtype.element_ty)
-    p_grad = grad + f
+    p_grad = grad + number * rows * F + f
     for row in range(rows):  # in order: the same bits on every run
         sample = tl.load(sample_ids + row)
-        sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer, inverse_temperature, first, F,
-                         TRAINING, BLOCK)  # fmt: skip
+        sigma = sigma_of(scores, sample, step, seed_low, seed_high, layer + number, inverse_temperature,
+                         first, F, TRAINING, BLOCK)  # fmt: skip
         raw = sigma * as_wide_as(sigma, span) + as_wide_as(sigma, gamma)
         b_grad = tl.load(p_grad, mask=f < F, other=0.0)
         p_grad += F
         slope = (sigma * (1.0 - sigma)) * as_wide_as(sigma, scale)
         sums += tl.where((raw > 0.0) & (raw < 1.0), b_grad * slope, 0.0)
-    tl.store(grad_scores + f, sums, mask=f < F)
+    tl.store(grad_scores + number * F + f, sums, mask=f < F)
 
 
 def _scalars(
@@ -146,12 +150,12 @@ def forward(
     zeta: float,
     training: bool,
 ) -> Tensor:
-    """Gates [rows, F] of scores [F] for sample_ids int64 [rows] and step, one int64."""
-    F, rows = scores.numel(), sample_ids.numel()
-    out = scores.new_empty(rows, F)
+    """Gates [rows, F] of scores [F], or [L, rows, F] of [L, F], for sample_ids int64 [rows] and one step."""
+    F, rows = scores.shape[-1], sample_ids.numel()
+    out = scores.new_empty(*scores.shape[:-1], rows, F)
     if out.numel():
-        hard_concrete_kernel[(rows * triton.cdiv(F, 4 * BLOCK),)](
-            scores.contiguous(), sample_ids.contiguous(), step, out, F,
+        hard_concrete_kernel[(out.numel() // F * triton.cdiv(F, 4 * BLOCK),)](
+            scores.contiguous(), sample_ids.contiguous(), step, out, rows, F,
             **_scalars(scores, seed, layer, temperature, gamma, zeta),
             TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
@@ -170,13 +174,13 @@ def backward(
     zeta: float,
     training: bool,
 ) -> Tensor:
-    """The gradient of the scores [F] for grad [rows, F]."""
-    F, rows = scores.numel(), sample_ids.numel()
+    """The gradient of the scores [F] for grad [rows, F], or [L, F] for [L, rows, F]."""
+    F, rows = scores.shape[-1], sample_ids.numel()
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    if F:
+    if scores.numel():
         scalars = _scalars(scores, seed, layer, temperature, gamma, zeta)
         scale = scalars["span"] * (scalars["inverse_temperature"] if training else 1.0)
-        hard_concrete_backward_kernel[(triton.cdiv(F, 4 * BLOCK),)](
+        hard_concrete_backward_kernel[(scores.numel() // F * triton.cdiv(F, 4 * BLOCK),)](
             grad.contiguous(), scores.contiguous(), sample_ids.contiguous(), step, grad_scores, rows, F,
             **scalars, scale=scale, TRAINING=training, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip

@@ -39,6 +39,39 @@ def test_same_bits_as_the_reference(device, rows, F, training, poisoned):
     assert torch.equal(ours.cpu(), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("layers", "rows", "F"), [(3, 2, 1001), (1, 3, 4), (5, 1, 4100), (2, 0, 3), (0, 2, 3)]
+)
+def test_layers_at_once_have_the_bits_of_each_alone(device, layers, rows, F, training, poisoned):
+    scores = (4 * torch.randn(layers, F)).to(device).requires_grad_()
+    ids = torch.randint(0, 2**32, (rows,), device=device)
+    step = torch.tensor(9, device=device)
+    gates = nk.hard_concrete(scores, rows, 5, step, 7, sample_ids=ids, training=training)
+    grad = torch.randn(gates.shape, device=device)
+    (gradient,) = torch.autograd.grad(gates, scores, grad)
+    assert gates.shape == (layers, rows, F)
+    for number in range(layers):
+        alone = scores[number].detach().requires_grad_()
+        own = nk.hard_concrete(alone, rows, 5, step, 7 + number, sample_ids=ids, training=training)
+        assert torch.equal(gates[number], own)
+        assert torch.equal(gradient[number], torch.autograd.grad(own, alone, grad[number])[0])
+    options = (ids.cpu(), 5, 9, 7)
+    assert (
+        torch.equal(gates.cpu(), reference.hard_concrete(scores.detach().cpu(), *options, training=training))
+        or layers == 0
+    )
+    exact = reference.hard_concrete_backward(
+        grad.cpu().double(), scores.detach().cpu().double(), *options, training=training
+    )
+    torch.testing.assert_close(gradient.cpu().double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_must_have_a_number(device):
+    with pytest.raises(ValueError, match="layer"):
+        nk.hard_concrete(torch.zeros(3, 4, device=device), 1, 0, 0, 2**32 - 2)
+
+
 def test_extreme_scores_have_the_same_bits(device):
     scores = torch.tensor([0.0, -0.0, 1e-40, 50.0, -50.0, 1e30, -1e30, float("inf"), -float("inf")])
     for training in (True, False):
@@ -114,7 +147,7 @@ def test_compiles_without_graph_breaks():
 
 BAD = [
     (TypeError, "scores", {"scores": torch.randn(4).bfloat16()}),
-    (ValueError, "scores", {"scores": torch.randn(2, 2)}),
+    (ValueError, "scores", {"scores": torch.randn(2, 2, 2)}),
     (ValueError, "rows", {"rows": -1}),
     (ValueError, "seed", {"seed": -1}),
     (ValueError, "step", {"step": 2**32}),

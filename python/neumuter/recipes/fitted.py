@@ -177,10 +177,23 @@ class _Fit:
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
         """Gains float32 [k] of the neurons ``support`` int64 [k], after ``steps`` from ``start`` on."""
-        neurons, config, masked = self.neurons, self.config, self.pair.masked
         gains = start.clone().requires_grad_()
+        step = self.make_step(support, gains, steps)
+        before = self.taken
+
+        def tell(number: int, info: dict[str, float]) -> None:
+            if self.callback:
+                self.callback(before + number, self.config.steps, info)
+
+        step.take(self.ids, steps, self.callback and tell)
+        self.taken += steps
+        return gains.detach()
+
+    def make_step(self, support: Tensor, gains: Tensor, steps: int) -> Step:
+        """The step that trains ``gains`` of ``support``, of which there are to be ``steps``."""
+        neurons, config, masked = self.neurons, self.config, self.pair.masked
         share = torch.tensor(len(support) / neurons.count, device=neurons.device)
-        step = Step(
+        return Step(
             self.pair,
             [gains],
             lambda *_: masked.applying(neurons.by_layer(neurons.start.index_put((support,), gains))),
@@ -191,10 +204,6 @@ class _Fit:
             _Update(gains, self.weight, config, steps),
             lambda: share,
         )
-        tell, before = self.callback, self.taken
-        step.take(self.ids, steps, tell and (lambda n, info: tell(before + n, config.steps, info)))
-        self.taken += steps
-        return gains.detach()
 
 
 class _Update:

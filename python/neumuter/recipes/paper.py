@@ -81,7 +81,7 @@ def train_gates(
     step = Step(
         pair,
         scores,
-        lambda inputs, counter: sample_gates(pair, config, seed, counter, inputs.samples),
+        lambda inputs, counter: sample_gates(pair, config, seed, counter, inputs.samples, at_once=True),
         [lambda found: _objective(found, scores, config)],
         Adam(scores, [config.lr]),
         lambda: measure_closed_share(scores, config.threshold),
@@ -123,14 +123,22 @@ def join_pairs(pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def sample_gates(
-    pair: PairedBatches, config: PaperConfig, seed: int, step: int | Tensor, sample_ids: Tensor
+    pair: PairedBatches,
+    config: PaperConfig,
+    seed: int,
+    step: int | Tensor,
+    sample_ids: Tensor,
+    at_once: bool = False,
 ) -> AbstractContextManager[object]:
-    """Context: the gates of a step, which depend on the seed, the step and, if refined, the samples."""
+    """Context: the gates of a step, which depend on the seed, the step and, if refined, the samples.
+
+    at_once: see ``Masked.sampling``.
+    """
     if config.refined:
-        return pair.masked.sampling(seed, step, sample_ids)
+        return pair.masked.sampling(seed, step, sample_ids, at_once=at_once)
     # The same noise for all samples of a kind, in all processes: that of ids 0 and 1.
     kinds = (sample_ids >= pair.forget_count).long()
-    return pair.masked.sampling(seed, step, kinds, everywhere=True)
+    return pair.masked.sampling(seed, step, kinds, everywhere=True, at_once=at_once)
 
 
 def combine_losses(
@@ -152,14 +160,22 @@ def combine_losses(
     sparsity = config.sparsity
     if config.sparsity_per_neuron is not None:
         sparsity = config.sparsity_per_neuron * sum(score.numel() for score in scores)
-    closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in scores]).mean()
+    closed = 1 - torch.stack([(s - shift).sigmoid().mean() for s in _joined(scores)]).mean()
     return sign * forget_loss + sparsity * closed / parts + config.kl_weight * kl
 
 
 def measure_closed_share(scores: Sequence[Tensor], threshold: float) -> Tensor:
     """Compute the share of neurons with σ(score) below ``threshold``, a scalar tensor."""
-    closed = torch.stack([(score.detach().sigmoid() < threshold).sum() for score in scores]).sum()
+    parts = _joined([score.detach() for score in scores])
+    closed = torch.stack([(part.sigmoid() < threshold).sum() for part in parts]).sum()
     return closed / sum(score.numel() for score in scores)
+
+
+def _joined(scores: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The scores in one tensor [L, F], which takes one launch for all layers, where that can be."""
+    sharded = any(hasattr(score, "full_tensor") or hasattr(score, "ds_id") for score in scores)
+    alike = len({(score.shape, score.device) for score in scores}) == 1
+    return [torch.stack(list(scores))] if alike and not sharded else scores
 
 
 def describe_method(config: PaperConfig) -> dict[str, Any]:

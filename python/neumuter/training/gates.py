@@ -1,6 +1,7 @@
 """Gates with trainable scores, and what makes masks of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,34 @@ def _check_rows(
             f"{name} has {rows} rows, but the hidden states are {tuple(hidden_states.shape)}: there must be "
             "one row per sample of a batch [B, S, d]"
         )
+
+
+def sample_at_once(
+    gates: Sequence["TrainableGates"], seed: int, step: Tensor, sample_ids: Tensor
+) -> dict[str, Tensor]:
+    """Sample the gates of all FFNs by one op for each run of layers of one width: {path: [rows, width]}.
+
+    The bits are those that ``Sampling`` gives each FFN when it runs.
+    """
+    runs: list[list[TrainableGates]] = []
+    for one in gates:
+        last = runs[-1][-1] if runs else None
+        follows = last and (last.layer + 1, last.width, last.scores.device) == (
+            one.layer, one.width, one.scores.device,
+        )  # fmt: skip
+        if follows:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    masks: dict[str, Tensor] = {}
+    for run in runs:
+        scores, rows = torch.stack([one.scores for one in run]), len(sample_ids)
+        place, ids = step.to(scores.device), sample_ids.to(scores.device)
+        values = hard_concrete(
+            scores, rows, seed, place, run[0].layer, ids, TEMPERATURE, STRETCH, training=True
+        )
+        masks |= {one.path: mask for one, mask in zip(run, values.unbind(), strict=True)}
+    return masks
 
 
 Source = Sampling | Evaluating | Applying

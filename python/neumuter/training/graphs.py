@@ -25,6 +25,8 @@ class Graphs:
     ``body``: works on tensors that stay where they are, waits for nothing, and returns nothing.
     """
 
+    device = torch.device("cuda")
+
     def __init__(self, body: Callable[[Inputs], None]) -> None:
         self.body = body
         self._sizes: dict[object, _Size] = {}
@@ -35,7 +37,7 @@ class Graphs:
         """Run ``body`` on inputs of the CPU: by a graph, or eagerly the first times."""
         key = (*(part.shape for part in inputs.tensors), inputs.split)
         if key not in self._sizes:
-            self._sizes[key] = _Size(inputs.to(torch.device("cuda")))
+            self._sizes[key] = _Size(inputs.to(self.device))
         size = self._sizes[key]
         size.fill(inputs)
         if size.graph is None and size.taken >= WARM_UP and not self._failed:

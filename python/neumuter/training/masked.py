@@ -18,7 +18,15 @@ from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import fingerprint
 from neumuter.mutes.matching import architecture
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, check_layer
-from neumuter.training.gates import INITIAL_SCORE, Applying, Evaluating, Sampling, Source, TrainableGates
+from neumuter.training.gates import (
+    INITIAL_SCORE,
+    Applying,
+    Evaluating,
+    Sampling,
+    Source,
+    TrainableGates,
+    sample_at_once,
+)
 from neumuter_kernels import neuron_budget, select_muted
 
 
@@ -82,6 +90,7 @@ class Masked:
         sample_ids: Tensor | Sequence[int],
         row_ids: Tensor | Sequence[int] | None = None,
         everywhere: bool = False,
+        at_once: bool = False,
     ) -> AbstractContextManager["Masked"]:
         """Context: training gates, one row of hard-concrete samples per sample of the batch.
 
@@ -94,6 +103,8 @@ class Masked:
             row_ids: for sequences packed into one row, integers with one entry per token: the position of its
                 sample in ``sample_ids``, or −1 for no mask.
             everywhere: the FFNs before the first masked one draw noise, too; see ``open_before``.
+            at_once: sample all gates now, by one op, instead of those of an FFN when it runs. That is fewer
+                launches, and more memory with activation checkpointing. The scores must not be sharded.
         """
         ids = torch.as_tensor(sample_ids)
         if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64:
@@ -103,10 +114,13 @@ class Masked:
         device = next(iter(self.scores.values())).device
         # A tensor of the device may change where it is, in a CUDA graph; others are copied without waiting.
         number = step if isinstance(step, torch.Tensor) else torch.tensor(int(step))
-        source = Sampling(int(seed), move(number, device), move(ids, device), _checked(row_ids, len(ids)))
+        number, ids, rows = move(number, device), move(ids, device), _checked(row_ids, len(ids))
         if everywhere:
             self.open_before()
-        return self._using(source, everywhere)
+        if not at_once:
+            return self._using(Sampling(int(seed), number, ids, rows), everywhere)
+        gates = [*(self._open.gates if everywhere and self._open else ()), *self._installed.gates]
+        return self._using(Applying(sample_at_once(gates, int(seed), number, ids), rows), everywhere)
 
     def open_before(self) -> None:
         """Put gates on the FFNs before the first masked one, too, which only ``sampling`` everywhere uses.

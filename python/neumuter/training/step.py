@@ -17,8 +17,8 @@ from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
 
-# Steps after which the CPU reads what a GPU did.
-READ_EVERY = 16
+# Steps after which the processor reads what a device did; elsewhere than here, reading is waiting.
+READ_EVERY = {"cpu": 1, "cuda": 16}
 # Told of a step, counted from 1: (step, info).
 Tell = Callable[[int, dict[str, float]], object]
 READINGS = ("loss", "forget_loss", "kl", "muted")
@@ -85,7 +85,7 @@ class Step:
         self.update, self.muted, self.everywhere, self.reduce = update, muted, everywhere, reduce
         obstacle = "several processes share it" if reduce else find_obstacle(pair.masked)
         self._graphs = Graphs(self._run) if obstacle is None else None
-        self.read_every = 1 if pair.device.type == "cpu" else READ_EVERY
+        self.read_every = READ_EVERY.get(pair.device.type, 1)
         self.done = 0
         self._counter = torch.zeros((), dtype=torch.int64, device=pair.device)
         self._readings = torch.zeros(self.read_every, len(READINGS), device=pair.device)

@@ -1,0 +1,277 @@
+"""The training step: it waits for nothing, keeps its sizes, can be captured, and goes on where it was."""
+
+import copy
+import dataclasses
+import itertools
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import masking_utils
+
+import neumuter
+from neumuter import recipes
+from neumuter.models.packing import one_sequence_a_row
+from neumuter.training import graphs, step
+from neumuter.training.batches import BUCKET, PairedBatches
+from tests import models
+from tests.neumuter.test_recipes import (
+    QUICK_GAINS,
+    QUICK_GATES,
+    QUICK_SUPPORT,
+    fit,
+    memorised,
+    ragged,
+    same,
+    samples,
+)
+
+FORGET, KEEP = ragged(samples(1, 5, 9), 9, 4, 6, 9, 3), ragged(samples(2, 7, 11), 11, 5, 4, 8, 11, 6, 7)
+GAINS = dataclasses.replace(QUICK_GAINS, steps=9, batch_size=2)
+SUPPORT = dataclasses.replace(QUICK_SUPPORT, steps=7, batch_size=3)
+GATES = dataclasses.replace(QUICK_GATES, epochs=3, batch_size=2, threshold=0.999)
+RECIPES = {
+    "fitted": lambda pair, tell=None: recipes.fit_mutes(
+        pair, 9, config=recipes.FittedConfig(GAINS), seed=3, callback=tell
+    ),
+    "support": lambda pair, tell=None: recipes.fit_mutes(
+        pair, 9, "mute", recipes.FittedConfig(GAINS, SUPPORT), seed=3, callback=tell
+    ),
+    "paper": lambda pair, tell=None: recipes.train_gates(pair, GATES, 3, tell),
+    "refined": lambda pair, tell=None: recipes.train_gates(
+        pair, dataclasses.replace(GATES, refined=True), 3, tell
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return memorised("llama")
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return RECIPES[request.param]
+
+
+class OnePlace(TorchDispatchMode):
+    """Refuses what makes the processor wait for a GPU, and writes down the sizes that each op sees."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = str(function)
+        assert not any(word in name for word in self.WAITING), f"{name} waits for the device"
+        result = function(*arguments, **(options or {}))
+        tensors = torch.utils._pytree.tree_leaves([arguments, options, result])
+        self.seen.append((name, *(tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor))))
+        return result
+
+
+class Captured:
+    """In place of CUDA graphs on the CPU: what is captured runs anew, on the inputs that stayed in place."""
+
+    def __init__(self, fails=False):
+        self.fails, self.captures, self.replays, self.modes = fails, 0, 0, []
+
+    def capture(self, body, pool):
+        if self.fails:
+            raise RuntimeError("a graph cannot hold this")
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            with OnePlace() as mode:
+                body()
+            self.modes.append(mode.seen)
+
+        return replay, pool
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Steps on the CPU are taken as on a GPU, but for torch's Adam, which reads its step on a CPU."""
+    found = Captured()
+    monkeypatch.setattr(step, "find_obstacle", lambda masked: None)
+    monkeypatch.setattr(graphs, "capture", found.capture)
+    monkeypatch.setattr(graphs, "run_aside", lambda body: body())
+    monkeypatch.setattr(graphs.Graphs, "device", torch.device("cpu"))
+    apply = recipes.fitted.Adam.apply
+
+    def outside(self, measured, counter):
+        with _disable_current_modes():
+            apply(self, measured, counter)
+
+    monkeypatch.setattr(recipes.fitted.Adam, "apply", outside)
+    return found
+
+
+def run(model, recipe, tell=None):
+    with neumuter.attach(model, start_layer=1) as masked:
+        return recipe(PairedBatches(masked, FORGET, KEEP), tell)
+
+
+def test_steps_wait_for_nothing_and_keep_their_sizes(llama, recipe, captured):
+    told = []
+    run(llama, recipe, lambda *info: told.append(info))
+    assert captured.captures >= 1
+    assert captured.replays >= 3
+    sizes = {tuple(seen) for seen in captured.modes}
+    # Steps of as many samples run the same ops on the same sizes; an epoch of the paper's ends with fewer.
+    assert len(sizes) == captured.captures
+    assert [number for number, *_ in told] == list(range(1, len(told) + 1))
+
+
+def test_graphs_give_what_eager_steps_give(llama, recipe, monkeypatch, request):
+    eager = []
+    expected = run(llama, recipe, lambda *info: eager.append(info))
+    request.getfixturevalue("captured")
+    monkeypatch.setitem(step.READ_EVERY, "cpu", 4)
+    told = []
+    mutes = run(llama, recipe, lambda *info: told.append(info))
+    for (number, total, info), (other, same_total, expected_info) in zip(told, eager, strict=True):
+        assert (number, total) == (other, same_total)
+        assert {k: v for k, v in info.items() if isinstance(v, str)} == {
+            k: v for k, v in expected_info.items() if isinstance(v, str)
+        }
+        for name in step.READINGS:
+            assert info[name] == pytest.approx(expected_info[name], rel=1e-3, abs=1e-4)
+    for path, layer in expected.layers.items():
+        torch.testing.assert_close(mutes.layers[path].gains, layer.gains, rtol=1e-3, atol=1e-4)
+        assert torch.equal(mutes.layers[path].indices, layer.indices)
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_so(llama, captured, caplog):
+    expected = run(llama, RECIPES["fitted"])
+    captured.fails, captured.captures = True, 0
+    mutes = run(llama, RECIPES["fitted"])
+    assert not captured.captures
+    # Two runs of the fit, each with steps of its own.
+    assert caplog.text.count("a step cannot be captured as a CUDA graph: a graph cannot hold this") == 2
+    assert same(mutes, expected)
+
+
+def test_obstacles_are_named(llama):
+    with neumuter.attach(llama) as masked:
+        assert graphs.find_obstacle(masked) == "the model is on no GPU"
+    with neumuter.attach(models.build("jetmoe")) as masked:
+        masked.model.to("meta")
+        assert graphs.find_obstacle(masked) == "the model is on no GPU"
+    half = copy.deepcopy(llama)
+    half.lm_head.to("meta")
+    with neumuter.attach(copy.deepcopy(llama)) as masked:
+        masked.model = half
+        assert graphs.find_obstacle(masked) == "the model is on several devices (cpu, meta)"
+
+
+def test_padding_changes_no_loss_and_stays_within_the_positions(llama):
+    short = copy.deepcopy(llama)
+    short.config.max_position_embeddings = 40
+    for model, width in ((llama, BUCKET), (short, 40)):
+        with neumuter.attach(model) as masked:
+            pair = PairedBatches(masked, FORGET, KEEP)
+            masks = {path: torch.rand(models.WIDTH) for path in masked.scores}
+            for kept, everywhere in itertools.product((True, False), (True, False)):
+                if not kept:
+                    pair._references[everywhere] = pair._references[everywhere]._replace(states=None)
+                padded = pair.take([0, 3, 4, 6, 9], everywhere, padded=True)
+                plain = pair.take([0, 3, 4, 6, 9], everywhere)
+                assert padded.ids.shape == (5, width)
+                assert plain.weights.all()
+                counts = len(padded.targets), len(padded.references)
+                assert counts == (BUCKET, BUCKET)
+                with torch.no_grad(), masked.applying(masks):
+                    found, expected = pair.evaluate(padded, everywhere), pair.evaluate(plain, everywhere)
+                for values, weights, exact in zip(found, padded.weights.split(counts), expected, strict=True):
+                    assert torch.isfinite(values).all()
+                    torch.testing.assert_close(values[weights > 0], exact)
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after):
+    """Its state is all that it needs, but for the source, which is drawn anew."""
+    with neumuter.attach(llama) as masked:
+        pair = PairedBatches(masked, FORGET, KEEP)
+        neurons = fitted_neurons(pair)
+
+        def begin():
+            fit_ = recipes.fitted._Fit(neurons, pair, GAINS, 3, None)
+            gains = torch.ones(9).requires_grad_()
+            return fit_, gains, fit_.make_step(torch.arange(9), gains, 8)
+
+        fit_, whole, one = begin()
+        one.take(fit_.ids, 8)
+        fit_, _, first = begin()
+        first.take(fit_.ids, after)
+        state = first.state()
+        first.take(fit_.ids, 1)
+        fit_, gains, second = begin()
+        for _ in range(after):
+            next(fit_.ids)
+        second.load(state)
+        second.take(fit_.ids, 8 - after)
+    assert torch.equal(gains, whole)
+    assert (whole - 1).abs().max() > 0.1
+
+
+def fitted_neurons(pair):
+    return recipes.fitted.Neurons(pair.masked)
+
+
+def test_a_stop_test_ends_the_steps(llama):
+    with neumuter.attach(llama) as masked:
+        pair = PairedBatches(masked, FORGET, KEEP)
+        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, None)
+        one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 8)
+        one.take(fit_.ids, 8, stop=lambda info: one.done == 3)
+        assert one.done == 3
+
+
+def test_gradients_can_be_reduced(llama):
+    """By a hook that sees those of all parameters before they are used."""
+    with neumuter.attach(llama) as masked:
+        pair, gains = PairedBatches(masked, FORGET, KEEP), torch.ones(models.WIDTH).requires_grad_()
+        path, seen = next(iter(masked.scores)), []
+
+        def reduce(parameters):
+            seen.append(parameters[0].grad.clone())
+            parameters[0].grad.zero_()
+
+        one = step.Step(
+            pair, [gains], lambda *_: masked.applying({path: gains}),
+            [lambda found: -found.mean(found.losses)], recipes.fitted.Adam([gains], [0.1]),
+            lambda: torch.zeros(()), reduce=reduce,
+        )  # fmt: skip
+        one.take(pair.steps(2, 0), 3)
+    assert len(seen) == 3
+    assert all(gradient.abs().sum() > 0 for gradient in seen)
+    assert torch.equal(gains, torch.ones(models.WIDTH))
+
+
+def test_only_our_own_thread_looks_for_no_packed_sequences():
+    packed, found = torch.tensor([[0, 1, 0, 1]]), {}
+    original = masking_utils.find_packed_sequence_indices
+    with one_sequence_a_row():
+        thread = threading.Thread(
+            target=lambda: found.update(other=masking_utils.find_packed_sequence_indices(packed))
+        )
+        thread.start()
+        thread.join()
+        assert masking_utils.find_packed_sequence_indices(packed) is None
+        with one_sequence_a_row():
+            pass
+        assert masking_utils.find_packed_sequence_indices(packed) is None
+    assert found["other"].tolist() == [[0, 0, 1, 1]]
+    assert masking_utils.find_packed_sequence_indices is original
+
+
+def test_the_fit_is_that_of_whole_batches_too(llama, captured):
+    """All samples in each step, in one graph."""
+    with neumuter.attach(llama, start_layer=0) as masked:
+        fit(masked, FORGET, KEEP, 12, gains=dataclasses.replace(GAINS, batch_size=None))
+    assert captured.captures == 2
