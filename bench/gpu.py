@@ -51,7 +51,17 @@ def _tests(*names):
     )
 
 
-OPS = ("masked_ffn", "hard_concrete", "token_losses", "select_muted", "mute", "properties", "devices")
+OPS = (
+    "masked_ffn",
+    "hard_concrete",
+    "token_losses",
+    "select_muted",
+    "mute",
+    "properties",
+    "devices",
+    "training_step",
+    "bank_graphs",
+)
 # Every allocation its own, so that an access beyond one, or to what nobody wrote, shows.
 WITHOUT_CACHE = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 

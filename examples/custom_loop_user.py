@@ -38,7 +38,7 @@ def losses(batch):
 
 def forgetting():
     """Zero once the log-odds of every token to forget are below −1."""
-    return odds_hinge(losses(forget), margin=1.0)
+    return odds_hinge(losses(forget), margin=1.0).mean()
 
 
 def keeping():

@@ -1,9 +1,10 @@
 """One mask-training step on a whole model: NeuMuter's objective on a forget and a retain sample.
 
-Ours is a step of ``neumuter.recipes.train_gates``. Its limit is the floor: one forward pass of the same
-tokens and one backward pass to the input of the first masked layer, of the frozen model. The baselines are
-the official algorithm, written by us after its paper and code (Hou et al. 2025) but without its host
-synchronisations, and IA3 of PEFT, which trains one vector per down projection for the same losses.
+Ours is a step of ``neumuter.recipes.train_gates``; on a GPU as the CUDA graph that it becomes there, and
+eager. Its limit is the floor: one forward pass of the same tokens and one backward pass to the input of the
+first masked layer, of the frozen model, likewise. The baselines are the official algorithm, written by us
+after its paper and code (Hou et al. 2025) but without its host synchronisations, and IA3 of PEFT, which
+trains one vector per down projection for the same losses.
 
 ``python -m bench.models.step SHAPE DTYPE CONTENDER`` runs one alone on the CPU and prints its peak MiB.
 """
@@ -26,7 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import neumuter
 from bench import ROOT
 from bench.timing import Contender, compare
+from neumuter.models.packing import one_sequence_a_row
 from neumuter.recipes import PaperConfig
+from neumuter.recipes.paper import make_step
+from neumuter.training import graphs
 from neumuter.training.batches import PairedBatches
 from neumuter.training.gates import INITIAL_SCORE, STRETCH, TEMPERATURE
 
@@ -118,19 +122,25 @@ class Ours(Step):
     def __init__(self, model, forget, retain):
         self.masked = neumuter.attach(model)
         self.pair = PairedBatches(self.masked, *(_batch(ids) for ids in (forget, retain)))
-        self.ids, self.steps = torch.arange(2, device=forget.device), 0
-        self.begin(list(self.masked.scores.values()))
+        self.step = make_step(self.pair, PaperConfig(refined=True))
+        self.parameters = self.step.parameters
 
-    def loss(self, noise=None):
-        if noise is None:
-            gates = self.masked.sampling(0, self.steps, self.ids)
-            self.steps += 1
-        else:
-            named = zip(self.masked.scores.items(), noise, strict=True)
-            gates = self.masked.applying({path: gate(score, n) for (path, score), n in named})
-        with gates:
+    def train(self):
+        self.step.once([0, 1])
+
+    def loss(self, noise):
+        named = zip(self.masked.scores.items(), noise, strict=True)
+        with self.masked.applying({path: gate(score, n) for (path, score), n in named}):
             losses, kl = self.pair.losses([0, 1])
         return objective(losses.mean(), kl, self.parameters)
+
+
+class OursEager(Ours):
+    """The same without CUDA graphs."""
+
+    def __init__(self, model, forget, retain):
+        super().__init__(model, forget, retain)
+        self.step.run_eagerly()
 
 
 def _batch(ids):
@@ -228,10 +238,29 @@ class Floor:
         torch.autograd.grad(loss, self.input)
 
 
-CONTENDERS = {"ours": Ours, "official NeuMuter": Official}
-if importlib.util.find_spec("peft"):
-    CONTENDERS["PEFT IA3"] = IA3
-ALL = CONTENDERS | {"floor": Floor}
+class FloorGraph(Floor):
+    """The same as a CUDA graph."""
+
+    def __init__(self, model, forget, retain):
+        super().__init__(model, forget, retain)
+        self.graph = None
+
+    def train(self):
+        if self.graph is None:
+            with one_sequence_a_row():
+                for _ in range(graphs.WARM_UP):
+                    graphs.run_aside(super().train)
+                self.graph, _ = graphs.capture(super().train, None)
+        self.graph()
+
+
+IA3_THERE = {"PEFT IA3": IA3} if importlib.util.find_spec("peft") else {}
+# By the kind of device.
+CONTENDERS = {
+    "cpu": {"ours": Ours, "official NeuMuter": Official} | IA3_THERE,
+    "cuda": {"ours, graph": Ours, "ours, eager": OursEager, "official NeuMuter": Official} | IA3_THERE,
+}
+FLOORS = {"cpu": {"floor": Floor}, "cuda": {"floor, graph": FloorGraph, "floor, eager": Floor}}
 
 
 def disagreement(first, second, device, dtype):
@@ -250,13 +279,14 @@ def disagreement(first, second, device, dtype):
 def problem(shape, dtype, device):
     """The contenders, ours first, and the floor, around the same weights."""
     model, *samples = build(shape, dtype, device)
-    steps = {name: make(sharing_weights(model), *samples) for name, make in ALL.items()}
+    kinds = CONTENDERS[device] | FLOORS[device]
+    steps = {name: make(sharing_weights(model), *samples) for name, make in kinds.items()}
     if dtype != FLOAT32 and device == "cpu":
         steps["official NeuMuter, float32"] = Official(*build(shape, FLOAT32, device))
     contenders = [Contender(name, lambda _, s=step: s.train()) for name, step in steps.items()]
-    ours = contenders[0]
-    ours.check = lambda: disagreement(steps["ours"], steps["official NeuMuter"], device, dtype)
-    return [c for c in contenders if c.name != "floor"], next(c for c in contenders if c.name == "floor")
+    ours, limit = contenders[0], next(iter(FLOORS[device]))
+    ours.check = lambda: disagreement(steps[ours.name], steps["official NeuMuter"], device, dtype)
+    return [c for c in contenders if c.name != limit], next(c for c in contenders if c.name == limit)
 
 
 def peak_mib(shape, dtype, name, device):
@@ -278,7 +308,7 @@ def peak_mib(shape, dtype, name, device):
 
 
 def two_steps(shape, dtype, name, device):
-    step = ALL[name](*build(shape, dtype, device))
+    step = (CONTENDERS[device] | FLOORS[device])[name](*build(shape, dtype, device))
     step.train()
     step.train()
 

@@ -17,6 +17,7 @@ from neumuter.recipes.trainer import last_checkpoint
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from tests import models
+from tests.neumuter.test_training_step import OnePlace
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,3 +170,22 @@ def test_diverged_scores_are_not_taken_for_nothing_selected(tmp_path):
         next(iter(trainer.masked.scores.values()))[3] = torch.nan
     with pytest.raises(ValueError, match="hold NaN: training diverged"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_what_it_adds_to_a_step_waits_for_no_device(accumulated, tmp_path, monkeypatch):
+    """The loss, and what accumulation measures before it, logging aside."""
+    names = ("compute_loss", "_measure_level")
+    for name in names:
+        plain = getattr(NeuMuterTrainer, name)
+
+        def watched(self, *arguments, plain=plain, **options):
+            with OnePlace():
+                return plain(self, *arguments, **options)
+
+        monkeypatch.setattr(NeuMuterTrainer, name, watched)
+    trainer = make(
+        tmp_path, per_device_train_batch_size=4 // accumulated, gradient_accumulation_steps=accumulated
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -76,9 +76,25 @@ def train_gates(
         NothingSelectedError: no neuron ended below the threshold.
     """
     check_pair(pair)
-    scores = list(pair.masked.scores.values())
     total = config.epochs * ceil(pair.forget_count / (config.batch_size or pair.forget_count))
-    step = Step(
+
+    def tell(number: int, info: dict[str, float]) -> None:
+        if callback:
+            callback(number, total, info)
+
+    make_step(pair, config, seed).take(_steps(pair, config, seed), total, callback and tell)
+    method = describe_method(config) | {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "lr": config.lr,
+    }
+    return pair.masked.select(threshold=config.threshold, method=method, seed=seed)
+
+
+def make_step(pair: PairedBatches, config: PaperConfig = PaperConfig(), seed: int = 0) -> Step:
+    """Make the step that ``train_gates`` takes."""
+    scores = list(pair.masked.scores.values())
+    return Step(
         pair,
         scores,
         lambda inputs, counter: sample_gates(pair, config, seed, counter, inputs.samples, at_once=True),
@@ -87,18 +103,6 @@ def train_gates(
         lambda: measure_closed_share(scores, config.threshold),
         everywhere=not config.refined,
     )
-
-    def tell(number: int, info: dict[str, float]) -> None:
-        if callback:
-            callback(number, total, info)
-
-    step.take(_steps(pair, config, seed), total, callback and tell)
-    method = describe_method(config) | {
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "lr": config.lr,
-    }
-    return pair.masked.select(threshold=config.threshold, method=method, seed=seed)
 
 
 def _objective(found: Measured, scores: Sequence[Tensor], config: PaperConfig) -> Tensor:

@@ -166,6 +166,9 @@ class NeuMuterTrainer(Trainer):
     each kind, fewer at the end of an epoch. How a step is split into batches and processes changes nothing
     but rounding. Dropout of the model is off.
 
+    Accelerate wraps the steps of a Trainer, so they run eagerly; on one GPU ``recipes.train_gates`` takes the
+    same steps as CUDA graphs, which launch faster. What is done here in a step never waits for the device.
+
     Checkpoints hold the scores, the optimiser and the Trainer's state, not the model. The gates' noise
     depends on the seed, the step and the samples alone, so a resumed run goes on with the same bits on the
     CPU.

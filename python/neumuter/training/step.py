@@ -65,7 +65,7 @@ class Step:
         masks: (inputs, counter) → the context of the masks; counter is the number of the step, int64 [].
         terms: functions of ``Measured``; the loss is the sum of their scalars.
         update: changes the parameters.
-        muted: measures the share of neurons that are muted, a scalar tensor.
+        muted: measures the share of neurons that are muted, a scalar tensor; None tells 0.
         everywhere: see ``PairedBatches.losses``.
         reduce: makes the gradients those of all processes, in place; given the parameters.
     """
@@ -77,7 +77,7 @@ class Step:
         masks: Callable[[Inputs, Tensor], AbstractContextManager[object]],
         terms: Sequence[Callable[[Measured], Tensor]],
         update: Update,
-        muted: Callable[[], Tensor],
+        muted: Callable[[], Tensor] | None = None,
         everywhere: bool = False,
         reduce: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
@@ -108,13 +108,7 @@ class Step:
         last, told = self.done + steps, self.done
         with without_dropout(self.pair.masked.model):
             while self.done < last:
-                padded = self._graphs is not None
-                inputs = self.pair.take(next(source), self.everywhere, padded=padded)
-                if self._graphs:
-                    self._graphs.run(inputs)
-                else:
-                    self._run(inputs.to(self.pair.device))
-                self.done += 1
+                self.once(next(source))
                 if not (tell or stop) or (self.done % self.read_every and self.done < last):
                     continue
                 rows = self._readings.tolist()
@@ -127,6 +121,19 @@ class Step:
                     stopped |= bool(stop and stop(info))
                 if stopped:
                     return
+
+    def once(self, sample_ids: Sequence[int]) -> None:
+        """Take one step, which nobody is told of, on these samples, forget samples first."""
+        inputs = self.pair.take(sample_ids, self.everywhere, padded=self._graphs is not None)
+        if self._graphs:
+            self._graphs.run(inputs)
+        else:
+            self._run(inputs.to(self.pair.device))
+        self.done += 1
+
+    def run_eagerly(self) -> None:
+        """Take all further steps without CUDA graphs."""
+        self._graphs = None
 
     def state(self) -> dict[str, Any]:
         """All that a later run needs to go on after this step with the same bits, but for its source."""
@@ -157,7 +164,8 @@ class Step:
             if self.reduce:
                 self.reduce(self.parameters)
             self.update.apply(measured, self._counter)
-            readings = [loss, measured.mean(losses), kl, self.muted()]
+            muted = self.muted() if self.muted else torch.zeros_like(kl)
+            readings = [loss, measured.mean(losses), kl, muted]
             row = torch.stack([value.detach().to(self._readings) for value in readings])
             self._readings.index_copy_(0, self._counter[None] % self.read_every, row[None])
             self._counter.add_(1)

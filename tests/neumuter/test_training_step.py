@@ -275,3 +275,26 @@ def test_the_fit_is_that_of_whole_batches_too(llama, captured):
     with neumuter.attach(llama, start_layer=0) as masked:
         fit(masked, FORGET, KEEP, 12, gains=dataclasses.replace(GAINS, batch_size=None))
     assert captured.captures == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_takes_steps_as_graphs_without_waiting(llama):
+    results = []
+    for eagerly in (True, False):
+        with neumuter.attach(copy.deepcopy(llama).cuda()) as masked:
+            pair = PairedBatches(masked, FORGET, KEEP)
+            one = recipes.paper.make_step(pair, dataclasses.replace(GATES, refined=True), 3)
+            if eagerly:
+                one.run_eagerly()
+            for number in range(7):
+                # The first steps load kernels, and capturing waits.
+                if number > graphs.WARM_UP:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    one.once([0, 1, 5, 6])
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            if not eagerly:
+                assert [size.graph is not None for size in one._graphs._sizes.values()] == [True]
+            results.append(torch.cat([score.detach() for score in one.parameters]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
