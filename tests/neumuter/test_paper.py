@@ -103,9 +103,9 @@ def test_refined_the_papers_recipe_has_a_mask_for_each_sample_and_none_before_th
         pair = PairedBatches(masked, FORGET, KEEP)
         sampled, run = [], masked.sampling
 
-        def sampling(seed, step, sample_ids, *rest):
-            sampled.append((list(sample_ids), rest))
-            return run(seed, step, sample_ids, *rest)
+        def sampling(seed, step, sample_ids, *rest, **options):
+            sampled.append((sample_ids.tolist(), rest))
+            return run(seed, step, sample_ids, *rest, **options)
 
         masked.sampling = sampling
         mutes = recipes.train_gates(pair, config, seed=4)

@@ -55,6 +55,8 @@ class Head:
         hidden = getattr(output, "last_hidden_state", None)
         expected = self.model(input_ids=input_ids, use_cache=False).logits
         self.output_type, self.vocabulary = type(output), expected.shape[-1]
+        # Of one token's last hidden state.
+        self.state_bytes = 0 if hidden is None else hidden[0, 0].nbytes
         if hidden is not None:
             self.is_projection = self.projection is not None and torch.equal(
                 self.projection(hidden), expected

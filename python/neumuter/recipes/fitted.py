@@ -177,6 +177,8 @@ class _Fit:
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
         """Gains float32 [k] of the neurons ``support`` int64 [k], after ``steps`` from ``start`` on."""
+        if not steps:
+            return start
         gains = start.clone().requires_grad_()
         step = self.make_step(support, gains, steps)
         before = self.taken
@@ -192,7 +194,7 @@ class _Fit:
     def make_step(self, support: Tensor, gains: Tensor, steps: int) -> Step:
         """The step that trains ``gains`` of ``support``, of which there are to be ``steps``."""
         neurons, config, masked = self.neurons, self.config, self.pair.masked
-        share = torch.tensor(len(support) / neurons.count, device=neurons.device)
+        share = torch.tensor(len(support) / neurons.count, dtype=torch.float64, device=neurons.device)
         return Step(
             self.pair,
             [gains],

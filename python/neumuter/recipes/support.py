@@ -69,7 +69,7 @@ def find_support(
     scores = (INITIAL_SCORE + 1e-4 * noise).to(neurons.device)
     scores[neurons.excluded] = torch.inf
     scores.requires_grad_()
-    share = torch.tensor(k / neurons.count, device=neurons.device)
+    share = torch.tensor(k / neurons.count, dtype=torch.float64, device=neurons.device)
 
     def mask(*_: object) -> AbstractContextManager[object]:
         soft = scores.sigmoid()

@@ -235,14 +235,12 @@ class PairedBatches:
         retain, size = range(self.forget_count, self.forget_count + self.retain_count), SAMPLES_PER_PASS
         lengths = [len(self._places(i, everywhere)) for i in retain]
         found: list[Tensor] = []
+        kept = len(retain) if sum(lengths) * self.head.state_bytes <= REFERENCE_BYTES else 0
         # Of all samples at once: all processes have to run the same forward passes.
         with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
-            for start in range(0, len(retain), size):
+            for start in range(0, kept, size):
                 ids, places = self._lay_out(retain[start : start + size], everywhere)
                 found.append(self._hidden(ids, torch.cat(places), through))
-                if sum(lengths) * found[0][:1].nbytes > REFERENCE_BYTES:
-                    found = []
-                    break
         starts = dict(zip(retain, itertools.accumulate([0, *lengths]), strict=False))
         self._references[everywhere] = _References(torch.cat(found) if found else None, starts)
         return self._references[everywhere]

@@ -88,7 +88,7 @@ class Step:
         self.read_every = READ_EVERY.get(pair.device.type, 1)
         self.done = 0
         self._counter = torch.zeros((), dtype=torch.int64, device=pair.device)
-        self._readings = torch.zeros(self.read_every, len(READINGS), device=pair.device)
+        self._readings = torch.zeros(self.read_every, len(READINGS), dtype=torch.float64, device=pair.device)
 
     def take(
         self,
