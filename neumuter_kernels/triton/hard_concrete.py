@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neumuter_kernels.reference import stretch_span
-from neumuter_kernels.triton.activations import reduced_exponential
+from neumuter_kernels.triton.arithmetic import reduced_exponential
 
 BLOCK = 256  # Philox counters per program, of four neurons each
 

@@ -1,31 +1,56 @@
 """masked_ffn and its backward in Triton.
 
-Forward: one program per token and column block. Backward: one program per chunk of tokens and
-column block; it keeps its block's mask gradient in registers while it walks the chunk's tokens,
-writes one partial sum, and a second kernel adds up the partial sums of each mask row. No atomics,
-so every run gives the same bits on GPUs with the same number of multiprocessors, on which chunks depend.
+Forward: one program per tile of tokens and columns. Backward: one program per chunk of tokens of a mask row
+and block of columns. It walks the chunk's tokens in tiles, keeps its part of the mask gradient in registers,
+and writes one sum per column. Where a mask row has several chunks, a second kernel adds up their sums. There
+are no atomics, so every run gives the same bits. Mask rows of more than FEW tokens are cut into chunks that
+fill the GPU: there the bits depend on its multiprocessors and on the registers of the compiled kernel.
 
 Shapes: T tokens, F the intermediate size, G mask rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from neumuter_kernels.reference import Layout
-from neumuter_kernels.triton.activations import activation
+from neumuter_kernels.triton.arithmetic import WARP, arithmetic
+from neumuter_kernels.triton.masked_ffn_kernels import (
+    masked_ffn_backward_kernel,
+    masked_ffn_forward_kernel,
+    sum_chunks_kernel,
+)
+from neumuter_kernels.triton.row_ids import Chunks, chunks_of
 
-# Columns per program: 128 threads with 8 elements each.
-BLOCK_F = 1024
-# Backward programs that a multiprocessor has room for.
-RESIDENT = 8
-# The least number of tokens that a backward program walks.
-MIN_TOKENS_PER_CHUNK = 4
-# Partial sums and columns that a program adds up at a time.
+
+@dataclass(frozen=True)
+class Tile:
+    """The tokens and the columns that a program has at a time, and its threads."""
+
+    rows: int
+    columns: int
+    threads: int
+
+    def constants(self, warp: int = WARP) -> dict[str, int]:
+        """For a launch on a GPU with warps of so many threads."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.threads // warp}
+
+
+FORWARD = Tile(8, 256, 256)
+# For a mask row in one chunk: narrow, so that there are programs enough.
+ONE_CHUNK = Tile(64, 64, 512)
+MANY_CHUNKS = Tile(8, 128, 128)
+# The most tokens of a mask row that are always one chunk.
+FEW = 1024
+# Sums and columns that a program of the second kernel adds up at a time.
 SUMMED = 32, 64
+# Programs along the second and third axis of a grid; elements between rows, so that a tile's fit in 31 bits.
+MOST_PROGRAMS, FARTHEST = 2**16 - 1, 2**24
+# Programs at once where no GPU tells it, in Triton's interpreter.
+INTERPRETED_AT_ONCE = 1024
 
 # What of a ``Layout`` the kernels are compiled for: SPLIT are two tensors as well as two halves of one,
 # which are two pointers either way.
@@ -36,131 +61,8 @@ COMPILED_FOR = {
     Layout.HALVES: SPLIT,
     Layout.INTERLEAVED: INTERLEAVED,
 }
-
-
-@triton.jit
-def load_gate_up(p_gate, p_up, first_f, F, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """One token's gate and up from column first_f on, in the dtype of the memory (PLAIN: gate twice)."""
-    f = first_f + tl.arange(0, BLOCK)
-    if LAYOUT == 2:
-        both = 2 * first_f + tl.arange(0, 2 * BLOCK)
-        b_gate, b_up = tl.split(tl.reshape(tl.load(p_gate + both, mask=both < 2 * F, other=0.0), (BLOCK, 2)))
-    else:
-        b_gate = tl.load(p_gate + f, mask=f < F, other=0.0)
-        b_up = b_gate
-        if LAYOUT == 1:
-            b_up = tl.load(p_up + f, mask=f < F, other=0.0)
-    return b_gate, b_up
-
-
-@triton.jit
-def masked_ffn_forward_kernel(
-    gate, up, mask, row_ids, out,
-    F, G, tokens_per_mask, stride_gate, stride_up, stride_mask,
-    ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(F, BLOCK)
-    t = (tl.program_id(0) // blocks).to(tl.int64)
-    first_f = (tl.program_id(0) % blocks) * BLOCK
-    f = first_f + tl.arange(0, BLOCK)
-    valid = f < F
-    dtype: tl.constexpr = gate.dtype.element_ty
-    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    accurate: tl.constexpr = dtype == tl.float32
-
-    masked = valid
-    row = t // tokens_per_mask
-    if HAS_IDS:
-        row = tl.load(row_ids + t).to(tl.int64)
-        masked = valid & (row >= 0) & (row < G)
-    b_mask = tl.load(mask + row * stride_mask + f, mask=masked, other=1.0)
-    b_gate, b_up = load_gate_up(gate + t * stride_gate, up + t * stride_up, first_f, F, LAYOUT, BLOCK)
-    value, _ = activation(b_gate.to(wide), ACTIVATION, accurate)
-    h = value.to(dtype).to(wide)  # rounded where eager rounds
-    if LAYOUT != 0:
-        h = h * b_up.to(wide)
-    tl.store(out + t * F + f, (h * b_mask).to(dtype), mask=valid)
-
-
-@triton.jit(do_not_specialize=("tokens_per_mask", "tokens_per_chunk", "chunks_per_mask"))
-def masked_ffn_backward_kernel(
-    grad, gate, up, mask, order, chunk_rows, chunk_starts, chunk_ends, grad_gate, grad_up, partial,
-    F, G, tokens_per_mask, tokens_per_chunk, chunks_per_mask,
-    stride_grad, stride_gate, stride_up, stride_mask, stride_grad_input,
-    ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, RAGGED: tl.constexpr,
-    INPUT_GRAD: tl.constexpr, MASK_GRAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(F, BLOCK)
-    chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    first_f = (tl.program_id(0) % blocks) * BLOCK
-    f = first_f + tl.arange(0, BLOCK)
-    valid = f < F
-    dtype: tl.constexpr = gate.dtype.element_ty
-    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    accurate: tl.constexpr = dtype == tl.float32
-
-    masked = valid
-    if RAGGED:
-        row = tl.load(chunk_rows + chunk).to(tl.int64)
-        first = tl.load(chunk_starts + chunk).to(tl.int64)
-        last = tl.load(chunk_ends + chunk).to(tl.int64)
-        masked = valid & (row < G)  # row G: the unmasked tokens
-    else:
-        row = chunk // chunks_per_mask
-        first = row * tokens_per_mask + (chunk % chunks_per_mask) * tokens_per_chunk
-        last = tl.minimum(first + tokens_per_chunk, (row + 1) * tokens_per_mask)
-    b_mask = tl.load(mask + row * stride_mask + f, mask=masked, other=1.0)
-    sums = tl.zeros((BLOCK,), dtype=wide)
-    for i in range(first, last):
-        t = i
-        if RAGGED:
-            t = tl.load(order + i).to(tl.int64)
-        b_grad = tl.load(grad + t * stride_grad + f, mask=valid, other=0.0).to(wide)
-        b_gate, b_up = load_gate_up(gate + t * stride_gate, up + t * stride_up, first_f, F, LAYOUT, BLOCK)
-        value, slope = activation(b_gate.to(wide), ACTIVATION, accurate)
-        value = value.to(dtype).to(wide)
-        b_up = b_up.to(wide)
-        if MASK_GRAD:
-            if LAYOUT == 0:
-                sums += b_grad * value
-            else:
-                sums += b_grad * (value * b_up)
-        if INPUT_GRAD:
-            inner = b_grad * b_mask
-            d_up = (inner * value).to(dtype)
-            if LAYOUT != 0:
-                inner = inner * b_up
-            d_gate = (inner.to(dtype).to(wide) * slope).to(dtype)
-            if LAYOUT == 2:
-                both = 2 * first_f + tl.arange(0, 2 * BLOCK)
-                d_both = tl.reshape(tl.join(d_gate, d_up), (2 * BLOCK,))
-                tl.store(grad_gate + t * stride_grad_input + both, d_both, mask=both < 2 * F)
-            else:
-                tl.store(grad_gate + t * stride_grad_input + f, d_gate, mask=valid)
-                if LAYOUT == 1:
-                    tl.store(grad_up + t * stride_grad_input + f, d_up, mask=valid)
-    if MASK_GRAD:
-        tl.store(partial + chunk * F + f, sums, mask=valid)
-
-
-@triton.jit(do_not_specialize=("chunks_per_mask",))
-def sum_partials_kernel(partial, first_chunks, grad_mask, F, chunks_per_mask,
-                        RAGGED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(F, BLOCK)
-    g = (tl.program_id(0) // blocks).to(tl.int64)
-    f = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    if RAGGED:
-        first = tl.load(first_chunks + g).to(tl.int64)
-        last = tl.load(first_chunks + g + 1).to(tl.int64)
-    else:
-        first = g * chunks_per_mask
-        last = first + chunks_per_mask
-    sums = tl.zeros((CHUNKS, BLOCK), dtype=partial.dtype.element_ty)
-    for start in range(first, last, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        valid = (chunk < last)[:, None] & (f < F)[None, :]
-        sums += tl.load(partial + chunk[:, None] * F + f[None, :], mask=valid, other=0.0)
-    tl.store(grad_mask + g * F + f, tl.sum(sums, axis=0), mask=f < F)
+# How the kernels find the mask row of a token: there is one, they are runs of equal lengths, by row ids.
+ONE_ROW, RUNS, ROW_IDS = 0, 1, 2
 
 
 def _ceil(x: int, y: int) -> int:
@@ -171,30 +73,62 @@ def _ceil(x: int, y: int) -> int:
 def _rows(x: Tensor) -> Tensor:
     """``x`` [..., columns] as [rows, columns] of one row stride with adjacent columns."""
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    near = x.stride(1) == 1 or x.shape[1] == 1
+    return x if near and x.stride(0) <= FARTHEST else x.contiguous()
 
 
-def tokens_per_chunk(tokens: int, G: int, blocks: int, multiprocessors: int) -> int:
-    """The length of a chunk with which all programs fit on the GPU at once (with row ids, nearly all)."""
-    G = max(G, 1)
-    chunks = max(RESIDENT * multiprocessors // (G * blocks), 1)  # of the tokens of a mask row
-    return max(_ceil(tokens, G * chunks), MIN_TOKENS_PER_CHUNK)
+def _grid(columns: int, block: int, number: int, runs: int = 1) -> tuple[int, int, int]:
+    """Programs for blocks of columns and a number of tiles or chunks: of each run of tokens, or of all.
+
+    There may be too many of all for one axis. Then they fill two, and some programs get nothing to do.
+    """
+    along_second = min(number, MOST_PROGRAMS)
+    return _ceil(columns, block), along_second, runs if runs > 1 else _ceil(number, along_second)
 
 
-def _multiprocessors(device: torch.device) -> int:
+def programs_at_once(registers: int, warps: int, device: Any) -> int:
+    """How many programs of a kernel run on a GPU at the same time.
+
+    registers: of a thread of the compiled kernel; device: as torch.cuda.get_device_properties returns it.
+    """
+    threads = warps * device.warp_size
+    resident = min(
+        device.regs_per_multiprocessor // (_ceil(max(registers, 1), 8) * 8 * threads),
+        device.max_threads_per_multi_processor // threads,
+    )
+    return int(max(resident, 1) * device.multi_processor_count)
+
+
+def tokens_per_chunk(tokens: int, G: int, blocks: int, at_once: int) -> int:
+    """The length of a mask row's chunks with which all programs run at once (with row ids, nearly all)."""
+    chunks = min(max(at_once // (max(G, 1) * blocks), 1), MOST_PROGRAMS)
+    return _ceil(_ceil(tokens, chunks), MANY_CHUNKS.rows) * MANY_CHUNKS.rows
+
+
+# Of each compiled backward kernel, by device and constants, how many programs run at the same time.
+_at_once: dict[tuple[Any, ...], int] = {}
+
+
+def _backward_at_once(device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]) -> int:
     if device.type != "cuda":  # Triton's interpreter
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return INTERPRETED_AT_ONCE
+    key = (device, arguments[0].dtype, *constants.values())
+    if key not in _at_once:
+        compiled = masked_ffn_backward_kernel.warmup(*arguments, grid=(1, 1, 1), **constants)
+        compiled[1, 1, 1]  # loads it, which tells its registers
+        properties = torch.cuda.get_device_properties(device)
+        _at_once[key] = programs_at_once(compiled.n_regs, constants["num_warps"], properties)
+    return _at_once[key]
 
 
 @dataclass
 class _Input:
     """Gate, up (or what stands in for it) and mask as rows, and how they lie."""
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    mask: torch.Tensor
-    row_ids: torch.Tensor | None
+    gate: Tensor
+    up: Tensor
+    mask: Tensor
+    row_ids: Tensor | None
     layout: Layout
     F: int
 
@@ -202,7 +136,7 @@ class _Input:
     def of(
         cls, gate: Tensor, up: Tensor | None, mask: Tensor, row_ids: Tensor | None, layout: Layout
     ) -> "_Input":
-        gate = _rows(gate)
+        gate, mask = _rows(gate), _rows(mask)
         F = gate.shape[1] // 2 if layout.packed else gate.shape[1]
         if up is not None:
             up = _rows(up)
@@ -210,25 +144,23 @@ class _Input:
             up = gate
         else:
             up = gate[:, 1 if layout == Layout.INTERLEAVED else F :]
+        T, G = gate.shape[0], mask.shape[0]
         if row_ids is not None:
             row_ids = row_ids.reshape(-1).contiguous()
-        return cls(gate, up, _rows(mask), row_ids, layout, F)
+        elif max(G, T // max(G, 1) if G > 1 else 0) > MOST_PROGRAMS:  # more than a grid of runs has room for
+            row_ids = torch.arange(G, device=gate.device).repeat_interleave(T // G)
+        return cls(gate, up, mask, row_ids, layout, F)
+
+    @property
+    def how_masked(self) -> int:
+        if self.row_ids is not None:
+            return ROW_IDS
+        return ONE_ROW if self.mask.shape[0] == 1 else RUNS
 
     @property
     def tokens(self) -> int:
-        return self.gate.shape[0]
-
-    @property
-    def block(self) -> int:
-        return min(BLOCK_F, 1 << (self.F - 1).bit_length())
-
-    @property
-    def blocks(self) -> int:
-        return _ceil(self.F, self.block)
-
-    @property
-    def tokens_per_mask(self) -> int:
-        return max(self.tokens // max(self.mask.shape[0], 1), 1)
+        """Of each mask row, or all of them if there are row ids."""
+        return self.gate.shape[0] // (self.mask.shape[0] if self.row_ids is None else 1)
 
 
 def forward(
@@ -239,32 +171,15 @@ def forward(
     out = torch.empty((*gate.shape[:-1], x.F), dtype=gate.dtype, device=gate.device)
     if out.numel() == 0:
         return out
-    masked_ffn_forward_kernel[(x.tokens * x.blocks,)](
+    G, how_masked = x.mask.shape[0], x.how_masked
+    grid = _grid(x.F, FORWARD.columns, _ceil(x.tokens, FORWARD.rows), G if how_masked == RUNS else 1)
+    masked_ffn_forward_kernel[grid](
         x.gate, x.up, x.mask, x.row_ids, out,
-        x.F, x.mask.shape[0], x.tokens_per_mask, x.gate.stride(0), x.up.stride(0), x.mask.stride(0),
-        ACTIVATION=activation, LAYOUT=COMPILED_FOR[x.layout], HAS_IDS=row_ids is not None, BLOCK=x.block,
+        x.tokens, x.F, G, x.gate.stride(0), x.up.stride(0), x.mask.stride(0),
+        ACTIVATION=activation, LAYOUT=COMPILED_FOR[x.layout], MASK=how_masked,
+        ARITHMETIC=arithmetic(gate.dtype), **FORWARD.constants(),
     )  # fmt: skip
     return out
-
-
-def _ragged_chunks(row_ids: Tensor, G: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tokens sorted by mask row, cut into chunks of one row of that length; nothing waits for the device.
-
-    Returns order [T], and of each chunk its row (G: unmasked, G + 1: no tokens), first and last
-    position in the order, and the first chunk of each row [G + 2].
-    """
-    T, device = row_ids.numel(), row_ids.device
-    rows = torch.where((row_ids >= 0) & (row_ids < G), row_ids, G).long()
-    rows, order = rows.sort(stable=True)
-    starts = torch.searchsorted(rows, torch.arange(G + 2, device=device))
-    chunks = (starts.diff() + length - 1) // length
-    first_chunks = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
-    index = torch.arange(_ceil(T, length) + G + 1, device=device)
-    chunk_rows = torch.searchsorted(first_chunks[1:], index, right=True)
-    row = chunk_rows.clamp(max=G)
-    chunk_starts = starts[row] + (index - first_chunks[row]) * length
-    chunk_ends = torch.minimum(chunk_starts + length, starts[row + 1])
-    return order, chunk_rows, chunk_starts, chunk_ends, first_chunks
 
 
 def backward(
@@ -280,34 +195,50 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of gate, up and mask; those that are not wanted, and that of a missing up, are empty."""
     x = _Input.of(gate, up, mask, row_ids, Layout(layout))
-    G, F = x.mask.shape[0], x.F
+    G, F, how_masked = x.mask.shape[0], x.F, x.how_masked
+    by_ids = how_masked == ROW_IDS
     grad = _rows(grad)
     grad_gate = gate.new_empty(gate.shape if input_grad else 0)
     grad_up = gate.new_empty(gate.shape if input_grad and up is not None else 0)
     grad_mask = mask.new_empty(mask.shape if mask_grad else 0)
-    if x.tokens == 0 or F == 0:
+    if x.gate.numel() == 0:
         return grad_gate, grad_up, grad_mask.zero_()
 
-    length = tokens_per_chunk(x.tokens, G, x.blocks, _multiprocessors(gate.device))
-    chunks_per_mask = _ceil(x.tokens_per_mask, length)
-    ragged = None if x.row_ids is None else _ragged_chunks(x.row_ids, G, length)
-    order, chunk_rows, chunk_starts, chunk_ends, first_chunks = ragged or (None,) * 5
-    chunks = G * chunks_per_mask if chunk_rows is None else chunk_rows.numel()
-    partial = torch.empty((chunks, F) if mask_grad else 0, dtype=mask.dtype, device=mask.device)
     in_halves = x.layout == Layout.HALVES and input_grad
     p_grad_up = grad_gate.view(-1, 2 * F)[:, F:] if in_halves else grad_up
-    masked_ffn_backward_kernel[(chunks * x.blocks,)](
-        grad, x.gate, x.up, x.mask, order, chunk_rows, chunk_starts, chunk_ends,
-        grad_gate, p_grad_up, partial,
-        F, G, x.tokens_per_mask, length, chunks_per_mask,
-        grad.stride(0), x.gate.stride(0), x.up.stride(0), x.mask.stride(0), x.gate.shape[1],
-        ACTIVATION=activation, LAYOUT=COMPILED_FOR[x.layout], RAGGED=ragged is not None,
-        INPUT_GRAD=input_grad, MASK_GRAD=mask_grad, BLOCK=x.block,
-    )  # fmt: skip
-    if mask_grad:
-        at_once, columns = SUMMED
-        sum_partials_kernel[(G * _ceil(F, columns),)](
-            partial, first_chunks, grad_mask, F, chunks_per_mask,
-            RAGGED=ragged is not None, CHUNKS=at_once, BLOCK=columns,
+    few = x.tokens <= FEW
+    tile = ONE_CHUNK if few else MANY_CHUNKS
+    constants = {
+        "ACTIVATION": activation, "LAYOUT": COMPILED_FOR[x.layout], "ROW_IDS": by_ids,
+        "ARITHMETIC": arithmetic(gate.dtype), "INPUT_GRAD": input_grad, "MASK_GRAD": mask_grad,
+        "WHOLE": F % tile.columns == 0, **tile.constants(),
+    }  # fmt: skip
+    strides = grad.stride(0), x.gate.stride(0), x.up.stride(0), x.mask.stride(0), x.gate.shape[1]
+
+    def arguments(chunks: Sequence[Any], sums: Tensor, number: int, length: int) -> tuple[Any, ...]:
+        return (grad, x.gate, x.up, x.mask, *chunks[:4], grad_gate, p_grad_up, sums,
+                number, x.tokens, length, F, G, *strides)  # fmt: skip
+
+    rows = G if how_masked == RUNS else 1  # that are cut into chunks one by one
+    length = x.tokens + 1
+    if not few:
+        types = [torch.int32 if by_ids else None] * 4
+        at_once = _backward_at_once(gate.device, arguments(types, grad_mask, 1, 1), constants)
+        length = tokens_per_chunk(x.tokens, rows, _ceil(F, tile.columns), at_once)
+    number = _ceil(x.tokens, length)
+    chunks: Chunks | None = None
+    if x.row_ids is not None:
+        chunks = chunks_of(x.row_ids, G, length)
+        number = chunks.rows.numel()
+    one_each = length > x.tokens
+    sums = grad_mask if one_each or not mask_grad else mask.new_empty(rows * number, F)
+    masked_ffn_backward_kernel[_grid(F, tile.columns, number, rows)](
+        *arguments(chunks or [None] * 4, sums, number, length), **constants
+    )
+    if mask_grad and not one_each:
+        at_a_time, columns = SUMMED
+        sum_chunks_kernel[_grid(F, columns, G)](
+            sums, chunks and chunks.first_chunks, grad_mask, F, number, G,
+            ROW_IDS=by_ids, CHUNKS=at_a_time, COLUMNS=columns,
         )  # fmt: skip
     return grad_gate, grad_up, grad_mask

@@ -1,7 +1,9 @@
 """cross_entropy_ and kl_divergence_ in Triton: one program per token, two walks over its logits.
 
-The first walk keeps a maximum and scaled sums per lane, so that lanes meet only once, at its end; the
-second writes the gradients over the logits, mostly out of the L2 cache.
+The first walk keeps a maximum and scaled sums per thread, so that threads meet only once, at its end. Sums
+are scaled anew once for all logits that a thread reads in a turn. The second walk writes the gradients over
+the logits. It reads them out of the L2 cache if the tokens of a call fit there: the recipes' chunks of 32 MiB
+fit into that of a large GPU, a thousand tokens of a large vocabulary do not.
 """
 
 from typing import Any
@@ -11,61 +13,71 @@ import triton.language as tl
 from torch import Tensor
 
 from neumuter_kernels.reference import compute_dtype
-from neumuter_kernels.triton.activations import exponential
+from neumuter_kernels.triton.arithmetic import WARP, arithmetic, exponential, inverse, widened
 
-WARPS = 8
-
-
-def block(element_size: int) -> int:
-    """Logits per turn of a loop: one access of 16 bytes for each of the 256 threads."""
-    return 4096 // element_size
+THREADS, ACCESSES = 256, 2  # of a program, and of a thread per turn, each of 16 bytes
 
 
-@triton.jit
-def wide(x):
-    """x as it is computed with."""
-    if x.dtype != tl.float64:
-        x = x.to(tl.float32)
-    return x
+def turn(element_size: int) -> dict[str, int]:
+    """The logits of one turn of a loop as the constants of a kernel: ACCESSES × THREADS × EACH."""
+    return {"ACCESSES": ACCESSES, "THREADS": THREADS, "EACH": 16 // element_size}
 
 
 @triton.jit
-def load_logits(row, f, V, anchor):
+def logits_of_turn(start, ACCESSES: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr):
+    """Which logits are read in the turn that starts there; neighbours in the last axis lie in one thread."""
+    access = tl.arange(0, ACCESSES)[:, None, None] * (THREADS * EACH)
+    return start + access + tl.arange(0, THREADS)[None, :, None] * EACH + tl.arange(0, EACH)[None, None, :]
+
+
+@triton.jit
+def load_logits(row, f, V, anchor, ARITHMETIC: tl.constexpr):
     """Logits f of a row less its anchor; past its end −inf, which adds nothing to any sum."""
-    return wide(tl.load(row + f, mask=f < V, other=-float("inf"))) - anchor
+    return widened(tl.load(row + f, mask=f < V, other=-float("inf")), ARITHMETIC) - anchor
 
 
 @triton.jit
-def anchor_of(row, V, BLOCK: tl.constexpr):
+def anchor_of(row, f, V, ARITHMETIC: tl.constexpr):
     """A number near a row's maximum: less it, p − q does not cancel between rows of other levels."""
-    most = tl.max(load_logits(row, tl.arange(0, BLOCK), V, 0.0), axis=0)
+    most = tl.max(largest_of_thread(load_logits(row, f, V, 0.0, ARITHMETIC)), axis=0)
     return tl.where(tl.abs(most) < 3.0e38, most, 0.0)
 
 
 @triton.jit
-def no_logits(row, BLOCK: tl.constexpr):
-    """The maximum and the sum of each lane before the first logit; finite, so that nothing becomes NaN."""
+def largest_of_thread(x):
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def sum_of_thread(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def no_logits(row, THREADS: tl.constexpr):
+    """The maximum and the sum of each thread before the first logit; finite, so that nothing becomes NaN."""
     if row.dtype.element_ty == tl.float64:
-        most = tl.full((BLOCK,), -3.0e38, tl.float64)
+        most = tl.full((THREADS,), -3.0e38, tl.float64)
     else:
-        most = tl.full((BLOCK,), -3.0e38, tl.float32)
+        most = tl.full((THREADS,), -3.0e38, tl.float32)
     return most, most * 0.0
 
 
 @triton.jit
-def grown(most, total, x, ACCURATE: tl.constexpr):
-    """The maximum and the sum of exp(logit − maximum) of each lane with one more logit; how to rescale."""
-    larger = tl.where(x > most, x, most)
-    rescale = exponential(most - larger, ACCURATE)
-    e = exponential(x - larger, ACCURATE)
-    return larger, total * rescale + e, rescale, e
+def grown(most, total, x, ARITHMETIC: tl.constexpr):
+    """The maximum and the sum of exp(logit − maximum) of each thread with more logits; how to rescale."""
+    more = largest_of_thread(x)
+    larger = tl.where(more > most, more, most)
+    rescale = exponential(most - larger, ARITHMETIC)
+    e = exponential(x - larger[None, :, None], ARITHMETIC)
+    return larger, total * rescale + sum_of_thread(e), rescale, e
 
 
 @triton.jit
-def lanes_together(most, total, ACCURATE: tl.constexpr):
-    """The maximum, and what scales each lane's sums to it."""
+def threads_together(most, total, ARITHMETIC: tl.constexpr):
+    """The maximum, and what scales each thread's sums to it."""
     largest = tl.max(most, axis=0)
-    return largest, exponential(most - largest, ACCURATE)
+    return largest, exponential(most - largest, ARITHMETIC)
 
 
 @triton.jit
@@ -75,52 +87,62 @@ def scaled(differences, scale):
 
 
 @triton.jit
-def cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
-    ACCURATE: tl.constexpr = logits.dtype.element_ty == tl.float32
+def cross_entropy_kernel(
+    logits, targets, losses, V,
+    ARITHMETIC: tl.constexpr, ACCESSES: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * V
-    lanes = tl.arange(0, BLOCK)
-    most, total = no_logits(row, BLOCK)
-    for start in range(0, V, BLOCK):
-        most, total, _, _ = grown(most, total, load_logits(row, start + lanes, V, 0.0), ACCURATE)
-    largest, scale = lanes_together(most, total, ACCURATE)
+    first = logits_of_turn(0, ACCESSES, THREADS, EACH)
+    most, total = no_logits(row, THREADS)
+    for start in range(0, V, ACCESSES * THREADS * EACH):
+        x = load_logits(row, start + first, V, 0.0, ARITHMETIC)
+        most, total, _, _ = grown(most, total, x, ARITHMETIC)
+    largest, scale = threads_together(most, total, ARITHMETIC)
     z = tl.sum(total * scale, axis=0)
     target = tl.load(targets + token)
     valid = (target >= 0) & (target < V)
-    wanted = wide(tl.load(row + target, mask=valid, other=float("nan")))
+    wanted = tl.load(row + target, mask=valid, other=float("nan")).to(z.dtype)
     tl.debug_barrier()  # the target's logit is read before anyone overwrites it
     tl.store(losses + token, tl.log(z) - (wanted - largest))
-    for start in range(0, V, BLOCK):
-        f = start + lanes
-        p = exponential(load_logits(row, f, V, largest), ACCURATE) / z
+    part = inverse(z, ARITHMETIC)
+    for start in range(0, V, ACCESSES * THREADS * EACH):
+        f = start + first
+        p = exponential(load_logits(row, f, V, largest, ARITHMETIC), ARITHMETIC) * part
         tl.store(row + f, p - tl.where(f == target, 1.0, 0.0), mask=f < V)
 
 
 @triton.jit
-def kl_divergence_kernel(logits, reference, losses, V, BLOCK: tl.constexpr):
-    ACCURATE: tl.constexpr = logits.dtype.element_ty == tl.float32
+def kl_divergence_kernel(
+    logits, reference, losses, V,
+    ARITHMETIC: tl.constexpr, ACCESSES: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row, row_p = logits + token * V, reference + token * V
-    lanes = tl.arange(0, BLOCK)
-    most_q, total_q = no_logits(row, BLOCK)
+    first = logits_of_turn(0, ACCESSES, THREADS, EACH)
+    most_q, total_q = no_logits(row, THREADS)
     most_p, total_p, differences = most_q, total_q, total_q
-    anchor_q, anchor_p = anchor_of(row, V, BLOCK), anchor_of(row_p, V, BLOCK)
-    for start in range(0, V, BLOCK):
-        f = start + lanes
-        q, p = load_logits(row, f, V, anchor_q), load_logits(row_p, f, V, anchor_p)
-        most_q, total_q, _, _ = grown(most_q, total_q, q, ACCURATE)
-        most_p, total_p, rescale, e = grown(most_p, total_p, p, ACCURATE)
-        differences = scaled(differences, rescale) + tl.where(e > 0.0, e * (p - q), 0.0)
-    largest_q, scale_q = lanes_together(most_q, total_q, ACCURATE)
-    largest_p, scale_p = lanes_together(most_p, total_p, ACCURATE)
+    anchor_q, anchor_p = anchor_of(row, first, V, ARITHMETIC), anchor_of(row_p, first, V, ARITHMETIC)
+    for start in range(0, V, ACCESSES * THREADS * EACH):
+        f = start + first
+        q = load_logits(row, f, V, anchor_q, ARITHMETIC)
+        p = load_logits(row_p, f, V, anchor_p, ARITHMETIC)
+        most_q, total_q, _, _ = grown(most_q, total_q, q, ARITHMETIC)
+        most_p, total_p, rescale, e = grown(most_p, total_p, p, ARITHMETIC)
+        terms = tl.where(e > 0.0, e * (p - q), 0.0)
+        differences = scaled(differences, rescale) + sum_of_thread(terms)
+    largest_q, scale_q = threads_together(most_q, total_q, ARITHMETIC)
+    largest_p, scale_p = threads_together(most_p, total_p, ARITHMETIC)
     z_q, z_p = tl.sum(total_q * scale_q, axis=0), tl.sum(total_p * scale_p, axis=0)
     difference = tl.sum(scaled(differences, scale_p), axis=0) / z_p
     tl.store(losses + token, difference + (largest_q - largest_p) + tl.log(z_q / z_p))
-    for start in range(0, V, BLOCK):
-        f = start + lanes
-        q = exponential(load_logits(row, f, V, anchor_q) - largest_q, ACCURATE) / z_q
-        p = exponential(load_logits(row_p, f, V, anchor_p) - largest_p, ACCURATE) / z_p
-        tl.store(row + f, q - p, mask=f < V)
+    part_q, part_p = inverse(z_q, ARITHMETIC), inverse(z_p, ARITHMETIC)
+    for start in range(0, V, ACCESSES * THREADS * EACH):
+        f = start + first
+        q = load_logits(row, f, V, anchor_q, ARITHMETIC) - largest_q
+        p = load_logits(row_p, f, V, anchor_p, ARITHMETIC) - largest_p
+        gradient = exponential(q, ARITHMETIC) * part_q - exponential(p, ARITHMETIC) * part_p
+        tl.store(row + f, gradient, mask=f < V)
 
 
 def _launch(kernel: Any, logits: Tensor, other: Tensor) -> Tensor:
@@ -133,8 +155,9 @@ def _launch(kernel: Any, logits: Tensor, other: Tensor) -> Tensor:
             other.contiguous(),
             losses,
             vocabulary,
-            BLOCK=block(logits.element_size()),
-            num_warps=WARPS,
+            ARITHMETIC=arithmetic(logits.dtype),
+            num_warps=THREADS // WARP,
+            **turn(logits.element_size()),
         )
     return losses
 

@@ -315,29 +315,6 @@ def test_the_op_refuses_a_layout_that_is_not_there(number):
         torch.ops.neumuter.masked_ffn(torch.randn(4, 6), None, torch.rand(1, 6), None, 0, number)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 14, 2000])
-@pytest.mark.parametrize("G", [1, 3, 8])
-def test_all_programs_of_a_backward_fit_on_the_gpu_at_once(G, blocks):
-    pytest.importorskip("triton")
-    from neumuter_kernels.triton import masked_ffn as kernels
-
-    for tokens in (1, 400, 8192, 2**20):
-        length = kernels.tokens_per_chunk(tokens, G, blocks, 132)
-        programs = G * -(-tokens // (G * length)) * blocks
-        assert programs <= max(8 * 132, G * blocks) or length == 4
-        assert length == 4 or programs > 4 * 132
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-def test_a_gpu_program_that_walks_many_tokens(device, ragged, monkeypatch):
-    kernels = pytest.importorskip("neumuter_kernels.triton.masked_ffn")
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
-    assert kernels.tokens_per_chunk(300, 2, 1, 1) == 38
-    ids = torch.randint(-1, 2, (300,), device=device) if ragged else None
-    leaves, ids, grad = make_case("separate", (300,), 40, 2, torch.float32, device, ids)
-    check("separate", leaves, ids, grad, "silu")
-
-
 def test_no_mask_rows_and_no_masked_tokens(device):
     leaves, _, grad = make_case("separate", (5,), 12, 0, torch.float32, device)
     h = run(nk, "separate", leaves, torch.full((5,), -1, device=device), "silu")
