@@ -93,7 +93,7 @@ def static(folder):
     broken = [v for row in found for v in table.violations(row)]
     print("\n".join(broken) or "No kernel breaks the rules.")
     compilers = table.compilers()
-    named = [{"benchmark": "static"} | row | {"machine": compilers} for row in found]
+    named = [{"benchmark": "static"} | row | {"machine": compilers} for row in table.by_kernel(found)]
     rows.write(folder / "compiled.jsonl", named)
     return bool(broken)
 

@@ -22,8 +22,8 @@ class Device:
     shared: int
     shared_reserved: int
 
-    def occupancy(self, threads, registers, shared):
-        """Resident threads over the most that there can be, and what limits them.
+    def resident(self, threads, registers, shared):
+        """How many programs fit on a multiprocessor, and what limits them.
 
         threads: per program; registers: per thread; shared: bytes per program.
         """
@@ -40,7 +40,12 @@ class Device:
             "shared memory": self.shared // (shared + self.shared_reserved) if shared else self.programs,
         }
         limit = min(resident, key=resident.get)
-        return resident[limit] * threads / self.threads, limit
+        return resident[limit], limit
+
+    def occupancy(self, threads, registers, shared):
+        """Resident threads over the most that there can be, and what limits them; arguments of resident."""
+        programs, limit = self.resident(threads, registers, shared)
+        return programs * threads / self.threads, limit
 
 
 KB = 1024
@@ -48,8 +53,11 @@ DEVICES = {
     d.target: d
     for d in (
         Device("80", "A100 80GB SXM", 2.039e12, 32, 2048, 32, 65536, 8, 164 * KB, KB),
+        Device("86", "A40", 0.696e12, 32, 1536, 16, 65536, 8, 100 * KB, KB),
+        Device("89", "L40S", 0.864e12, 32, 1536, 24, 65536, 8, 100 * KB, KB),
         Device("90", "H100 SXM", 3.35e12, 32, 2048, 32, 65536, 8, 228 * KB, KB),
         Device("100", "B200", 8.0e12, 32, 2048, 32, 65536, 8, 228 * KB, KB),
+        Device("120", "RTX PRO 6000", 1.792e12, 32, 1536, 24, 65536, 8, 100 * KB, KB),
         Device("gfx942", "MI300X", 5.3e12, 64, 2048, 32, 131072, 8, 64 * KB, 0),
     )
 }

@@ -5,6 +5,7 @@ those rows have nothing for it.
 """
 
 from bench import text
+from bench.devices import DEVICES
 
 
 def _cells(row, first):
@@ -129,6 +130,11 @@ def serving(rows, _):
 
 # --- Compiled ahead of time ------------------------------------------------------------------
 
+CODE = {
+    "instructions": "instructions per element", "xu": "XU operations per element", "registers": "registers",
+    "programs": "programs on a multiprocessor", "last_load": "cycles to the last load",
+}  # fmt: skip
+
 
 def compilers(rows, _):
     """As in "Triton 3.8.0 and nvcc 13.0"."""
@@ -136,20 +142,44 @@ def compilers(rows, _):
     return f"Triton {versions['triton']}" + (f" and nvcc {versions['nvcc']}" if versions["nvcc"] else "")
 
 
+def compiled(rows):
+    """The rows of the compiled kernels, one for each target."""
+    return [
+        {"kernel": row["kernel"], "dtype": row["dtype"], "target": target} | found
+        for row in rows for target, found in row["targets"].items()
+    ]  # fmt: skip
+
+
 def count(rows, _):
-    return str(len(rows))
+    return f"{len(compiled(rows)):,}"
 
 
 def spills(rows, _):
-    return str(sum(bool(row["spilled"]) for row in rows) or "none")
+    return str(sum(bool(row["spilled"]) for row in compiled(rows)) or "none")
+
+
+def machine_code(rows, names):
+    """What these kernels, separated by semicolons, take in bfloat16 on NVIDIA's GPUs, over all targets."""
+    table = []
+    for name in names.split("; "):
+        found = [row for row in compiled(rows) if row["kernel"] == name and row["dtype"] == "bf16"]
+        found = [row for row in found if "instructions" in row]
+        if found:
+            ranges = (_range([row[what] for row in found]) for what in CODE)
+            table.append([name, *ranges])
+    return _table(["kernel", *CODE.values()], table)
+
+
+def _range(numbers):
+    least, most = min(numbers), max(numbers)
+    return f"{least:g}" if least == most else f"{least:g}–{most:g}"
 
 
 def predictions(rows, _):
-    shown = [row for row in rows if row["kernel"] in ("forward silu split", "backward silu split")]
     table = [
-        [row["kernel"].split()[0], row["dtype"], row["card"], str(row["registers"]),
+        [row["kernel"].split()[0], row["dtype"], DEVICES[row["target"]].card, str(row["registers"]),
          f"{row['occupancy']:.0%}", f"{row['predicted_us']:.0f}"]
-        for row in shown if row["dtype"] == "bf16"
+        for row in compiled(rows) if row["dtype"] == "bf16" and "predicted_us" in row
     ]  # fmt: skip
     return _table(["pass", "dtype", "card", "registers", "occupancy", "predicted, µs"], table)
 
@@ -158,6 +188,6 @@ PARTS = {
     function.__name__: function
     for function in (
         machines, checks, activations, projections, losses, steps, selection, decoding, launching, serving,
-        compilers, count, spills, predictions,
+        compilers, count, spills, machine_code, predictions,
     )
 }  # fmt: skip

@@ -61,8 +61,6 @@ def _rows(source, device):
     output = source.with_suffix(".out")
     arch = f"-arch=sm_{device.target}"
     report = _compile(source, arch, "-Xptxas", "-v", "-cubin", "-o", str(output))
-    _compile(source, arch, "-ptx", "-o", str(output))
-    functions = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", output.read_text(), re.DOTALL))
     entries = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)",
@@ -70,16 +68,12 @@ def _rows(source, device):
         re.DOTALL,
     )
     for symbol, stores, loads, registers, rest in sorted(entries):
-        body = functions[symbol]
         shared = int((re.search(r"(\d+) bytes smem", rest) or [0, 0])[1])
-        accesses = re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)\b", body)
-        widths = [int(n or 1) * int(bits) // 8 for _, n, bits in accesses]
         name, number = NAME.match(symbol).groups()
-        occupancy, limit = device.occupancy(THREADS, int(registers), shared)
+        programs, limit = device.resident(THREADS, int(registers), shared)
         yield {
             "kernel": f"select_muted {name}" + (f" {number}" if number else ""),
             "dtype": "fp32", "target": device.target, "registers": int(registers),
-            "spilled": int(stores) + int(loads), "shared": shared, "widths": [min(widths), max(widths)],
-            "loads": sum(a[0] == "ld" for a in accesses), "stores": sum(a[0] == "st" for a in accesses),
-            "bytes": None, "budget": None, "occupancy": occupancy, "limit": limit,
+            "spilled": int(stores) + int(loads), "shared": shared, "bytes": None, "budget": None,
+            "programs": programs, "limit": limit, "occupancy": programs * THREADS / device.threads,
         }  # fmt: skip

@@ -1,201 +1,151 @@
 """Compiles every kernel for GPUs that are not there, and holds the machine code to its budgets.
 
-``python -m bench static`` prints it, ``python -m bench.static`` gives it as JSON to the tests.
-Needs neither a GPU nor a driver, but a process without TRITON_INTERPRET. Of each kernel and target it
-tells registers, spilled bytes, shared memory, the widths of the accesses to global memory, the bytes per
-element against the budget, the occupancy and the time at the roofline. Those times are predictions from
-data-sheet bandwidths (bench/devices.py): no measurement.
+``python -m bench static`` compiles all cases, prints the table and writes it; ``python -m bench.static``
+gives a part of it as JSON to the tests. Needs neither a GPU nor a driver, but a process without
+TRITON_INTERPRET. Of each kernel and target the table tells registers, spilled bytes, shared memory, the bytes
+per element that accesses of 16 bytes move against the budget, the programs that fit on a multiprocessor and
+what limits them. For NVIDIA's GPUs it also tells instructions and XU operations per element and the cycles to
+the last load (bench/static/sass.py). Times at the roofline are predictions from data-sheet bandwidths
+(bench/devices.py).
 """
 
 import datetime
+import multiprocessing
+import os
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.devices import DEVICES
+from bench.static import cases, sass
 from bench.static.assembly import amd_accesses, bytes_in_loops, ptx_accesses
 from bench.static.cuda import cuda_rows, nvcc_version
-from neumuter_kernels.reference import ACTIVATIONS
-from neumuter_kernels.triton import hard_concrete, masked_ffn, token_losses
+from neumuter_kernels.triton import masked_ffn
 
-TARGETS = [
-    GPUTarget("cuda", int(d.target), d.warp) if d.target.isdigit() else GPUTarget("hip", d.target, d.warp)
-    for d in DEVICES.values()
-]
-BLOCK = masked_ffn.BLOCK_F
-POINTERS = {"order": "*i64", "chunk_rows": "*i64", "chunk_starts": "*i64", "chunk_ends": "*i64",
-            "first_chunks": "*i64", "row_ids": "*i32", "sample_ids": "*i64", "step": "*i64", "mask": "*fp32",
-            "targets": "*i64", "losses": "*fp32",
-            "partial": "*fp32", "grad_mask": "*fp32", "scores": "*fp32", "grad_scores": "*fp32"}  # fmt: skip
+POINTERS = {
+    **dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends", "first_chunks"), "*i32"),
+    **dict.fromkeys(("rows", "starts", "ends"), "*i32"),
+    **dict.fromkeys(("row_ids", "sample_ids", "step", "targets"), "*i64"),
+    **dict.fromkeys(("mask", "sums", "grad_mask", "scores", "grad_scores", "losses"), "*fp32"),
+}
 TENSORS = {"grad", "gate", "up", "out", "grad_gate", "grad_up", "logits", "reference"}
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
-MASK_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}
-LAYOUTS = {masked_ffn.PLAIN: "plain", masked_ffn.SPLIT: "split", masked_ffn.INTERLEAVED: "interleaved"}
+WIDE = 16  # bytes
 PREDICTED = (4096, 14336)  # tokens and intermediate size that times are predicted for: Llama 3 8B
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# What is asserted of the bfloat16 backward of these, with gate and up apart, on these targets.
+FAST = {"silu", "gelu_tanh", "relu"}, {"80", "86", "89", "90", "120"}
+MOST_INSTRUCTIONS, MOST_XU = 26, 2
 
 
-def cases():
-    """Of each kernel: name, the kernel, dtype, constants, targets, and its budget.
-
-    The budget is (bytes per element in a turn of each of the kernel's loops, bytes per element outside
-    them, or None where those do not grow with the elements); a turn of a masked FFN's loop is one token. The
-    mask, its gradient and scores are float32 (float64 in float64 kernels).
-    """
-    rows = dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends"))
-    every = range(len(ACTIVATIONS))
-    kinds = [(dtype, masked_ffn.SPLIT, every, TARGETS) for dtype in ("fp32", "bf16")]
-    kinds += [(dtype, layout, (0,), TARGETS) for dtype in ("fp32", "bf16")
-              for layout in (masked_ffn.PLAIN, masked_ffn.INTERLEAVED)]  # fmt: skip
-    kinds += [("fp16", masked_ffn.SPLIT, (0,), TARGETS), ("fp64", masked_ffn.SPLIT, every, TARGETS[1:2])]
-    for dtype, layout, activations, targets in kinds:
-        for number in activations:
-            constants = {"ACTIVATION": number, "LAYOUT": layout, "BLOCK": BLOCK}
-            name = f"{ACTIVATIONS[number]} {LAYOUTS[layout]}"
-            with_ids = (False, True) if number == 0 and layout == masked_ffn.SPLIT else (False,)
-            for ids in with_ids:
-                yield forward_case(name, dtype, constants, layout, targets, ids)
-                yield backward_case(name, dtype, constants | ({} if ids else rows), layout, targets, ids)
-    for ids in (False, True):
-        at_once, columns = masked_ffn.SUMMED
-        total = {"RAGGED": ids, "CHUNKS": at_once, "BLOCK": columns} | ({} if ids else {"first_chunks": None})
-        name = "sum of partials" + ", row ids" * ids
-        yield name, masked_ffn.sum_partials_kernel, "fp32", total, TARGETS, (4 * at_once, None)
-    for training in (True, False):
-        gates = {"TRAINING": training, "BLOCK": hard_concrete.BLOCK}
-        name = "gates" + ", evaluation" * (not training)
-        for dtype, targets in (("fp32", TARGETS), ("fp64", TARGETS[1:2])):
-            e = BYTES[dtype]
-            yield name, hard_concrete.hard_concrete_kernel, dtype, gates, targets, (0, 2 * e)
-            backward = hard_concrete.hard_concrete_backward_kernel
-            yield f"{name}, backward", backward, dtype, gates, targets, (e, 2 * e)
-    for dtype in ("fp32", "bf16", "fp16"):
-        # Each logit is read to find the sums, then read again and overwritten.
-        e = BYTES[dtype]
-        block = {"BLOCK": token_losses.block(e)}
-        yield "cross-entropy", token_losses.cross_entropy_kernel, dtype, block, TARGETS, (3 * e, None)
-        yield "KL divergence", token_losses.kl_divergence_kernel, dtype, block, TARGETS, (5 * e, None)
-
-
-def forward_case(name, dtype, constants, layout, targets, ids):
-    constants = constants | {"HAS_IDS": ids} | ({} if ids else {"row_ids": None})
-    tensors = 2 if layout == masked_ffn.PLAIN else 3
-    label = f"forward {name}" + ", row ids" * ids
-    budget = 0, tensors * BYTES[dtype] + MASK_BYTES[dtype]
-    return label, masked_ffn.masked_ffn_forward_kernel, dtype, constants, targets, budget
-
-
-def backward_case(name, dtype, constants, layout, targets, ids):
-    gradients = {"INPUT_GRAD": True, "MASK_GRAD": True, "RAGGED": ids}
-    tensors = 3 if layout == masked_ffn.PLAIN else 5
-    label = f"backward {name}" + ", row ids" * ids
-    budget = tensors * BYTES[dtype], 2 * MASK_BYTES[dtype]
-    return label, masked_ffn.masked_ffn_backward_kernel, dtype, constants | gradients, targets, budget
-
-
-def compile_kernel(kernel, dtype, constants, target):
-    """As the launchers call it: pointers, strides and F divisible by 16."""
+def compile_kernel(case):
+    """As the launchers call it: pointers, strides and F divisible by 16 wherever Triton looks at that."""
+    kernel, dtype = case.kernel, case.dtype
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants:
+        if name in case.constants:
             signature[name] = "constexpr"
             continue
         if name in TENSORS:
             signature[name] = f"*{dtype}"
+        elif name == "rows" and kernel.__name__.startswith("hard_concrete"):
+            signature[name] = "i32"
         else:
             signature[name] = kernel.params[i].annotation_type or POINTERS.get(name, "i32")
             if dtype == "fp64" and signature[name] == "*fp32":
                 signature[name] = "*fp64"
+        if kernel.params[i].do_not_specialize:
+            continue
         if signature[name].startswith("*") or name.startswith("stride") or name in ("F", "V"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    places = {(kernel.arg_names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    options = {"num_warps": token_losses.WARPS} if "losses" in kernel.arg_names else {}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=case.target, options={"num_warps": case.warps, **case.options})
 
 
-def usage(compiled, target):
-    """Registers a thread, spilled bytes and accesses."""
-    if target.backend == "hip":
-        assembly = compiled.asm["amdgcn"]
-        spilled = sum(int(n) for n in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", assembly))
-        return int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]), spilled, amd_accesses(assembly)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK"))
-    return registers, stack, ptx_accesses(compiled.asm["ptx"])
-
-
-def triton_row(name, kernel, dtype, constants, target, budget):
+def triton_row(case):
     """One row of the table."""
-    compiled = compile_kernel(kernel, dtype, constants, target)
-    registers, spilled, accesses = usage(compiled, target)
-    device = DEVICES[str(target.arch)]
-    threads = compiled.metadata.num_warps * target.warp_size
-    tile = constants["BLOCK"] * (4 if kernel.__name__.startswith("hard_concrete") else 1)
-    occupancy, limit = device.occupancy(threads, registers, compiled.metadata.shared)
-    widths = [a.width for a in accesses if not a.uniform]
-    loops = kernel.src.count("for ")
-    row = {
-        "kernel": name, "dtype": dtype, "target": device.target, "card": device.card,
-        "registers": registers, "spilled": spilled,
-        "shared": compiled.metadata.shared, "widths": [min(widths), max(widths)],
-        "loads": sum(a.kind == "load" for a in accesses), "stores": sum(a.kind == "store" for a in accesses),
-        "bytes": [b * threads / tile for b in bytes_in_loops(accesses, loops)], "budget": list(budget),
-        "occupancy": occupancy, "limit": limit,
-    }  # fmt: skip
-    if name.startswith(("forward", "backward")):
-        row["predicted_us"] = 1e6 * predicted_bytes(row) / device.bandwidth
+    compiled = compile_kernel(case)
+    device = DEVICES[str(case.target.arch)]
+    threads = case.warps * case.target.warp_size
+    row = {"kernel": case.name, "dtype": case.dtype, "target": device.target}
+    if case.target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        row["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        row["spilled"] = sum(int(n) for n in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", assembly))
+        accesses = amd_accesses(assembly)
+    else:
+        row["registers"], row["spilled"], instructions, loops = sass.disassemble(compiled.asm["cubin"])
+        accesses = ptx_accesses(compiled.asm["ptx"])
+        turn = sass.turn(instructions, loops)
+        elements = case.elements / threads
+        row["instructions"] = round(len(turn) / elements, 2)
+        row["xu"] = round(sass.xu_operations(turn) / elements, 2)
+        row["last_load"] = sass.cycles_to_last_load(instructions, loops)
+    row["shared"] = compiled.metadata.shared
+    wide = [a for a in accesses if a.width >= WIDE]
+    row["bytes"] = [b * threads / case.elements for b in bytes_in_loops(wide, case.kernel.src.count("for "))]
+    row["budget"] = list(case.budget)
+    row["programs"], row["limit"] = device.resident(threads, row["registers"], row["shared"])
+    row["occupancy"] = row["programs"] * threads / device.threads
+    if case.name in ("forward silu split", "backward silu split, chunks"):
+        row["predicted_us"] = round(1e6 * predicted_bytes(case, row) / device.bandwidth, 1)
     return row
 
 
-def predicted_bytes(row):
-    """What the compiled kernel moves from and to device memory for PREDICTED tokens and width.
+def predicted_bytes(case, row):
+    """What a kernel moves from and to device memory for PREDICTED tokens and width, with one mask row.
 
-    The forward reads the mask again for every token, out of the L2 cache after the first. The backward
-    repeats what is outside its loop once a chunk; the partial sums are read once more.
+    The forward reads the mask again for every tile, but out of the caches. The backward writes and reads a
+    sum of each column and chunk.
     """
     tokens, width = PREDICTED
-    mask = MASK_BYTES[row["dtype"]]
-    if row["kernel"].startswith("forward"):
-        return tokens * width * (row["bytes"][1] - mask) + width * mask
-    chunks = tokens / masked_ffn.tokens_per_chunk(tokens, 1, -(-width // BLOCK), 132)
-    return width * (tokens * row["bytes"][0] + chunks * (row["bytes"][1] + mask) + mask)
+    e = cases.element_size(case.dtype)
+    if case.name.startswith("forward"):
+        return tokens * width * 3 * e + width * cases.mask_size(case.dtype)
+    at_once = row["programs"] * 132
+    blocks = width // case.constants["COLUMNS"]
+    chunks = tokens / masked_ffn.tokens_per_chunk(tokens, 1, blocks, at_once)
+    return width * (tokens * 5 * e + (2 * chunks + 2) * cases.mask_size(case.dtype))
 
 
 def violations(row):
-    """What breaks the rules: a spill, a narrow access to activations, traffic over the budget."""
+    """What breaks the rules: a spill, narrow accesses, traffic over the budget, too many instructions."""
     found = []
     if row["spilled"]:
         found.append(f"spills {row['spilled']} bytes")
-    if row["kernel"].startswith(("forward", "backward")):
-        # A thread of an AMD program holds 4 elements of a tile: 8 bytes of 16-bit ones.
-        least = 8 if row["target"] == "gfx942" and row["dtype"] in ("bf16", "fp16") else 16
-        if row["widths"][0] < least:
-            found.append(f"accesses of {row['widths'][0]} bytes, narrower than {least}")
     places = ("in the loop", "outside the loop") if row["bytes"] else ()
     for where, moved, budget in zip(places, row["bytes"] or (), row["budget"] or (), strict=True):
-        if budget is not None and moved > budget:
-            found.append(f"moves {moved:g} bytes per element {where}, over the budget of {budget:g}")
+        if budget is not None and moved != budget:
+            found.append(f"moves {moved:g} bytes per element {where} in accesses of 16 bytes, not {budget:g}")
+    activation, targets = FAST
+    _, name, layout = f"{row['kernel']}   ".split(" ", 2)
+    fast = row["kernel"].startswith("backward") and name in activation and layout.startswith("split, ")
+    if fast and "row ids" not in layout and "any F" not in layout and row["dtype"] == "bf16":
+        for what, most in (("instructions", MOST_INSTRUCTIONS), ("xu", MOST_XU)):
+            if row["target"] in targets and row[what] > most:
+                found.append(f"takes {row[what]:g} {what} per element, more than {most}")
     return [f"{row['kernel']} {row['dtype']} on {row['target']}: {what}" for what in found]
+
+
+def triton_rows(chosen):
+    """The rows of these cases, made by a process for each processor."""
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return pool.map(triton_row, chosen, chunksize=4)
 
 
 def rows():
     """The whole table: the Triton kernels, then the CUDA sources where nvcc is there."""
-    table = [
-        triton_row(name, kernel, dtype, constants, target, budget)
-        for name, kernel, dtype, constants, targets, budget in cases()
-        for target in targets
-    ]
-    return table + cuda_rows()
+    return triton_rows(cases.all_cases()) + cuda_rows()
+
+
+def by_kernel(table):
+    """The table with one row for each kernel and dtype, which has what was found for each of its targets."""
+    found = {}
+    for row in table:
+        row = dict(row)
+        about = row.pop("kernel"), row.pop("dtype")
+        found.setdefault(about, {})[row.pop("target")] = row
+    return [{"kernel": k, "dtype": dtype, "targets": targets} for (k, dtype), targets in found.items()]
 
 
 def compilers():
@@ -203,21 +153,20 @@ def compilers():
     return {"triton": triton.__version__, "nvcc": nvcc_version(), "date": datetime.date.today().isoformat()}
 
 
-HEAD = ("kernel", "dtype", "target", "registers", "spilled", "shared", "access", "ld/st",
-        "B/element", "budget", "occupancy", "limited by", "predicted")  # fmt: skip
+HEAD = ("kernel", "dtype", "target", "registers", "spilled", "shared", "B/element in 16s", "budget",
+        "programs", "limited by", "instructions", "XU", "last load", "predicted")  # fmt: skip
 
 
 def cells(row):
     """A row as texts in the order of HEAD; bytes are 'in the loop + outside it'."""
-    least, widest = row["widths"]
     predicted = f"{row['predicted_us']:.0f} µs" if "predicted_us" in row else ""
     moved, budget = (
         " + ".join("any" if b is None else f"{b:g}" for b in row[what] or ()) for what in ("bytes", "budget")
     )
+    code = (f"{row[what]:g}" if what in row else "" for what in ("instructions", "xu", "last_load"))
     return (
         row["kernel"], row["dtype"], row["target"], str(row["registers"]), str(row["spilled"]),
-        str(row["shared"]), f"{least}–{widest} B" if least != widest else f"{least} B",
-        f"{row['loads']}/{row['stores']}", moved, budget, f"{row['occupancy']:.0%}", row["limit"], predicted,
+        str(row["shared"]), moved, budget, str(row["programs"]), row["limit"], *code, predicted,
     )  # fmt: skip
 
 

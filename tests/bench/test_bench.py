@@ -258,11 +258,17 @@ def test_occupancy():
 
 def test_rules_are_enforced():
     static = pytest.importorskip("bench.static.table", reason="triton is not installed")
-    good = {"kernel": "backward silu split", "dtype": "bf16", "target": "90", "spilled": 0,
-            "widths": [16, 16], "bytes": [10, 8], "budget": [10, 8]}  # fmt: skip
+    good = {"kernel": "backward silu split, chunks", "dtype": "bf16", "target": "90", "spilled": 0,
+            "bytes": [10, 8], "budget": [10, 8], "instructions": 26, "xu": 2}  # fmt: skip
     assert static.violations(good) == []
     assert "spills 16 bytes" in static.violations(good | {"spilled": 16})[0]
-    assert "narrower than 16" in static.violations(good | {"widths": [8, 16]})[0]
-    assert static.violations(good | {"widths": [8, 16], "target": "gfx942"}) == []
-    assert "over the budget" in static.violations(good | {"bytes": [12, 8]})[0]
+    for moved in (8, 12):  # less: not all of it in accesses of 16 bytes
+        assert (
+            f"moves {moved} bytes per element in the loop"
+            in static.violations(good | {"bytes": [moved, 8]})[0]
+        )
+    assert "26.5 instructions per element" in static.violations(good | {"instructions": 26.5})[0]
+    assert "4 xu per element" in static.violations(good | {"xu": 4})[0]
+    elsewhere = {"kernel": "backward silu split, row ids, chunks"}, {"target": "100"}, {"dtype": "fp16"}
+    assert not any(static.violations(good | {"instructions": 30} | other) for other in elsewhere)
     assert static.violations(good | {"bytes": [10, 80], "budget": [10, None]}) == []
