@@ -1,6 +1,6 @@
 """The GPU kernels compile, spill nothing, access memory in 16 bytes and keep to their budgets.
 
-A few of them are compiled here; the table of all is bench/results/compiled.jsonl, made by the same code.
+A few of them are compiled here. bench/results/compiled.jsonl has what ``python -m bench static`` found.
 """
 
 import json
@@ -41,22 +41,12 @@ def about(row):
     return row["kernel"], row["dtype"], row["target"]
 
 
-def test_the_committed_table_has_every_case(fresh, committed):
-    expected = [*map(tuple, fresh["cases"]), *map(about, fresh["cuda"])]
-    assert len(set(expected)) == len(expected)
-    found = set(map(about, compiled(committed)))
-    assert set(expected) <= found
-    assert all(
-        name.startswith("select_muted") for name, *_ in found - set(expected)
-    )  # where there is no nvcc
-
-
 def test_the_committed_table_is_of_these_kernels(fresh, committed):
     """Where the compiler is the same one: run python -m bench static after a change of a kernel."""
     if fresh["compilers"]["triton"] != committed[0]["machine"]["triton"]:
         pytest.skip("another version of Triton")
     known = {about(row): row for row in compiled(committed)}
-    assert [row for row in fresh["rows"] if row != known[about(row)]] == []
+    assert [row for row in fresh["rows"] if row != known.get(about(row))] == []
 
 
 def test_the_table_breaks_no_rule(table):
@@ -77,10 +67,16 @@ def test_budgets_are_held_where_they_were_set(fresh):
         assert row["xu"] <= 2, row
 
 
-def test_every_kernel_compiles_for_every_target(committed):
-    for row in committed:
-        if row["dtype"] == "bf16" and "alone" not in row["kernel"] and "any F" not in row["kernel"]:
-            assert set(row["targets"]) == {"80", "86", "89", "90", "100", "120", "gfx942"}, row["kernel"]
+def test_cases_are_all_that_the_public_functions_reach(fresh):
+    """Activations × layouts × masks, and two tiles for each backward, on every target."""
+    cases = [tuple(case) for case in fresh["cases"]]
+    assert len(set(cases)) == len(cases)
+    for target in ("80", "86", "89", "90", "100", "120", "gfx942"):
+        for dtype in ("fp32", "bf16", "fp16"):
+            names = [name for name, *rest in cases if rest == [dtype, target]]
+            assert sum(name.startswith("forward") for name in names) == 6 * 3 * 3
+            kept = [name for name in names if not name.endswith(("alone", "any F"))]
+            assert sum(name.startswith("backward") for name in kept) == 6 * 3 * 2 * 2
 
 
 def test_programs_can_be_resident_at_all(table):
