@@ -146,7 +146,7 @@ def compiled(rows):
     """The rows of the compiled kernels, one for each target."""
     return [
         {"kernel": row["kernel"], "dtype": row["dtype"], "target": target} | found
-        for row in rows for target, found in row["targets"].items()
+        for row in _of(rows, "static") for target, found in row["targets"].items()
     ]  # fmt: skip
 
 
