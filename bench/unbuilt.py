@@ -40,4 +40,5 @@ def define():
     nothing = {"cuda": "", "cuda_architectures": "", "compiler": "none", "flags": "not built"}
     module.build_info = lambda: {"torch": torch.__version__, **nothing}
     module.cpu_capability = lambda: "not built"
+    module.why_no_driver = lambda: "the extension is not built"
     sys.modules["neumuter_kernels._C"] = module

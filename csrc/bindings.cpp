@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels.h"
+#include "launch/ops.h"
 
 STABLE_TORCH_LIBRARY(neumuter, m) {
   m.def(
@@ -14,6 +15,13 @@ STABLE_TORCH_LIBRARY(neumuter, m) {
   m.def(
       "masked_ffn_backward(Tensor grad, Tensor gate, Tensor? up, Tensor mask, Tensor? row_ids, "
       "int activation, int layout, bool input_grad, bool mask_grad) -> (Tensor, Tensor, Tensor)");
+  // Python's part of the ops in csrc/launch, which call them.
+  m.def(
+      "_record_masked_ffn(Tensor gate, Tensor? up, Tensor mask, Tensor? row_ids, int activation, "
+      "int layout, int[] key) -> Tensor");
+  m.def(
+      "_record_masked_ffn_backward(Tensor grad, Tensor gate, Tensor? up, Tensor mask, Tensor? row_ids, "
+      "int activation, int layout, bool input_grad, bool mask_grad, int[] key) -> (Tensor, Tensor, Tensor)");
   m.def(
       "hard_concrete(Tensor scores, Tensor sample_ids, Tensor step, int seed, int layer, "
       "float temperature, float gamma, float zeta, bool training) -> Tensor");
@@ -41,4 +49,5 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("cpu_capability", [] { return neumuter::cpu::kernels().name; });
+  neumuter::launch::bind(m);
 }

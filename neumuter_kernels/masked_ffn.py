@@ -13,7 +13,6 @@ from neumuter_kernels.checks import check_activations, check_row_ids, describe
 from neumuter_kernels.reference import ACTIVATIONS, Layout, compute_dtype
 from neumuter_kernels.registration import Gradient, Triton, register
 
-_forward: Callable[..., Tensor] = torch.ops.neumuter.masked_ffn.default
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.neumuter.masked_ffn_backward.default
 # The dispatcher takes a microsecond longer for an enum than for an int.
 _PLAIN, _SEPARATE, _HALVES, _INTERLEAVED = map(int, Layout)
@@ -119,12 +118,15 @@ def _checked_mask(mask: Tensor | None, x: Tensor, width: int, row_ids: Tensor | 
         raise ValueError(f"mask must have shape [G, {width}] or [{width}], got {tuple(mask.shape)}")
     if mask.device != x.device:
         raise ValueError(f"mask must be on {x.device} like the activations, got {mask.device}")
+    rows = mask.shape[0]
+    if rows == 1 and row_ids is None:
+        return mask
     tokens = x.shape[:-1].numel()
     if row_ids is not None:
         check_row_ids(row_ids, tokens, x.device)
-    elif tokens and (mask.shape[0] == 0 or tokens % mask.shape[0]):
+    elif tokens and (rows == 0 or tokens % rows):
         raise ValueError(
-            f"mask has {mask.shape[0]} rows, into which {tokens} tokens do not divide evenly: give row_ids"
+            f"mask has {rows} rows, into which {tokens} tokens do not divide evenly: give row_ids"
         )
     return mask
 
@@ -160,10 +162,10 @@ def _gradients(
     return *(g if need else None for g, need in zip(found, needed[:-1], strict=True)), None
 
 
-register(
+_forward: Callable[..., Tensor] = register(
     "masked_ffn",
     fake=_fake,
-    gpu=Triton("masked_ffn", "forward"),
+    gpu=Triton("masked_ffn", "forward", recorded=True),
     gradient=Gradient(4, _gradients),
 )
-register("masked_ffn_backward", fake=_fake_backward, gpu=Triton("masked_ffn", "backward"))
+register("masked_ffn_backward", fake=_fake_backward, gpu=Triton("masked_ffn", "backward", recorded=True))

@@ -13,9 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from neumuter_kernels import _C
 from neumuter_kernels.checks import is_dual
+from neumuter_kernels.recording import recorder, say_once, why_not
 
 _ops = torch.ops.neumuter
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -26,13 +28,19 @@ _cuda = torch.library.Library("neumuter", "IMPL", "CUDA")
 
 @dataclass(frozen=True)
 class Triton:
-    """``neumuter_kernels.triton.MODULE.FUNCTION`` computes the op on GPU tensors."""
+    """``neumuter_kernels.triton.MODULE.FUNCTION`` computes the op on GPU tensors.
+
+    recorded: the extension repeats its launches (see recording.py).
+    """
 
     module: str
     function: str
+    recorded: bool = False
 
     @functools.cached_property
     def launch(self) -> Callable[..., Any]:
+        if self.recorded and (reason := why_not()):
+            say_once(f"{self.module} is launched from Python: {reason}")
         # At the first call: importing Triton takes longer than importing this package.
         module = importlib.import_module(f"neumuter_kernels.triton.{self.module}")
         return cast(Callable[..., Any], getattr(module, self.function))
@@ -79,8 +87,8 @@ def register(
     gpu: Triton | Cuda,
     gradient: Gradient | None = None,
     vectorised: bool = True,
-) -> None:
-    """Register an op of torch.ops.neumuter and list it in ``OPS``.
+) -> Callable[..., Any]:
+    """Register an op of torch.ops.neumuter and list it in ``OPS``; return what calls it fastest.
 
     Args:
         name: as in its schema.
@@ -90,13 +98,41 @@ def register(
         vectorised: whether its CPU code is compiled once per instruction set.
     """
     OPS[name] = Op(gpu, vectorised)
+    op: Callable[..., Any] = getattr(_ops, name).default
     torch.library.register_fake(f"neumuter::{name}", fake)
+    call = op
     if gradient is not None:
-        _autograd.impl(name, _differentiable(name, getattr(_ops, name).default, gradient))
-    if isinstance(gpu, Triton):
+        differentiable = _differentiable(name, op, gradient)
+        _autograd.impl(name, differentiable)
+        call = _past_the_dispatcher(op, differentiable)
+    if isinstance(gpu, Triton) and gpu.recorded and why_not() is None:
+        outputs = len(getattr(_ops, name).default._schema.returns)
+        _cuda.impl(f"_record_{name}", recorder(name, outputs, _on_its_device(gpu)))
+        _C.serve_recorded_op(name)
+    elif isinstance(gpu, Triton):
         _cuda.impl(name, _on_its_device(gpu))
     elif not _C.build_info()["cuda"]:
         _cuda.impl(name, _on_its_device(gpu.fallback))
+    return call
+
+
+def _past_the_dispatcher(op: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """``op``, whose kernel for the Autograd key is called here if the dispatcher would do nothing else.
+
+    From Python to the dispatcher and back to Python takes as long as the rest of a launch.
+    """
+
+    def call(*arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or has_torch_function(arguments)  # also under a mode that wants to see all calls
+        ):
+            return op(*arguments)
+        return differentiable(*arguments)
+
+    return call
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,12 +195,16 @@ def _differentiable(name: str, op: Callable[..., Tensor], gradient: Gradient) ->
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            saved = ctx.saved_tensors
+            saved, options = ctx.saved_tensors, ctx.options
             _refuse_forward_mode(name, (grad,))
-            with torch.no_grad():
-                found = gradient.function(grad, saved, ctx.options, ctx.needs_input_grad[:tensors])
-            gradients = (None if x is None else final(name, x, (grad, *saved)) for x in found)
-            return *gradients, *[None] * len(ctx.options)
+            needed = ctx.needs_input_grad[:tensors]
+            if torch.is_grad_enabled():  # create_graph=True
+                with torch.no_grad():
+                    found = gradient.function(grad, saved, options, needed)
+                found = tuple(None if x is None else final(name, x, (grad, *saved)) for x in found)
+            else:
+                found = gradient.function(grad, saved, options, needed)
+            return found + (None,) * len(options)
 
     def kernel(*arguments: Any) -> Tensor:
         _refuse_forward_mode(name, arguments[:tensors])

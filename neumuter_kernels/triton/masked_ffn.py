@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neumuter_kernels.recording import launch
 from neumuter_kernels.reference import Layout
 from neumuter_kernels.triton.arithmetic import WARP, arithmetic
 from neumuter_kernels.triton.masked_ffn_kernels import (
@@ -173,7 +174,8 @@ def forward(
         return out
     G, how_masked = x.mask.shape[0], x.how_masked
     grid = _grid(x.F, FORWARD.columns, _ceil(x.tokens, FORWARD.rows), G if how_masked == RUNS else 1)
-    masked_ffn_forward_kernel[grid](
+    launch(
+        masked_ffn_forward_kernel, grid,
         x.gate, x.up, x.mask, x.row_ids, out,
         x.tokens, x.F, G, x.gate.stride(0), x.up.stride(0), x.mask.stride(0),
         ACTIVATION=activation, LAYOUT=COMPILED_FOR[x.layout], MASK=how_masked,
@@ -232,12 +234,12 @@ def backward(
         number = chunks.rows.numel()
     one_each = length > x.tokens
     sums = grad_mask if one_each or not mask_grad else mask.new_empty(rows * number, F)
-    masked_ffn_backward_kernel[_grid(F, tile.columns, number, rows)](
-        *arguments(chunks or [None] * 4, sums, number, length), **constants
-    )
+    grid = _grid(F, tile.columns, number, rows)
+    launch(masked_ffn_backward_kernel, grid, *arguments(chunks or [None] * 4, sums, number, length), **constants)
     if mask_grad and not one_each:
         at_a_time, columns = SUMMED
-        sum_chunks_kernel[_grid(F, columns, G)](
+        launch(
+            sum_chunks_kernel, _grid(F, columns, G),
             sums, chunks and chunks.first_chunks, grad_mask, F, number, G,
             ROW_IDS=by_ids, CHUNKS=at_a_time, COLUMNS=columns,
         )  # fmt: skip

@@ -1,0 +1,33 @@
+// Functions of CUDA's driver that torch looks up and does not call here. They are in a file of their own, since their
+// types are not those of cuda.h.
+#define ABSENT(name) \
+  int name(void) { return 801; /* CUDA_ERROR_NOT_SUPPORTED */ }
+
+ABSENT(cuCtxFromGreenCtx)
+ABSENT(cuCtxPopCurrent)
+ABSENT(cuCtxPushCurrent)
+ABSENT(cuDevResourceGenerateDesc)
+ABSENT(cuDevSmResourceSplitByCount)
+ABSENT(cuDeviceGetDevResource)
+ABSENT(cuGreenCtxCreate)
+ABSENT(cuGreenCtxDestroy)
+ABSENT(cuGreenCtxStreamCreate)
+ABSENT(cuLogsRegisterCallback)
+ABSENT(cuLogsUnregisterCallback)
+ABSENT(cuMemAddressFree)
+ABSENT(cuMemAddressReserve)
+ABSENT(cuMemCreate)
+ABSENT(cuMemExportToShareableHandle)
+ABSENT(cuMemGetAddressRange)
+ABSENT(cuMemGetAllocationGranularity)
+ABSENT(cuMemGetAllocationPropertiesFromHandle)
+ABSENT(cuMemImportFromShareableHandle)
+ABSENT(cuMemMap)
+ABSENT(cuMemRelease)
+ABSENT(cuMemRetainAllocationHandle)
+ABSENT(cuMemSetAccess)
+ABSENT(cuMemUnmap)
+ABSENT(cuMulticastAddDevice)
+ABSENT(cuMulticastBindMem)
+ABSENT(cuMulticastCreate)
+ABSENT(cuMulticastUnbind)
