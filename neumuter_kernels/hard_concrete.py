@@ -9,7 +9,6 @@ from torch import Tensor
 from neumuter_kernels.checks import check_int, describe
 from neumuter_kernels.registration import Gradient, Triton, register
 
-_forward: Callable[..., Tensor] = torch.ops.neumuter.hard_concrete.default
 _backward: Callable[..., Tensor] = torch.ops.neumuter.hard_concrete_backward.default
 
 
@@ -38,7 +37,8 @@ def hard_concrete(
         step: int in [0, 2^32), or an int64 tensor of one element on the device of scores. The tensor's
             value may change in a CUDA graph or under torch.compile, where an int is a constant.
         layer: int in [0, 2^32): the number of the layer, or of the first of L.
-        sample_ids: int64 [rows], the global index of each sample (taken modulo 2^32); None: 0 … rows − 1.
+        sample_ids: int64 [rows], the global index of each sample (taken modulo 2^32); None: 0 … rows − 1. Ids
+            on another device than the scores are copied, and a copy from the CPU waits for the GPU.
         temperature: β > 0.
         stretch: (γ, ζ) with γ < 0 and ζ > 1.
         training: whether to add noise; without it all rows are equal.
@@ -94,7 +94,7 @@ def _gradients(
     return _backward(grad, *tensors, *options), None, None
 
 
-register(
+_forward: Callable[..., Tensor] = register(
     "hard_concrete",
     fake=_fake,
     gpu=Triton("hard_concrete", "forward"),

@@ -8,6 +8,7 @@ import torch
 
 import neumuter_kernels
 from neumuter_kernels import _C
+from neumuter_kernels.recording import why_not
 from neumuter_kernels.registration import OPS, Triton
 
 
@@ -52,6 +53,7 @@ def report() -> list[tuple[str, str]]:
         ("CPU capability", _C.cpu_capability()),
         ("CUDA of torch", torch.version.cuda or "none"),
         ("CUDA code", f"{built['cuda']} for {built['cuda_architectures']}" if built["cuda"] else "not built"),
+        ("launches by C++", f"no: {reason}" if (reason := why_not()) else "masked_glu, masked_act"),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         *((f"op {op}", f"CPU {cpu}; GPU {gpu}") for op, (cpu, gpu) in backends().items()),
     ]

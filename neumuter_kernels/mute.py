@@ -43,7 +43,7 @@ def mute_(
         gains: float32 [N].
         row_ids: int32 or int64, the set of each token, or −1 for none. None: the tokens are S equal
             consecutive runs. Other ids raise RuntimeError on the CPU; on a GPU, where a check would wait
-            for the device, they are skipped.
+            for the device, they are skipped. (Built without nvcc, the op waits for the GPU in any case.)
         layer: int in [0, L).
 
     Returns:

@@ -32,7 +32,9 @@ def select_muted(
     threshold: float | None = None,
     stretch: tuple[float, float] = (-0.1, 1.1),
 ) -> MutedNeurons:
-    """Select the neurons to mute and compact them: exact, stable, without waiting for the device.
+    """Select the neurons to mute and compact them: exact and stable.
+
+    Nothing waits for a GPU, unless the extension was built without nvcc: then it selects on the CPU.
 
     Args:
         scores: float32 [L, F], or a sequence of float32 [F_l] for layers of unequal width; on one device.

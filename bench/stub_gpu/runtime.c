@@ -128,9 +128,23 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status,
                                      unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **nodes,
                                      const cudaGraphEdgeData **edges, size_t *count) {
-  if (id) *id = 0;
+  if (id) *id = capturing != cudaStreamCaptureStatusNone;
+  if (graph) *graph = NULL;
+  if (count) *count = 0;
   return *status = capturing, OK;
 }
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
+  return capturing = cudaStreamCaptureStatusActive, OK;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+  return capturing = cudaStreamCaptureStatusNone, create(graph);
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+  return create(made);
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) { return *count = 1, OK; }
+RETURNS_OK(cudaGraphDestroy, cudaGraph_t graph)
+RETURNS_OK(cudaGraphExecDestroy, cudaGraphExec_t graph)
 
 cudaError_t cudaLaunchKernel(const void *f, dim3 grid, dim3 block, void **arguments, size_t shared,
                              cudaStream_t s) {

@@ -235,7 +235,9 @@ def backward(
     one_each = length > x.tokens
     sums = grad_mask if one_each or not mask_grad else mask.new_empty(rows * number, F)
     grid = _grid(F, tile.columns, number, rows)
-    launch(masked_ffn_backward_kernel, grid, *arguments(chunks or [None] * 4, sums, number, length), **constants)
+    launch(
+        masked_ffn_backward_kernel, grid, *arguments(chunks or [None] * 4, sums, number, length), **constants
+    )
     if mask_grad and not one_each:
         at_a_time, columns = SUMMED
         launch(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bench import text, timing
+from bench import stub_gpu, text, timing
 from bench.devices import DEVICES
 from bench.kernels import activations, launch, select
 from bench.static import assembly
@@ -181,11 +181,17 @@ def test_selection_is_checked(mode):
 
 @pytest.mark.parametrize("which", ["forward", "forward+backward"])
 def test_launching_runs_what_it_says(which):
-    """On the CPU, where its times mean something else and make no row."""
+    """On the CPU, where its times mean something else."""
     row = launch.measured(which, "cpu", QUICK, "aot_eager")
     assert list(entries(row)) == ["ours", "eager", "torch.compile"]
     assert all("median_us" in entry for entry in row["contenders"])
-    assert list(launch.cases("cpu", QUICK)) == []
+
+
+@pytest.mark.skipif(stub_gpu.why_not() is not None, reason=str(stub_gpu.why_not()))
+def test_launching_on_a_stub_makes_rows():
+    found = {about["pass"]: find() for about, find in launch.cases("cpu", QUICK) if about["stub"]}
+    assert list(found) == ["forward", "forward+backward"]
+    assert all(list(entries(row)) == ["ours", "eager"] for row in found.values())
 
 
 # --- Compiled kernels ------------------------------------------------------------------------
