@@ -53,6 +53,7 @@ def _tests(*names):
 
 OPS = (
     "masked_ffn",
+    "launch",
     "hard_concrete",
     "token_losses",
     "select_muted",

@@ -46,9 +46,9 @@ def driver():
 
 @pytest.fixture(autouse=True)
 def no_plans():
+    _C.forget_plans()
     yield
     if STUBBED:
-        _C.forget_plans()
         recording._refused.clear()
         recording.say_once.cache_clear()
 
@@ -387,6 +387,25 @@ def test_plans_are_few():
     for n in range(5000):
         _C.learn_plan([n], [], [], [])
     assert _C.known_plans() <= 4096
+
+
+@pytest.mark.skipif(STUBBED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [T, 2100])
+def test_repeated_on_a_gpu(without_python, tokens):
+    """Values of a call that Python computes, then of two that the extension repeats."""
+    if recording.why_not() is not None:
+        pytest.skip(recording.why_not())
+    for n in range(3):
+        leaves = [torch.randn(tokens, F, requires_grad=True) for _ in range(2)] + [torch.rand(1, F)]
+        grad, leaves[2].requires_grad = torch.randn(tokens, F), True
+        here = [x.detach().cuda().requires_grad_() for x in leaves]
+        found = torch.autograd.grad(nk.masked_glu(*here), here, grad.cuda())
+        wanted = torch.autograd.grad(nk.masked_glu(*leaves), leaves, grad)
+        for x, y in zip(found, wanted, strict=True):
+            torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)
+        if n == 0:
+            assert _C.known_plans() == 2
+            without_python()
 
 
 def test_where_python_launches_alone(monkeypatch):
