@@ -25,11 +25,11 @@ struct Ffn {
   bool stream;  // write outputs past the caches
 };
 
-// A block of tokens (through `order` where it is not null) and columns.
+// A block of tokens (through `order` where it is not null), with all of their columns.
 struct Block {
   const int64_t* order;
   int64_t first_token, last_token;
-  int64_t first_column, last_column;
+  int64_t columns;
 };
 
 struct FfnGrad {

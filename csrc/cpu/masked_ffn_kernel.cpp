@@ -5,14 +5,6 @@
 namespace neumuter::cpu {
 namespace NEUMUTER_CAPABILITY {
 
-// Calls body(f, n) for runs of n of the block's columns: full registers, and one shorter run at the end.
-template <int kRun, typename Body>
-NEUMUTER_INLINE void for_each_run(const Block& b, Body body) {
-  int64_t f = b.first_column;
-  for (const int64_t last = b.last_column; f + kRun <= last; f += kRun) body(f, kRun);
-  if (f < b.last_column) body(f, static_cast<int>(b.last_column - f));
-}
-
 // Calls body(t) for the block's tokens.
 template <typename Body>
 NEUMUTER_INLINE void for_each_token(const Block& b, Body body) {
@@ -59,6 +51,38 @@ NEUMUTER_INLINE T* row_of(void* base, int64_t t, int64_t stride) {
 // In the loops over columns nothing is read through `a`: the stores there might change it, for all that
 // the compiler knows, and it would read it again for every register.
 
+// A run of columns is worked on in two loops: the activation first, then what is multiplied with it. In one
+// loop the operations on a register are a chain so long that a processor cannot hold enough of the next ones
+// to be busy: on a Zen 4 that took 1.4 times as long in bfloat16.
+constexpr int kRegisters = 16;
+template <typename T>
+constexpr int kRun = kRegisters * kWidth<T>;
+constexpr int kRunsAhead = 4;  // are asked for early: with as long a loop, few loads wait at a time
+
+// Calls body(f, columns) for the runs of all columns; the last one may be shorter.
+template <typename T, typename Body>
+NEUMUTER_INLINE void for_each_run(int64_t columns, Body body) {
+  for (int64_t f = 0; f < columns; f += kRun<T>) {
+    body(f, static_cast<int>(columns - f < kRun<T> ? columns - f : kRun<T>));
+  }
+}
+
+// Calls body(i, n) for the registers of a run: n of a register's lanes, from column i.
+template <typename T, typename Body>
+NEUMUTER_INLINE void for_each_register(int columns, Body body) {
+  int i = 0;
+  for (; i + kWidth<T> <= columns; i += kWidth<T>) body(i, kWidth<T>);
+  if (i < columns) body(i, columns - i);
+}
+
+// Asks for the run that comes kRunsAhead runs after this one, which may lie past the end of all.
+template <typename T, int kStride>
+NEUMUTER_INLINE void prefetch(const T* run) {
+  constexpr uintptr_t kBytes = kRun<T> * kStride * sizeof(T), kLine = 64;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(run) + kRunsAhead * kBytes;
+  for (uintptr_t i = 0; i < kBytes; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+}
+
 template <typename T, Activation A, bool kGlu, int kStride>
 static void forward(const Ffn& a, const Block& block, void* out, int64_t out_stride) {
   using C = Compute<T>;
@@ -68,12 +92,20 @@ static void forward(const Ffn& a, const Block& block, void* out, int64_t out_str
     const T* gate = row_of<T>(a.gate, t, a.gate_stride);
     const T* up = row_of<T>(a.up, t, a.up_stride);
     T* to = row_of<T>(out, t, out_stride);
-    for_each_run<kWidth<T>>(block, [=](int64_t f, int n) __attribute__((always_inline)) {
-      C slope;
-      C h = round_to<T>(activation<A>(load_run(gate + f * kStride, kStride, n), &slope));
-      if constexpr (kGlu) h *= load_run(up + f * kStride, kStride, n);
-      if (mask != nullptr) h *= load_run(mask + f, 1, n);
-      store_run<T>(h, to + f, 1, n, past_caches);
+    for_each_run<T>(block.columns, [=](int64_t f, int columns) __attribute__((always_inline)) {
+      prefetch<T, kStride>(gate + f * kStride);
+      if constexpr (kGlu) prefetch<T, kStride>(up + f * kStride);
+      C values[kRegisters];
+      for_each_register<T>(columns, [&](int i, int n) __attribute__((always_inline)) {
+        C slope;
+        values[i / kWidth<T>] = activation<A>(load_run(gate + (f + i) * kStride, kStride, n), &slope);
+      });
+      for_each_register<T>(columns, [&](int i, int n) __attribute__((always_inline)) {
+        C h = round_to<T>(values[i / kWidth<T>]);
+        if constexpr (kGlu) h *= load_run(up + (f + i) * kStride, kStride, n);
+        if (mask != nullptr) h *= load_run(mask + f + i, 1, n);
+        store_run<T>(h, to + f + i, 1, n, past_caches);
+      });
     });
   });
   if (past_caches) stream_fence();
@@ -91,25 +123,35 @@ static void backward(const Ffn& a, const FfnGrad& d, const Block& block, void* g
     const T* up = row_of<T>(a.up, t, a.up_stride);
     T* grad_gate = row_of<T>(d.grad_gate, t, d.grad_gate_stride);
     T* grad_up = row_of<T>(d.grad_up, t, d.grad_up_stride);
-    S* sums =
-        mask == nullptr || grad_mask == nullptr ? nullptr : static_cast<S*>(grad_mask) - block.first_column;
-    for_each_run<kWidth<T>>(block, [=](int64_t f, int n) __attribute__((always_inline)) {
-      C inner = load_run(grad + f, 1, n);
-      C slope, u;
-      const C value = round_to<T>(activation<A>(load_run(gate + f * kStride, kStride, n), &slope));
-      if constexpr (kGlu) u = load_run(up + f * kStride, kStride, n);
-      if (sums != nullptr) {
-        C product = value;
-        if constexpr (kGlu) product *= u;
-        store_run<S>(load_run(sums + f, 1, n) + inner * product, sums + f, 1, n);
-      }
-      if (!input_grad) return;
-      if (mask != nullptr) inner *= load_run(mask + f, 1, n);
-      if constexpr (kGlu) {
-        store_run<T>(inner * value, grad_up + f * kStride, kStride, n, past_caches);
-        inner *= u;
-      }
-      store_run<T>(round_to<T>(inner) * slope, grad_gate + f * kStride, kStride, n, past_caches);
+    S* sums = mask == nullptr ? nullptr : static_cast<S*>(grad_mask);
+    for_each_run<T>(block.columns, [=](int64_t f, int columns) __attribute__((always_inline)) {
+      prefetch<T, 1>(grad + f);
+      prefetch<T, kStride>(gate + f * kStride);
+      if constexpr (kGlu) prefetch<T, kStride>(up + f * kStride);
+      C values[kRegisters], slopes[kRegisters];
+      for_each_register<T>(columns, [&](int i, int n) __attribute__((always_inline)) {
+        const C x = load_run(gate + (f + i) * kStride, kStride, n);
+        values[i / kWidth<T>] = activation<A>(x, &slopes[i / kWidth<T>]);
+      });
+      for_each_register<T>(columns, [&](int i, int n) __attribute__((always_inline)) {
+        const int64_t at = f + i;
+        const C value = round_to<T>(values[i / kWidth<T>]);
+        C inner = load_run(grad + at, 1, n), u;
+        if constexpr (kGlu) u = load_run(up + at * kStride, kStride, n);
+        if (sums != nullptr) {
+          C product = value;
+          if constexpr (kGlu) product *= u;
+          store_run<S>(load_run(sums + at, 1, n) + inner * product, sums + at, 1, n);
+        }
+        if (!input_grad) return;
+        if (mask != nullptr) inner *= load_run(mask + at, 1, n);
+        if constexpr (kGlu) {
+          store_run<T>(inner * value, grad_up + at * kStride, kStride, n, past_caches);
+          inner *= u;
+        }
+        store_run<T>(round_to<T>(inner) * slopes[i / kWidth<T>], grad_gate + at * kStride, kStride, n,
+                     past_caches);
+      });
     });
   });
   if (past_caches) stream_fence();

@@ -20,6 +20,24 @@ NEUMUTER_INLINE C horner(C x, Scalar<C> c, Rest... rest) {
   return c + x * horner<C>(x, rest...);
 }
 
+// The larger, or the smaller, of the limit and x; NaN stays NaN. All of these instructions give the second
+// operand where one is NaN; GCC makes two of the general case.
+#if defined(__AVX512F__)
+NEUMUTER_INLINE Floats at_least(float limit, Floats x) {
+  return bits<Floats>(_mm512_max_ps(_mm512_set1_ps(limit), bits<__m512>(x)));
+}
+#elif defined(__AVX2__)
+NEUMUTER_INLINE Floats at_least(float limit, Floats x) {
+  return bits<Floats>(_mm256_max_ps(_mm256_set1_ps(limit), bits<__m256>(x)));
+}
+NEUMUTER_INLINE Floats at_most(float limit, Floats x) {
+  return bits<Floats>(_mm256_min_ps(_mm256_set1_ps(limit), bits<__m256>(x)));
+}
+#else
+NEUMUTER_INLINE Floats at_least(float limit, Floats x) { return x < limit ? splat<Floats>(limit) : x; }
+NEUMUTER_INLINE Floats at_most(float limit, Floats x) { return x > limit ? splat<Floats>(limit) : x; }
+#endif
+
 // 1/x for normal x, within 1 ulp.
 NEUMUTER_INLINE Floats reciprocal(Floats x) {
 #if defined(__AVX512F__)
@@ -32,25 +50,27 @@ NEUMUTER_INLINE Floats reciprocal(Floats x) {
 }
 NEUMUTER_INLINE double reciprocal(double x) { return 1.0 / x; }
 
-// exp(x) for x <= 0, within 2 ulp; underflow goes through the denormals to 0.
+// An integer n near x/ln 2 is in the low bits of *rounded, plus `bias`. Returns scale·exp(x − n·ln 2).
+template <int kBias>
+NEUMUTER_INLINE Floats fraction(Floats x, float scale, Floats* rounded, Floats* n) {
+  constexpr float kShift = 12582912.0f + kBias;
+  *rounded = x * 1.44269504f + kShift;
+  *n = *rounded - kShift;
+  const Floats r = (x - *n * 0.693359375f) - *n * -2.12194440e-4f;
+  // A minimax fit of ours, error 3.1e-9.
+  return horner<Floats>(r, scale, scale, scale * 0.49999994f, scale * 0.16666521f, scale * 0.041668255f,
+                        scale * 0.0083686626f, scale * 0.0013821459f);
+}
+
+// exp(x) for x <= 0, within 1 ulp (1.2 without fused multiply-add); underflow goes through the denormals
+// to 0.
 NEUMUTER_INLINE Floats exponential(Floats x) {
-#if defined(__AVX512F__)
-  x = bits<Floats>(_mm512_max_ps(_mm512_set1_ps(-104.0f), bits<__m512>(x)));  // of NaN: the second, NaN
-#else
-  x = x < -104.0f ? splat<Floats>(-104.0f) : x;  // NaN stays NaN
-#endif
-  const Floats rounded = x * 1.44269504f + 12582912.0f;
-  const Floats n = rounded - 12582912.0f;
-  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  const Floats q = horner<Floats>(r, 0.5f, 0.1666666716337204f, 0.04166625440120697f, 0.008333262987434864f,
-                                  0.0013947212137281895f, 0.00019919360056519508f);
-  const Floats y = 1.0f + (r + (r * r) * q);
+  Floats rounded, n;
+  const Floats y = fraction<127 + 64>(at_least(-104.0f, x), 1.0f, &rounded, &n);
 #if defined(__AVX512F__)
   return bits<Floats>(_mm512_scalef_ps(bits<__m512>(y), bits<__m512>(n)));
 #else
-  const Ints exponent = bits<Ints>(rounded) - 0x4B400000;
-  const Ints half = exponent >> 1;  // 2^n may not be representable where y·2^n is
-  return y * bits<Floats>((half + 127) << 23) * bits<Floats>((exponent - half + 127) << 23);
+  return y * bits<Floats>(bits<Ints>(rounded) << 23) * 0x1p-64f;  // 2^n may not be normal where y·2^n is
 #endif
 }
 NEUMUTER_INLINE double exponential(double x) { return std::exp(x); }
@@ -59,13 +79,27 @@ NEUMUTER_INLINE Floats absolute(Floats x) { return bits<Floats>(bits<Ints>(x) & 
 NEUMUTER_INLINE double absolute(double x) { return std::fabs(x); }
 
 // σ(x); *complement is 1 − σ(x), without the cancellation.
-template <typename C>
-NEUMUTER_INLINE C sigmoid(C x, C* complement) {
-  const C e = exponential(-absolute(x));
-  const C larger = reciprocal(Scalar<C>(1) + e), smaller = e * larger;
-  const auto negative = x < Scalar<C>(0);
-  *complement = negative ? larger : smaller;
-  return negative ? smaller : larger;
+NEUMUTER_INLINE Floats sigmoid(Floats x, Floats* complement) {
+#if defined(__AVX512F__)
+  const Floats e = exponential(bits<Floats>(bits<Ints>(x) | INT32_MIN));  // of −|x|
+  const Floats larger = reciprocal(1.0f + e), smaller = e * larger;
+  *complement = bits<Ints>(x) < 0 ? larger : smaller;
+  return bits<Ints>(x) < 0 ? smaller : larger;
+#else
+  // exp(−x) as it is, since blends and the powers below 2^-126 cost more here. It becomes 0 at the lower
+  // limit, where 2^(n − 1) has no exponent left, and infinite at the upper one.
+  Floats rounded, n;
+  const Floats y = fraction<126>(at_most(89.0f, at_least(-87.3f, -x)), 2.0f, &rounded, &n);
+  const Floats e = y * bits<Floats>(bits<Ints>(rounded) << 23);
+  const Floats s = reciprocal(1.0f + e);
+  *complement = at_most(3e38f, e) * s;
+  return s;
+#endif
+}
+NEUMUTER_INLINE double sigmoid(double x, double* complement) {
+  const double e = std::exp(-std::fabs(x)), larger = 1.0 / (1.0 + e), smaller = e * larger;
+  *complement = x < 0.0 ? larger : smaller;
+  return x < 0.0 ? smaller : larger;
 }
 
 // Φ(x) of the standard normal distribution, given e = exp(−x²/2).

@@ -88,10 +88,16 @@ NEUMUTER_INLINE Floats round_to_bfloat16(Floats x) { return from_bfloat16(to_bfl
 #else
 NEUMUTER_INLINE Words upper_half(Floats x) {
   const Words u = bits<Words>(x);
-  return x == x ? u + 0x7FFFu + ((u >> 16) & 1u) : Words{} + 0x7FC00000u;
+  return (u + (((u >> 16) & 1u) + 0x7FFFu)) | bits<Words>(x != x);  // of NaN: all bits
 }
 NEUMUTER_INLINE HalfWords to_bfloat16(Floats x) {
-  return __builtin_convertvector(upper_half(x) >> 16, HalfWords);
+  const Words h = upper_half(x) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i w = bits<__m256i>(h);  // GCC makes five instructions of the below
+  return bits<HalfWords>(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+  return __builtin_convertvector(h, HalfWords);
+#endif
 }
 NEUMUTER_INLINE Floats round_to_bfloat16(Floats x) { return bits<Floats>(upper_half(x) & 0xFFFF0000u); }
 #endif
