@@ -106,14 +106,15 @@ def tokens_per_chunk(tokens: int, G: int, blocks: int, at_once: int) -> int:
     return _ceil(_ceil(tokens, chunks), MANY_CHUNKS.rows) * MANY_CHUNKS.rows
 
 
-# Of each compiled backward kernel, by device and constants, how many programs run at the same time.
+# How many programs of a backward kernel run at once, by the device and all that Triton compiles it for.
 _at_once: dict[tuple[Any, ...], int] = {}
 
 
 def _backward_at_once(device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]) -> int:
     if device.type != "cuda":  # Triton's interpreter
         return INTERPRETED_AT_ONCE
-    key = (device, arguments[0].dtype, *constants.values())
+    numbers = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments if isinstance(x, Tensor | int))
+    key = (device, arguments[0].dtype, *constants.values(), *(x % 16 == 0 for x in numbers))
     if key not in _at_once:
         compiled = masked_ffn_backward_kernel.warmup(*arguments, grid=(1, 1, 1), **constants)
         compiled[1, 1, 1]  # loads it, which tells its registers

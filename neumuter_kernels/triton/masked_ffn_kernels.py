@@ -186,9 +186,12 @@ def masked_ffn_backward_kernel(
         stride_up,
         stride_out,
     )
-    for start in range(0, whole, ROWS):
+    if ROW_IDS:
+        p_order = order + first + r
+    for _ in range(0, whole, ROWS):
         if ROW_IDS:
-            t = tl.load(order + first + start + r).to(tl.int64)
+            t = tl.load(p_order).to(tl.int64)
+            p_order += ROWS
             p_grad, p_gate, p_up, p_grad_gate, p_grad_up = pointers(
                 grad, gate, up, grad_gate, grad_up, t, f, f_gate,
                 stride_grad, stride_gate, stride_up, stride_out,

@@ -83,6 +83,31 @@ def test_registers_tell_how_many_programs_run_at_once(registers, resident):
     assert kernels.programs_at_once(255, 16, H100) == 132
 
 
+def test_each_compiled_kernel_is_asked_once(monkeypatch):
+    """Also those that differ only in what Triton sees of their arguments: bits depend on no earlier call."""
+    asked = []
+
+    class Compiled:
+        n_regs = 56
+
+        def __getitem__(self, grid):
+            return None
+
+    def warmup(*arguments, grid, **constants):
+        asked.append(arguments)
+        return Compiled()
+
+    monkeypatch.setattr(kernels, "masked_ffn_backward_kernel", types.SimpleNamespace(warmup=warmup))
+    monkeypatch.setattr(kernels, "_at_once", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    gpu, x = torch.device("cuda", 0), torch.empty(64)
+    for memory, stride, activation in ((x, 16, 0), (x[1:], 16, 0), (x, 17, 0), (x, 16, 1)):
+        constants = {"ACTIVATION": activation, "num_warps": 4}
+        for _ in range(2):
+            assert kernels._backward_at_once(gpu, (memory, None, stride), constants) == 132 * 9
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 14, 2000])
 @pytest.mark.parametrize("G", [1, 3, 8])
 @pytest.mark.parametrize("at_once", [132 * 7, 132 * 8])
