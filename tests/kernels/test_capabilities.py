@@ -58,6 +58,32 @@ def test_narrower_instruction_sets_agree(capability, widest, tmp_path):
             torch.testing.assert_close(x, widest[name], rtol=64 * eps, atol=16 * eps, msg=name)
 
 
+EDGES = """
+import torch
+import neumuter_kernels as nk
+# Far out, where exp overflows or underflows, φ is x or 0 and its slope 1 or 0.
+x = torch.tensor([[3e38, 1e30, 100.0, -95.0, -120.0, -1e30]]).requires_grad_()
+h = nk.masked_act(x, torch.ones(1, 6), activation="silu")
+h.sum().backward()
+torch.testing.assert_close(h, x.clamp(min=0), rtol=1e-6, atol=1e-38)
+torch.testing.assert_close(x.grad, (x > 0).float(), rtol=1e-6, atol=1e-38)
+# A NaN with all bits set must not be rounded to a zero.
+nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)[None]
+for dtype in (torch.bfloat16, torch.float16):
+    gate, up = (torch.ones(1, 2, dtype=dtype, requires_grad=True) for _ in range(2))
+    h = nk.masked_glu(gate, up, nan, activation="silu")
+    h.sum().backward()
+    assert all(y.isnan().all() for y in (h, gate.grad, up.grad)), (h, gate.grad, up.grad)
+"""
+
+
+@pytest.mark.parametrize("capability", SUPPORTED)
+def test_edges_of_the_arithmetic(capability):
+    environment = os.environ | {"NEUMUTER_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", EDGES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_name_says_what_there_is(tmp_path):
     done = run("sse9", tmp_path / "results.pt")
     assert done.returncode != 0
