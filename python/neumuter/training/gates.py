@@ -30,11 +30,7 @@ class Sampling:
     row_ids: torch.Tensor | None
 
     def mask(self, gates: "TrainableGates", hidden_states: Tensor) -> Mask:
-        if gates.trained and torch.is_grad_enabled() and not gates.scores.requires_grad:
-            raise RuntimeError(
-                f"the scores of {gates.path} are frozen, so training would change nothing. PEFT freezes all "
-                "parameters of a model: detach, wrap the model, then attach it"
-            )
+        _refuse_frozen(gates)
         rows = self.sample_ids.shape[0]
         _check_rows(rows, self.row_ids, hidden_states, "sample_ids", one_for_all=False)
         device = gates.scores.device
@@ -71,6 +67,14 @@ class Applying:
         return Mask(mask.to(hidden_states.device), _moved(self.row_ids, hidden_states.device))
 
 
+def _refuse_frozen(gates: "TrainableGates") -> None:
+    if gates.trained and torch.is_grad_enabled() and not gates.scores.requires_grad:
+        raise RuntimeError(
+            f"the scores of {gates.path} are frozen, so training would change nothing. PEFT freezes all "
+            "parameters of a model: detach, wrap the model, then attach it"
+        )
+
+
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
@@ -103,6 +107,7 @@ def sample_at_once(
     """
     runs: list[list[TrainableGates]] = []
     for one in gates:
+        _refuse_frozen(one)
         last = runs[-1][-1] if runs else None
         follows = last and (last.layer + 1, last.width, last.scores.device) == (
             one.layer, one.width, one.scores.device,
