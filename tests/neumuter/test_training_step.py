@@ -219,6 +219,18 @@ def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after):
     assert (whole - 1).abs().max() > 0.1
 
 
+def test_graphs_of_an_earlier_state_are_not_used_again(llama, captured):
+    with neumuter.attach(llama) as masked:
+        pair = PairedBatches(masked, FORGET, KEEP)
+        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, None)
+        one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 8)
+        one.take(fit_.ids, 4)
+        one.load(one.state())
+        assert captured.captures == 1
+        one.take(fit_.ids, 4)
+    assert captured.captures == 2
+
+
 def fitted_neurons(pair):
     return recipes.fitted.Neurons(pair.masked)
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from neumuter.models.devices import move
 from neumuter.models.families import decoder_of, find_ffns, unwrapped
 from neumuter.models.ffn import FFN
 from neumuter.models.hooks import Gates, forward_with_gates
@@ -378,7 +379,7 @@ class _Buffers:
         self.clear(1.0)
         own = rows.rows.repeat_interleave(len(self.gains[0]) // len(rows.rows))
         for device, tensors in rows.tensors.items():
-            ids = own.to(device)
+            ids = move(own, device)
             for number, gains in enumerate(self.gains):
                 if gains.device == device:
                     mute_(gains, *tensors, ids, number)

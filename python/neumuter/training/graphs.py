@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from neumuter.models.devices import move
+from neumuter.models.devices import overwrite
 from neumuter.training.batches import Inputs
 from neumuter.training.masked import Masked
 
@@ -65,7 +65,7 @@ class _Size:
 
     def fill(self, inputs: Inputs) -> None:
         for place, part in zip(self.inputs.tensors, inputs.tensors, strict=True):
-            place.copy_(move(part, place.device), non_blocking=True)
+            overwrite(place, part)
 
 
 def run_aside(body: Callable[[], None]) -> None:

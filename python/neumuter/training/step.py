@@ -148,6 +148,9 @@ class Step:
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         self.update.load(state["update"])
+        # They read the tensors of the update that was.
+        if self._graphs:
+            self._graphs = Graphs(self._run)
 
     def _run(self, inputs: Inputs) -> None:
         """The step itself. It must wait for nothing, and touch no tensor but those that stay in place."""
