@@ -1,4 +1,6 @@
-"""Tokens sorted by their mask rows and cut into chunks, in one launch; nothing waits for the device.
+"""Tokens sorted by their mask rows and cut into chunks; nothing waits for the device.
+
+One kernel does it, in which each row looks at all tokens. Where that is too many looks, torch sorts.
 
 Shapes: T tokens, G mask rows. Tokens without a mask row belong to a row of their own, row G.
 """
@@ -13,6 +15,7 @@ from torch import Tensor
 from neumuter_kernels.triton.arithmetic import WARP
 
 BLOCK, THREADS = 4096, 256  # row ids that a program looks at, at a time, and its threads
+MOST_LOOKS = 1 << 26  # of the kernel: 2 × 8 bytes each out of the L2 cache, estimated at a quarter of a ms
 
 
 class Chunks(NamedTuple):
@@ -73,9 +76,25 @@ def chunks_of(row_ids: Tensor, G: int, tokens_per_chunk: int) -> Chunks:
     """
     T = row_ids.numel()
     n = T // tokens_per_chunk + G + 1
+    if (G + 1) * T > MOST_LOOKS:
+        return _sorted_chunks(row_ids, G, tokens_per_chunk, n)
     order, rows, starts, ends, first_chunks = row_ids.new_empty(T + 3 * n + G + 2, dtype=torch.int32).split(
         [T, n, n, n, G + 2]
     )
     chunks = Chunks(order, rows, starts, ends, first_chunks)
     chunk_kernel[(G + 1,)](row_ids, *chunks, T, G, tokens_per_chunk, BLOCK=BLOCK, num_warps=THREADS // WARP)
     return chunks
+
+
+def _sorted_chunks(row_ids: Tensor, G: int, tokens_per_chunk: int, n: int) -> Chunks:
+    """The same, by sorting."""
+    device = row_ids.device
+    rows, order = torch.where((row_ids >= 0) & (row_ids < G), row_ids, G).sort(stable=True)
+    bounds = torch.searchsorted(rows, torch.arange(G + 2, dtype=rows.dtype, device=device))
+    first_chunks = bounds // tokens_per_chunk + torch.arange(G + 2, device=device)
+    chunk = torch.arange(n, device=device)
+    row = torch.searchsorted(first_chunks[1:], chunk, right=True)
+    last = bounds[row + 1]
+    starts = torch.minimum(bounds[row] + (chunk - first_chunks[row]) * tokens_per_chunk, last)
+    ends = torch.minimum(starts + tokens_per_chunk, last)
+    return Chunks(*(x.int() for x in (order, row, starts, ends, first_chunks)))

@@ -47,8 +47,10 @@ def test_many_tokens_are_cut_into_chunks(device):
 
 @pytest.mark.parametrize("length", [1, 3, 8, 100, 5001])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_chunks_of_row_ids(device, length, dtype):
-    """Of more row ids than a program looks at at a time, some outside of the mask."""
+@pytest.mark.parametrize("looks", [row_ids.MOST_LOOKS, 0])
+def test_chunks_of_row_ids(device, length, dtype, looks, monkeypatch):
+    """Of more row ids than a program looks at at a time, some outside of the mask; or sorted by torch."""
+    monkeypatch.setattr(row_ids, "MOST_LOOKS", looks)
     T, G = 5000, 7
     ids = torch.randint(-2, G + 2, (T,), dtype=dtype, device=device)
     ids[ids == 4] = 5  # a row without tokens
