@@ -25,8 +25,8 @@ struct Allocation {
   bool aligned;
 };
 
-constexpr std::uintptr_t kAlignment =
-    16;  // Triton compiles other code for addresses that are multiples of it
+// Triton compiles other code for addresses that are multiples of it.
+constexpr std::uintptr_t kAlignment = 16;
 constexpr int kNoTensor = -1;
 
 // A number (kNoTensor), or an address in tensor number `tensor`: first the call's tensors, then the

@@ -173,19 +173,9 @@ def masked_ffn_backward_kernel(
             ACTIVATION, LAYOUT, ARITHMETIC, INPUT_GRAD, MASK_GRAD,
         )  # fmt: skip
     p_grad, p_gate, p_up, p_grad_gate, p_grad_up = pointers(
-        grad,
-        gate,
-        up,
-        grad_gate,
-        grad_up,
-        first + r,
-        f,
-        f_gate,
-        stride_grad,
-        stride_gate,
-        stride_up,
-        stride_out,
-    )
+        grad, gate, up, grad_gate, grad_up, first + r, f, f_gate,
+        stride_grad, stride_gate, stride_up, stride_out,
+    )  # fmt: skip
     if ROW_IDS:
         p_order = order + first + r
     for _ in range(0, whole, ROWS):
