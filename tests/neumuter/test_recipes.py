@@ -24,6 +24,13 @@ def samples(seed, count, tokens=8):
 
 
 FORGET, KEEP = samples(1, 3), samples(2, 5)
+# Where references are kept: bytes on the device and in the host's memory.
+KEPT = {"device": (1 << 30, 1 << 32), "host": (0, 1 << 32), "nowhere": (0, 0)}
+
+
+def keep_references(where, monkeypatch):
+    for name, size in zip(("DEVICE_BYTES", "HOST_BYTES"), KEPT[where], strict=True):
+        monkeypatch.setattr(f"neumuter.training.references.{name}", size)
 
 
 def memorised(name):
@@ -229,9 +236,9 @@ def test_an_epoch_is_one_pass_over_the_forget_samples(llama):
         assert pair.epoch(3, 1) == epochs[3] != pair.epoch(3, 2)
 
 
-@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("kept", KEPT)
 def test_kl_everywhere_counts_every_token_but_padding(llama, kept, monkeypatch):
-    monkeypatch.setattr("neumuter.training.batches.REFERENCE_BYTES", kept)
+    keep_references(kept, monkeypatch)
     keep = ragged(KEEP, 5, 8, 2, 7, 4)
     keep["labels"][:, :2] = IGNORED
     keep["labels"][2, 1] = 7
@@ -267,10 +274,10 @@ def test_gains_stay_in_their_range(llama):
     assert mutes.gain_range == (-0.05, 0.05)
 
 
-@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("kept", KEPT)
 def test_minibatches_see_their_own_references(llama, kept, monkeypatch):
-    """Whether they are kept or each step computes its own."""
-    monkeypatch.setattr("neumuter.training.batches.REFERENCE_BYTES", kept)
+    """Wherever they are kept, or computed by each step."""
+    keep_references(kept, monkeypatch)
     with neumuter.attach(llama) as masked:
         pair = PairedBatches(masked, FORGET, KEEP)
         mask = {path: torch.rand(models.WIDTH) for path in masked.scores}

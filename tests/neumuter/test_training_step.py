@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import threading
 
 import pytest
@@ -17,10 +16,12 @@ from neumuter.training import graphs, step
 from neumuter.training.batches import BUCKET, PairedBatches
 from tests import models
 from tests.neumuter.test_recipes import (
+    KEPT,
     QUICK_GAINS,
     QUICK_GATES,
     QUICK_SUPPORT,
     fit,
+    keep_references,
     memorised,
     ragged,
     same,
@@ -116,7 +117,9 @@ def run(model, recipe, tell=None):
         return recipe(PairedBatches(masked, FORGET, KEEP), tell)
 
 
-def test_steps_wait_for_nothing_and_keep_their_sizes(llama, recipe, captured):
+@pytest.mark.parametrize("kept", KEPT)
+def test_steps_wait_for_nothing_and_keep_their_sizes(llama, recipe, captured, kept, monkeypatch):
+    keep_references(kept, monkeypatch)
     told = []
     run(llama, recipe, lambda *info: told.append(info))
     assert captured.captures >= 1
@@ -169,16 +172,16 @@ def test_obstacles_are_named(llama):
         assert graphs.find_obstacle(masked) == "the model is on several devices (cpu, meta)"
 
 
-def test_padding_changes_no_loss_and_stays_within_the_positions(llama):
+@pytest.mark.parametrize("kept", KEPT)
+def test_padding_changes_no_loss_and_stays_within_the_positions(llama, kept, monkeypatch):
+    keep_references(kept, monkeypatch)
     short = copy.deepcopy(llama)
     short.config.max_position_embeddings = 40
     for model, width in ((llama, BUCKET), (short, 40)):
         with neumuter.attach(model) as masked:
             pair = PairedBatches(masked, FORGET, KEEP)
             masks = {path: torch.rand(models.WIDTH) for path in masked.scores}
-            for kept, everywhere in itertools.product((True, False), (True, False)):
-                if not kept:
-                    pair._references[everywhere] = pair._references[everywhere]._replace(states=None)
+            for everywhere in (True, False):
                 padded = pair.take([0, 3, 4, 6, 9], everywhere, padded=True)
                 plain = pair.take([0, 3, 4, 6, 9], everywhere)
                 assert padded.ids.shape == (5, width)
@@ -290,7 +293,9 @@ def test_the_fit_is_that_of_whole_batches_too(llama, captured):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_takes_steps_as_graphs_without_waiting(llama):
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_gpu_takes_steps_as_graphs_without_waiting(llama, kept, monkeypatch):
+    keep_references(kept, monkeypatch)
     results = []
     for eagerly in (True, False):
         with neumuter.attach(copy.deepcopy(llama).cuda()) as masked:

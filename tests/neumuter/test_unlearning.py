@@ -16,6 +16,7 @@ from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.types import IGNORED
 from tests.models import build, tokenizer
+from tests.neumuter.test_recipes import keep_references
 
 PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]
 KEPT = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop."]
@@ -258,7 +259,7 @@ def test_the_end_of_a_long_text_is_measured_and_looked_at(model, words):
 
 def test_many_retain_texts_are_measured_on_a_sample_that_is_said(model, words, caplog, monkeypatch):
     monkeypatch.setattr("neumuter.unlearning.MEASURED_TEXTS", 2)
-    monkeypatch.setattr("neumuter.training.batches.REFERENCE_BYTES", 0)
+    keep_references("nowhere", monkeypatch)
     monkeypatch.setattr("neumuter.recipes.fisher.MEASURED_RETAIN", 2)
     monkeypatch.setattr("neumuter.unlearning.SHOWN_TEXTS", 0)
     monkeypatch.setattr("neumuter.evaluation.examination.MAX_TOKENS", 1)

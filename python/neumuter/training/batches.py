@@ -15,12 +15,11 @@ from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
+from neumuter.training.references import References
 from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
 
 # Without gradients.
 SAMPLES_PER_PASS = 8
-# References of at most this size are kept, on the model's device.
-REFERENCE_BYTES = 1 << 30
 # Padded inputs are a multiple of this number of tokens wide, and have at least this number of counted tokens.
 BUCKET = 64
 # Tokens that the head is checked on.
@@ -32,8 +31,8 @@ class Inputs(NamedTuple):
 
     ids: int64 [B, W], forget samples first. samples: their sample ids, int64 [B]. places: where the counted
     tokens are predicted, row·W + position, int64 [N + M], forget tokens first. targets: the forget tokens,
-    int64 [N]. references: the rows of the kept references, int64 [M]. weights: float32 [N + M], 0 for
-    padding and 1 for tokens that are there. split: the number of forget samples.
+    int64 [N]. references: what ``References.lay_out`` gives for the retain tokens, [M] or [M, d]. weights:
+    float32 [N + M], 0 for padding and 1 for tokens that are there. split: the number of forget samples.
     """
 
     ids: torch.Tensor
@@ -58,10 +57,10 @@ class PairedBatches:
     """A forget batch, a retain batch, and the reference distribution of the retain batch.
 
     The reference is the same model with masks off: its last hidden states at the retain tokens, [N, d] in the
-    model's dtype. The base is frozen, so up to ``REFERENCE_BYTES`` of them are computed when the first step
-    needs them, and kept; where there are more, each step computes those that it needs. Sample ids are
-    positions in the forget batch followed by the retain batch, however the samples are split into steps. The
-    neurons of experts that no forget token reaches are excluded from selection.
+    model's dtype. The base is frozen, so they are computed when the first step needs them, and kept: 1 GiB on
+    the model's device, or 4 GiB in the host's memory. Where there are more, each step computes those that it
+    needs. Sample ids are positions in the forget batch followed by the retain batch, however the samples are
+    split into steps. The neurons of experts that no forget token reaches are excluded from selection.
 
     Args:
         masked: the handle of the model; every recipe takes it from here.
@@ -82,7 +81,7 @@ class PairedBatches:
         self.device, self._samples = device, dict[int, _Sample]()
         self._batches = [{key: batch[key].cpu() for key in KEYS} for batch in (forget_batch, retain_batch)]
         # By whether they are those of all tokens.
-        self._references: dict[bool, _References] = {}
+        self._references: dict[bool, References] = {}
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS].to(device))
             pieces = (forget_batch[key].split(SAMPLES_PER_PASS) for key in KEYS)
@@ -160,12 +159,9 @@ class PairedBatches:
                 ``BUCKET``, up to the positions that the model has, and the numbers of tokens to powers of 2.
         """
         split, fill = sum(i < self.forget_count for i in sample_ids), _pad if padded else torch.cat
-        starts = self._kept(everywhere, through).starts
+        kept = self._kept(everywhere, through)
         ids, places = self._lay_out(sample_ids, everywhere, padded)
-        rows = [
-            torch.arange(len(place)) + starts[i]
-            for i, place in zip(sample_ids[split:], places[split:], strict=True)
-        ]
+        rows = [kept.rows(i - self.forget_count) for i in sample_ids[split:]]
         kinds = [fill(places[:split]), fill(places[split:])]
         weights = [
             (torch.arange(len(kind)) < count).float()
@@ -176,7 +172,7 @@ class PairedBatches:
             samples=torch.tensor(sample_ids),
             places=torch.cat(kinds),
             targets=fill([self._sample(i).targets for i in sample_ids[:split]]),
-            references=fill(rows),
+            references=kept.lay_out(fill(rows)),
             weights=torch.cat(weights),
             split=split,
         )
@@ -193,15 +189,12 @@ class PairedBatches:
         counts = [len(inputs.targets), len(inputs.references)]
         hidden = self._hidden(inputs.ids, inputs.places, through)
         forget, retain = hidden.split(counts)
-        kept = self._references[everywhere].states
-        if kept is None:
+        reference = self._references[everywhere].read(inputs.references)
+        if reference is None:
             first = inputs.split * inputs.ids.shape[1]
-            with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
-                ids, places = inputs.ids[inputs.split :], inputs.places[counts[0] :] - first
-                # Padding is at place 0 of all rows.
-                reference = self._hidden(ids, places.clamp(min=0), through)
-        else:
-            reference = kept.index_select(0, inputs.references)
+            ids, places = inputs.ids[inputs.split :], inputs.places[counts[0] :] - first
+            # Padding is at place 0 of all rows.
+            reference = self._reference(ids, places.clamp(min=0), through)
         return self.head.token_losses(forget, inputs.targets), self.head.kl_divergences(retain, reference)
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
@@ -228,22 +221,24 @@ class PairedBatches:
             self._samples[sample_id] = _Sample(ids, mask, labels)
         return self._samples[sample_id]
 
-    def _kept(self, everywhere: bool, through: nn.Module | None) -> "_References":
+    def _kept(self, everywhere: bool, through: nn.Module | None) -> References:
         """The references of all retain samples, computed when they are first asked for."""
-        if everywhere in self._references:
-            return self._references[everywhere]
-        retain, size = range(self.forget_count, self.forget_count + self.retain_count), SAMPLES_PER_PASS
-        lengths = [len(self._places(i, everywhere)) for i in retain]
-        found: list[Tensor] = []
-        kept = len(retain) if sum(lengths) * self.head.state_bytes <= REFERENCE_BYTES else 0
-        # Of all samples at once: all processes have to run the same forward passes.
-        with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
-            for start in range(0, kept, size):
-                ids, places = self._lay_out(retain[start : start + size], everywhere)
-                found.append(self._hidden(ids, torch.cat(places), through))
-        starts = dict(zip(retain, itertools.accumulate([0, *lengths]), strict=False))
-        self._references[everywhere] = _References(torch.cat(found) if found else None, starts)
+        if everywhere not in self._references:
+            retain, size = range(self.forget_count, self.forget_count + self.retain_count), SAMPLES_PER_PASS
+            lengths = [len(self._places(i, everywhere)) for i in retain]
+            # Of all samples at once: all processes have to run the same forward passes.
+            passes = (
+                self._lay_out(retain[start : start + size], everywhere)
+                for start in range(0, len(retain), size)
+            )
+            states = (self._reference(ids, torch.cat(places), through) for ids, places in passes)
+            self._references[everywhere] = References(lengths, self.head.state_bytes, states)
         return self._references[everywhere]
+
+    def _reference(self, ids: Tensor, places: Tensor, through: nn.Module | None) -> Tensor:
+        """``_hidden`` of the model with masks off."""
+        with torch.no_grad(), without_dropout(self.masked.model), self.masked.off():
+            return self._hidden(ids, places, through)
 
     def _hidden(self, ids: Tensor, places: Tensor, through: nn.Module | None = None) -> Tensor:
         """The last hidden states of ``ids``, int64 [B, W], at ``places`` = row·W + position: [N, d]."""
@@ -277,14 +272,6 @@ class _Sample:
     def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         self.positions = predicting(labels[None])[0].nonzero().flatten()
         self.ids, self.targets = ids[: int(attention_mask.sum())], labels[self.positions + 1]
-
-
-class _References(NamedTuple):
-    """The last hidden states of all retain samples one after the other, [N, d], or None where they are too
-    many to keep; and the row at which each sample begins."""
-
-    states: torch.Tensor | None
-    starts: dict[int, int]
 
 
 def _pad(parts: Sequence[Tensor]) -> Tensor:

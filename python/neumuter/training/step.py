@@ -109,8 +109,9 @@ class Step:
         with without_dropout(self.pair.masked.model):
             while self.done < last:
                 self.once(next(source))
-                if not (tell or stop) or (self.done % self.read_every and self.done < last):
+                if self.done % self.read_every and self.done < last:
                     continue
+                # Even if nobody is told: inputs of later steps would pile up where the processor is faster.
                 rows = self._readings.tolist()
                 stopped = False
                 while told < self.done:
