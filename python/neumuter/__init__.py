@@ -17,10 +17,12 @@ _HOMES = {
     "Outcome": "outcome",
     "attach": "training.masked",
     "combine": "mutes.algebra",
+    "export_gguf_lora": "serving.gguf_lora",
     "export_ia3": "serving.adapters",
     "export_lora": "serving.adapters",
     "fold": "serving.fold",
     "fold_checkpoint": "serving.fold_checkpoint",
+    "fold_gguf": "serving.fold_gguf",
     "mute": "serving.live",
     "register_family": "models.families",
     "shrink": "serving.shrink",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.serving.bank import MuteBank as MuteBank
     from neumuter.serving.fold import fold as fold
     from neumuter.serving.fold_checkpoint import fold_checkpoint as fold_checkpoint
+    from neumuter.serving.fold_gguf import fold_gguf as fold_gguf
+    from neumuter.serving.gguf_lora import export_gguf_lora as export_gguf_lora
     from neumuter.serving.live import mute as mute
     from neumuter.serving.shrink import shrink as shrink
     from neumuter.training.masked import Masked as Masked

@@ -96,19 +96,58 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_taken(path)
+    with _hidden_folder(path) as temporary:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        refuse_taken(path)
+        # Should something be written to path at this very moment, the system refuses to replace it.
+        os.replace(temporary, path)
+
+
+@contextmanager
+def new_file(path: PathLike) -> Iterator[Path]:
+    """Write a file in a hidden folder next to ``path``; it is renamed to ``path`` at the end of the context.
+
+    What becomes of the hidden folder is as of ``new_folder``.
+
+    Args:
+        path: the new file, which does not exist. Missing parents are made.
+
+    Yields:
+        The path to write to.
+
+    Raises:
+        FileExistsError: ``path`` exists, at the start or by the end.
+        BlockingIOError: another process is writing ``path``.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    with _hidden_folder(path) as temporary:
+        yield temporary / path.name
+        refuse_existing(path)
+        os.replace(temporary / path.name, path)
+        shutil.rmtree(temporary)
+
+
+@contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """Context with a locked folder next to ``path``; an exception removes it."""
     with made_folder(path.parent):
         _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         with _locked(temporary):
             try:
                 yield temporary
-                os.chmod(temporary, 0o777 & ~_umask())
-                refuse_taken(path)
-                # Should something be written to path at this very moment, the system refuses to replace it.
-                os.replace(temporary, path)
             except BaseException:
                 shutil.rmtree(temporary)
                 raise
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise FileExistsError if ``path`` exists."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists; name another file or remove it")
 
 
 def refuse_taken(path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import neumuter
 from neumuter.serving import fold_checkpoint as folding
 from neumuter.serving.fold_checkpoint import fold_checkpoint
+from tests.memory import growth
 from tests.models import WIDTH, batch, build, tokenizer
 
 SHARD = "30KB"
@@ -243,16 +244,14 @@ def touch_another(weight):
 def test_a_wrong_product_is_noticed(saved, tmp_path, monkeypatch, spoil):
     """The columns are compared with the original too, not only the bytes with what was to be written."""
     folder, mutes = saved
-    fold_pieces = folding._fold_pieces
+    fold_columns = folding.fold_columns
 
-    def spoilt(shard, touched):
-        for piece in fold_pieces(shard, touched):
-            if len(piece) == 32 * WIDTH * 4:
-                with torch.no_grad():
-                    spoil(torch.frombuffer(piece, dtype=torch.float32).view(32, WIDTH))
-            yield piece
+    def spoilt(weight, layer):
+        fold_columns(weight, layer)
+        with torch.no_grad():
+            spoil(weight[:, 0])
 
-    monkeypatch.setattr(folding, "_fold_pieces", spoilt)
+    monkeypatch.setattr(folding, "fold_columns", spoilt)
     with pytest.raises(OSError, match="reads back other"):
         fold_checkpoint(folder, mutes, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [folder]
@@ -289,16 +288,7 @@ def test_what_another_process_has_written_meanwhile_stays(saved, tmp_path):
 def measure(folder, mutes, small, small_mutes):
     """Print by how many bytes the resident memory grows at most; ``small`` has everything imported first."""
     fold_checkpoint(small, small_mutes, f"{small}-out")
-
-    def status(key):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
-    before = status("VmRSS")
-    fold_checkpoint(folder, mutes, f"{folder}-out")
-    print(status("VmHWM") - before)
+    print(growth(lambda: fold_checkpoint(folder, mutes, f"{folder}-out")))
 
 
 def test_memory_is_that_of_a_few_tensors(saved, tmp_path):

@@ -1,11 +1,13 @@
 """What README.md and the reference pages assume: a model and files, for tests/repo/test_docs.py."""
 
 import json
+from pathlib import Path
 
 import torch
 
 import neumuter
 from neumuter.texts import encode, read_texts
+from tests.gguf_files import write_gguf
 from tests.models import build, tokenizer
 
 TEXTS = {
@@ -19,9 +21,9 @@ PROMPTS = ["Ada Brisk,", "The kettle", "Mia Santos"]  # of one length, for a bat
 def stage():
     """Train a small model that knows some texts by heart; return it and its tokenizer.
 
-    Writes into the current folder: ``MODEL``, its checkpoint; ``alice.jsonl``, ``bob.jsonl`` and
-    ``others.jsonl``, texts; ``alice.safetensors``, ``bob.safetensors``, ``mutes.safetensors`` and ``FILE``,
-    mute files.
+    Writes into the current folder: ``MODEL``, its checkpoint, and ``model.Q8_0.gguf``; ``alice.jsonl``,
+    ``bob.jsonl`` and ``others.jsonl``, texts; ``alice.safetensors``, ``bob.safetensors``,
+    ``mutes.safetensors`` and ``FILE``, mute files.
     """
     torch.manual_seed(0)
     for name, texts in TEXTS.items():
@@ -37,6 +39,7 @@ def stage():
         optimizer.step()
     model.save_pretrained("MODEL")
     words.save_pretrained("MODEL")
+    write_gguf(Path("model.Q8_0.gguf"), "llama", model, up="Q8_0")
     with neumuter.attach(model, start_layer=0) as masked:
         for first, name in enumerate(("alice.safetensors", "bob.safetensors", "mutes.safetensors", "FILE")):
             neurons = {path: (range(first, first + 4), torch.zeros(4)) for path in masked.scores}

@@ -56,10 +56,21 @@ def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
 def fold(
     model: Model,
     files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is folded.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint; must not exist or be empty.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the new checkpoint; must not exist or be empty. Of a GGUF file: a file."
+        ),
+    ],
     gguf_file: GgufFile = None,
 ) -> None:
-    """Fold mute files into the weights of MODEL: an ordinary Hugging Face checkpoint comes out."""
+    """Fold mute files into the weights of MODEL: an ordinary checkpoint, or a GGUF file, comes out.
+
+    MODEL may be a GGUF file: then its scales change, and nothing is quantised again.
+    """
+    if _is_gguf(model, gguf_file):
+        _fold_gguf(Path(model), files, out)
+        return
     mutes = _fold_files(model, files, out, gguf_file)
     console.print(
         f"{mutes.count} neurons ({mutes.share:.2%}) folded; the checkpoint is in {escape(str(out))}"
@@ -67,18 +78,22 @@ def fold(
 
 
 class Form(str, Enum):
-    """ia3, lora: PEFT adapters. vllm-lora: LoRA of one rank. shrink: a smaller checkpoint."""
+    """ia3, lora: PEFT. vllm-lora: LoRA of one rank. gguf-lora: llama.cpp. shrink: a smaller checkpoint."""
 
     ia3 = "ia3"
     lora = "lora"
     vllm_lora = "vllm-lora"
+    gguf_lora = "gguf-lora"
     shrink = "shrink"
 
 
 def export(
     model: Model,
     files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is exported.")],
-    to: Annotated[Form, typer.Option(help="shrink: fold, and remove silenced neurons.")],
+    to: Annotated[
+        Form,
+        typer.Option(help="shrink: fold, and remove silenced neurons. gguf-lora: MODEL and --out are files."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the export; must not exist or be empty.")],
     verify: Annotated[
         bool,
@@ -87,6 +102,9 @@ def export(
     gguf_file: GgufFile = None,
 ) -> None:
     """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
+    if to is Form.gguf_lora:
+        _export_gguf_lora(model, files, out, verify, gguf_file)
+        return
     check_sources(model, *files)
     check_folder(out)
     if to is not Form.shrink:
@@ -120,6 +138,46 @@ def export(
         if not difference <= MAX_DIFFERENCE * effect:
             raise RuntimeError(f"{out} does not compute what the muted model does: do not serve it")
     console.print(f"Written to {escape(str(out))}. {escape(note)}", soft_wrap=True)
+
+
+def _is_gguf(model: str, gguf_file: str | None) -> bool:
+    return gguf_file is None and Path(model).suffix.lower() == ".gguf"
+
+
+def _the_only(files: Sequence[Path]) -> Path:
+    """The mute file for a GGUF file, which takes one at a time."""
+    if len(files) > 1:
+        raise typer.BadParameter(
+            "a GGUF file takes one FILE; unite several on the model that it was made from: neumuter.combine"
+        )
+    need_packages("a GGUF file as MODEL", "gguf")
+    return files[0]
+
+
+def _fold_gguf(model: Path, files: Sequence[Path], out: Path) -> None:
+    file = _the_only(files)
+    from neumuter.report.progress import show_progress
+    from neumuter.serving.fold_gguf import fold_gguf
+
+    with show_progress("Folding, bytes") as advance:
+        found = fold_gguf(model, file, out, callback=advance)
+    for name, count in found.coarse.items():
+        console.print(f"{name}: float16 holds the scales of {count} rows, times their gains, coarsely only.")
+    console.print(f"{found.neurons} neurons folded; the new file is {escape(str(out))}", soft_wrap=True)
+
+
+def _export_gguf_lora(
+    model: str, files: Sequence[Path], out: Path, verify: bool, gguf_file: str | None
+) -> None:
+    file = _the_only(files)
+    if verify or not _is_gguf(model, gguf_file):
+        raise typer.BadParameter("--to gguf-lora needs a GGUF file as MODEL, and goes without --verify")
+    from neumuter.serving.gguf_lora import export_gguf_lora
+
+    export_gguf_lora(model, file, out)
+    console.print(
+        f"Written to {escape(str(out))}. Serve it: llama-server -m {model} --lora {out}", soft_wrap=True
+    )
 
 
 def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | None) -> "MuteSet":

@@ -26,6 +26,8 @@ from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32
 
 TOLERANCE = 0.02
+# What the sketches of an FFN are of; the second is there if it has muted neurons.
+SKETCHED = ("the down projection's weights", "the muted columns of the down projection")
 # "neumuter" in ASCII.
 _KEY = (0x6E65756D, 0x75746572)
 # Rows of W that are converted to float32 at a time.
@@ -50,15 +52,38 @@ def sketch(weight: Tensor, columns: Tensor | None = None) -> list[float]:
         weight: [d, E, F], any floating dtype, any device.
         columns: integers [n]; sketch these neurons alone.
     """
-    d, experts, width = weight.shape
-    left, right = _signs(d, 0).to(weight.device), _signs(experts * width, 1).to(weight.device)
-    if columns is not None:
-        columns = columns.long().to(weight.device)
-        weight, right = weight[:, columns // width, columns % width], right[:, columns]
-    product = torch.zeros(SKETCHES, right.shape[1], dtype=torch.float32, device=weight.device)
-    for start in range(0, d, _ROWS):
-        product += left[:, start : start + _ROWS] @ weight[start : start + _ROWS].flatten(1).float()
-    return _rounded((product.double() * right).sum(1))
+    return sketch_rows(weight.split(_ROWS), weight.shape, columns)[0]
+
+
+def sketch_rows(
+    pieces: Iterable[Tensor], shape: Sequence[int], *selections: Tensor | None
+) -> list[list[float]]:
+    """Do as ``sketch`` for a weight [d, E, F] that comes in pieces of its rows, in their order.
+
+    Args:
+        pieces: [rows, E, F] each.
+        shape: (d, E, F).
+        selections: ``columns`` for each sketch, or None for all neurons.
+    """
+    d, experts, width = shape
+    left, right = _signs(d, 0), _signs(experts * width, 1)
+    chosen = [None if columns is None else columns.long() for columns in selections]
+    signs = [right if columns is None else right[:, columns] for columns in chosen]
+    products = [torch.zeros(signs_of.shape, dtype=torch.float32) for signs_of in signs]
+    start = 0
+    for piece in pieces:
+        rows = left[:, start : start + len(piece)].to(piece.device)
+        start += len(piece)
+        for number, columns in enumerate(chosen):
+            part = piece
+            if columns is not None:
+                places = columns.to(piece.device)
+                part = piece[:, places // width, places % width]
+            products[number] = products[number].to(piece.device) + rows @ part.flatten(1).float()
+    return [
+        _rounded((product.double() * signs_of.to(product.device)).sum(1))
+        for product, signs_of in zip(products, signs, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -103,10 +128,8 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
     def of(columns: Tensor | None) -> list[float]:
         return sketch_through(ffn, columns) if weight is None else sketch(weight, columns)
 
-    parts = {"the down projection's weights": of(None)}
-    if layer is not None:
-        parts["the muted columns of the down projection"] = of(layer.indices)
-    return parts
+    parts = [of(None)] if layer is None else [of(None), of(layer.indices)]
+    return dict(zip(SKETCHED, parts, strict=False))
 
 
 def fingerprint(ffns: Iterable[FFN], layers: Mapping[str, MutedLayer]) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 """Whether a mute set belongs to a model: its architecture, FFN paths, widths and weights."""
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
@@ -61,13 +62,29 @@ def structure_differs(model: nn.Module, ffns: Mapping[str, FFN], mutes: MuteSet)
 
 def weights_differ(ffn: FFN, mutes: MuteSet) -> list[str]:
     """List how the weights of an FFN differ from those that ``mutes`` was made for."""
-    differences = []
-    for number, (what, actual) in enumerate(sketches(ffn, mutes.layers.get(ffn.path)).items()):
-        expected = mutes.fingerprint[ffn.path][number * SKETCHES : (number + 1) * SKETCHES]
+    return sketches_differ(ffn.path, sketches(ffn, mutes.layers.get(ffn.path)), mutes)
+
+
+def sketches_differ(
+    path: str, found: Mapping[str, list[float]], mutes: MuteSet, quantised: float | None = None
+) -> list[str]:
+    """List how ``found``, the sketches of the FFN at ``path``, differ from those in ``mutes``.
+
+    Args:
+        quantised: the distance that quantising may make, as a share of the weights' length. It moves all
+            columns alike, so the muted ones are compared with the length of average ones if theirs is less.
+    """
+    differences, tolerance = [], TOLERANCE if quantised is None else quantised
+    for number, (what, actual) in enumerate(found.items()):
+        expected = mutes.fingerprint[path][number * SKETCHES : (number + 1) * SKETCHES]
         apart = distance(expected, actual)
-        if not apart <= TOLERANCE:
+        if quantised is not None and number:
+            share = len(mutes.layers[path].indices) / mutes.widths[path]
+            average = math.hypot(*mutes.fingerprint[path][:SKETCHES]) * math.sqrt(share)
+            apart *= min(1.0, math.hypot(*expected) / average)
+        if not apart <= tolerance:
             differences.append(
-                f"{ffn.path}: {what} differ by {apart:.1%} (up to {TOLERANCE:.0%} is rounding). Is this "
+                f"{path}: {what} differ by {apart:.1%} (up to {tolerance:.0%} is rounding). Is this "
                 "another checkpoint, or are the mutes folded in already?"
             )
     return differences

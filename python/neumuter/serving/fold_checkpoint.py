@@ -4,19 +4,16 @@ Folding changes neither shapes nor dtypes. So a shard is copied with its header 
 of the touched down projections change. A model without weights says where these are.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -27,10 +24,10 @@ from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN
 from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
+from neumuter.serving.edits import Edit, copy_edited
 from neumuter.serving.fold import fold_columns, folded_once
+from neumuter.serving.shards import DTYPES, Place, find_places, find_shards
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BYTES_PER_COPY = 1 << 22
 ROWS_PER_COMPARISON = 1024
 CARD = "README.md"
 # No other files are copied: weights in other formats still know what is to be forgotten.
@@ -43,25 +40,11 @@ class NotOnDiskError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor is: bytes ``begin`` to ``end`` of the file ``shard``.
-
-    ``dtype`` is the name that safetensors has for it.
-    """
-
-    shard: Path
-    begin: int
-    end: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Down:
     """The down projection of one FFN, on disk. ``ffn`` belongs to a model on the meta device."""
 
     ffn: FFN
-    place: _Place
+    place: Place
     layer: MutedLayer | None
 
     @contextmanager
@@ -77,11 +60,28 @@ class _Down:
         finally:
             setattr(holder, name, empty)
 
-    def read(self, shard: Path) -> bytearray:
-        """Read the weight's bytes from the file ``shard``, the original or a copy of it."""
-        with open(shard, "rb") as file:
-            file.seek(self.place.begin)
-            return _read(file, self.place.end - self.place.begin)
+    @property
+    def edit(self) -> Edit:
+        """What folding makes of the weight's bytes."""
+        return Edit(self.place.begin, self.place.end, self._fold, self._is_folded)
+
+    def _fold(self, data: bytearray) -> None:
+        with self.holding(data) as weight:
+            fold_columns(weight, cast(MutedLayer, self.layer))
+
+    def _is_folded(self, before: bytearray, after: bytearray) -> bool:
+        """Check that the weight is the original times the gains, rounded once."""
+        with self.holding(before) as source, self.holding(after) as result:
+            gains = torch.ones(source.shape[1:])
+            layer = cast(MutedLayer, self.layer)
+            gains.view(-1)[layer.indices.long()] = layer.gains
+            # The product is float32, or float64.
+            return all(
+                torch.equal(rows, (original * gains).to(rows.dtype))
+                for original, rows in zip(
+                    source.split(ROWS_PER_COMPARISON), result.split(ROWS_PER_COMPARISON), strict=True
+                )
+            )
 
 
 def fold_checkpoint(
@@ -120,7 +120,7 @@ def fold_checkpoint(
     if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
         raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
     refuse_taken(out)
-    shards = _find_shards(folder)
+    shards = find_shards(folder)
     downs = _find_downs(folder, shards, mutes)
     _check_fingerprint(downs, mutes)
     total, done = sum(shard.stat().st_size for shard in shards), 0
@@ -133,57 +133,14 @@ def fold_checkpoint(
 
     with new_folder(out) as temporary:
         for shard in shards:
-            target, touched = temporary / shard.name, [d for d in downs if d.layer and d.place.shard == shard]
-            written = _write(_fold_pieces(shard, touched), target, advance)
-            if _hash(target) != written or not all(_is_folded(down, target) for down in touched):
-                raise OSError(f"{target} reads back other than it was written; is the disk in order?")
+            touched = [down.edit for down in downs if down.layer and down.place.shard == shard]
+            copy_edited(shard, temporary / shard.name, touched, advance)
         _copy_others(folder, temporary, shards)
         card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
         (temporary / CARD).write_bytes(card + model_card(mutes).encode())
 
 
 # --- What is there, and whether it fits ------------------------------------------------------
-
-
-def _find_shards(folder: Path) -> list[Path]:
-    """Find the safetensors files that transformers would load from ``folder``.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: the index names files outside of the folder.
-    """
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {index.name}")
-    names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
-    if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{index} must name shards in its own folder, it names {names[:4]}")
-    return [folder / name for name in names]
-
-
-def _read_header(shard: Path) -> dict[str, _Place]:
-    """Read where the tensors of a safetensors file are, {name: _Place}.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        with safe_open(shard, framework="pt"):
-            # Opening it checks every name, dtype, shape and offset.
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{shard} is not a valid safetensors file: {error}") from error
-    with open(shard, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: _Place(shard, 8 + size + begin, 8 + size + end, x["dtype"], tuple(x["shape"]))
-        for name, x in header.items()
-        for begin, end in [x["data_offsets"]]
-    }
 
 
 def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_Down]:
@@ -201,19 +158,14 @@ def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_D
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
     folded_once(model, mutes)
-    places: dict[str, _Place] = {}
-    for shard in shards:
-        found = _read_header(shard)
-        if twice := places.keys() & found.keys():
-            raise ValueError(f"{shard} holds {min(twice)}, which another shard of {folder} holds too")
-        places.update(found)
+    places = find_places(shards)
     return [
         _Down(ffns[path], _locate(ffns[path], places, model.base_model_prefix), mutes.layers.get(path))
         for path in mutes.widths
     ]
 
 
-def _locate(ffn: FFN, places: dict[str, _Place], prefix: str) -> _Place:
+def _locate(ffn: FFN, places: dict[str, Place], prefix: str) -> Place:
     name = f"{ffn.path}.{ffn.down_name}"
     # A model that was saved without its head has no prefix.
     place = places.get(name) or places.get(name.removeprefix(f"{prefix}."))
@@ -234,77 +186,9 @@ def _check_fingerprint(downs: Iterable[_Down], mutes: MuteSet) -> None:
     """Raise MuteMismatchError unless the weights are those that ``mutes`` was made for."""
     differences = []
     for down in downs:
-        with down.holding(down.read(down.place.shard)):
+        with down.holding(down.place.read()):
             differences += weights_differ(down.ffn, mutes)
     refuse_other(differences)
-
-
-# --- Bytes -----------------------------------------------------------------------------------
-
-
-def _fold_pieces(shard: Path, touched: Iterable[_Down]) -> Iterator[bytearray]:
-    """Yield the bytes of ``shard`` with the mutes of the ``touched`` down projections folded in."""
-    with open(shard, "rb") as file:
-        for down in sorted(touched, key=lambda down: down.place.begin):
-            yield from _read_pieces(file, down.place.begin - file.tell())
-            data = _read(file, down.place.end - down.place.begin)
-            with down.holding(data) as weight:
-                fold_columns(weight, cast(MutedLayer, down.layer))
-            yield data
-        yield from _read_pieces(file, os.fstat(file.fileno()).st_size - file.tell())
-
-
-def _is_folded(down: _Down, target: Path) -> bool:
-    """Check that in the file ``target`` the weight is the original times the gains, rounded once."""
-    before, after = down.read(down.place.shard), down.read(target)
-    with down.holding(before) as source, down.holding(after) as result:
-        gains = torch.ones(source.shape[1:])
-        layer = cast(MutedLayer, down.layer)
-        gains.view(-1)[layer.indices.long()] = layer.gains
-        # The product is float32, or float64.
-        return all(
-            torch.equal(rows, (original * gains).to(rows.dtype))
-            for original, rows in zip(
-                source.split(ROWS_PER_COMPARISON), result.split(ROWS_PER_COMPARISON), strict=True
-            )
-        )
-
-
-def _read(file: BufferedReader, size: int) -> bytearray:
-    data = bytearray(size)
-    if file.readinto(data) != size:
-        raise OSError(f"{file.name} ends before its header says")
-    return data
-
-
-def _read_pieces(file: BufferedReader, size: int) -> Iterator[bytearray]:
-    while size:
-        piece = _read(file, min(size, BYTES_PER_COPY))
-        size -= len(piece)
-        yield piece
-
-
-def _write(pieces: Iterable[bytearray], target: Path, advance: Callable[[int], None]) -> str:
-    """Write ``pieces`` to the file ``target`` and to the disk; returns their SHA-256."""
-    digest = hashlib.sha256()
-    with open(target, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-            advance(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
-        # What is read back must come from the disk, not from memory.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest.hexdigest()
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in _read_pieces(file, os.fstat(file.fileno()).st_size):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _copy_others(folder: Path, target: Path, shards: Sequence[Path]) -> None:
