@@ -342,10 +342,6 @@ REFUSED = {
         lambda f: build("llama", num_hidden_layers=2).save_pretrained(f),
         "layers.2.mlp: mute set 72 neurons, model has no FFN there",
     ),
-    "quantised": (
-        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is quantised",
-    ),
     "integers": (lambda f: rewrite(f, DOWN, lambda w: w.to(torch.int8)), f"{DOWN} is stored as I8"),
     "shape": (
         lambda f: rewrite(f, DOWN, lambda w: w.T),

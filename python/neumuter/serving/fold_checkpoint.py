@@ -26,6 +26,7 @@ from neumuter.mutes.matching import refuse_other, structure_differs, weights_dif
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.edits import Edit, copy_edited
 from neumuter.serving.fold import fold_columns, folded_once
+from neumuter.serving.fold_quantised import quantised_edits
 from neumuter.serving.shards import DTYPES, Place, find_places, find_shards
 
 ROWS_PER_COMPARISON = 1024
@@ -92,11 +93,16 @@ def fold_checkpoint(
 ) -> None:
     """Fold a mute set into a copy of a Hugging Face checkpoint.
 
-    The copy holds what ``neumuter.fold`` and ``save_pretrained`` would have written, the other files of
-    ``folder`` but no weights in other formats, and a model card. It appears whole or not at all: the shards
+    The copy holds the weights as ``neumuter.fold`` would have made them, the other files of ``folder`` as
+    they are, but no weights in other formats, and a model card. It appears whole or not at all: the shards
     are written to a hidden folder next to ``out``, read back and compared, and the folder is renamed at the
     end. A fold that was killed starts anew, and removes what the killed one left. Memory: two of the down
     projections, whatever the size of the model.
+
+    In checkpoints of GPTQ, AWQ (gemm), compressed-tensors and FP8, the gains of dense gated FFNs are
+    multiplied into the scales of their up projections, one projection in float32 at a time, and nothing is
+    quantised again. Where outputs of an up projection in FP8 share scales, gains of 0 and −1 are taken
+    alone. A set that was folded in so before is not noticed.
 
     Args:
         folder: the checkpoint: config.json with model.safetensors, or with model.safetensors.index.json and
@@ -111,8 +117,9 @@ def fold_checkpoint(
         MuteMismatchError: the set was made for another model, or is folded in already.
         MuteFileError: the mute file is bad.
         NotOnDiskError: the checkpoint stores a down projection under another name than the model does.
-        ValueError: the checkpoint is damaged or quantised, FFNs that share weights are not muted alike, or
-            ``out`` cannot be renamed to.
+        ValueError: the checkpoint is damaged; it is quantised in a form that is not known, or in one that
+            cannot hold the gains; FFNs that share weights are not muted alike; or ``out`` cannot be renamed
+            to.
         OSError: a shard that was read back is not what was written, or ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(os.path.abspath(out))
@@ -121,8 +128,7 @@ def fold_checkpoint(
         raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
     refuse_taken(out)
     shards = find_shards(folder)
-    downs = _find_downs(folder, shards, mutes)
-    _check_fingerprint(downs, mutes)
+    edits = _find_edits(folder, shards, mutes)
     total, done = sum(shard.stat().st_size for shard in shards), 0
 
     def advance(size: int) -> None:
@@ -133,8 +139,7 @@ def fold_checkpoint(
 
     with new_folder(out) as temporary:
         for shard in shards:
-            touched = [down.edit for down in downs if down.layer and down.place.shard == shard]
-            copy_edited(shard, temporary / shard.name, touched, advance)
+            copy_edited(shard, temporary / shard.name, edits.get(shard, []), advance)
         _copy_others(folder, temporary, shards)
         card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
         (temporary / CARD).write_bytes(card + model_card(mutes).encode())
@@ -143,26 +148,28 @@ def fold_checkpoint(
 # --- What is there, and whether it fits ------------------------------------------------------
 
 
-def _find_downs(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> list[_Down]:
-    """Find the down projection of every FFN that ``mutes`` was made on.
+def _find_edits(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> dict[Path, list[Edit]]:
+    """Find what folding changes, {shard: edits}.
 
     Raises:
-        MuteMismatchError: the architecture, a module path or an intermediate size differs.
+        MuteMismatchError: the set was made for another model.
         ValueError: weights that cannot be folded where they are, or that are shared and not muted alike.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{folder} is quantised; fold into the checkpoint it was made from")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
     folded_once(model, mutes)
     places = find_places(shards)
-    return [
-        _Down(ffns[path], _locate(ffns[path], places, model.base_model_prefix), mutes.layers.get(path))
-        for path in mutes.widths
-    ]
+    if options := getattr(config, "quantization_config", None):
+        return quantised_edits(ffns, places, options, mutes)
+    prefix = model.base_model_prefix
+    downs = [_Down(ffns[p], _locate(ffns[p], places, prefix), mutes.layers.get(p)) for p in mutes.widths]
+    _check_fingerprint(downs, mutes)
+    return {
+        shard: [down.edit for down in downs if down.layer and down.place.shard == shard] for shard in shards
+    }
 
 
 def _locate(ffn: FFN, places: dict[str, Place], prefix: str) -> Place:

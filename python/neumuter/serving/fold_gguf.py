@@ -16,6 +16,7 @@ from torch import Tensor
 from neumuter.files import PathLike, new_file, refuse_existing
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.serving.edits import Edit, copy_edited, read
+from neumuter.serving.factors import COARSE, rounding, scaled
 from neumuter.serving.gguf_file import GgufFFN, Projection, read_gguf
 
 # {type: (where the float16 scales are in a block, in bytes, and how many)}, from llama.cpp's ggml-common.h.
@@ -26,8 +27,6 @@ SCALES = {
     "TQ1_0": (52, 1), "TQ2_0": (64, 1),
 }  # fmt: skip
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Float16 scales that a gain makes small lose bits. Rows that are off by more than this share are counted.
-COARSE = 0.01
 # Half a unit in the last place of a float16, as a share of it.
 ROUNDING = 2.0**-11
 
@@ -66,20 +65,13 @@ class _Row:
         blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, self.up.block_bytes)
         return blocks[:, at : at + 2 * count].view(torch.float16)
 
-    def folded(self, factors: Tensor) -> Tensor:
-        """Multiply ``factors`` by the gain, rounded once."""
-        return (factors.float() * self.gain).to(factors.dtype)
-
     def loss(self, data: bytearray) -> float:
-        """How far rounding moves the folded factors, as a share of their length; not finite where one is."""
-        factors = self.factors(data)
-        exact = factors.double() * self.gain
-        moved = (self.folded(factors).double() - exact).norm() / exact.norm()
-        return float(moved) if exact.any() else 0.0
+        """How far rounding moves the row, as a share of its length; not finite where it is out of range."""
+        return rounding(self.factors(data), self.gain)
 
     def _fold(self, data: bytearray) -> None:
         factors = self.factors(data)
-        factors.copy_(self.folded(factors))
+        factors.copy_(scaled(factors, self.gain))
 
     def _is_folded(self, before: bytearray, after: bytearray) -> bool:
         """Check that the dequantised row is the gain times what it was, and that other bytes stayed."""
