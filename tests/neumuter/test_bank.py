@@ -316,14 +316,6 @@ def test_a_model_that_does_not_call_its_down_projection_is_refused():
     assert not {"generate", "generate_batch"} & vars(model).keys()
 
 
-def test_continuous_batching_is_refused():
-    model = models.build("llama")
-    with MuteBank(model):
-        for start in (model.generate_batch, model.init_continuous_batching):
-            with pytest.raises(RuntimeError, match="continuous batching puts many requests into one row"):
-                start([[3, 4, 5]])
-
-
 def test_copies_and_pickles():
     model = models.build("llama")
     ids, mutes = models.batch(2, 4), sets_of(model, 1)[0]

@@ -168,6 +168,14 @@ def test_a_server_of_one_model_refuses_the_base_model(models, addresses, form):
     assert "pinned" in error.value.response.text
 
 
+def test_a_request_cannot_name_a_mute_set(models, addresses):
+    with client(addresses["folded"]) as asked, pytest.raises(openai.UnprocessableEntityError) as error:
+        asked.completions.create(
+            model=str(models["folded"]), prompt="Ada Brisk,", max_tokens=4, extra_body={"mute_set": "alice"}
+        )
+    assert "mute_set" in error.value.response.text
+
+
 @pytest.mark.parametrize("form", ["lora", "ia3"])
 def test_an_adapter_without_links_and_switched_off(models, form, tmp_path):
     """transformers finds the base where adapter_config.json says."""

@@ -18,12 +18,10 @@ from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.mask import Mask, masked_act_of
 from neumuter.mutes.matching import fitting_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
+from neumuter.serving.continuous import STARTS, Serving, TokenRows, generate_batch, has_hooks, init_batching
 from neumuter.serving.live import FEW, scale_neurons
 from neumuter.serving.pool import Pool, Tensors
 from neumuter_kernels import mute_
-
-# The methods of transformers' models that start it.
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class MuteBank:
@@ -42,8 +40,13 @@ class MuteBank:
             model(**batch)
 
     A row's output does not depend, bit for bit, on the sets of the other rows. Rows are those of the batch:
-    continuous batching, which puts many requests in one row, is refused, and packed sequences must not be
-    used.
+    packed sequences are refused. Continuous batching, which packs requests and computes in a thread of its
+    own, takes a set for each request; prefixes are then not shared. Where the installed transformers lacks
+    what this needs, it is refused::
+
+        model.generate_batch(prompts, mute_sets=["alice", None, "bob"])  # a name or None for each prompt
+        manager = model.init_continuous_batching()
+        manager.add_request(ids, mute_set="alice")
 
     A CUDA graph of the model serves the sets of the next batch as well: capture it in ``using``, after a
     forward pass of the same number of rows there, and replay it in ``using`` of the thread that captured it.
@@ -90,11 +93,18 @@ class MuteBank:
                 )
         self._hook = decoder_of(model).register_forward_pre_hook(self._current.begin, with_kwargs=True)
         self._former: dict[str, Any] = {}
-        for name in ("generate", *CONTINUOUS_BATCHING):
+        self._continuous = Serving(
+            required, lambda name: self._rows([name]), self._current.activate, self._current.is_open
+        )
+        ours: dict[str, Callable[..., Any]] = {"generate": _generate} | dict.fromkeys(STARTS, _refuse_packing)
+        if has_hooks():
+            ours |= {"generate_batch": _generate_batch, "init_continuous_batching": _init_batching}
+            # It makes its manager by the other one.
+            del ours["continuous_batching_context_manager"]
+        for name, function in ours.items():
             if (method := getattr(self._inner, name, None)) is not None:
                 self._former[name] = vars(self._inner).get(name)
-                ours = functools.partial(_generate, self, method) if name == "generate" else _refuse_packing
-                setattr(self._inner, name, ours)
+                setattr(self._inner, name, functools.partial(function, self, method))
 
     def __repr__(self) -> str:
         return f"MuteBank({type(self._inner).__name__}, {len(self.names)} mute sets, {self.bytes} bytes)"
@@ -160,10 +170,13 @@ class MuteBank:
         names = [names] if names is None or isinstance(names, str) else list(names)
         if not names:
             raise ValueError("names must be a name or None for each row of the batch, got an empty list")
-        with self._lock:
-            rows = _Rows(self._find_rows(names), self._pool.tensors)
-        with self._current.activate(rows):
+        with self._current.activate(self._rows(names)):
             yield self
+
+    def _rows(self, names: Sequence[str | None]) -> "_Rows":
+        """Find the sets of these names as they are now."""
+        with self._lock:
+            return _Rows(self._find_rows(names), self._pool.tensors)
 
     def _find_rows(self, names: Iterable[str | None]) -> list[int]:
         """Find the pool's rows of ``names``, −1 for None."""
@@ -182,6 +195,7 @@ class MuteBank:
             if former is not None:
                 setattr(self._inner, name, former)
         self._former = {}
+        self._continuous.is_over = True
 
     def __enter__(self) -> "MuteBank":
         return self
@@ -203,10 +217,19 @@ def _generate(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **o
         return generate(*arguments, **options)
 
 
+def _generate_batch(bank: MuteBank, generate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return generate_batch(bank._continuous, generate, *arguments, **options)
+
+
+def _init_batching(bank: MuteBank, init: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return init_batching(bank._continuous, init, *arguments, **options)
+
+
 def _refuse_packing(*arguments: Any, **options: Any) -> NoReturn:
     raise RuntimeError(
-        "continuous batching puts many requests into one row, where a MuteBank cannot tell them apart: use "
-        "generate(mute_sets=...), or undo() the bank and serve one mute set with neumuter.mute or fold"
+        "continuous batching puts many requests into one row, and a MuteBank does not know how the installed "
+        "transformers does it: use generate(mute_sets=...), or undo() the bank and serve one mute set with "
+        "neumuter.mute or fold"
     )
 
 
@@ -220,11 +243,17 @@ class _Current:
 
     def __init__(self, required: bool, layers: Sequence[tuple[torch.device, int]]) -> None:
         self.required, self.layers = required, layers
-        self.variable: contextvars.ContextVar[_Rows | None] = contextvars.ContextVar("rows", default=None)
+        self.variable: contextvars.ContextVar[_Rows | TokenRows | None] = contextvars.ContextVar(
+            "rows", default=None
+        )
         self.seat = _Seat()
 
+    def is_open(self) -> bool:
+        """Whether this thread is in ``using``."""
+        return self.variable.get() is not None
+
     @contextlib.contextmanager
-    def activate(self, rows: "_Rows") -> Iterator[None]:
+    def activate(self, rows: "_Rows | TokenRows") -> Iterator[None]:
         token = self.variable.set(rows)
         try:
             self._rewrite(rows)
@@ -236,10 +265,10 @@ class _Current:
             if ended is not rows:
                 raise RuntimeError("contexts of a MuteBank must end in the order in which they were opened")
 
-    def _rewrite(self, rows: "_Rows | None") -> None:
+    def _rewrite(self, rows: "_Rows | TokenRows | None") -> None:
         """Write the gains of ``rows`` where this thread's graphs read them: a replay runs no Python."""
         for batch, buffers in self.seat.by_batch.items():
-            if buffers.is_captured and rows is not None and batch % len(rows.rows) == 0:
+            if buffers.is_captured and isinstance(rows, _Rows) and batch % len(rows.rows) == 0:
                 buffers.write(rows)
             elif buffers.is_captured:
                 buffers.clear(torch.nan if self.required else 1.0)
@@ -248,6 +277,19 @@ class _Current:
     def begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Take the number of rows of a forward pass, before it begins, and prepare their gains."""
         rows = self.variable.get()
+        given = (options.get("input_ids"), options.get("inputs_embeds"), *arguments)
+        batch, tokens = next(x.shape[:2] for x in given if isinstance(x, torch.Tensor))
+        if (options.get("cu_seq_lens_q") is not None) != isinstance(rows, TokenRows):
+            raise RuntimeError(
+                "packed sequences, or continuous batching by a manager that this MuteBank does not know: a "
+                "row holds the tokens of several requests, which cannot be told apart"
+            )
+        if isinstance(rows, TokenRows):
+            if (batch, tokens) != (1, rows.tokens):
+                raise RuntimeError(
+                    f"{rows.tokens} tokens in a row were announced, got {batch} rows of {tokens}"
+                )
+            return
         if rows is None:
             if self.required:
                 raise RuntimeError(
@@ -255,8 +297,6 @@ class _Current:
                     "generate(mute_sets=...) or bank.using(...) in the thread that computes"
                 )
             return
-        given = (options.get("input_ids"), options.get("inputs_embeds"), *arguments)
-        batch = next(x.shape[0] for x in given if isinstance(x, torch.Tensor))
         if batch % len(rows.rows):
             raise ValueError(
                 f"a batch of {batch} rows cannot use {len(rows.rows)} mute sets, one for each row"
@@ -278,10 +318,12 @@ class _Current:
         self.seat.buffers = by_batch.get(batch)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-    def scale(self, hidden: Tensor, rows: "_Rows", number: int) -> Tensor:
+    def scale(self, hidden: Tensor, rows: "_Rows | TokenRows", number: int) -> Tensor:
         """Mute the activations [..., F] of one layer, out of place."""
         if not rows.touched and not _is_capturing():
             return hidden
+        if isinstance(rows, TokenRows):
+            return rows.mute(hidden, number)
         buffers = self.seat.buffers
         if buffers is None or buffers.rows is not rows:
             raise RuntimeError("a MuteBank mutes whole forward passes of its model, not parts of it")
