@@ -24,8 +24,8 @@ from neumuter.evaluation import tofu
 from neumuter.files import write_atomically
 from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
-from neumuter.training.batches import shuffled
 from neumuter.training.losses import token_losses
+from neumuter.training.sources import shuffled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,6 +16,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
 from neumuter.training.references import References
+from neumuter.training.sources import shuffled
 from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
 
 # Without gradients.
@@ -315,9 +316,3 @@ def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
 def check_pair(pair: object) -> None:
     """Raise TypeError unless ``pair`` is what recipes take."""
     check_kind("pair", pair, PairedBatches, "PairedBatches(masked, forget_batch, retain_batch)")
-
-
-def shuffled(start: int, count: int, generator: torch.Generator) -> Iterator[int]:
-    """Yield start … start + count − 1 without end, in a new random order each time round."""
-    while True:
-        yield from (start + torch.randperm(count, generator=generator)).tolist()

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neumuter.training.batches import shuffled
 from neumuter.training.losses import predicting, token_losses
+from neumuter.training.sources import shuffled
 from neumuter.types import IGNORED, Batch, Callback, check_batch, check_model
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
