@@ -25,7 +25,7 @@ from neumuter.files import write_atomically
 from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.training.losses import token_losses
-from neumuter.training.sources import shuffled
+from neumuter.training.sources import Shuffled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,7 +90,7 @@ def tuned(batch, seed):
 def _tune(model, batch, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=TUNING["lr"], weight_decay=0.01)
     count, size = len(batch["labels"]), TUNING["batch_size"]
-    queue = shuffled(0, count, torch.Generator().manual_seed(seed))
+    queue = Shuffled(0, count, torch.Generator().manual_seed(seed))
     steps = -(-count // size)
     model.to(DEVICE).train()
     for epoch in range(1, TUNING["most_epochs"] + 1):

@@ -195,31 +195,88 @@ def test_padding_changes_no_loss_and_stays_within_the_positions(llama, kept, mon
                     torch.testing.assert_close(values[weights > 0], exact)
 
 
-@pytest.mark.parametrize("after", [1, 4])
-def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after):
-    """Its state is all that it needs, but for the source, which is drawn anew."""
-    with neumuter.attach(llama) as masked:
+@pytest.mark.parametrize("source", ["steps", "hard_first"])
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after, source, monkeypatch, tmp_path):
+    """Its state and that of its source are all that they need, wherever the readings were."""
+    monkeypatch.setitem(step.READ_EVERY, "cpu", 4)
+    with neumuter.attach(llama, start_layer=1) as masked:
         pair = PairedBatches(masked, FORGET, KEEP)
         neurons = fitted_neurons(pair)
 
         def begin():
             fit_ = recipes.fitted._Fit(neurons, pair, GAINS, 3, None)
             gains = torch.ones(9).requires_grad_()
-            return fit_, gains, fit_.make_step(torch.arange(9), gains, 8)
+            return getattr(pair, source)(2, 3), gains, fit_.make_step(torch.arange(9), gains, 12)
 
-        fit_, whole, one = begin()
-        one.take(fit_.ids, 8)
-        fit_, _, first = begin()
-        first.take(fit_.ids, after)
-        state = first.state()
-        first.take(fit_.ids, 1)
-        fit_, gains, second = begin()
-        for _ in range(after):
-            next(fit_.ids)
-        second.load(state)
-        second.take(fit_.ids, 8 - after)
+        ids, whole, one = begin()
+        one.take(ids, 12)
+        ids, _, first = begin()
+        first.take(ids, after)
+        torch.save((first.state(), ids.state()), tmp_path / "state")
+        first.take(ids, 1)
+        ids, gains, second = begin()
+        of_step, of_ids = torch.load(tmp_path / "state", weights_only=True)
+        second.load(of_step)
+        torch.testing.assert_close(second.log_odds, of_step["log_odds"], rtol=0, atol=0, equal_nan=True)
+        ids.load(of_ids)
+        second.take(ids, 12 - after)
     assert torch.equal(gains, whole)
+    assert torch.equal(one.log_odds, second.log_odds)
     assert (whole - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_log_odds_are_those_of_the_token_that_is_known_best(llama, padded, request, monkeypatch):
+    if padded:
+        request.getfixturevalue("captured")
+    with neumuter.attach(llama, start_layer=1) as masked:
+        pair, gains = PairedBatches(masked, FORGET, KEEP), torch.linspace(0, 1, models.WIDTH)
+        evaluate = pair.evaluate
+
+        def knowing_padding(inputs, *options):
+            losses, divergences = evaluate(inputs, *options)
+            return losses * inputs.weights[: len(losses)], divergences
+
+        monkeypatch.setattr(pair, "evaluate", knowing_padding)
+        path, update = next(iter(masked.scores)), recipes.fitted.Adam([gains.requires_grad_()], [0.0])
+        one = step.Step(
+            pair, [gains], lambda *_: masked.applying({path: gains}), [lambda found: found.kl], update
+        )
+        for samples_ in ([3, 0, 6, 7], [1, 3, 5, 9], [3, 1, 5, 8]):
+            one.once(samples_)
+        with torch.no_grad(), masked.applying({path: gains}):
+            p = [losses.neg().double().exp() for losses in pair.sample_losses([0, 1, 3])]
+    expected = torch.stack([(one / (1 - one)).log().max() for one in p]).float()
+    torch.testing.assert_close(one.log_odds[[0, 1, 3]], expected, rtol=1e-3, atol=1e-3)
+    assert one.log_odds[[2, 4]].isnan().all()
+    assert not one.log_odds.requires_grad
+
+
+def test_a_source_sees_what_the_step_last_read(llama, monkeypatch):
+    monkeypatch.setitem(step.READ_EVERY, "cpu", 4)
+
+    class Source:
+        def __init__(self):
+            self.drawn, self.seen = 0, []
+
+        def __next__(self):
+            self.drawn += 1
+            return [self.drawn % 5, 5 + self.drawn % 7]
+
+        def see(self, log_odds):
+            self.seen.append((self.drawn, log_odds))
+
+    with neumuter.attach(llama) as masked:
+        pair, ids = PairedBatches(masked, FORGET, KEEP), Source()
+        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, None)
+        one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 10)
+        one.take(ids, 10)
+    assert [drawn for drawn, _ in ids.seen] == [4, 8]
+    assert ids.seen[0][1].isnan().tolist() == [True, False, False, False, False]
+    # What it was given stays as it was.
+    assert ids.seen[1][1].isfinite().all()
+    assert not torch.equal(ids.seen[1][1], one.log_odds)
 
 
 def test_graphs_of_an_earlier_state_are_not_used_again(llama, captured):

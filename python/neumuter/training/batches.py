@@ -16,7 +16,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
 from neumuter.training.references import References
-from neumuter.training.sources import shuffled
+from neumuter.training.sources import HardFirst, InTurn
 from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
 
 # Without gradients.
@@ -90,26 +90,13 @@ class PairedBatches:
                 dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
             )
 
-    def steps(self, batch_size: int | None, seed: int) -> Iterator[list[int]]:
-        """Yield lists of sample ids without end, forget samples first.
+    def steps(self, batch_size: int | None, seed: int) -> InTurn:
+        """Make lists of sample ids without end: see ``InTurn``."""
+        return InTurn(self.forget_count, self.retain_count, batch_size, seed)
 
-        Each kind goes round in a new random order each time; the same seed gives the same lists.
-
-        Args:
-            batch_size: samples of each kind; None takes all.
-        """
-        if batch_size is None:
-            while True:
-                yield list(range(self.forget_count + self.retain_count))
-        generator = torch.Generator().manual_seed(seed)
-        kinds = ((0, self.forget_count), (self.forget_count, self.retain_count))
-        queues = [shuffled(start, count, generator) for start, count in kinds]
-        while True:
-            yield [
-                next(queue)
-                for queue, (_, count) in zip(queues, kinds, strict=True)
-                for _ in range(min(batch_size, count))
-            ]
+    def hard_first(self, batch_size: int | None, seed: int) -> HardFirst:
+        """Make such lists that prefer forget samples which are still known: see ``HardFirst``."""
+        return HardFirst(self.forget_count, self.retain_count, batch_size, seed)
 
     def epoch(self, number: int, seed: int) -> list[tuple[int, int]]:
         """Draw pairs of sample ids (forget, retain) of an epoch, which is one pass over the forget samples.

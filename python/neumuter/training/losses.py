@@ -42,16 +42,24 @@ def hinge(losses: Tensor, margin: float) -> Tensor:
     return F.relu(margin - losses)
 
 
-def odds_hinge(losses: Tensor, margin: float) -> Tensor:
-    """Compute relu(margin + ln(p / (1 − p))) of each token, given its loss −ln p: [N], of ``losses`` [N].
+def log_odds(losses: Tensor) -> Tensor:
+    """Compute ln(p / (1 − p)) of each token, given its loss −ln p: [N], of ``losses`` [N].
 
-    Zero once the token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
-    so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
-    logit is 1 whatever p is. Where p is above 0.999, which rounding blurs, the tangent goes on.
+    Where p is above 0.999, which rounding blurs, the tangent goes on.
     """
     certain = 1e-3
     inside = losses.clamp(min=certain)
-    log_odds = -inside - torch.log(-torch.expm1(-inside))
+    odds = -inside - torch.log(-torch.expm1(-inside))
     # Zero, and without a gradient, where nothing was clamped.
     beyond = (losses - inside) / -math.expm1(-certain)
-    return F.relu(margin + log_odds - beyond)
+    return odds - beyond
+
+
+def odds_hinge(losses: Tensor, margin: float) -> Tensor:
+    """Compute relu(margin + log-odds) of each token, given its loss: [N], of ``losses`` [N].
+
+    Zero once the token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
+    so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
+    logit is 1 whatever p is.
+    """
+    return F.relu(margin + log_odds(losses))

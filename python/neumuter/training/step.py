@@ -16,6 +16,8 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
+from neumuter.training.losses import log_odds
+from neumuter.training.sources import Watching
 
 # Steps after which the processor reads what a device did; elsewhere than here, reading is waiting.
 READ_EVERY = {"cpu": 1, "cuda": 16}
@@ -59,6 +61,9 @@ class Step:
     On a GPU it becomes a CUDA graph for each size of its inputs, which are padded so that there are few. What
     cannot be captured runs eagerly, and the log says why.
 
+    ``log_odds``, float32 [forget samples] on the device: ln(p / (1 − p)) of the counted token that is known
+    best of each forget sample when a step last had it, under that step's masks; NaN if none had it.
+
     Args:
         pair: the texts, and the model under its masks.
         parameters: float32 tensors that are trained in place.
@@ -87,6 +92,7 @@ class Step:
         self._graphs = Graphs(self._run) if obstacle is None else None
         self.read_every = READ_EVERY.get(pair.device.type, 1)
         self.done = 0
+        self.log_odds = torch.full([pair.forget_count], torch.nan, device=pair.device)
         self._counter = torch.zeros((), dtype=torch.int64, device=pair.device)
         self._readings = torch.zeros(self.read_every, len(READINGS), dtype=torch.float64, device=pair.device)
 
@@ -100,19 +106,25 @@ class Step:
         """Take ``steps`` steps, or fewer.
 
         Args:
-            source: yields the sample ids of each step, forget samples first.
+            source: yields the sample ids of each step, forget samples first. If it has a method ``see``, that
+                is given ``log_odds`` on the CPU after every step, on a GPU after every 16th.
             tell: called as (step, info) for every step, counted from 1: a few steps later on a GPU. info has
                 "loss", "forget_loss" and "kl" in nats, and "muted", the share of neurons.
             stop: called with the info of every step; true ends the run soon after it.
         """
         last, told = self.done + steps, self.done
+        watching = source if isinstance(source, Watching) else None
         with without_dropout(self.pair.masked.model):
             while self.done < last:
                 self.once(next(source))
-                if self.done % self.read_every and self.done < last:
+                between = self.done % self.read_every
+                if between and self.done < last:
                     continue
                 # Even if nobody is told: inputs of later steps would pile up where the processor is faster.
                 rows = self._readings.tolist()
+                # Not at an end in between, so that where runs end changes nothing.
+                if watching and not between:
+                    watching.see(self.log_odds.to("cpu", copy=True))
                 stopped = False
                 while told < self.done:
                     info = dict(zip(READINGS, rows[told % self.read_every], strict=True))
@@ -137,14 +149,22 @@ class Step:
         self._graphs = None
 
     def state(self) -> dict[str, Any]:
-        """All that a later run needs to go on after this step with the same bits, but for its source."""
-        parameters = [parameter.detach().clone() for parameter in self.parameters]
-        return {"done": self.done, "parameters": parameters, "update": self.update.state()}
+        """All that a later run needs to go on after this step with the same bits, but for its source.
+
+        The sources ``InTurn`` and ``HardFirst`` have a state of their own.
+        """
+        return {
+            "done": self.done,
+            "parameters": [parameter.detach().clone() for parameter in self.parameters],
+            "update": self.update.state(),
+            "log_odds": self.log_odds.clone(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` returned; the source must go on as well."""
         self.done = state["done"]
         self._counter.fill_(self.done)
+        self.log_odds.copy_(state["log_odds"])
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -168,11 +188,19 @@ class Step:
             if self.reduce:
                 self.reduce(self.parameters)
             self.update.apply(measured, self._counter)
+            self._note_log_odds(inputs, measured)
             muted = self.muted() if self.muted else torch.zeros_like(kl)
             readings = [loss, measured.mean(losses), kl, muted]
             row = torch.stack([value.detach().to(self._readings) for value in readings])
             self._readings.index_copy_(0, self._counter[None] % self.read_every, row[None])
             self._counter.add_(1)
+
+    def _note_log_odds(self, inputs: Inputs, measured: Measured) -> None:
+        padding = inputs.weights[: len(measured.losses)] == 0
+        odds = log_odds(measured.losses.to(self.log_odds)).masked_fill(padding, -torch.inf)
+        ids = inputs.samples.index_select(0, inputs.places[: len(odds)] // inputs.ids.shape[1])
+        seen = torch.full_like(self.log_odds, -torch.inf).scatter_reduce(0, ids, odds, "amax")
+        self.log_odds.copy_(torch.where(seen.isneginf(), self.log_odds, seen))
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neumuter.training.losses import predicting, token_losses
-from neumuter.training.sources import shuffled
+from neumuter.training.sources import Shuffled
 from neumuter.types import IGNORED, Batch, Callback, check_batch, check_model
 
 METHODS = ("ascent", "difference", "npo", "simnpo", "relearn")
@@ -81,7 +81,7 @@ def tune_weights(
         with torch.no_grad():
             reference = torch.cat([text_losses(model, _rows(batches[0], [i])) for i in range(len(reference))])
     generator = torch.Generator().manual_seed(seed)
-    queues = [shuffled(0, len(batch["labels"]), generator) for batch in batches]
+    queues = [Shuffled(0, len(batch["labels"]), generator) for batch in batches]
     for step in range(1, config.steps + 1):
         forget_ids, *retain_ids = ([next(queue) for _ in range(config.batch_size)] for queue in queues)
         losses = text_losses(model, part := _rows(batches[0], forget_ids))
