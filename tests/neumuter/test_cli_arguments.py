@@ -147,7 +147,7 @@ def test_a_model_is_looked_up_once_and_without_retries(monkeypatch, tmp_path):
 
 def test_offline_files_come_from_the_cache_alone(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("neumuter.models.loading.find_model", lambda model: True)
+    monkeypatch.setattr("neumuter.models.adapted.find_model", lambda model: True)
     for loader in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         original = loader.from_pretrained
 

@@ -73,6 +73,7 @@ def corpus():
             gain_range=gain_range,
             method=method,
             metrics={"before": {"ma": 0.9}, "after": {}},
+            adapter={"model.layers.1.self_attn.q_proj": sketch} if method else {},
         )
 
 
@@ -242,8 +243,8 @@ def check(mutes):
         assert all(map(math.isfinite, gains.tolist()))
         assert ((gains >= low) & (gains <= high)).all()  # in float32
     assert mutes.widths.keys() == mutes.fingerprint.keys()
-    for path, sketch in mutes.fingerprint.items():
-        assert len(sketch) == (64 if path in mutes.layers else 32)
+    for path, sketch in (mutes.fingerprint | mutes.adapter).items():
+        assert len(sketch) == (64 if path in mutes.layers or path in mutes.adapter else 32)
         assert all(map(math.isfinite, sketch))
         assert not {"/", "\\", "..", "\0"} & {*path, *(path[i : i + 2] for i in range(len(path)))}
     json.dumps([mutes.method, mutes.metrics, mutes.seed], allow_nan=False)
@@ -255,7 +256,17 @@ def check_saved(mutes, path):
     again, first = MuteSet.load(path), path.read_bytes()
     again.save(path)
     assert path.read_bytes() == first
-    for name in ("widths", "architecture", "fingerprint", "mode", "gain_range", "method", "seed", "metrics"):
+    for name in (
+        "widths",
+        "architecture",
+        "fingerprint",
+        "adapter",
+        "mode",
+        "gain_range",
+        "method",
+        "seed",
+        "metrics",
+    ):
         assert getattr(again, name) == getattr(mutes, name), name
     assert again.layers.keys() == mutes.layers.keys()
     for name, layer in mutes.layers.items():

@@ -78,13 +78,13 @@ def parse_budget(text: str) -> int | float | str:
 
 
 def check_sources(model: str, *files: Path | None) -> None:
-    """Raise OSError if a file, or the model, is not there."""
-    from neumuter.models.hub import find_model
+    """Raise OSError if a file, or the model, is not there; for an adapter, what ``find_source`` raises."""
+    from neumuter.models.adapted import find_source
 
     for file in files:
         if file:
             file.stat()
-    find_model(model)
+    find_source(model)
 
 
 def check_size(model: str, start_layer: int, budget: int | float | str) -> None:
@@ -92,10 +92,13 @@ def check_size(model: str, start_layer: int, budget: int | float | str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from neumuter.models.hub import find_model
+    from neumuter.models.adapted import find_source
     from neumuter.training.masked import neuron_count, split_ffns
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=find_model(model))
+    source = find_source(model)
+    config = AutoConfig.from_pretrained(
+        source.base, trust_remote_code=False, local_files_only=source.cached, revision=source.revision
+    )
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     _, ffns = split_ffns(network, start_layer)

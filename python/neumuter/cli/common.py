@@ -25,7 +25,9 @@ FILE_HELP = (
     "the completion is forgotten, or 'question' and 'answer', 'instruction' and 'output'; or 'messages'), or "
     "plain text with paragraphs separated by blank lines."
 )
-Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal language model, or its name.")]
+Model = Annotated[
+    str, typer.Argument(help="Folder or name of a Hugging Face causal language model, or of a PEFT adapter.")
+]
 GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL to read the weights from.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the texts.")]
 PromptColumn = Annotated[
@@ -75,7 +77,11 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and say so meanwhile; ``place``: as of ``load_model``."""
     with console.status("Importing transformers"):
+        from neumuter.models.adapted import find_source
         from neumuter.models.loading import load_model
+    if (source := find_source(model)).adapter:
+        how = "is merged into" if place.get("merge") else "is on"
+        console.print(f"The adapter {escape(model)} {how} its base {escape(source.base)}.", soft_wrap=True)
     with console.status(f"Loading {escape(model)}"):
         return load_model(model, dtype, **place)
 

@@ -158,7 +158,8 @@ def evaluate(
         questions = {name: read_questions(file, limit) for name, file in given_files.items()}
     else:
         texts = {name: read_texts(file, columns, limit) for name, file in given_files.items()}
-    network, tokenizer = open_model(model, **place)
+    # Copies are trained and quantised.
+    network, tokenizer = open_model(model, **place, merge=robust)
     if suite is not Suite.tofu:
         length = limit_length(network, TDEC_TOKENS if suite is Suite.tdec else max_length)
         with print_log():

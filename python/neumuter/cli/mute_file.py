@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 # The largest share of what muting does to the logits by which an export may differ.
 MAX_DIFFERENCE = 0.1
+ADAPTER_NOTE = (
+    "--to {form} goes without {model}, which is an adapter: what would come out is for the base with that "
+    "adapter merged, which no engine loads by name. `neumuter fold` merges it and gives a checkpoint for any "
+    "engine; `neumuter.mute` mutes base and adapter in transformers. Or merge it yourself, and export from "
+    "the result"
+)
 SHARDS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -35,6 +41,9 @@ def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
         "model type": mutes.architecture["model_type"],
         "mode": f"{mutes.mode}, gains from {mutes.gain_range[0]:g} to {mutes.gain_range[1]:g}",
         "neurons": f"{mutes.count} of {sum(mutes.widths.values())} ({mutes.share:.2%})",
+        "adapter": f"for a base with an adapter on it, which changes {next(iter(mutes.adapter))} and others"
+        if mutes.adapter
+        else "none",
         "seed": str(mutes.seed),
         "method": json.dumps(mutes.method),  # ASCII: control characters of a stranger's file stay escaped
         "before": json.dumps(mutes.metrics.get("before", {})),
@@ -107,15 +116,20 @@ def export(
         return
     check_sources(model, *files)
     check_folder(out)
+    from neumuter.models.adapted import find_source
+
     if to is not Form.shrink:
         need_packages(f"--to {to.value}", "peft")
+        if find_source(model).adapter:
+            raise ValueError(ADAPTER_NOTE.format(form=to.value, model=model))
     from neumuter.files import new_folder
     from neumuter.serving import adapters as exports
     from neumuter.serving.saved import save_verified
     from neumuter.serving.shrink import shrink
 
     sets = load_sets(files)
-    network, tokenizer = open_model(model, gguf_file=gguf_file)
+    # With an adapter, only shrink comes here.
+    network, tokenizer = open_model(model, gguf_file=gguf_file, merge=True)
     mutes = unite(network, sets)
     if to is Form.ia3:
         note = exports.export_ia3(network, mutes, out).note
@@ -129,7 +143,7 @@ def export(
         sizes = f"{found.bytes_before / 1e6:.4g} to {found.bytes_after / 1e6:.4g} MB"
         note = f"Neurons per FFN: {widths}; parameters: {sizes}."
     if verify:
-        original, _ = open_model(model, gguf_file=gguf_file)
+        original, _ = open_model(model, gguf_file=gguf_file, merge=True)
         difference, effect = exports.largest_difference(original, mutes, out), exports.effect(original, mutes)
         console.print(
             f"Largest difference of logits to the live muted model: {difference:.3g}; to the original, "
@@ -185,19 +199,21 @@ def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | N
     check_sources(model, *files)
     check_folder(out)
     from neumuter.files import new_folder
+    from neumuter.models.adapted import find_source
     from neumuter.report.progress import show_progress
     from neumuter.serving.fold import fold as fold_live
     from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
     from neumuter.serving.saved import save_verified
 
     sets = load_sets(files)
-    if len(sets) == 1 and not gguf_file and any((Path(model) / name).is_file() for name in SHARDS):
+    whole = not gguf_file and not find_source(model).adapter
+    if len(sets) == 1 and whole and any((Path(model) / name).is_file() for name in SHARDS):
         mutes = sets[0]
         with suppress(NotOnDiskError), show_progress("Folding, bytes") as advance:
             fold_checkpoint(model, mutes, out, callback=advance)
             return mutes
     with new_folder(out) as temporary:
-        network, tokenizer = open_model(model, gguf_file=gguf_file)
+        network, tokenizer = open_model(model, gguf_file=gguf_file, merge=True)
         mutes = unite(network, sets)
         fold_live(network, mutes)
         with console.status("Saving the checkpoint"):

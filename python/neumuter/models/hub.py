@@ -20,7 +20,10 @@ def find_model(model: str) -> bool:
     if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2:
         raise FileNotFoundError(missing)
     try:
-        cached = isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str)
+        cached = any(
+            isinstance(huggingface_hub.try_to_load_from_cache(model, name), str)
+            for name in ("config.json", "adapter_config.json")
+        )
         huggingface_hub.HfApi().model_info(model, timeout=SECONDS_TO_ANSWER)
     except huggingface_hub.errors.HFValidationError:
         raise FileNotFoundError(missing) from None

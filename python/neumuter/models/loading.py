@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neumuter.models.hub import find_model
+from neumuter.models.adapted import Source, find_folder, find_source, put_adapter
 
 
 def load_model(
@@ -19,30 +19,38 @@ def load_model(
     device_map: str | None = None,
     quantize: str | None = None,
     attention: str | None = None,
+    merge: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in evaluation mode, and its tokenizer.
 
     Code that comes with a checkpoint never runs.
 
     Args:
-        model: a folder, or a name on the Hub.
+        model: a folder, or a name on the Hub. That of a PEFT adapter stands for its base, which
+            adapter_config.json names, with the adapter on it.
         dtype: "auto" is the checkpoint's own; or "float32", "bfloat16", "float16".
         gguf_file: the name of a GGUF file in ``model`` to read the weights from; they are dequantised.
         device: such as "cuda:1"; None takes the GPU where there is one.
         device_map: how accelerate spreads the model over devices, such as "auto", instead of ``device``.
         quantize: "4bit" or "8bit" quantises the weights with bitsandbytes.
         attention: transformers' attn_implementation, such as "eager" or "sdpa".
+        merge: merge an adapter into the weights, so that an ordinary model comes out.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a damaged or hostile checkpoint, or a device that is not there.
+        FileNotFoundError: there is no such folder, or an adapter's base is not there.
+        ImportError: an adapter, without the package peft.
+        ValueError: a damaged or hostile checkpoint; a device that is not there; an adapter of a kind that
+            cannot be merged, one that does not fit its base, or one whose base would be a GGUF file.
     """
-    where: dict[str, Any] = {"local_files_only": find_model(model)}
+    source = find_source(model)
+    if gguf_file and source.adapter:
+        raise ValueError(f"gguf_file goes without an adapter, which {model} is")
+    where = _places(source)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(place)
     transformers.utils.logging.disable_progress_bar()
     with _raise_one_line(model):
-        tokenizer = _load_tokenizer(model, where | ({"gguf_file": gguf_file} if gguf_file else {}))
+        tokenizer = _load_tokenizer(source, {"gguf_file": gguf_file} if gguf_file else {})
         if gguf_file:
             where["gguf_file"] = gguf_file
             # Older versions always unpack the weights.
@@ -55,21 +63,34 @@ def load_model(
         if attention:
             where["attn_implementation"] = attention
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, trust_remote_code=False, **where
+            source.base, dtype=dtype, trust_remote_code=False, **where
         )
         # The weights are ordinary ones now.
         if gguf_file and getattr(network, "hf_quantizer", None) is not None:
             network.hf_quantizer.remove_quantization_config(network)
-    return (network if "device_map" in where else network.to(place)).eval(), tokenizer
+        if "device_map" not in where:
+            network.to(place)
+        if source.adapter:
+            network = put_adapter(network, find_folder(source.adapter), merge)
+    return network.eval(), tokenizer
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, or of a name on the Hub."""
-    return _load_tokenizer(model, {"local_files_only": find_model(model)})
+    """Load the tokenizer of a folder, or of a name on the Hub; an adapter may have that of its base."""
+    return _load_tokenizer(find_source(model), {})
 
 
-def _load_tokenizer(model: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
+def _places(source: Source) -> dict[str, Any]:
+    """What from_pretrained takes to load the base."""
+    revision = {"revision": source.revision} if source.revision else {}
+    return {"local_files_only": source.cached, **revision}
+
+
+def _load_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    model, where = source.base, _places(source)
+    if source.adapter and ((folder := find_folder(source.adapter)) / "tokenizer_config.json").is_file():
+        model, where = str(folder), {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where, **options)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

@@ -79,4 +79,5 @@ def _remake(
         mode="modulate" if any(mutes.mode == "modulate" for mutes in sets) else "mute",
         gain_range=(min(low), max(high)),
         method=method,
+        adapter={path: values for mutes in sets for path, values in mutes.adapter.items()},
     )

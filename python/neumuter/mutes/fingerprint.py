@@ -9,6 +9,9 @@ within the tolerance: its neurons are still the same neurons.
 
 The muted columns alone have a sketch of their own, since folding them moves the whole matrix too little to
 be seen.
+
+An adapter may leave the down projections alone, or move them by less than the tolerance. So some of the
+projections that it changes are sketched twice, without it and with it: nearer to the first is the bare base.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from neumuter.models.ffn import FFN
+from neumuter.models.families import ADDED_TO_PATHS, unwrapped
+from neumuter.models.ffn import FFN, Layout, features
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32
@@ -30,6 +34,10 @@ TOLERANCE = 0.02
 SKETCHED = ("the down projection's weights", "the muted columns of the down projection")
 # "neumuter" in ASCII.
 _KEY = (0x6E65756D, 0x75746572)
+# The number of projections of an adapter that are sketched.
+ADAPTED = 8
+# What an adapter changes less than this, relatively, is lost in rounding.
+FAINTEST = 1e-4
 # Rows of W that are converted to float32 at a time.
 _ROWS = 1024
 
@@ -119,17 +127,57 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
     Raises:
         ValueError: quantised experts.
     """
-    weight = ffn.down_weight
-    if weight is None and not ffn.is_dense:
+    if ffn.down_weight is None and not ffn.is_dense:
         raise ValueError(
             f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
         )
-
-    def of(columns: Tensor | None) -> list[float]:
-        return sketch_through(ffn, columns) if weight is None else sketch(weight, columns)
-
-    parts = [of(None)] if layer is None else [of(None), of(layer.indices)]
+    parts = [sketch_any(ffn)] if layer is None else [sketch_any(ffn), sketch_any(ffn, layer.indices)]
     return dict(zip(SKETCHED, parts, strict=False))
+
+
+def sketch_any(ffn: FFN, columns: Tensor | None = None) -> list[float]:
+    """Sketch a down projection by its weight if it has a plain one, else through what it computes."""
+    weight = ffn.down_weight
+    return sketch_through(ffn, columns) if weight is None else sketch(weight, columns)
+
+
+def find_projection(model: nn.Module, path: str) -> FFN | None:
+    """Find a projection of a model by its path, as if it were that of an FFN; None if there is none."""
+    network = unwrapped(model)
+    found = [p for p, _ in network.named_modules() if ADDED_TO_PATHS.sub("", p) == path]
+    # The first one has what is put around it.
+    if not found or not features(network.get_submodule(found[0])):
+        return None
+    parent, _, name = found[0].rpartition(".")
+    dtype = getattr(network, "dtype", torch.float32)
+    return FFN(parent, 0, network.get_submodule(parent), Layout(down=name), None, dtype)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split a parameter of ``module``."""
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def adapter_fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """Sketch up to ``ADAPTED`` projections that PEFT's adapters change; sharded ones are left out.
+
+    Returns:
+        {path: its sketch without the adapters, then with them}; empty if they change none.
+    """
+    adapted = [
+        (ADDED_TO_PATHS.sub("", path), module)
+        for path, module in unwrapped(model).named_modules()
+        if hasattr(module, "get_base_layer") and features(module.get_base_layer()) and not is_sharded(module)
+    ]
+    found = {}
+    for path, module in adapted[:: -(-len(adapted) // ADAPTED) or 1]:
+        whole = find_projection(model, path)
+        if whole is not None and whole.down is module:
+            alone = FFN(path, 0, module, Layout(down="base_layer"), None, whole.dtype)
+            pair = sketch_through(alone), sketch_through(whole)
+            if distance(*pair) > FAINTEST:
+                found[path] = [*pair[0], *pair[1]]
+    return found
 
 
 def fingerprint(ffns: Iterable[FFN], layers: Mapping[str, MutedLayer]) -> dict[str, list[float]]:

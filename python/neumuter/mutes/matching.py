@@ -1,14 +1,14 @@
 """Whether a mute set belongs to a model: its architecture, FFN paths, widths and weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from neumuter.models.families import find_ffns, unwrapped
 from neumuter.models.ffn import FFN
 from neumuter.models.installed import refuse_wrapped
-from neumuter.mutes.fingerprint import TOLERANCE, distance, sketches
+from neumuter.mutes.fingerprint import TOLERANCE, distance, find_projection, is_sharded, sketch_any, sketches
 from neumuter.mutes.mute_set import SKETCHES, MuteSet
 
 
@@ -41,6 +41,9 @@ def fitting_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     """Do as ``matching_ffns`` for a model that may have gates, as long as none of them is in force."""
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))
+    # The clearer reason first: an adapter may have changed the weights, too.
+    whole = {path: p for path, p in adapted_projections(model, mutes).items() if not is_sharded(p.down)}
+    refuse_other(bare_base_differs(mutes, {path: sketch_any(p) for path, p in whole.items()}))
     refuse_other([text for path in mutes.widths for text in weights_differ(ffns[path], mutes)])
     return {path: ffns[path] for path in mutes.widths}
 
@@ -88,6 +91,41 @@ def sketches_differ(
                 "another checkpoint, or are the mutes folded in already?"
             )
     return differences
+
+
+def adapted_projections(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
+    """Find the projections, {path: projection}, that the adapter changed which ``mutes`` was made with.
+
+    Raises:
+        MuteMismatchError: ``model`` has none there.
+    """
+    found = {path: find_projection(model, path) for path in mutes.adapter}
+    refuse_other([f"{path}: model has no projection there" for path, one in found.items() if one is None])
+    return {path: one for path, one in found.items() if one is not None}
+
+
+def bare_base_differs(mutes: MuteSet, actual: Mapping[str, Sequence[float]]) -> list[str]:
+    """Say so if projections, {path: sketch}, are nearer to the bare base than to that with its adapter."""
+    alone = adapted = 0.0
+    for path, values in actual.items():
+        expected = mutes.adapter[path]
+        alone += math.dist(expected[:SKETCHES], values) ** 2
+        adapted += math.dist(expected[SKETCHES:], values) ** 2
+    if adapted <= alone:
+        return []
+    return [
+        "adapter: the mute set is for a base with an adapter on it, and this model is the base without that "
+        "adapter. Give the adapter's folder as the model, or put the adapter on the model or merge it"
+    ]
+
+
+def refuse_adapter(mutes: MuteSet, model: object) -> None:
+    """Raise ValueError if ``mutes`` was made with an adapter, of which quantised weights would not tell."""
+    if mutes.adapter:
+        raise ValueError(
+            f"the mute set is for a base with an adapter on it, and nothing tells whether {model}, which is "
+            "quantised, has the adapter merged: fold with the adapter's folder as MODEL, then quantise"
+        )
 
 
 def refuse_other(differences: list[str]) -> None:

@@ -53,6 +53,8 @@ class MuteSet:
         gain_range: the lowest and the highest gain that the mode allows.
         method: hyper-parameters, JSON values.
         metrics: {"before": {...}, "after": {...}}, JSON values.
+        adapter: {path: sketches} of some projections that an adapter changed, without it and then with it;
+            empty for a model without an adapter.
 
     Raises:
         ValueError: anything in it is not as described.
@@ -67,6 +69,7 @@ class MuteSet:
     method: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     metrics: dict[str, Any] = field(default_factory=lambda: {"before": {}, "after": {}})
+    adapter: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_metadata(self)
@@ -123,6 +126,8 @@ class MuteSet:
             "seed": self.seed,
             "metrics": _without_nan(self.metrics),
         }
+        if self.adapter:
+            metadata["adapter"] = self.adapter
         data = to_safetensors(tensors, metadata={"neumuter": _dumps(metadata)})
         _check_header(data)
         write_atomically(path, data)
@@ -159,6 +164,7 @@ class MuteSet:
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             given = metadata.get("format") if isinstance(metadata, dict) else None
             raise ValueError(f"format version {given!r}, this version of neumuter reads {FORMAT}")
+        adapter = metadata.pop("adapter", {})
         _check_keys("metadata", metadata, "format architecture mode gain_range layers method seed metrics")
         rows = metadata["layers"]
         if not isinstance(rows, list) or len(rows) > MAX_LAYERS:
@@ -191,6 +197,7 @@ class MuteSet:
             widths={row["path"]: row["width"] for row in rows},
             fingerprint={row["path"]: row["sketch"] for row in rows},
             gain_range=tuple(metadata["gain_range"]),
+            adapter=adapter,
             **{key: metadata[key] for key in ("architecture", "mode", "method", "seed", "metrics")},
         )
 
@@ -228,9 +235,13 @@ def _check_metadata(mutes: MuteSet) -> None:
     if mutes.fingerprint.keys() != mutes.widths.keys():
         raise ValueError("fingerprint and widths must name the same FFNs")
     for path, values in mutes.fingerprint.items():
-        count = SKETCHES * (2 if path in mutes.layers else 1)
-        if type(values) is not list or len(values) != count or not all(map(_is_finite, values)):
-            raise ValueError(f"fingerprint[{path!r}] must be a list of {count} finite numbers")
+        _check_sketches(f"fingerprint[{path!r}]", values, SKETCHES * (2 if path in mutes.layers else 1))
+    if not isinstance(mutes.adapter, dict) or len(mutes.adapter) > MAX_LAYERS:
+        raise ValueError(f"adapter must be a dict of at most {MAX_LAYERS}")
+    for path, values in mutes.adapter.items():
+        if type(path) is not str or not _PATH.fullmatch(path):
+            raise ValueError(f"adapter: {path!r:.80} is not a module path")
+        _check_sketches(f"adapter[{path!r}]", values, 2 * SKETCHES)
     if type(mutes.seed) is not int or not -(2**63) <= mutes.seed < 2**64:
         raise ValueError(f"seed must be an integer of 64 bits, got {mutes.seed!r:.80}")
     for name in ("method", "metrics"):
@@ -241,6 +252,11 @@ def _check_metadata(mutes: MuteSet) -> None:
             _dumps(_without_nan(value) if name == "metrics" else value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must hold JSON values only: {error}") from None
+
+
+def _check_sketches(name: str, values: object, count: int) -> None:
+    if type(values) is not list or len(values) != count or not all(map(_is_finite, values)):
+        raise ValueError(f"{name} must be a list of {count} finite numbers")
 
 
 def check_layer(path: str, layer: MutedLayer, width: int, gain_range: tuple[float, float]) -> None:

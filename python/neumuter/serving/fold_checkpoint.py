@@ -7,7 +7,7 @@ of the touched down projections change. A model without weights says where these
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from neumuter.files import PathLike, new_folder, refuse_taken
 from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN
-from neumuter.mutes.matching import refuse_other, structure_differs, weights_differ
+from neumuter.mutes.fingerprint import sketch_any
+from neumuter.mutes.matching import (
+    adapted_projections,
+    bare_base_differs,
+    refuse_adapter,
+    refuse_other,
+    structure_differs,
+    weights_differ,
+)
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.edits import Edit, copy_edited
 from neumuter.serving.fold import fold_columns, folded_once
@@ -155,6 +164,11 @@ def _find_edits(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> dict[Pa
         MuteMismatchError: the set was made for another model.
         ValueError: weights that cannot be folded where they are, or that are shared and not muted alike.
     """
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise ValueError(
+            f"{folder} has {ADAPTER_CONFIG_NAME}: it is loaded as an adapter on another model, whatever "
+            "weights lie beside it. Use `neumuter fold`, which merges the adapter first"
+        )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -163,10 +177,15 @@ def _find_edits(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> dict[Pa
     folded_once(model, mutes)
     places = find_places(shards)
     if options := getattr(config, "quantization_config", None):
+        refuse_adapter(mutes, folder)
         return quantised_edits(ffns, places, options, mutes)
     prefix = model.base_model_prefix
     downs = [_Down(ffns[p], _locate(ffns[p], places, prefix), mutes.layers.get(p)) for p in mutes.widths]
-    _check_fingerprint(downs, mutes)
+    adapted = {
+        path: _Down(one, _locate(one, places, prefix), None)
+        for path, one in adapted_projections(model, mutes).items()
+    }
+    _check_fingerprint(downs, adapted, mutes)
     return {
         shard: [down.edit for down in downs if down.layer and down.place.shard == shard] for shard in shards
     }
@@ -189,9 +208,13 @@ def _locate(ffn: FFN, places: dict[str, Place], prefix: str) -> Place:
     return place
 
 
-def _check_fingerprint(downs: Iterable[_Down], mutes: MuteSet) -> None:
+def _check_fingerprint(downs: Iterable[_Down], adapted: Mapping[str, _Down], mutes: MuteSet) -> None:
     """Raise MuteMismatchError unless the weights are those that ``mutes`` was made for."""
-    differences = []
+    sketches, differences = {}, []
+    for path, down in adapted.items():
+        with down.holding(down.place.read()):
+            sketches[path] = sketch_any(down.ffn)
+    refuse_other(bare_base_differs(mutes, sketches))
     for down in downs:
         with down.holding(down.place.read()):
             differences += weights_differ(down.ffn, mutes)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN, Layout
 from neumuter.mutes.fingerprint import SKETCHED, sketch_rows
-from neumuter.mutes.matching import refuse_other, sketches_differ, structure_differs
+from neumuter.mutes.matching import refuse_adapter, refuse_other, sketches_differ, structure_differs
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.serving.edits import read
 
@@ -139,9 +139,10 @@ def read_gguf(file: Path, mutes: MuteSet) -> GgufFile:
     Raises:
         ImportError: the package gguf is not installed.
         ValueError: the file is damaged, one of several, or holds an architecture or tensors that are not
-            known.
+            known; or the set was made with an adapter.
         MuteMismatchError: the set was made for another model.
     """
+    refuse_adapter(mutes, file)
     reader, architecture = open_gguf(file)
     model = _build(file, reader, architecture, mutes)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}

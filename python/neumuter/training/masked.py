@@ -15,7 +15,7 @@ from neumuter.models.ffn import FFN
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
 from neumuter.models.seams import choose_seams
-from neumuter.mutes.fingerprint import fingerprint
+from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import architecture
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, check_layer
 from neumuter.training.gates import (
@@ -325,7 +325,7 @@ class Masked:
                 )
                 check_layer(path, layers[path], widths[path], gain_range)
         with self.off():
-            sketches = fingerprint(self.ffns, layers)
+            sketches, adapter = fingerprint(self.ffns, layers), adapter_fingerprint(self.model)
         return MuteSet(
             layers=layers,
             widths=widths,
@@ -335,6 +335,7 @@ class Masked:
             gain_range=gain_range,
             method=method or {},
             seed=seed,
+            adapter=adapter,
         )
 
     def detach(self) -> None:
