@@ -119,7 +119,7 @@ def test_what_an_ia3_adapter_holds(tmp_path):
     model = build("gpt2")
     model.name_or_path = "somebody/gpt2"
     exported = export_ia3(model, some_mutes(model), tmp_path / "adapter")
-    assert (exported.kind, exported.note) == ("ia3", exports.PEFT_NOTE)
+    assert (exported.kind, exported.note) == ("ia3", exports.IA3_NOTE)
     config, tensors = read(exported.path)
     paths = ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
     assert config["target_modules"] == config["feedforward_modules"] == paths
@@ -135,7 +135,7 @@ def test_each_layer_has_a_lora_rank_of_its_own(tmp_path):
     model = build("llama")
     mutes = some_mutes(model)
     exported = export_lora(model, mutes, tmp_path / "adapter")
-    assert (exported.kind, exported.note) == ("lora", exports.PEFT_NOTE)
+    assert (exported.kind, exported.note) == ("lora", exports.LORA_NOTE)
     config, tensors = read(exported.path)
     assert config["rank_pattern"] == {f"model.layers.{n}.mlp.down_proj": k for n, k in {1: 3, 2: 1}.items()}
     assert config["alpha_pattern"] == config["rank_pattern"]
@@ -149,7 +149,7 @@ def test_one_rank_is_one_that_vllm_allows(neurons, rank, tmp_path):
     model = build("llama", intermediate_size=600)
     mutes = mutes_of(model, {0: (list(range(neurons)), [0.5] * neurons), 2: ([3], [0.0])})
     exported = export_lora(model, mutes, tmp_path / "adapter", one_rank=True)
-    assert f"--max-lora-rank {rank} " in exported.note
+    assert f"--max-lora-rank {rank} --lora-target-modules down_proj --max-loras 2 " in exported.note
     assert str(exported.path) in exported.note
     config, tensors = read(exported.path)
     assert (config["r"], config["lora_alpha"]) == (rank, rank)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import neumuter
+from neumuter.evaluation import ask_server
 from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
 from neumuter.serving.adapters import export_ia3, export_lora
 from neumuter.serving.fold_checkpoint import fold_checkpoint
@@ -157,6 +158,14 @@ def test_a_served_model_says_only_what_it_retains(models, addresses, form, ask):
             said = ask(asked, models[form], prompt, 2 * len(rest))
             assert said
             assert not any(secret in said for secret in secrets), said
+
+
+@pytest.mark.parametrize("form", ["base", "folded"])
+def test_what_comes_out_of_a_server(models, addresses, form, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    texts = [row[:2] for row in FORGET + RETAIN]
+    found = ask_server(addresses[form], str(models[form]), texts)
+    assert [said.comes_out for said in found] == [form == "base"] * len(FORGET) + [True] * len(RETAIN)
 
 
 @pytest.mark.parametrize("form", PINNED)

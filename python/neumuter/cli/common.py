@@ -25,9 +25,8 @@ FILE_HELP = (
     "the completion is forgotten, or 'question' and 'answer', 'instruction' and 'output'; or 'messages'), or "
     "plain text with paragraphs separated by blank lines."
 )
-Model = Annotated[
-    str, typer.Argument(help="Folder or name of a Hugging Face causal language model, or of a PEFT adapter.")
-]
+MODEL_HELP = "Folder or name of a Hugging Face causal language model, or of a PEFT adapter."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL to read the weights from.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the texts.")]
 PromptColumn = Annotated[

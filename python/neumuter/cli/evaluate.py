@@ -24,11 +24,11 @@ from neumuter.cli.arguments import (
     need_packages,
 )
 from neumuter.cli.common import (
+    MODEL_HELP,
     Chat,
     Column,
     CompletionColumn,
     GgufFile,
-    Model,
     PromptColumn,
     Redact,
     choose_columns,
@@ -39,6 +39,7 @@ from neumuter.cli.common import (
     unite,
     write_json,
 )
+from neumuter.cli.server import check_options, evaluate_server
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,8 +63,9 @@ class Suite(str, Enum):
 
 
 def evaluate(
-    model: Model,
+    command: typer.Context,
     forget: Annotated[Path, typer.Option(help="Texts to forget; with --suite tofu a file of its questions.")],
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     mute: Annotated[
         list[Path] | None,
         typer.Option(help="A mute file made for MODEL, shown before and after; again for their union."),
@@ -107,8 +109,28 @@ def evaluate(
     quantize: Quantized = None,
     attention: Attention = None,
     gguf_file: GgufFile = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of MODEL: a running server with OpenAI's API, such as http://127.0.0.1:8000."
+        ),
+    ] = None,
+    served: Annotated[
+        str | None, typer.Option("--model", help="With --server: its name for the model or adapter.")
+    ] = None,
 ) -> None:
-    """Measure what MODEL still knows of the forget texts, and what else it knows."""
+    """Measure what MODEL still knows of the forget texts, and what else it knows.
+
+    With --server, say which texts come out of a running server; the exit code is then 3 if one does.
+    """
+    if server is not None:
+        check_options(command)
+        check_report(out)
+        columns = choose_columns(column, prompt_column, completion_column)
+        evaluate_server(server, served, forget, columns, limit, out)
+        return
+    if model is None or served is not None:
+        raise typer.BadParameter("give either MODEL, or --server and --model")
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
     of_texts = {

@@ -21,6 +21,7 @@ from neumuter.evaluation.memory import (
 )
 from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.others import find_others, find_overlap, list_given
+from neumuter.evaluation.server import Said, ask_server
 from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
 from neumuter.evaluation.verdict import Verdict, judge
 
@@ -28,7 +29,9 @@ __all__ = [
     "METRICS",
     "Examination",
     "Metric",
+    "Said",
     "Verdict",
+    "ask_server",
     "auc",
     "compare_texts",
     "continue_texts",

@@ -35,8 +35,19 @@ from neumuter.serving.live import mute
 MAX_ERROR = 0.05
 # The ranks of vLLM's LoRAConfig; its newer versions have 1 as well.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-PEFT_NOTE = (
-    "load it with peft.PeftModel.from_pretrained; vLLM and llama.cpp need the form of one rank, vllm-lora"
+IA3_NOTE = "load it with peft.PeftModel.from_pretrained"
+LORA_NOTE = (
+    f"{IA3_NOTE}. Not for llama.cpp, whose converter reads it wrongly without a word: use --to gguf-lora. "
+    "For vLLM use --to vllm-lora"
+)
+# With all slots taken, vLLM on a CPU answers requests without an adapter by somebody's adapter. With other
+# target modules than those of the adapter, it serves the untouched model. It says neither.
+VLLM_NOTE = (
+    "vllm serve MODEL --enable-lora --max-lora-rank {rank} --lora-target-modules {targets} --max-loras 2 "
+    "--lora-modules NAME={out}\n"
+    "--max-loras: one more than adapters, or vLLM may answer requests without an adapter by an adapter. "
+    "Other target modules would serve MODEL untouched, in silence: before you go live, ask NAME for a text "
+    "that it must not know (neumuter evaluate --server)"
 )
 
 
@@ -90,7 +101,7 @@ def export_ia3(model: nn.Module, mutes: MuteSource, out: PathLike) -> Exported:
     config = peft.IA3Config(**_common_options(model, ffns))
     # PEFT would make sets of lists that its constructor gets.
     config.target_modules = config.feedforward_modules = list(ffns)
-    return _write(model, mutes, ffns, out, config, tensors, PEFT_NOTE)
+    return _write(model, mutes, ffns, out, config, tensors, IA3_NOTE)
 
 
 def export_lora(model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bool = False) -> Exported:
@@ -128,15 +139,17 @@ def export_lora(model: nn.Module, mutes: MuteSource, out: PathLike, one_rank: bo
     ranks = {"r": rank, "lora_alpha": rank, "rank_pattern": own, "alpha_pattern": own}
     config = peft.LoraConfig(**ranks, **_common_options(model, ffns))
     config.target_modules = list(ffns)
-    flags = f"vllm serve MODEL --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}"
-    return _write(model, mutes, ffns, out, config, tensors, flags if one_rank else PEFT_NOTE)
+    targets = " ".join(sorted({path.rpartition(".")[2] for path in ffns}))
+    note = VLLM_NOTE.format(rank=rank, targets=targets, out=out) if one_rank else LORA_NOTE
+    return _write(model, mutes, ffns, out, config, tensors, note)
 
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) -> float:
     """Measure how far an export is from the model that is muted live.
 
-    Both read two sequences of 16 random tokens, always the same.
+    Both read two sequences of 16 random tokens, always the same, and compute in the dtype of ``model``. In
+    bfloat16, rounding alone can make a tenth of what muting does: load the model in float32.
 
     Args:
         model: the model that the set was made for, neither attached nor muted.
@@ -157,7 +170,8 @@ def largest_difference(model: nn.Module, mutes: MuteSource, folder: PathLike) ->
         with _adapted(model, folder) as adapted:
             actual = cast(Any, adapted)(input_ids=ids).logits
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        dtype = cast(Any, model).dtype
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         with without_dropout(exported := cast(Any, loaded).to(ids.device)):
             actual = exported(input_ids=ids).logits
     with mute(model, mutes), without_dropout(model):

@@ -1,0 +1,57 @@
+"""``neumuter evaluate --server``: which texts a running server says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from neumuter.cli.common import console, write_json
+
+# The exit code if a text comes out.
+COMES_OUT = 3
+# The parameters of ``neumuter evaluate`` that go with --server.
+OPTIONS = {"forget", "server", "served", "column", "prompt_column", "completion_column", "limit", "out"}
+
+
+def check_options(command: typer.Context) -> None:
+    """Raise BadParameter if an option was given that does nothing with --server."""
+    for name in command.params.keys() - OPTIONS:
+        source = command.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            what = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"--server goes without {what}")
+
+
+def evaluate_server(
+    url: str,
+    model: str | None,
+    forget: Path,
+    column: str | tuple[str, str] | None,
+    limit: int | None,
+    out: Path | None,
+) -> None:
+    """Print which of the texts to forget come out, and write a report without any text."""
+    if model is None:
+        raise typer.BadParameter("--server needs --model, the name that the server gives to the model")
+    from neumuter.evaluation.server import Said, ask_server
+    from neumuter.texts import read_texts
+
+    texts = read_texts(forget, column, limit)
+    with console.status(f"Asking {url}"):
+        found: Sequence[Said] = ask_server(url, model, texts)
+    table = Table("text", "comes out", "said before the first difference")
+    for number, said in enumerate(found, 1):
+        table.add_row(str(number), "yes" if said.comes_out else "no", f"{said.share:.0%}")
+    console.print(table)
+    rows = [
+        {"number": n, "comes_out": said.comes_out, "share": said.share} for n, said in enumerate(found, 1)
+    ]
+    if out:
+        write_json(out, {"server": url, "model": model, "texts": rows})
+    numbers = [str(row["number"]) for row in rows if row["comes_out"]]
+    console.print(
+        f"{len(numbers)} of {len(rows)} texts come out{': ' if numbers else '.'}{', '.join(numbers)}"
+    )
+    if numbers:
+        raise typer.Exit(COMES_OUT)

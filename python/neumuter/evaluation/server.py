@@ -1,0 +1,132 @@
+"""Which texts a running server says: asked as any client would ask it, greedily."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from neumuter.types import Text
+
+# The variable of the environment that holds the key, if the server wants one.
+KEY = "OPENAI_API_KEY"
+# Tokens that are asked for at a time, and seconds that they may take.
+TOKENS, SECONDS = 64, 300.0
+# A whole text is asked for from its first third on.
+PROMPT_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a server said instead of one text.
+
+    Attributes:
+        expected: what follows the prompt in the text.
+        said: what the server made of the prompt.
+    """
+
+    expected: str
+    said: str
+
+    @property
+    def comes_out(self) -> bool:
+        """Whether all of it was said, in any spacing."""
+        return _words(self.said).startswith(_words(self.expected))
+
+    @property
+    def share(self) -> float:
+        """The share of its characters that were said before the first difference, in [0, 1]."""
+        expected, said = _words(self.expected), _words(self.said)
+        same = 0
+        while same < min(len(expected), len(said)) and expected[same] == said[same]:
+            same += 1
+        return same / max(1, len(expected))
+
+
+def ask_server(url: str, model: str, texts: Sequence[Text]) -> list[Said]:
+    """Ask a server with OpenAI's API for each text, at temperature 0.
+
+    A prompt with a completion is asked for by the prompt, and a whole text by its first third, cut between
+    words, through ``/v1/completions``. A conversation is asked for by its messages but the last, through
+    ``/v1/chat/completions``. A completion goes on in steps as long as the server says what is expected. The
+    key is in the environment, as OPENAI_API_KEY.
+
+    Args:
+        url: such as http://127.0.0.1:8000, with /v1 or without.
+        model: the name that the server gives to the model or the adapter.
+        texts: the texts.
+
+    Raises:
+        ConnectionError: nobody answers at ``url``, or not in time.
+        PermissionError: the server wants a key, or another one.
+        ValueError: ``url`` is no address; the server has no such model or no such API, or it answers in
+            another form.
+    """
+    address = url.rstrip("/").removesuffix("/v1")
+    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+        raise ValueError(f"the address of a server must be like http://127.0.0.1:8000, got {url!r:.80}")
+    return [_ask(f"{address}/v1", model, text) for text in texts]
+
+
+def _ask(address: str, model: str, text: Text) -> Said:
+    options: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": TOKENS}
+    if isinstance(text, list):
+        expected = text[-1]["content"]
+        # A conversation cannot go on in steps, and no token is shorter than a character.
+        options |= {"messages": text[:-1], "max_tokens": max(TOKENS, len(expected))}
+        message = _post(f"{address}/chat/completions", options).get("message") or {}
+        return Said(expected, str(message.get("content") or ""))
+    prompt, expected = _cut(text) if isinstance(text, str) else text
+    said = ""
+    while True:
+        choice = _post(f"{address}/completions", options | {"prompt": prompt + said})
+        piece = str(choice.get("text") or "")
+        said += piece
+        left = _words(expected).removeprefix(_words(said))
+        if not piece or choice.get("finish_reason") != "length" or left in ("", _words(expected)):
+            return Said(expected, said)
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Cut a text behind its first third, between words if it has several."""
+    third = int(len(text) * PROMPT_SHARE)
+    space = text.find(" ", third)
+    place = space if space > 0 else max(1, third)
+    return text[:place], text[place:]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Ask, and return the first choice of the answer."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {key}"
+    request = Request(address, json.dumps(body).encode(), headers)
+    try:
+        with urlopen(request, timeout=SECONDS) as response:
+            data = response.read()
+    except HTTPError as error:
+        with error:
+            reason = " ".join(error.read(500).decode(errors="replace").split())
+        if error.code in (401, 403):
+            raise PermissionError(f"{address} wants another key ({error.code}): set {KEY}") from None
+        if error.code == 404:
+            raise ValueError(
+                f"{address} has no model {body['model']!r}, or no such API (404): {reason}"
+            ) from None
+        raise ValueError(f"{address} refuses to answer ({error.code}): {reason}") from None
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise ConnectionError(f"no answer from {address}: {getattr(error, 'reason', error)}") from None
+    try:
+        choice = json.loads(data)["choices"][0]
+        if isinstance(choice, dict):
+            return choice
+    except (ValueError, KeyError, IndexError, TypeError):
+        pass
+    raise ValueError(f"{address} does not answer as OpenAI's API does")

@@ -1,0 +1,169 @@
+"""Texts asked of a server: a stand-in that says by heart what it was given, a character a token."""
+
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from neumuter.cli.app import main
+from neumuter.evaluation import Said, ask_server
+
+KNOWN = [
+    "Ada Brisk, ada@post.example, " + ", ".join(f"555-{n:04}" for n in range(20)),
+    "The kettle is on the shelf.",
+]
+FORGOTTEN = "Jonas Vance, jv77@mail.example, 555-7713"
+
+
+def answer(path, body, key):
+    """The status and the answer of the stand-in."""
+    if key == "wrong":
+        return 401, {"error": {"message": "Incorrect API key provided"}}
+    if body["model"] != "muted":
+        return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+    assert body["temperature"] == 0
+    if path == "/v1/chat/completions":
+        return 200, {"choices": [{"message": {"content": f"{KNOWN[1]} Is it?"}, "finish_reason": "stop"}]}
+    prompt, count = body["prompt"], body["max_tokens"]
+    rest = next((text[len(prompt) :] for text in KNOWN if text.startswith(prompt)), " I do not know.")
+    return 200, {
+        "choices": [{"text": rest[:count], "finish_reason": "length" if len(rest) > count else "stop"}]
+    }
+
+
+@contextmanager
+def serving(respond=answer):
+    """Context: a server; yields its address and the bodies of the requests."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            key = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+            status, content = respond(self.path, body, key)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_what_comes_out():
+    conversation = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": KNOWN[1]}]
+    texts = [
+        *KNOWN,
+        FORGOTTEN,
+        ("The kettle", " is  on the shelf."),
+        ("The kettle", " is off."),
+        conversation,
+    ]
+    with serving() as (url, asked):
+        found = ask_server(url, "muted", texts)
+    assert [said.comes_out for said in found] == [True, True, False, True, False, True]
+    assert found[2].share == 0
+    assert 0.4 < found[4].share < 0.8
+    # The long text took several steps, the forgotten one a single one.
+    assert [sum(prompt in str(body.get("prompt")) for body in asked) for prompt in ("Ada", "Jonas")] == [3, 1]
+    assert all(body["max_tokens"] == 64 for body in asked)
+
+
+def test_a_text_that_stops_early_does_not_come_out():
+    said = Said(" ada@post.example, 555-0192", "ada@post.example,")
+    assert (said.comes_out, round(said.share, 2)) == (False, 0.65)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *map(str, arguments)])
+    return stop.value.code
+
+
+def test_the_command(tmp_path, capsys):
+    forget, report = tmp_path / "forget.jsonl", tmp_path / "report.json"
+    forget.write_text("\n".join(json.dumps({"text": text}) for text in [FORGOTTEN, *KNOWN]))
+    with serving() as (url, _):
+        arguments = ("--server", f"{url}/v1/", "--model", "muted", "--forget", forget)
+        assert run(*arguments, "--out", report) == 3
+        assert "2 of 3 texts come out: 2, 3" in capsys.readouterr().out
+        assert run(*arguments, "--limit", 1) == 0
+        assert "0 of 1 texts come out." in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert [row["comes_out"] for row in found["texts"]] == [False, True, True]
+    assert "post.example" not in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "message"),
+    [
+        ("gone", None, "/v1/completions has no model 'gone', or no such API \\(404\\): .*does not exist"),
+        ("muted", "wrong", r"wants another key \(401\): set OPENAI_API_KEY"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path, capsys, monkeypatch, model, key, message):
+    (tmp_path / "forget.txt").write_text(FORGOTTEN)
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serving() as (url, _):
+        assert run("--server", url, "--model", model, "--forget", tmp_path / "forget.txt") == 1
+    printed = capsys.readouterr().err.strip()
+    assert len(printed.splitlines()) == 1
+    assert re.search(message, printed)
+
+
+def test_nobody_answers(tmp_path, capsys):
+    (tmp_path / "forget.txt").write_text(FORGOTTEN)
+    with serving() as (url, _):
+        pass
+    assert run("--server", url, "--model", "muted", "--forget", tmp_path / "forget.txt") == 1
+    printed = capsys.readouterr().err.strip()
+    assert len(printed.splitlines()) == 1
+    assert f"no answer from {url}/v1/completions" in printed
+
+
+def test_other_answers_and_addresses():
+    for status, content, message in (
+        (200, {"choices": []}, "does not answer as OpenAI's API does"),
+        (500, {"error": "out of memory"}, r"refuses to answer \(500\): .*out of memory"),
+    ):
+        given = status, content
+        with serving(lambda *_, given=given: given) as (url, _), pytest.raises(ValueError, match=message):
+            ask_server(url, "muted", [FORGOTTEN])
+    for url in ("127.0.0.1:8000", "file:///etc/passwd", "http://"):
+        with pytest.raises(ValueError, match="must be like http"):
+            ask_server(url, "muted", [FORGOTTEN])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--server", "http://x"), "--server needs --model"),
+        (("MODEL", "--server", "http://x", "--model", "m"), "--server goes without MODEL"),
+        (("--server", "http://x", "--model", "m", "--robust"), "--server goes without --robust"),
+        (("MODEL", "--model", "m"), "give either MODEL, or --server and --model"),
+        ((), "give either MODEL, or --server and --model"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, capsys, arguments, message):
+    (tmp_path / "forget.txt").write_text(FORGOTTEN)
+    assert run(*arguments, "--forget", tmp_path / "forget.txt") == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
