@@ -263,7 +263,7 @@ def test_many_retain_texts_are_measured_on_a_sample_that_is_said(model, words, c
     monkeypatch.setattr("neumuter.recipes.fisher.MEASURED_RETAIN", 2)
     monkeypatch.setattr("neumuter.unlearning.SHOWN_TEXTS", 0)
     monkeypatch.setattr("neumuter.evaluation.examination.MAX_TOKENS", 1)
-    monkeypatch.setattr("neumuter.evaluation.made_up.MADE_UP", 2)
+    monkeypatch.setattr("neumuter.evaluation.controls.MADE_UP", 2)
     retain = [*KEPT, *(f"Text number {i} is kept." for i in range(30))]
     rows = []
     handle = model.model.register_forward_pre_hook(

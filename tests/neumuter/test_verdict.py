@@ -16,7 +16,7 @@ from neumuter.evaluation import (
     make_up_names,
     sampled_extraction,
 )
-from neumuter.evaluation.made_up import _make_up
+from neumuter.evaluation.controls import _make_up
 from neumuter.texts import encode, encode_forms
 from neumuter.types import IGNORED
 from tests import models

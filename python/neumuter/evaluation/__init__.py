@@ -9,7 +9,7 @@ from neumuter.evaluation.examination import Examination, compare_texts, examine
 from neumuter.evaluation.forms import most_known
 from neumuter.evaluation.harness import harness_metrics
 from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
-from neumuter.evaluation.made_up import make_up_names
+from neumuter.evaluation.controls import make_up_names
 from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
 from neumuter.evaluation.memory import (
     extracted,
