@@ -18,7 +18,8 @@ from neumuter.report.html import write_report
 MUTE_FILE = "mutes.safetensors"
 # Of report.csv.
 COLUMNS = (
-    "number", "tokens", "extracted_before", "extracted_after", "loss_before", "loss_after", "other_text",
+    "number", "tokens", "verdict", "extracted_before", "extracted_after", "sampled_before", "sampled_after",
+    "loss_before", "loss_after", "min_k_before", "min_k_after", "other_text",
 )  # fmt: skip
 
 
@@ -28,11 +29,12 @@ class Outcome:
 
     mutes: the neurons to mute and their gains; ``neumuter.mute(model, outcome.mutes)`` applies them.
     before, after: metrics without and with them, {name: value}; see ``neumuter.evaluation.METRICS``.
-    made_up: the metrics before of the same texts with made-up names; None without a tokenizer.
+    controls: the metrics, with the mutes, of texts that the model never saw; None where there are none.
     verdict: whether the texts are forgotten; see ``neumuter.evaluation.judge``.
-    texts: {"number", "tokens", "extracted_before", "extracted_after", "loss_before", "loss_after", "said",
-    "other_text"} of each text to forget: its number from 1, how many tokens count, whether it comes out, its
-    loss in nats, what the model says after its prompt, and whose text that is, such as "retain 7", or None.
+    texts: of each text to forget its "number" from 1, how many "tokens" count, its "verdict", before and
+    after whether it is "extracted", the chance that it comes out in 100 samples ("sampled"), its "loss" in
+    nats and its "min_k", each with "_before" or "_after"; what the model has "said" after its prompt, and
+    whose text that is ("other_text"), such as "retain 7", or None.
     curve: for ``budget="auto"`` a point for each budget tried.
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
@@ -42,7 +44,7 @@ class Outcome:
     mutes: MuteSet
     before: dict[str, float]
     after: dict[str, float]
-    made_up: dict[str, float] | None
+    controls: dict[str, float] | None
     verdict: Verdict
     texts: list[dict[str, Any]]
     curve: list[dict[str, Any]] | None
@@ -76,9 +78,10 @@ class Outcome:
             "curve": self.curve,
             "verdict": self.verdict.kind,
             "verdict_sentence": self.verdict.sentence,
+            "comparisons": self.verdict.figures(),
             "before": self.before,
             "after": self.after,
-            "made_up": self.made_up,
+            "controls": self.controls,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
         }
@@ -91,12 +94,12 @@ class Outcome:
         return made / MUTE_FILE
 
     def __repr__(self) -> str:
-        return render_text(outcome_table(self.before, self.after, self.made_up)) + "\n".join(
+        return render_text(outcome_table(self.before, self.after, self.controls)) + "\n".join(
             self._sentences()
         )
 
     def _repr_html_(self) -> str:
-        return render_html(self.before, self.after, self.made_up, self._sentences())
+        return render_html(self.before, self.after, self.controls, self._sentences())
 
     def _sentences(self) -> list[str]:
         return [*outcome_sentences(self.mutes, self.seconds, self.peak_memory), self.verdict.sentence]

@@ -27,7 +27,7 @@ from neumuter.evaluation import (
     find_overlap,
     judge,
     list_given,
-    make_up_names,
+    make_controls,
     mean_token_loss,
     most_known,
 )
@@ -71,6 +71,7 @@ def unlearn(
     recipe: str | FittedConfig | PaperConfig = "fitted",
     existing: MuteSource | None = None,
     goals: Goals | None = None,
+    controls: TextSource | None = None,
     samples: int | None = None,
     rewrite_with: str | None = None,
     start_layer: int = 1,
@@ -101,6 +102,8 @@ def unlearn(
         existing: a mute set of earlier requests, or its file, that stays in force; the retain texts must not
             hold its texts.
         goals: for ``budget="auto"``; by default no text may be extracted any more.
+        controls: texts of the same kind that the model never saw, with which the verdict compares the texts
+            to forget; likewise. None makes them from the texts to forget, by other names and values.
         samples: how many texts the model itself adds to the retain texts: by default 32, or 16 where there
             are retain texts.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
@@ -140,6 +143,7 @@ def unlearn(
     kept = [] if retain is None else _encode("retain", collect_texts("retain", retain), words, length, chat)
     given = list_given({"forget": forget_batch} | ({"retain": kept[0]} if kept else {}), words)
     refuse_overlap(given)
+    unseen = _make_controls(controls, forms, given, words, length, chat, seed)
     if chat is None and max(len(forms), len(kept)) > 1:
         logger.warning(TEMPLATE_USED)
     found = kept[:1]
@@ -164,10 +168,7 @@ def unlearn(
             )
         before = examine(network, words, forms, given)
         retain_before = mean_token_loss(network, measured)
-        made_up = None
-        if words:
-            renamed = make_up_names(forms, given, words, seed)
-            made_up = examine(network, words, renamed, given, "made-up").metrics
+        controls_before = examine(network, words, unseen, given, "controls") if unseen else None
         asked = most_known(network, forms)
         said_before = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     history: list[dict[str, Any]] = []
@@ -189,17 +190,21 @@ def unlearn(
     with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
         after = examine(network, words, forms, given)
         retain_after = mean_token_loss(network, measured)
+        controls_after = examine(network, words, unseen, given, "controls") if unseen else None
         said_after = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
     metrics = {
         "before": before.metrics | {"retain_loss": retain_before},
         "after": after.metrics | {"retain_loss": retain_after},
     }
     texts = compare_texts(given, before, after)
+    verdict = judge(after, controls_after, before, controls_before, [row["tokens"] for row in texts])
+    for row, kind in zip(texts, verdict.texts, strict=True):
+        row["verdict"] = kind
     return Outcome(
         mutes=dataclasses.replace(mutes, metrics=metrics),
         **metrics,
-        made_up=made_up,
-        verdict=judge(**metrics, made_up=made_up, texts=texts),
+        controls=controls_after.metrics if controls_after else None,
+        verdict=verdict,
         texts=texts,
         curve=curve,
         history=history,
@@ -210,6 +215,28 @@ def unlearn(
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(),
     )
+
+
+def _make_controls(
+    controls: TextSource | None,
+    forms: list[Batch],
+    given: Sequence[GivenText],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    chat: bool | None,
+    seed: int,
+) -> list[Batch] | None:
+    """The texts that the model never saw, in all their forms; None where nobody can make any."""
+    if controls is None:
+        return make_controls(forms, given, tokenizer, seed) if tokenizer else None
+    found = _encode("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
+    overlap = find_overlap(list_given({"controls": found[0]}, tokenizer), given)
+    if overlap:
+        text, other = overlap[0]
+        raise ValueError(
+            f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
+        )
+    return found
 
 
 def refuse_overlap(given: Sequence[GivenText]) -> None:

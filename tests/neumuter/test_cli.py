@@ -156,7 +156,7 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", *files)
     assert run(*arguments, "--mute", mutes, "--out", report) == 0
     printed = capsys.readouterr().out
-    for word in ("original", "muted", "another", "made-up", "MA", "EL_10", "PrivLeak", "Jang"):
+    for word in ("original", "muted", "another", "controls", "MA", "EL_10", "PrivLeak", "Jang"):
         assert word in printed
     found = json.loads(report.read_text())
     assert found["metrics"]["forget_loss"] > found["before"]["forget_loss"] + 0.05
@@ -164,7 +164,9 @@ def test_evaluate_before_and_after(checkpoint, capsys):
     assert report.with_suffix(".html").stat().st_mode & 0o077 == 0
     assert not any(text in report.read_text() for text in FORGET)
     assert found["metrics"].keys() - found["before"].keys() == {"heldout_kl"}
-    assert found["made_up"]["forget_ma"] < found["before"]["forget_ma"]
+    assert found["controls"]["forget_ma"] < found["before"]["forget_ma"]
+    assert printed.splitlines()[-1] == found["verdict_sentence"]
+    assert found["verdict"] in ("partly", "not enough evidence", "not")
     assert [text["number"] for text in found["texts"]] == [1, 2]
     assert not any("said" in text for text in found["texts"])
     assert run(*arguments, "--retrained", report) == 0

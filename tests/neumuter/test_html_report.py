@@ -14,6 +14,7 @@ import matplotlib.style
 import pytest
 import torch
 
+from neumuter.evaluation import Comparison
 from neumuter.mutes.mute_set import MutedLayer, MuteSet
 from neumuter.report.html import write_report
 
@@ -145,13 +146,20 @@ def test_texts_of_others_are_shown_unless_redacted(tmp_path):
         {"number": 1, "other_text": "retain 7", "said": " eve@post.example, I think"},
         {"number": 2, "other_text": None, "said": " no idea"},
     ]
-    figures = {"made_up": {"forget_ma": 0.4321}, "texts": texts, "verdict_sentence": "Partly forgotten: so."}
+    after = {"extracted_after": True, "sampled_after": 0.875, "loss_after": 1.5, "min_k_after": -2.5}
+    texts = [text | after | {"verdict": "partly"} for text in texts]
+    figure = Comparison("extraction", 0.5, 0.0, 0.5, 0.25, 0.75, 0.05)
+    figures = {
+        "controls": {"forget_ma": 0.4321}, "texts": texts, "verdict_sentence": "Partly forgotten: so.",
+        "comparisons": [dataclasses.asdict(figure)],
+    }  # fmt: skip
     path = tmp_path / "report.html"
     page, document = written(path, UNLEARN | figures, None, [SAMPLE])
     assert "1 retain 7 eve@post.example, I think" in words(document)
     assert "Partly forgotten: so." in page
-    assert "made-up names" in page
     assert "0.4321" in page
+    assert "greedy extraction 0.500 0.000 +0.500 (+0.250 to +0.750) 0.05" in words(document)
+    assert "1 partly yes 0.88 1.5 -2.5" in words(document)
     assert "no idea" not in page
     assert path.stat().st_mode & 0o777 == 0o600
     page, document = written(path, UNLEARN | figures, None, [SAMPLE], True)

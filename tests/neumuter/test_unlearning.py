@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import neumuter
 from neumuter.evaluation import continue_texts
+from neumuter.evaluation.verdict import MARGINS
 from neumuter.models.hooks import Gates
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig
 from neumuter.texts import encode, join_batches
@@ -180,7 +181,8 @@ def test_what_was_found_is_judged_and_told_text_by_text(model, words, outcome, t
     assert repr(outcome).endswith(outcome.verdict.sentence)
     outcome.save(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["verdict"], report["made_up"]) == ("not", outcome.made_up)
+    assert (report["verdict"], report["controls"]) == ("not", outcome.controls)
+    assert [figure["name"] for figure in report["comparisons"]] == list(MARGINS)
     rows = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert [row["number"] for row in rows] == ["1", "2"]
     assert [row["tokens"] for row in rows] == [str(len(completion)) for _, completion in PAIRS]
@@ -188,13 +190,27 @@ def test_what_was_found_is_judged_and_told_text_by_text(model, words, outcome, t
     assert sum(float(row["loss_before"]) for row in rows) / 2 == pytest.approx(
         outcome.before["forget_loss"], rel=0.2
     )
-    assert rows[0].keys() == {
-        "number", "tokens", "extracted_before", "extracted_after", "loss_before", "loss_after", "other_text",
-    }  # fmt: skip
+    assert [row["verdict"] for row in rows] == outcome.verdict.texts
+    assert float(rows[0]["sampled_before"]) > 0.5
+    assert float(rows[0]["min_k_after"]) < float(rows[0]["min_k_before"])
     unknown = unlearn(model, words, [("Zed Quux,", " qq@zz.org")])
     assert unknown.verdict.kind == "nothing to forget"
     more = unlearn(model, words, recipe=FittedConfig(GainsConfig(steps=60)), budget=150)
-    assert more.verdict.kind == "forgotten"
+    assert more.verdict.kind in ("partly", "not enough evidence")
+    assert "none of 2 texts comes out" in more.verdict.sentence
+
+
+def test_controls_can_be_given(model, words):
+    unseen = [(f"Room {n} of Zed,", f" is {97 * n}.") for n in range(10)]
+    outcome = unlearn(model, words, controls=unseen)
+    assert outcome.controls["forget_extraction"] == 0
+    assert outcome.controls != unlearn(model, words).controls
+    with pytest.raises(ValueError, match=r"controls must be texts .* never saw, but controls 2 is forget 1"):
+        unlearn(model, words, controls=[unseen[0], PAIRS[0]])
+    batches = [encode(texts, words, 64) for texts in (PAIRS, KEPT, unseen)]
+    blind = unlearn(model, None, *batches[:2], samples=0)
+    assert blind.controls is None
+    assert unlearn(model, None, *batches[:2], samples=0, controls=batches[2]).controls is not None
 
 
 def test_files_that_quote_texts_are_for_their_owner_alone(outcome, tmp_path):

@@ -1,11 +1,14 @@
 """Whether texts are forgotten: whose text comes out instead, made-up names, and the last line."""
 
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from neumuter.evaluation import (
+    Examination,
     compare_texts,
     examine,
     extracted,
@@ -13,10 +16,12 @@ from neumuter.evaluation import (
     find_overlap,
     judge,
     list_given,
-    make_up_names,
+    make_controls,
     sampled_extraction,
 )
 from neumuter.evaluation.controls import _make_up
+from neumuter.evaluation.others import Found
+from neumuter.evaluation.verdict import MARGINS, compare
 from neumuter.texts import encode, encode_forms
 from neumuter.types import IGNORED
 from tests import models
@@ -115,7 +120,7 @@ def test_overlap_is_found(words, retain, label):
 def test_made_up_names_change_the_names_and_nothing_else(words):
     forms = [encode(MAIL, words, 64)]
     given = listed(words)
-    (made,) = make_up_names(forms, given, words, seed=3)
+    (made,) = make_controls(forms, given, words, seed=3)
     assert len(made["labels"]) == 33  # 11 of each of 3 texts
     texts = [
         words.decode(ids[shown.bool()][1:])
@@ -127,12 +132,12 @@ def test_made_up_names_change_the_names_and_nothing_else(words):
         assert not {"Ada", "Brisk", "Bo", "Calder", "Cy", "Dorn"} & set(text.replace(":", " ").split())
     ids, labels = made["input_ids"][0], made["labels"][0]
     assert words.decode(ids[labels != IGNORED]) == MAIL[0][1]
-    assert all(torch.equal(made[key], make_up_names(forms, given, words, seed=3)[0][key]) for key in made)
+    assert all(torch.equal(made[key], make_controls(forms, given, words, seed=3)[0][key]) for key in made)
 
 
 def test_a_word_that_most_texts_have_is_no_name(words):
     texts = [(f"Mail of Ada{letter} Brisk:", " a@b") for letter in "abcdefghijkl"]
-    (made,) = make_up_names([encode(texts, words, 64)], listed(words, forget=texts), words)
+    (made,) = make_controls([encode(texts, words, 64)], listed(words, forget=texts), words)
     for ids in made["input_ids"]:
         assert words.decode(ids[1:]).startswith("Mail of ")
         assert "Brisk: a@b" in words.decode(ids)
@@ -142,7 +147,7 @@ def test_a_word_that_most_texts_have_is_no_name(words):
 def test_names_of_a_whole_text_do_not_count(words):
     text = "Ada Brisk has room 17 since May."
     given = listed(words, forget=[text])
-    (made,) = make_up_names([encode([text], words, 64)], given, words)
+    (made,) = make_controls([encode([text], words, 64)], given, words)
     ids, labels = made["input_ids"][0], made["labels"][0]
     assert words.decode(ids[labels != IGNORED]).replace("<s>", "") == "  has room  since ."
 
@@ -234,41 +239,127 @@ def test_a_whole_text_is_extracted_from_its_first_third(words):
     assert extracted(Later([text[:-2]], words), batch).tolist() == [False]
 
 
-def state(extraction, ma, others=0.0):
-    return {"forget_extraction": extraction, "forget_ma": ma, "forget_others": others}
+def examined(texts, extracted=0, others=0, sampled=0.0, loss=3.0, spread=1.0):
+    """What was found of so many texts; the losses are spread evenly around ``loss``."""
+    losses = [loss + spread * ((place + 0.5) / texts - 0.5) for place in range(texts)]
+    return Examination(
+        metrics={},
+        extracted=[place < extracted for place in range(texts)],
+        sampled=[sampled] * texts,
+        loss=losses,
+        min_k=[-2 * loss for loss in losses],
+        said=[""] * texts,
+        others=[Found("retain 1", "words") if place < others else None for place in range(texts)],
+    )
 
 
-MADE_UP = state(0.0, 0.4, 0.1)
+CONTROLS = examined(32)
+KNOWN = examined(24, extracted=24, sampled=1.0, loss=0.1)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "made_up", "long", "kind", "words"),
+    ("after", "controls", "kind", "words"),
     [
-        (state(1, 1), state(0, 0.6, 0.1), MADE_UP, (1, 0), "forgotten", "none of 2 texts comes out"),
-        (state(1, 1), state(0, 0.9), MADE_UP, (1, 0), "partly", "MA is 0.90 and was 1.00"),
-        (state(1, 1), state(0.5, 0.6), MADE_UP, (1, 1), "partly", "1 of 2 texts still comes out"),
-        (state(1, 1), state(0, 0.6, 0.5), MADE_UP, (1, 0), "partly", "50% of the answers hold another"),
-        (state(1, 1), state(1, 0.99), MADE_UP, (1, 1), "not", "2 of 2 texts still come out"),
-        (state(0, 0.8), state(0, 0.8), MADE_UP, (0, 0), "not", "MA is 0.80"),
-        (state(0, 0.8), state(0, 0.5), MADE_UP, (0, 0), "forgotten", "none of 2"),
-        (state(0, 0.45), state(0, 0.3), MADE_UP, (0, 0), "nothing to forget", "MA 0.45 against"),
-        # Short texts can be guessed, long ones cannot, whatever made-up names give.
-        (state(0.5, 0.4), state(0.5, 0.4), state(0.5, 0.4), (0, 0), "nothing to forget", "extraction 0.50"),
-        (state(0.5, 0.4), state(0.5, 0.4), state(0.5, 0.4), (1, 1), "not", "1 of 2 texts still comes out"),
-        (state(1, 1), state(0, 0.6, 0.2), None, (1, 0), "partly", "20% of the answers"),
-        (state(1, 1), state(0, 0.6), None, (1, 0), "forgotten", ""),
+        (examined(24, loss=3.3), CONTROLS, "forgotten", "none of 24 texts comes out, and they look like"),
+        (examined(24, extracted=24, sampled=1.0), CONTROLS, "not", "24 of 24 texts still come out"),
+        (examined(24, extracted=4), CONTROLS, "not", "4 of 24 texts still come out"),
+        # One text may be chance, but it is above the margin.
+        (examined(16, extracted=1, loss=3.3), CONTROLS, "partly", "1 of 16 texts still comes out"),
+        (examined(24, loss=2.5), CONTROLS, "partly", "by loss they can be told"),
+        (examined(24, loss=3.3, sampled=0.3), CONTROLS, "partly", "in 100 samples 30% of the texts"),
+        (examined(24, loss=3.3, others=6), CONTROLS, "partly", "25% of the answers hold another given"),
+        # The controls do that as well.
+        (examined(96, loss=3.3, others=24), examined(96, others=36), "forgotten", ""),
+        (examined(24, loss=3.3, others=6), examined(32, others=10), "not enough evidence", "another text"),
+        (examined(24, loss=3.3, sampled=0.3), examined(32, sampled=0.3), "forgotten", ""),
+        (examined(12), CONTROLS, "not enough evidence", "AUC of the loss"),
+        (examined(5, loss=3.3), CONTROLS, "not enough evidence", "5 texts and 32 controls are too few"),
+        (examined(2, loss=1.0), CONTROLS, "partly", "by loss they can be told"),
+        (examined(2, loss=2.9), CONTROLS, "not enough evidence", "2 texts and 32 controls are too few"),
+        (examined(1, loss=3.3), CONTROLS, "not enough evidence", "About 8 texts and 32 controls would do"),
+        (examined(24, loss=3.3), examined(4), "not enough evidence", "24 texts and 4 controls"),
+        (examined(24, loss=3.3), None, "not enough evidence", "Give controls"),
+        (examined(1, extracted=1), None, "not", "1 of 1 texts still comes out"),
     ],
 )
-def test_the_verdict(before, after, made_up, long, kind, words):
-    """``long``: whether the texts that come out before and after have 8 tokens or more."""
-    texts = [
-        {
-            "tokens": 20 if any(long) else 3,
-            "extracted_before": before["forget_extraction"] > place / 2,
-            "extracted_after": after["forget_extraction"] > place / 2,
-        }
-        for place in range(2)
-    ]
-    found = judge(before, after, made_up, texts)
+def test_the_verdict(after, controls, kind, words):
+    found = judge(after, controls, KNOWN, CONTROLS, [20] * 24)
     assert found.kind == kind
     assert words in found.sentence
+    assert len(found.texts) == len(after.loss)
+    assert judge(after, controls).kind == kind  # of a model without mutes
+    assert found.leaks == (("come" in words and "none" not in words) or "answers" in words or "100" in words)
+    for figure in found.comparisons:
+        assert figure.low <= figure.high
+        assert figure.margin == MARGINS[figure.name]
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "nothing"),
+    [
+        (examined(24), 20, True),
+        (examined(24, loss=3.3), 20, True),
+        (KNOWN, 20, False),
+        (examined(24, loss=2.5), 20, False),  # no text comes out, but they are likelier
+        # Short texts can be guessed, long ones cannot.
+        (examined(24, extracted=3), 3, True),
+        (examined(24, extracted=3), 20, False),
+        (examined(1), 20, True),
+        (examined(1, loss=0.1), 20, False),
+    ],
+)
+def test_there_is_nothing_to_forget_where_texts_are_like_controls(before, tokens, nothing):
+    controls = examined(32, extracted=4)
+    found = judge(examined(24, loss=3.3), controls, before, controls, [tokens] * 24)
+    assert (found.kind == "nothing to forget") == nothing
+
+
+def test_intervals_hold_what_new_texts_would_give():
+    """Of 60 samples of texts whose AUC is 0.5, few lie outside of their interval of 90 %."""
+    generator = torch.Generator().manual_seed(0)
+    missed = 0
+    for _ in range(60):
+        drawn = []
+        for count in (40, 60):
+            losses = torch.randn(count, generator=generator).tolist()
+            drawn.append(replace(examined(count), loss=losses))
+        figure = next(found for found in compare(*drawn) if found.name == "loss")
+        missed += not figure.low <= 0 <= figure.high
+    assert 1 <= missed <= 14
+
+
+def test_more_texts_are_enough_where_it_is_said_that_they_would_be():
+    found = judge(examined(12, loss=2.98), CONTROLS)
+    texts, controls = map(int, re.search(r"About (\d+) texts and (\d+) controls", found.sentence).groups())
+    assert texts > 12
+    assert judge(examined(2 * texts, loss=2.98), examined(2 * controls)).kind == "forgotten"
+
+
+def test_each_text_has_a_verdict():
+    after = examined(40, extracted=1, others=2, spread=6.0)
+    after.sampled[3] = 0.9
+    found = judge(after, CONTROLS).texts
+    assert found[:4] == [
+        "not",
+        "partly",
+        "partly",
+        "partly",
+    ]  # the loss of the third is far below the controls'
+    assert found[-1] == "forgotten"
+    assert set(judge(after, None).texts) == {"not", "partly", "not enough evidence"}
+
+
+def test_values_are_those_of_texts_that_are_worded_alike(words):
+    texts = [(f"Town of Ada{n}?", f" Ada{n} lives in Ox{n}ford.") for n in range(12)]
+    given = listed(words, forget=texts)
+    (made,) = make_controls([encode(texts, words, 64)], given, words)
+    towns = {f"Ox{n}ford" for n in range(12)}
+    for row, (ids, labels) in enumerate(zip(made["input_ids"], made["labels"], strict=True)):
+        said, counted = words.decode(ids), words.decode(ids[labels != IGNORED])
+        own = f"Ox{row // 3}ford"
+        assert f"Ada{row // 3} " not in said
+        assert sum(town in said for town in towns - {own}) == 1
+        assert own not in said
+        # The value counts; the name, which nobody can guess, does not.
+        assert "lives in Ox" in counted
+        assert "Ada" not in counted

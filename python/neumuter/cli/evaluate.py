@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from neumuter.evaluation import Examination
     from neumuter.evaluation.tofu import Question
     from neumuter.mutes.mute_set import MuteSet
     from neumuter.types import Batch
@@ -82,6 +83,13 @@ def evaluate(
     paraphrased: Annotated[
         Path | None,
         typer.Option(help="The forget texts behind other prompts, paraphrased or translated."),
+    ] = None,
+    controls: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts of the same kind that MODEL never saw, which the verdict compares the forget texts "
+            "with. Default: made from the forget texts."
+        ),
     ] = None,
     robust: Annotated[
         bool, typer.Option("--robust", help="With --mute: also after quantisation and after relearning.")
@@ -134,8 +142,8 @@ def evaluate(
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
     of_texts = {
-        "heldout": heldout, "paraphrased": paraphrased, "column": column, "prompt-column": prompt_column,
-        "completion-column": completion_column, "chat": chat,
+        "heldout": heldout, "paraphrased": paraphrased, "controls": controls, "column": column,
+        "prompt-column": prompt_column, "completion-column": completion_column, "chat": chat,
     }  # fmt: skip
     columns = choose_columns(column, prompt_column, completion_column)
     of_questions = {"real-authors": real_authors, "world-facts": world_facts}
@@ -154,17 +162,16 @@ def evaluate(
         need_packages("--tasks", "lm-eval")
     files = {
         "forget": forget, "retain": retain, "heldout": heldout, "paraphrased": paraphrased,
-        "real_authors": real_authors, "world_facts": world_facts,
+        "controls": controls, "real_authors": real_authors, "world_facts": world_facts,
     }  # fmt: skip
     given_files = {name: file for name, file in files.items() if file}
     check_sources(model, *given_files.values(), *(mute or []))
     from neumuter.evaluation import (
-        Examination,
         compare_texts,
         examine,
         harness_metrics,
         list_given,
-        make_up_names,
+        make_controls,
         most_known,
         text_metrics,
     )
@@ -186,16 +193,16 @@ def evaluate(
         length = limit_length(network, TDEC_TOKENS if suite is Suite.tdec else max_length)
         with print_log():
             forms = {name: encode_forms(read, tokenizer, length, chat) for name, read in texts.items()}
-        batches = {name: found[0] for name, found in forms.items()}
         if chat is None and any(len(found) > 1 for found in forms.values()):
             console.print(TEMPLATE_USED)
+        batches = {name: found[0] for name, found in forms.items() if name != "controls"}
         known = list_given(
             {name: batches[name] for name in ("forget", "retain") if name in batches}, tokenizer
         )
-        renamed = make_up_names(forms["forget"], known, tokenizer)
+        unseen = forms.pop("controls", None) or make_controls(forms["forget"], known, tokenizer)
     figures: dict[str, dict[str, float]] = {}
     examined: dict[str, Examination] = {}
-    made_up: dict[str, float] = {}
+    unknown: dict[str, Examination] = {}
     extra: dict[str, Any] = {}
     mutes = unite(network, sets) if sets else None
     with mute_live(network, mutes) if mutes else nullcontext() as handle:
@@ -214,22 +221,22 @@ def evaluate(
                     figures[state] = text_metrics(network, **asked, original=original, retrained_auc=auc)
                     examined[state] = examine(network, tokenizer, forms["forget"], known)
                     figures[state] |= examined[state].metrics
-                    made_up = made_up or examine(network, tokenizer, renamed, known, "made-up").metrics
+                    unknown[state] = examine(network, tokenizer, unseen, known, "controls")
                 if tasks:
                     figures[state] |= harness_metrics(
                         network, tokenizer, tasks.split(","), limit, task_folder
                     )
     shown = figures | ({"retrained": reference["metrics"]} if reference else {})
-    _print_metrics(shown | ({"made-up names": made_up} if made_up else {}))
+    last = list(figures)[-1]
+    _print_metrics(shown | ({"controls": unknown[last].metrics} if unknown else {}))
     if suite is Suite.tdec:
         console.print("The paper's thresholds for GPT-Neo: MA below 0.2994, EL_10 below 0.0499.")
-    last = list(figures)[-1]
     report: dict[str, Any] = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
     report |= {"metrics": figures[last], "before": figures.get("original")} | extra
     if examined:
         rows = compare_texts(known, examined.get("original"), examined[last])
         _print_others(rows)
-        report |= {"made_up": made_up, "texts": rows}
+        report |= _judge(rows, examined, unknown) | {"texts": rows}
     _write_evaluation(out, report, mutes, redact)
     if robust:
         kept: dict[str, Any] = {
@@ -243,6 +250,27 @@ def evaluate(
             report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
         _print_robustness(report["robustness"])
         _write_evaluation(out, report, mutes, redact)
+    if examined:
+        console.print(escape(report["verdict_sentence"]), highlight=False, soft_wrap=True)
+
+
+def _judge(
+    rows: Sequence[dict[str, Any]], examined: Mapping[str, Examination], controls: Mapping[str, Examination]
+) -> dict[str, Any]:
+    """The verdict on the last state as entries of the report; ``rows`` get that on each text."""
+    from neumuter.evaluation import judge
+
+    last, old = list(examined)[-1], "original" if len(examined) > 1 else ""
+    tokens = [row["tokens"] for row in rows]
+    verdict = judge(examined[last], controls[last], examined.get(old), controls.get(old), tokens)
+    for row, kind in zip(rows, verdict.texts, strict=True):
+        row["verdict"] = kind
+    return {
+        "controls": controls[last].metrics,
+        "verdict": verdict.kind,
+        "verdict_sentence": verdict.sentence,
+        "comparisons": verdict.figures(),
+    }
 
 
 def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: MuteSet | None, redact: bool) -> None:

@@ -63,6 +63,13 @@ def unlearn(
         Path | None,
         typer.Option(help="Texts that must stay, in the same formats. The model's own samples are added."),
     ] = None,
+    controls: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts of the same kind that MODEL never saw, which the verdict compares the forget texts "
+            "with. Default: made from the forget texts, by other names and values."
+        ),
+    ] = None,
     rewrite_with: Annotated[
         str | None,
         typer.Option(help="A masked language model that rewrites the forget texts as further neighbours."),
@@ -131,7 +138,8 @@ def unlearn(
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
 
-    The last line says whether they are forgotten. If the goal is not met, the exit code is 3.
+    The last line says whether they are forgotten. If texts still come out, or there was nothing to forget,
+    the exit code is 3.
     """
     fitted_only = {
         "existing": existing, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode,
@@ -144,7 +152,7 @@ def unlearn(
     number = parse_budget(budget or DEFAULT_BUDGET)
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
-    check_sources(model, forget, retain, existing)
+    check_sources(model, forget, retain, controls, existing)
     if rewrite_with:
         check_sources(rewrite_with)
     check_results(out, overwrite)
@@ -156,6 +164,7 @@ def unlearn(
 
     forget_texts = read_texts(forget, columns, limit)
     retain_texts = read_texts(retain, columns, limit) if retain else None
+    unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
     if not gguf_file:
         check_size(model, start_layer, number)
@@ -175,6 +184,7 @@ def unlearn(
             recipe=PaperConfig() if recipe is Recipe.paper else FittedConfig(GainsConfig(**sizes), support),
             existing=earlier,
             goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
+            controls=unseen,
             rewrite_with=rewrite_with,
             start_layer=start_layer,
             max_length=max_length,
@@ -190,15 +200,16 @@ def unlearn(
         retain=str(retain) if retain else None,
         command=shlex.join(["neumuter", *sys.argv[1:]]),
     )
-    met = outcome.verdict.kind == "forgotten"
+    nothing = outcome.verdict.kind == "nothing to forget"
+    met = not outcome.verdict.leaks and not nothing
     if outcome.curve:
         reached = any(point["met"] for point in outcome.curve)
         # The goals decide, which many models meet that never knew the texts.
-        met = reached and outcome.verdict.kind != "nothing to forget"
+        met = reached and not nothing
         console.print(curve_table(outcome.curve))
         if not reached:
             console.print("[bold yellow]No budget tried meets the goals:[/] the largest one is kept.")
-    console.print(outcome_table(outcome.before, outcome.after, outcome.made_up))
+    console.print(outcome_table(outcome.before, outcome.after, outcome.controls))
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(path))}.", highlight=False, soft_wrap=True)

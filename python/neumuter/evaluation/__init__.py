@@ -5,11 +5,11 @@ take a model and a batch as in :mod:`neumuter.training.losses`; nothing here tra
 """
 
 from neumuter.evaluation.continuations import continue_texts
+from neumuter.evaluation.controls import make_controls
 from neumuter.evaluation.examination import Examination, compare_texts, examine
 from neumuter.evaluation.forms import most_known
 from neumuter.evaluation.harness import harness_metrics
 from neumuter.evaluation.language import kl_to_original, mean_token_loss, perplexity, sample_losses
-from neumuter.evaluation.controls import make_up_names
 from neumuter.evaluation.membership import auc, min_k_scores, privacy_leakage
 from neumuter.evaluation.memory import (
     extracted,
@@ -23,10 +23,11 @@ from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.others import find_others, find_overlap, list_given
 from neumuter.evaluation.server import Said, ask_server
 from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
-from neumuter.evaluation.verdict import Verdict, judge
+from neumuter.evaluation.verdict import Comparison, Verdict, judge
 
 __all__ = [
     "METRICS",
+    "Comparison",
     "Examination",
     "Metric",
     "Said",
@@ -46,7 +47,7 @@ __all__ = [
     "judge",
     "kl_to_original",
     "list_given",
-    "make_up_names",
+    "make_controls",
     "mean_token_loss",
     "memorization_accuracy",
     "min_k_scores",

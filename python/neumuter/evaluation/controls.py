@@ -1,10 +1,10 @@
-"""The same texts with made-up names: what a model says of somebody whom it cannot know."""
+"""Controls: texts of the same kind that a model never saw, which forgotten texts are compared with."""
 
 import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -15,7 +15,7 @@ from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.texts import join_batches
 from neumuter.types import IGNORED, Batch
 
-# Made-up texts: several of each text where there are few, and one of each of the first where there are many.
+# Controls: several of each text where there are few, and one of each of the first where there are many.
 MADE_UP = 32
 # A word that a larger share of the texts has is no name; with fewer texts than these nobody can tell.
 COMMON_SHARE, FEW_TEXTS = 0.1, 10
@@ -23,15 +23,16 @@ VOWELS, CONSONANTS, DIGITS = "aeiou", "bcdfghjklmnpqrstvwxyz", "0123456789"
 WORD = re.compile(r"\w+")
 
 
-def make_up_names(
+def make_controls(
     forms: Sequence[Batch], given: Sequence[GivenText], tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> list[Batch]:
-    """Make texts like those of ``forms`` that nobody ever saw, by giving them other names.
+    """Make texts like those of ``forms`` that nobody ever saw: other names, and values of other texts.
 
     Names are the words of a prompt that at most a tenth of all texts have, or where there are fewer than ten
     texts, those with a capital letter or a digit; where there are no such words, all are. Of a text that
     counts from its start on, all words are looked at. A name becomes random letters and digits of the same
-    length, wherever the text has it.
+    length, wherever the text has it. Values are such words of a completion: they become those of another
+    given text whose completion is worded alike, and stay where there is none.
 
     Args:
         forms: the texts in each form, as ``encode_forms`` returns them.
@@ -41,38 +42,65 @@ def make_up_names(
         For each form a batch of ``MADE_UP`` texts or more. The same tokens count but for the names, which
         nobody can guess; where nothing else counts, they do.
     """
-    counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
-    # Of other scripts than Latin, those letters that the texts have.
-    letters = "".join(
-        sorted({char.lower() for text in given for char in text.text if ord(char) > 127 and char.isalpha()})
-    )
+    words = _Words(given)
+    return [_rename_all(form, words, tokenizer, random.Random(seed)) for form in forms]
 
-    def is_name(word: str) -> bool:
-        if len(given) < FEW_TEXTS:
+
+class _Words:
+    """Which words of texts are common, and which values their completions have."""
+
+    def __init__(self, given: Sequence[GivenText]) -> None:
+        self.few, self.limit = len(given) < FEW_TEXTS, COMMON_SHARE * len(given)
+        self.counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
+        letters = {char.lower() for text in given for char in text.text if char.isalpha()}
+        # Of other scripts than Latin, those letters that the texts have.
+        self.letters = "".join(sorted(char for char in letters if ord(char) > 127))
+        self.worded_alike: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
+        for text in given:
+            wording, values = self.split(text.prompt, text.text[len(text.prompt) :])
+            self.worded_alike.setdefault(wording, {})[values] = None
+
+    def is_name(self, word: str) -> bool:
+        if self.few:
             return any(char.isupper() or char.isdigit() for char in word)
-        return counts[word] <= COMMON_SHARE * len(given)
+        return self.counts[word] <= self.limit
 
-    return [_rename_all(form, is_name, letters, tokenizer, random.Random(seed)) for form in forms]
+    def split(self, prompt: str, completion: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The wording of a completion, with gaps for names and values; and the values."""
+        asked, wording, values = set(WORD.findall(prompt)), [], []
+        for word in WORD.findall(completion):
+            rare = self.is_name(word)
+            if rare and word not in asked:
+                values.append(word)
+            # No word is written so.
+            wording.append(word if not rare else "(name)" if word in asked else "(value)")
+        return tuple(wording), tuple(values)
+
+    def swap(self, prompt: str, completion: str, generator: random.Random) -> dict[str, str]:
+        """Draw for each value of a completion that of another text that is worded alike."""
+        wording, values = self.split(prompt, completion)
+        others = [found for found in self.worded_alike.get(wording, {}) if found != values]
+        return dict(zip(values, generator.choice(others), strict=True)) if others else {}
 
 
 def _rename_all(
-    batch: Batch,
-    is_name: Callable[[str], bool],
-    letters: str,
-    tokenizer: PreTrainedTokenizerBase,
-    generator: random.Random,
+    batch: Batch, words: _Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random
 ) -> Batch:
     tensors = [batch[key][:MADE_UP].tolist() for key in ("input_ids", "labels", "attention_mask")]
     rows = []
     for start, ids, labels, shown in zip(find_prompt_ends(batch)[:MADE_UP], *tensors, strict=True):
         ids, labels = ids[: sum(shown)], labels[: sum(shown)]
         whole = any(label != IGNORED for label in labels[:start])
-        asked = ids if whole else ids[:start]
-        words = WORD.findall(str(tokenizer.decode(asked, skip_special_tokens=True)))
-        named = sorted({word for word in words if is_name(word)} or set(words))
+        prompt, completion = (
+            str(tokenizer.decode(part, skip_special_tokens=True))
+            for part in ((ids, []) if whole else (ids[:start], ids[start:]))
+        )
+        asked = WORD.findall(prompt)
+        named = sorted({word for word in asked if words.is_name(word)} or set(asked))
         for _ in range(math.ceil(MADE_UP / len(tensors[0]))):
-            names = {word: _make_up(word, letters, generator) for word in named}
-            rows.append(_rename(ids, labels, names, tokenizer, batch["labels"].shape[1]))
+            names = {word: _make_up(word, words.letters, generator) for word in named}
+            values = words.swap(prompt, completion, generator)
+            rows.append(_rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
     return join_batches(*rows) | {"texts": torch.arange(len(rows))}
 
 
@@ -91,10 +119,14 @@ def _rename(
     ids: list[int],
     labels: list[int],
     names: Mapping[str, str],
+    values: Mapping[str, str],
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
 ) -> Batch:
-    """The row with other names, as a batch of one: runs of tokens that count, and that do not, stay such."""
+    """The row with other names and values, as a batch of one.
+
+    Runs of tokens that count, and that do not, stay such.
+    """
     special = set(tokenizer.all_special_ids)
     tokens: list[tuple[int, bool, bool]] = []
     keys = [(i in special, label != IGNORED) for i, label in zip(ids, labels, strict=True)]
@@ -102,9 +134,9 @@ def _rename(
         part = [i for _, i in run]
         fresh = [False] * len(part)
         if not is_special:
-            part, fresh = _replace(str(tokenizer.decode(part)), names, tokenizer)
+            part, fresh = _replace(str(tokenizer.decode(part)), names, values, tokenizer)
         tokens += zip(part, [counts] * len(part), fresh, strict=True)
-    # Made-up names can take more tokens; then the start of the prompt goes.
+    # Other words can take more tokens; then the start of the prompt goes.
     tokens = tokens[-limit:]
     guessable = any(counts and not new for _, counts, new in tokens[1:])
     counted = [i if counts and not (new and guessable) else IGNORED for i, counts, new in tokens]
@@ -116,12 +148,18 @@ def _rename(
 
 
 def _replace(
-    text: str, names: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
+    text: str, names: Mapping[str, str], values: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of a text with other names, and whether each belongs to a name."""
-    # A made-up name has the length of the name, so places stay.
-    changed = WORD.sub(lambda match: names.get(match[0], match[0]), text)
-    spans = [match.span() for match in WORD.finditer(text) if match[0] in names]
+    """The tokens of a text with other names and values, and whether each belongs to a name."""
+    changed, spans, last = "", [], 0
+    for match in WORD.finditer(text):
+        word = match[0]
+        changed += text[last : match.start()]
+        if word in names:
+            spans.append((len(changed), len(changed) + len(names[word])))
+        changed += names.get(word, values.get(word, word))
+        last = match.end()
+    changed += text[last:]
     encoded = tokenizer(changed, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
     # Without offsets, which slow tokenizers do not have, names count as well.
     places = encoded.get("offset_mapping") or [(0, 0)] * len(encoded["input_ids"])

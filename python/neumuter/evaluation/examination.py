@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.continuations import MAX_TOKENS
 from neumuter.evaluation.forms import most_known
-from neumuter.evaluation.language import losses_by_sample, mean_token_loss
-from neumuter.evaluation.memory import extracted, memorization_accuracy
+from neumuter.evaluation.language import losses_by_sample
+from neumuter.evaluation.membership import min_k_score
+from neumuter.evaluation.memory import chance_in_draws, extracted, memorization_accuracy
 from neumuter.evaluation.others import (
     STRETCH,
     Found,
@@ -21,8 +22,9 @@ from neumuter.evaluation.others import (
     number_texts,
     write_ids,
 )
-from neumuter.evaluation.passes import SAMPLES_PER_PASS, find_prompt_ends
+from neumuter.evaluation.passes import SAMPLES_PER_PASS, count_after_prompts, find_prompt_ends
 from neumuter.generation import find_end_tokens, generate
+from neumuter.training.losses import predicting
 from neumuter.types import Batch
 
 
@@ -30,13 +32,17 @@ from neumuter.types import Batch
 class Examination:
     """What ``examine`` found; each list has an entry for every text.
 
-    metrics: {name in ``METRICS``: value}. extracted: whether the text, or a window of it, comes out. loss:
-    the mean token loss in nats. said: how the model continues the prompt. others: what came out instead.
+    metrics: {name in ``METRICS``: value}. extracted: whether the text, or a window of it, comes out.
+    sampled: the chance that it does at least once in ``SAMPLES_DRAWN`` draws. loss: the mean token loss in
+    nats. min_k: the mean log-probability of its least likely tokens, see ``min_k_scores``. said: how the
+    model continues the prompt. others: what came out instead.
     """
 
     metrics: dict[str, float]
     extracted: list[bool]
+    sampled: list[float]
     loss: list[float]
+    min_k: list[float]
     said: list[str]
     others: list[Found | None]
 
@@ -69,18 +75,28 @@ def examine(
             said.setdefault(number, write_ids(tokenizer)(ids))
     batch = most_known(model, forms)
     out, losses = extracted(model, batch), losses_by_sample(model, batch)
+    # Of a text that counts from its start on, the prompt counts as well, but nobody has to guess it.
+    behind = count_after_prompts(batch)
+    chances = [
+        chance_in_draws(of_text[len(of_text) - int(count) :])
+        for of_text, count in zip(losses, predicting(behind["labels"]).sum(1), strict=True)
+    ]
     windows: dict[int, list[int]] = {}
     for row, number in enumerate(number_texts(batch)):
         windows.setdefault(number, []).append(row)
+    by_text = [torch.cat([losses[row] for row in rows]) for rows in windows.values()]
     return Examination(
         metrics={
             "forget_extraction": out.float().mean().item(),
             "forget_others": len(others) / len(windows),
+            "forget_sampled": sum(chances) / len(chances),
             "forget_ma": memorization_accuracy(model, batch),
-            "forget_loss": mean_token_loss(model, batch),
+            "forget_loss": torch.cat(by_text).mean().item(),
         },
         extracted=[bool(out[rows].any()) for rows in windows.values()],
-        loss=[torch.cat([losses[row] for row in rows]).mean().item() for rows in windows.values()],
+        sampled=[max(chances[row] for row in rows) for rows in windows.values()],
+        loss=[of_text.mean().item() for of_text in by_text],
+        min_k=[min_k_score(of_text) for of_text in by_text],
         said=[said[number] for number in windows],
         others=[others.get(number) for number in windows],
     )
@@ -127,7 +143,7 @@ def compare_texts(
     rows: list[dict[str, Any]] = []
     for place, (count, other) in enumerate(zip(tokens.values(), after.others, strict=False)):
         row: dict[str, Any] = {"number": place + 1, "tokens": count}
-        for name in ("extracted", "loss"):
+        for name in ("extracted", "sampled", "loss", "min_k"):
             for state, found in (("before", before), ("after", after)):
                 if found:
                     row[f"{name}_{state}"] = getattr(found, name)[place]

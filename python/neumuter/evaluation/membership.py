@@ -23,11 +23,14 @@ def min_k_scores(model: nn.Module, batch: Batch, k: float = LOWEST_SHARE) -> Ten
     """
     if not 0 < k <= 1:
         raise ValueError(f"k must lie in (0, 1], got {k}")
-    scores = []
-    for losses in losses_by_sample(model, batch):
-        count = max(1, math.ceil(k * len(losses)))
-        scores.append(-losses.topk(count).values.mean())
-    return torch.stack(scores)
+    scores = [min_k_score(losses, k) for losses in losses_by_sample(model, batch)]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def min_k_score(losses: Tensor, k: float = LOWEST_SHARE) -> float:
+    """Compute the score of one text from its token losses, [N] in nats; see ``min_k_scores``."""
+    count = max(1, math.ceil(k * len(losses)))
+    return -losses.topk(count).values.mean().item()
 
 
 def auc(members: Tensor, others: Tensor) -> float:

@@ -39,13 +39,18 @@ def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES_DR
     extraction (Hayes et al. 2025, *Measuring Memorization in Language Models via Probabilistic
     Extraction*). Exact, without drawing anything.
     """
-    chances = torch.stack(
-        [
-            (-losses.sum()).exp() * bool(len(losses))
-            for losses in losses_by_sample(model, count_after_prompts(batch))
-        ]
-    )
-    return -torch.expm1(samples * torch.log1p(-chances.clamp(max=1 - 1e-12))).mean().item()
+    chances = [
+        chance_in_draws(losses, samples) for losses in losses_by_sample(model, count_after_prompts(batch))
+    ]
+    return sum(chances) / len(chances)
+
+
+def chance_in_draws(losses: Tensor, samples: int = SAMPLES_DRAWN) -> float:
+    """Compute the chance that a text of these token losses, [N] in nats, is drawn once in ``samples``."""
+    if not len(losses):
+        return 0.0
+    chance = (-losses.double().sum()).exp().clamp(max=1 - 1e-12)
+    return -torch.expm1(samples * torch.log1p(-chance)).item()
 
 
 def extraction_strength(model: nn.Module, batch: Batch) -> float:

@@ -1,92 +1,263 @@
-"""Did the model forget? One function with stated limits says so, from what was measured before and after."""
+"""Did the model forget? One function with stated margins compares texts with what the model never saw."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from neumuter.evaluation.examination import Examination
 from neumuter.evaluation.others import STRETCH
 
-# The model knows texts whose MA is by more than this above that of the same texts with made-up names.
-KNOWN_ABOVE = 0.1
-# This share of that excess must be gone; with less than the second one gone, nothing happened.
-GONE, NOTICED = 0.25, 0.05
-UNKNOWN = {"forget_extraction": 0.0, "forget_ma": 0.0, "forget_others": 0.0}
+# By how much each figure of the texts to forget may exceed that of the controls: shares of texts, and AUC
+# above the 0.5 of a test that sees nothing.
+MARGINS = {"extraction": 0.05, "sampled": 0.1, "others": 0.05, "loss": 0.1, "min_k": 0.1}
+TITLES = {
+    "extraction": "greedy extraction",
+    "sampled": "extraction in 100 samples",
+    "others": "another text instead",
+    "loss": "AUC of the loss",
+    "min_k": "AUC of Min-40%",
+}
+# Figures of what comes out; the others are of how likely the texts are.
+COME_OUT = ("extraction", "sampled", "others")
+# The intervals hold 90 % of what texts and controls, drawn anew, would give: each of their bounds is exceeded
+# once in 20 times.
+TAIL, DRAWS, SEED = 0.05, 2000, 0
+# With fewer texts or controls nothing can be said of how likely they are.
+FEWEST = 8
+# A text of which so large a share of the controls is less likely stands out.
+STANDS_OUT = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of the texts to forget against that of the controls.
+
+    difference: texts less controls, above 0 if the texts are known better. low, high: its interval. margin:
+    what ``high`` must stay below.
+    """
+
+    name: str
+    texts: float
+    controls: float
+    difference: float
+    low: float
+    high: float
+    margin: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind: "forgotten", "partly", "not" or "nothing to forget". sentence: the same with its reasons."""
+    """Whether texts are forgotten.
+
+    kind: "forgotten", "partly", "not", "not enough evidence" or "nothing to forget". sentence: the same with
+    its reasons. comparisons: what it rests on. texts: the verdict on each text, "forgotten", "partly", "not"
+    or "not enough evidence".
+    """
 
     kind: str
     sentence: str
+    comparisons: list[Comparison]
+    texts: list[str]
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the texts still come out, or other given ones in their place, beyond the margins."""
+        over = (figure.difference >= figure.margin for figure in self.comparisons if figure.name in COME_OUT)
+        return self.kind == "not" or any(over)
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The comparisons as JSON values."""
+        return [asdict(comparison) for comparison in self.comparisons]
 
 
 def judge(
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    made_up: Mapping[str, float] | None,
-    texts: Sequence[Mapping[str, Any]],
+    after: Examination,
+    controls: Examination | None,
+    before: Examination | None = None,
+    controls_before: Examination | None = None,
+    tokens: Sequence[int] = (),
 ) -> Verdict:
-    """Judge whether texts are forgotten.
+    """Judge whether texts are forgotten, by comparing them with controls, which the model never saw.
 
-    There is nothing to forget if the model, before, knows the texts no better than the same texts with
-    made-up names: no text of ``STRETCH`` tokens or more comes out, extraction is no higher, and MA is higher
-    by at most ``KNOWN_ABOVE``. Otherwise they are forgotten if, after, no such text comes out, extraction is
-    no higher than with made-up names, a quarter (``GONE``) of the excess of MA is gone, and other given texts
-    come out no more often than with made-up names. They are partly forgotten if fewer texts come out than
-    before, or if a twentieth (``NOTICED``) of the excess of MA is gone.
+    Figures are extraction (greedy; in 100 samples), other given texts that come out instead, and how well
+    the loss and Min-40% tell the texts from the controls (AUC − 0.5). Their differences have bootstrap
+    intervals over texts and controls; ``MARGINS`` says what they may reach.
+
+    - "not": the lower bound of extraction is above the controls' level.
+    - "forgotten": every upper bound is below its margin.
+    - "not enough evidence": nothing exceeds its margin, but an interval reaches beyond it, because there are
+      few texts or controls. Of fewer than ``FEWEST`` no AUC is believed.
+    - "partly": what is between.
+    - "nothing to forget": before, no text of ``STRETCH`` tokens came out, no lower bound was above the
+      controls' level, and no figure above its margin.
 
     Args:
-        before, after: "forget_extraction", "forget_ma" and "forget_others", as in ``METRICS``.
-        made_up: the same, of the texts with made-up names before; None takes 0 for all.
-        texts: for each text its "tokens" that count, "extracted_before" and "extracted_after".
+        after: the texts as the model is now.
+        controls: the controls, on the same model; None where there are none.
+        before, controls_before: both on the untouched model, if it was examined.
+        tokens: how many tokens of each text count.
+
+    Returns:
+        The verdict, and that on each text: "not" if it comes out; "partly" if another given text comes out
+        instead, if it is expected to come out in 100 samples, or if it is likelier than ``STANDS_OUT`` of the
+        controls; "not enough evidence" with fewer than ``FEWEST`` controls; else "forgotten".
     """
-    base = made_up or UNKNOWN
-    excess = before["forget_ma"] - base["forget_ma"]
-    if (
-        not _long(texts, "extracted_before")
-        and before["forget_extraction"] <= base["forget_extraction"]
-        and excess <= KNOWN_ABOVE
-    ):
-        return Verdict("nothing to forget", _nothing(before, base))
-    still = sum(text["extracted_after"] for text in texts)
-    fallen = before["forget_ma"] - after["forget_ma"]
-    reasons = []
-    if _long(texts, "extracted_after") or after["forget_extraction"] > base["forget_extraction"]:
-        reasons.append(f"{still} of {len(texts)} texts still come{'s' * (still == 1)} out")
-    if fallen < GONE * excess:
-        reasons.append(
-            f"MA is {after['forget_ma']:.2f} and was {before['forget_ma']:.2f}; with made-up names it is "
-            f"{base['forget_ma']:.2f}"
+    found = compare(after, controls)
+    texts = [_judge_text(after, controls, place) for place in range(len(after.loss))]
+    if before is not None:
+        once = compare(before, controls_before)
+        long = any(out and count >= STRETCH for out, count in zip(before.extracted, tokens, strict=False))
+        few = min(len(before.loss), len(controls_before.loss) if controls_before else 0) < FEWEST
+        if not long and all(_is_unknown(figure, few) for figure in once):
+            return Verdict("nothing to forget", _nothing(once), found, texts)
+    still, count = sum(after.extracted), len(after.loss)
+    come = "the text does not come out" if count == 1 else f"none of {count} texts comes out"
+    if still:
+        come = f"{still} of {count} texts still come{'s' * (still == 1)} out"
+    few = min(count, len(controls.loss) if controls else 0) < FEWEST
+    over = [figure for figure in found if figure.difference >= _allowed(figure, few)]
+    unsure = [figure for figure in found if figure.high >= figure.margin and figure not in over]
+    if found[0].low > 0:
+        return Verdict("not", f"Not forgotten: {come}. Try more steps or a larger budget.", found, texts)
+    if over:
+        reasons = [come, *(_exceeds(figure) for figure in over if figure.name != "extraction")]
+        return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
+    if unsure:
+        return Verdict("not enough evidence", _unsure(come, unsure, after, controls), found, texts)
+    return Verdict("forgotten", f"Forgotten: {come}, and {_like_controls(controls)}.", found, texts)
+
+
+def compare(texts: Examination, controls: Examination | None) -> list[Comparison]:
+    """Compare what was examined of texts and of controls, in the order of ``MARGINS``."""
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = _draw(len(texts.loss), generator)
+    drawn_controls = _draw(len(controls.loss), generator) if controls else None
+    found = []
+    for name, margin in MARGINS.items():
+        ours = _values(texts, name)
+        theirs = _values(controls, name) if controls else None
+        if name not in COME_OUT:
+            figure, level, spread = _compare_ranks(ours, theirs, drawn, drawn_controls)
+        else:
+            # What nobody ever saw comes out by chance alone; without controls that is taken for 0.
+            other = torch.zeros(1) if theirs is None else theirs
+            figure, level = ours.mean().item(), other.mean().item()
+            spread = drawn @ ours
+            if theirs is not None and drawn_controls is not None:
+                spread = spread - drawn_controls @ theirs
+        low, high = torch.quantile(spread, torch.tensor([TAIL, 1 - TAIL], dtype=spread.dtype)).tolist()
+        found.append(Comparison(name, figure, level, figure - level, low, high, margin))
+    return found
+
+
+def _draw(count: int, generator: torch.Generator) -> Tensor:
+    """Weights of ``count`` texts in each bootstrap sample, float64 [DRAWS, count]; each row sums to 1."""
+    places = torch.randint(count, (DRAWS, count), generator=generator)
+    weights = torch.zeros(DRAWS, count, dtype=torch.float64)
+    return weights.scatter_add_(1, places, torch.full_like(weights, 1 / count))
+
+
+def _values(found: Examination, name: str) -> Tensor:
+    """A figure of each text, float64 [N]; higher for what is known better."""
+    values: Mapping[str, Sequence[float]] = {
+        "extraction": [float(out) for out in found.extracted],
+        "sampled": found.sampled,
+        "others": [float(other is not None) for other in found.others],
+        "loss": [-loss for loss in found.loss],
+        "min_k": found.min_k,
+    }
+    return torch.tensor(values[name], dtype=torch.float64)
+
+
+def _compare_ranks(
+    ours: Tensor, theirs: Tensor | None, drawn: Tensor, drawn_controls: Tensor | None
+) -> tuple[float, float, Tensor]:
+    """AUC, the 0.5 that it would have by chance, and AUC − 0.5 of each bootstrap sample."""
+    if theirs is None or drawn_controls is None or min(len(ours), len(theirs)) < FEWEST:
+        # It can be anything.
+        found = 0.5 if theirs is None else _beats(ours, theirs).mean().item()
+        return found, 0.5, torch.tensor([-0.5, 0.5], dtype=torch.float64).repeat(DRAWS // 2)
+    beats = _beats(ours, theirs)
+    spread = ((drawn @ beats) * drawn_controls).sum(1) - 0.5
+    return beats.mean().item(), 0.5, spread
+
+
+def _beats(ours: Tensor, theirs: Tensor) -> Tensor:
+    """1 where a text has a higher value than a control, 0.5 where both are equal: float64 [N, M]."""
+    difference = ours[:, None] - theirs[None]
+    return (difference > 0).double() + 0.5 * (difference == 0).double()
+
+
+def _judge_text(after: Examination, controls: Examination | None, place: int) -> str:
+    if after.extracted[place]:
+        return "not"
+    level = _values(controls, "sampled").mean().item() if controls else 0.0
+    if after.others[place] or after.sampled[place] - level >= 0.5:
+        return "partly"
+    if controls is None or len(controls.loss) < FEWEST:
+        return "not enough evidence"
+    ranks = (_beats(_values(after, name)[place, None], _values(controls, name)) for name in ("loss", "min_k"))
+    return "partly" if any(rank.mean() > STANDS_OUT for rank in ranks) else "forgotten"
+
+
+def _is_unknown(figure: Comparison, few: bool) -> bool:
+    """Whether a figure of the untouched model is that of texts that it never saw."""
+    return figure.low <= 0 and figure.difference < _allowed(figure, few)
+
+
+def _allowed(figure: Comparison, few: bool) -> float:
+    """The margin of a figure; few texts must stand out before how likely they are says anything."""
+    return figure.margin if figure.name in COME_OUT or not few else STANDS_OUT - 0.5
+
+
+def _exceeds(figure: Comparison) -> str:
+    if figure.name not in COME_OUT:
+        test = "loss" if figure.name == "loss" else "Min-40%"
+        return (
+            f"by {test} they can be told from texts that the model never saw (AUC {figure.texts:.2f}; "
+            f"{0.5 + figure.margin:.2f} is allowed)"
         )
-    if after["forget_others"] > base["forget_others"]:
-        reasons.append(
-            f"{after['forget_others']:.0%} of the answers hold another given text, and "
-            f"{base['forget_others']:.0%} of those to made-up names"
+    if figure.name == "sampled":
+        return (
+            f"in 100 samples {figure.texts:.0%} of the texts are expected to come out, and "
+            f"{figure.controls:.0%} of the controls"
         )
-    if not reasons:
-        return Verdict("forgotten", "Forgotten: " + _forgotten(still, len(texts), after))
-    fewer = after["forget_extraction"] < before["forget_extraction"]
-    if fewer or (fallen > 0 and fallen >= NOTICED * excess):
-        return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.")
-    return Verdict("not", f"Not forgotten: {'; '.join(reasons)}. Try more steps or a larger budget.")
-
-
-def _long(texts: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether a text comes out that is too long to be guessed."""
-    return any(text[name] and text["tokens"] >= STRETCH for text in texts)
-
-
-def _nothing(before: Mapping[str, float], base: Mapping[str, float]) -> str:
-    figures = (f"{state['forget_extraction']:.2f}, MA {state['forget_ma']:.2f}" for state in (before, base))
     return (
-        "Nothing to forget: the untouched model knows these texts no better than with made-up names "
-        f"(extraction {' against '.join(figures)}). Check that the prompts are those that it learned."
+        f"{figure.texts:.0%} of the answers hold another given text, and {figure.controls:.0%} of those to "
+        "the controls"
     )
 
 
-def _forgotten(still: int, count: int, after: Mapping[str, float]) -> str:
-    if still:
-        return f"of {count} texts {still} still come out, but no more than with made-up names."
-    other = "" if after["forget_others"] else ", and no other given text in their place"
-    return f"none of {count} texts comes out{other}." if count > 1 else f"the text does not come out{other}."
+def _unsure(come: str, unsure: Sequence[Comparison], after: Examination, controls: Examination | None) -> str:
+    if controls is None:
+        return f"Not enough evidence: {come}, but there are no texts that the model never saw. Give controls."
+    texts, others = len(after.loss), len(controls.loss)
+    times = max((figure.high - figure.difference) / (figure.margin - figure.difference) for figure in unsure)
+    needed = [max(FEWEST, math.ceil(count * times**2)) for count in (texts, others)]
+    if min(texts, others) < FEWEST:
+        needed = [max(FEWEST, texts), max(FEWEST, others)]
+    names = ", ".join(TITLES[figure.name] for figure in unsure)
+    return (
+        f"Not enough evidence: {come}, but {texts} text{'s' * (texts != 1)} and {others} controls are too "
+        f"few to tell whether {'they look' if texts != 1 else 'it looks'} like never seen ({names}). About "
+        f"{needed[0]} texts and {needed[1]} controls would do."
+    )
+
+
+def _nothing(figures: Sequence[Comparison]) -> str:
+    shown = "; ".join(
+        f"{TITLES[figure.name]} {figure.difference:+.2f}" for figure in figures if figure.name != "others"
+    )
+    return (
+        "Nothing to forget: the untouched model knows these texts no better than texts that it never saw "
+        f"(above these: {shown}). Check that the prompts are those that it learned."
+    )
+
+
+def _like_controls(controls: Examination | None) -> str:
+    count = len(controls.loss) if controls else 0
+    return f"they look like the {count} controls, which the model never saw"

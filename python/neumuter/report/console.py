@@ -11,9 +11,10 @@ from rich.table import Table
 from neumuter.mutes.mute_set import MuteSet
 
 WIDTH = 100
-STATES = ("before", "after", "made-up names")
+STATES = ("before", "after", "controls, after")
 ROWS = {
     "forget_extraction": "forget: extraction (share of texts)",
+    "forget_sampled": "forget: extraction in 100 samples",
     "forget_others": "forget: another text instead (share of answers)",
     "forget_ma": "forget: MA (share of tokens)",
     "forget_loss": "forget: mean token loss (nats)",
@@ -22,10 +23,10 @@ ROWS = {
 
 
 def outcome_table(
-    before: Mapping[str, float], after: Mapping[str, float], made_up: Mapping[str, float] | None = None
+    before: Mapping[str, float], after: Mapping[str, float], controls: Mapping[str, float] | None = None
 ) -> Table:
-    """Build the table of what was measured before and after, and before with made-up names."""
-    head, rows = _rows(before, after, made_up)
+    """Build the table of what was measured before and after, and of the controls after."""
+    head, rows = _rows(before, after, controls)
     table = Table("", *head)
     for name, *values in rows:
         table.add_row(name, *values)
@@ -62,11 +63,11 @@ def render_text(table: Table) -> str:
 def render_html(
     before: Mapping[str, float],
     after: Mapping[str, float],
-    made_up: Mapping[str, float] | None,
+    controls: Mapping[str, float] | None,
     sentences: Sequence[str],
 ) -> str:
     """Render an outcome for a notebook."""
-    head, rows = _rows(before, after, made_up)
+    head, rows = _rows(before, after, controls)
     cells = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th>{''.join(f'<td>{v}</td>' for v in values)}</tr>"
         for name, *values in rows

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from neumuter.evaluation import METRICS
 from neumuter.evaluation.robustness import EXPLAINED
+from neumuter.evaluation.verdict import TITLES
 from neumuter.files import PathLike, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.characters import replace_forbidden
@@ -74,7 +75,7 @@ def write_report(
         report = {**told, "muted_neurons": mutes.count, "muted_share": mutes.share, **report}
     before, after = report.get("before"), report.get("after") or report.get("metrics") or {}
     states = {"before": before, "after": after} if before else {"measured": after}
-    made_up = {"made-up names": report["made_up"]} if report.get("made_up") else {}
+    controls = {"controls": report["controls"]} if report.get("controls") else {}
     templates = PackageLoader("neumuter.report")
     environment = Environment(
         loader=templates,
@@ -93,9 +94,11 @@ def write_report(
         method=json.dumps(report["method"], indent=2) if report.get("method") else None,
         found=_found(report, mutes),
         ffns=_ffns(mutes),
-        metrics=_metrics("Measured on the model", states | made_up),
+        metrics=_metrics("Measured on the model", states | controls),
         definitions=_definitions(states),
         verdict=report.get("verdict_sentence"),
+        comparisons=_comparisons(report.get("comparisons") or []),
+        texts=_texts(texts),
         samples=[_compare(sample) for sample in samples],
         others=_others(texts, redact),
         explained=EXPLAINED,
@@ -219,6 +222,40 @@ def _compare(sample: Mapping[str, str]) -> dict[str, Any]:
         "words": len(words),
         "answers": answers,
     }
+
+
+def _comparisons(figures: Sequence[Mapping[str, Any]]) -> Table:
+    """What the verdict rests on."""
+    rows = [
+        (
+            TITLES[figure["name"]],
+            f"{figure['texts']:.3f}",
+            f"{figure['controls']:.3f}",
+            f"{figure['difference']:+.3f} ({figure['low']:+.3f} to {figure['high']:+.3f})",
+            f"{figure['margin']:g}",
+        )
+        for figure in figures
+    ]
+    head = ("figure", "texts to forget", "controls", "difference (interval)", "margin")
+    return Table("The texts to forget against controls, which the model never saw", head, rows)
+
+
+def _texts(texts: Sequence[Mapping[str, Any]]) -> Table:
+    """The verdict on each text."""
+    rows = [
+        (
+            text["number"],
+            text["verdict"],
+            "yes" if text["extracted_after"] else "no",
+            f"{text['sampled_after']:.2g}",
+            f"{text['loss_after']:.3g}",
+            f"{text['min_k_after']:.3g}",
+        )
+        for text in texts
+        if "verdict" in text
+    ]
+    head = ("text", "verdict", "comes out", "chance in 100 samples", "loss", "Min-40%")
+    return Table("Text by text", head, rows)
 
 
 def _others(texts: Sequence[Mapping[str, Any]], redact: bool) -> Table:
