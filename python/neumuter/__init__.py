@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "Ledger": "ledger",
+    "LedgerError": "ledger",
     "Masked": "training.masked",
     "MaskedGatedMLP": "models.modules",
     "MaskedMLP": "models.modules",
@@ -16,6 +18,7 @@ _HOMES = {
     "NeuMuterTrainer": "recipes.trainer",
     "Outcome": "outcome",
     "attach": "training.masked",
+    "audit": "evaluation.auditing",
     "combine": "mutes.algebra",
     "export_gguf_lora": "serving.gguf_lora",
     "export_ia3": "serving.adapters",
@@ -28,6 +31,7 @@ _HOMES = {
     "shrink": "serving.shrink",
     "subtract": "mutes.algebra",
     "unlearn": "unlearning",
+    "verify": "verifying",
 }
 __all__ = list(_HOMES)
 # The packages of tools, which are imported on access as well.
@@ -39,6 +43,9 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter import recipes as recipes
     from neumuter import texts as texts
     from neumuter import training as training
+    from neumuter.evaluation.auditing import audit as audit
+    from neumuter.ledger import Ledger as Ledger
+    from neumuter.ledger import LedgerError as LedgerError
     from neumuter.models.families import register_family as register_family
     from neumuter.models.modules import MaskedGatedMLP as MaskedGatedMLP
     from neumuter.models.modules import MaskedMLP as MaskedMLP
@@ -63,6 +70,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.training.masked import Masked as Masked
     from neumuter.training.masked import attach as attach
     from neumuter.unlearning import unlearn as unlearn
+    from neumuter.verifying import verify as verify
 
     __version__: str
 else:

@@ -186,16 +186,30 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+@contextmanager
+def changing_folder(folder: PathLike) -> Iterator[None]:
+    """Context in which no other process is in this context for the same folder; waits until it is free.
+
+    Raises:
+        OSError: there is no such folder, or there are no locks.
+    """
+    descriptor = _lock(Path(folder), wait=True)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, wait: bool = False) -> int:
     """Lock a folder for as long as the returned descriptor is open.
 
     Raises:
-        BlockingIOError: another process has the lock.
+        BlockingIOError: another process has the lock, and there is no ``wait``.
         OSError: there is no such folder, or there are no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise

@@ -78,6 +78,7 @@ class Outcome:
             "curve": self.curve,
             "verdict": self.verdict.kind,
             "verdict_sentence": self.verdict.sentence,
+            "leaks": self.verdict.leaks,
             "comparisons": self.verdict.figures(),
             "before": self.before,
             "after": self.after,

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
+from neumuter.cli.audit import audit
 from neumuter.cli.demo import demo
 from neumuter.cli.doctor import doctor
 from neumuter.cli.evaluate import evaluate
+from neumuter.cli.ledger import ledger, verify
 from neumuter.cli.mute_file import export, fold, inspect
 from neumuter.cli.plan import plan
 from neumuter.cli.unlearn import unlearn
@@ -26,7 +28,7 @@ OUT_OF_MEMORY = (
 )
 # Loggers that warn of what the user of a command can do nothing about: how torchao registers its types.
 NOISY = ("torch.utils._pytree",)
-COMMANDS = (demo, unlearn, evaluate, inspect, fold, export, plan, doctor)
+COMMANDS = (demo, audit, unlearn, evaluate, verify, inspect, fold, export, plan, doctor)
 
 app = typer.Typer(
     help="Make a trained language model forget given texts by muting the few FFN neurons that hold them.",
@@ -36,6 +38,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(ledger, name="ledger")
 
 
 def show_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@
 take a model and a batch as in :mod:`neumuter.training.losses`; nothing here trains.
 """
 
+from neumuter.evaluation.auditing import Audit, Known, audit
 from neumuter.evaluation.continuations import continue_texts
 from neumuter.evaluation.controls import make_controls
 from neumuter.evaluation.examination import Examination, compare_texts, examine
@@ -27,13 +28,16 @@ from neumuter.evaluation.verdict import Comparison, Verdict, judge
 
 __all__ = [
     "METRICS",
+    "Audit",
     "Comparison",
     "Examination",
+    "Known",
     "Metric",
     "Said",
     "Verdict",
     "ask_server",
     "auc",
+    "audit",
     "compare_texts",
     "continue_texts",
     "examine",

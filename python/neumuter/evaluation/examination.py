@@ -18,6 +18,7 @@ from neumuter.evaluation.others import (
     Found,
     GivenText,
     find_others,
+    group_rows,
     list_given,
     number_texts,
     write_ids,
@@ -81,10 +82,8 @@ def examine(
         chance_in_draws(of_text[len(of_text) - int(count) :])
         for of_text, count in zip(losses, predicting(behind["labels"]).sum(1), strict=True)
     ]
-    windows: dict[int, list[int]] = {}
-    for row, number in enumerate(number_texts(batch)):
-        windows.setdefault(number, []).append(row)
-    by_text = [torch.cat([losses[row] for row in rows]) for rows in windows.values()]
+    windows = group_rows(batch)
+    by_text = [torch.cat([losses[row] for row in rows]) for rows in windows]
     return Examination(
         metrics={
             "forget_extraction": out.float().mean().item(),
@@ -93,12 +92,12 @@ def examine(
             "forget_ma": memorization_accuracy(model, batch),
             "forget_loss": torch.cat(by_text).mean().item(),
         },
-        extracted=[bool(out[rows].any()) for rows in windows.values()],
-        sampled=[max(chances[row] for row in rows) for rows in windows.values()],
+        extracted=[bool(out[rows].any()) for rows in windows],
+        sampled=[max(chances[row] for row in rows) for rows in windows],
         loss=[of_text.mean().item() for of_text in by_text],
         min_k=[min_k_score(of_text) for of_text in by_text],
-        said=[said[number] for number in windows],
-        others=[others.get(number) for number in windows],
+        said=[said[number] for number in range(len(windows))],
+        others=[others.get(number) for number in range(len(windows))],
     )
 
 

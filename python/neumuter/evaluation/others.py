@@ -57,6 +57,14 @@ def number_texts(batch: Batch) -> list[int]:
     return numbers
 
 
+def group_rows(batch: Batch) -> list[list[int]]:
+    """The rows of each text, which has several where it is read in windows."""
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(number_texts(batch)):
+        rows.setdefault(number, []).append(row)
+    return list(rows.values())
+
+
 def list_given(batches: Mapping[str, Batch], tokenizer: PreTrainedTokenizerBase | None) -> list[GivenText]:
     """List the rows of batches, in order; see ``find_prompt_ends`` for what is a prompt."""
     write, found = write_ids(tokenizer), []

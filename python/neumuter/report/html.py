@@ -59,7 +59,8 @@ def write_report(
         path: the file; one that is there is replaced.
         report: what ``neumuter unlearn`` or ``neumuter evaluate`` write as JSON; what is missing is left out.
             Shown as well if they are in it: "history", the search, [{"step", "loss", "forget_loss",
-            "muted"}]; "texts", the rows of ``Outcome.texts``; "command", str.
+            "muted"}]; "texts", the rows of ``Outcome.texts``; "command", str; "title", that of the page;
+            "record", {title: value} of where the figures come from.
         mutes: the mute set, for what its neurons are and for pictures of them.
         samples: [{"prompt", "truth", "before", "after"}], each str: a text's beginning, how it goes on, and
             what the model says instead before and after. The words of the truth that come back are marked.
@@ -86,7 +87,7 @@ def write_report(
     )
     style, _, _ = templates.get_source(environment, "style.css")
     page = environment.get_template("report.html.jinja").render(
-        title=f"Unlearning report: {report['model']}" if report.get("model") else "Unlearning report",
+        title=report.get("title") or ": ".join(filter(None, ["Unlearning report", report.get("model")])),
         style=Markup(style),
         style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         keys=_key_figures(report, states),
@@ -105,7 +106,7 @@ def write_report(
         tampered=_metrics("After tampering", report.get("robustness") or {}),
         curve=_curve(report.get("curve") or []),
         cost=_cost(report),
-        provenance=_provenance(report, mutes),
+        provenance=_drop_unknown(report.get("record") or {}) | _provenance(report, mutes),
         command=report.get("command"),
         **_draw(report, mutes),
     )

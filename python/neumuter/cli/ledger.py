@@ -1,0 +1,221 @@
+"""``neumuter ledger`` and ``neumuter verify``: which requests there were, and whether they still hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from neumuter.cli.arguments import (
+    Attention,
+    Device,
+    DeviceMap,
+    Quantized,
+    check_sources,
+    choose_place,
+)
+from neumuter.cli.common import (
+    FILE_HELP,
+    Chat,
+    Column,
+    CompletionColumn,
+    GgufFile,
+    Model,
+    PromptColumn,
+    choose_columns,
+    console,
+    open_model,
+    print_log,
+)
+
+if TYPE_CHECKING:
+    from neumuter.ledger import Request
+    from neumuter.types import Text
+    from neumuter.verifying import Check
+
+# The exit code where a request does not hold, or nobody could tell.
+BROKEN = 3
+Folder = Annotated[Path, typer.Argument(help="Folder of the ledger.")]
+Number = Annotated[int, typer.Argument(min=1, help="Number of the request.")]
+
+ledger = typer.Typer(help="Keep a ledger of requests to forget.", no_args_is_help=True)
+
+
+@ledger.command()
+def add(
+    folder: Folder,
+    outcome: Annotated[Path, typer.Argument(help="The folder that unlearn wrote.")],
+    forget: Annotated[Path, typer.Option(help=f"The texts that it forgot: {FILE_HELP}")],
+    name: Annotated[str, typer.Option(help="What to call the request, such as the number of a ticket.")] = "",
+    column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+) -> None:
+    """Add a request: its mute file, its verdict, and hashes of its texts. A new folder becomes a ledger."""
+    columns = choose_columns(column, prompt_column, completion_column)
+    from neumuter.ledger import Ledger
+    from neumuter.texts import read_texts
+
+    texts = read_texts(forget, columns)
+    kept = Ledger(folder, create=True)
+    request = kept.add(outcome, texts, name)
+    console.print(f"Request {request.number} is in {escape(str(folder))}.", highlight=False)
+    _print_head(kept.head)
+
+
+@ledger.command(name="list")
+def show(folder: Folder) -> None:
+    """List the requests, after checking that no entry and no file was changed."""
+    from neumuter.ledger import Ledger
+
+    kept = Ledger(folder)
+    table = Table("request", "name", "added", "texts", "neurons", "verdict")
+    for request in kept.requests():
+        report = request.entry["report"]
+        table.add_row(
+            str(request.number),
+            escape(request.name),
+            request.entry["time"],
+            str(len(request.texts)),
+            str(report["muted_neurons"]),
+            "undone" if request.undone else report["verdict"],
+        )
+    console.print(table)
+    _print_head(kept.head)
+
+
+@ledger.command()
+def undo(folder: Folder, number: Number) -> None:
+    """Note that a request was taken back. Its entry stays; its mutes are no longer applied by verify."""
+    from neumuter.ledger import Ledger
+
+    kept = Ledger(folder)
+    kept.undo(number)
+    console.print(f"Request {number} is undone. Serve the others' mute files without its own:")
+    for request in kept.requests():
+        if not request.undone:
+            console.print(f"  {escape(str(request.folder))}", highlight=False, soft_wrap=True)
+    _print_head(kept.head)
+
+
+def verify(
+    folder: Folder,
+    target: Model,
+    texts: Annotated[Path, typer.Option(help="Folder of files, or a file, with the texts of the requests.")],
+    apply: Annotated[
+        bool,
+        typer.Option("--apply", help="TARGET is a model without mutes: apply those of the requests first."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a page of each request, which quotes no text.")
+    ] = None,
+    column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    chat: Chat = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a window, as for unlearn.")] = 256,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantize: Quantized = None,
+    attention: Attention = None,
+    gguf_file: GgufFile = None,
+) -> None:
+    """Check each request of a ledger on TARGET, the model that is served.
+
+    TARGET may be folded, quantised or tuned further. Texts are found by their hashes. The exit code is 3 if
+    a request that is not undone does not hold, or could not be checked.
+    """
+    columns = choose_columns(column, prompt_column, completion_column)
+    place = choose_place(device, device_map, quantize, attention, gguf_file)
+    check_sources(target, texts)
+    from neumuter.files import check_writable
+    from neumuter.ledger import Ledger
+    from neumuter.verifying import HOLDS, UNDONE
+    from neumuter.verifying import verify as verify_requests
+
+    if out:
+        check_writable(out)
+    kept = Ledger(folder)
+    wanted = kept.find_texts(_read_all(texts, columns)).values()
+    network, tokenizer = open_model(target, **place)
+    with print_log(), console.status("Verifying"):
+        checks = verify_requests(
+            kept, network, tokenizer, wanted, apply=apply, max_length=max_length, chat=chat
+        )
+    table = Table("request", "name", "state", "why")
+    for check in checks:
+        request = check.request
+        table.add_row(str(request.number), escape(request.name), check.state, escape(check.sentence))
+    console.print(table)
+    if out:
+        _write_pages(out, checks, target, kept.head)
+    _print_head(kept.head)
+    if any(check.state not in (HOLDS, UNDONE) for check in checks):
+        raise typer.Exit(BROKEN)
+
+
+def _print_head(head: str) -> None:
+    console.print(
+        f"The last hash is {head}. Keep it elsewhere: it shows if entries are cut off.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _read_all(path: Path, columns: str | tuple[str, str] | None) -> Iterator[Text]:
+    """Read the texts of a file, or of all files of a folder that can be read; the others are named."""
+    from neumuter.texts import read_texts
+
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        try:
+            yield from read_texts(file, columns)
+        except ValueError as error:
+            if file == path:
+                raise
+            console.print(f"Not read: {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def _write_pages(out: Path, checks: list[Check], target: str, head: str) -> None:
+    from neumuter.files import made_folder
+    from neumuter.report.html import write_report
+
+    with made_folder(out) as made:
+        for check in checks:
+            write_report(
+                made / f"request-{check.request.number}.html", _page(check, target, head), redact=True
+            )
+    console.print(f"A page of each request is in {escape(str(out))}.", highlight=False, soft_wrap=True)
+
+
+def _page(check: Check, target: str, head: str) -> Mapping[str, object]:
+    request = check.request
+    return {
+        "title": f"Request {request.number}{f' ({request.name})' if request.name else ''}: {check.state}",
+        "model": target,
+        "verdict_sentence": check.sentence,
+        "comparisons": check.verdict.figures() if check.verdict else [],
+        "controls": check.controls,
+        "texts": check.texts or [],
+        "record": _record(request) | {"the ledger's last hash": head},
+    }
+
+
+def _record(request: Request) -> dict[str, str]:
+    entry = request.entry
+    return {
+        "added": entry["time"],
+        "texts": str(len(request.texts)),
+        "verdict then": entry["report"]["verdict_sentence"],
+        "neurons": f"{entry['report']['muted_neurons']} ({entry['report']['muted_share']:.2%})",
+        "seed": str(entry["report"]["seed"]),
+        "versions then": ", ".join(f"{name} {number}" for name, number in entry["versions"].items()),
+        "SHA-256 of the mute file": entry["files"]["mutes.safetensors"],
+        "SHA-256 of the fingerprint": entry["fingerprint"],
+        "hash of the entry": entry["hash"],
+    }

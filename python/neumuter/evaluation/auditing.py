@@ -1,0 +1,147 @@
+"""Which texts of a corpus a model knows by heart: a cheap pass over all, then a close look at some."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.evaluation.controls import make_controls
+from neumuter.evaluation.examination import examine
+from neumuter.evaluation.language import losses_by_sample
+from neumuter.evaluation.membership import min_k_score
+from neumuter.evaluation.memory import extracted
+from neumuter.evaluation.others import group_rows, list_given
+from neumuter.evaluation.verdict import STANDS_OUT
+from neumuter.texts import encode_forms
+from neumuter.types import Text
+
+# Texts that are encoded and measured at a time.
+TEXTS_AT_A_TIME = 256
+# Texts that controls are made from, where none are given.
+MODELS_OF_CONTROLS = 64
+
+
+@dataclass(frozen=True)
+class Known:
+    """A text that a model knows better than texts that it never saw.
+
+    number: its number in the corpus from 1. text: the text. kind: "by heart" if it comes out, "likely" if it
+    does not, but is likelier than nearly all controls. extracted, sampled, loss, min_k: see ``Examination``.
+    """
+
+    number: int
+    text: Text
+    kind: str
+    extracted: bool
+    sampled: float
+    loss: float
+    min_k: float
+
+
+class Audit(NamedTuple):
+    """known: the texts that the model knows, those that come out first, then the likeliest ones. texts: the
+    number of texts of the corpus. controls: the number of controls."""
+
+    known: list[Known]
+    texts: int
+    controls: int
+
+
+def audit(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Text],
+    controls: Sequence[Text] | None = None,
+    *,
+    max_length: int = 256,
+    chat: bool | None = None,
+    seed: int = 0,
+    callback: Callable[[int], object] | None = None,
+) -> Audit:
+    """Find the texts of a corpus that the model knows, so that they can be forgotten.
+
+    A first pass measures each text in one form. Those that come out, or that are likelier than 95 %
+    (``STANDS_OUT``) of the controls by Min-40%, are examined in all forms in which somebody can ask for them.
+
+    Args:
+        model: the model as it is now.
+        tokenizer: its tokenizer.
+        texts: the corpus, as ``neumuter.texts.read_texts`` returns it; it is read once, in order.
+        controls: texts of the same kind that the model never saw. None makes them from the first texts of the
+            corpus, by other names and values.
+        max_length, chat: as in ``neumuter.texts.encode_forms``.
+        seed: seeds the controls.
+        callback: called with the number of texts measured so far.
+
+    Raises:
+        ValueError: there is no text, or no control.
+    """
+    rest = iter(texts)
+    first = list(islice(rest, TEXTS_AT_A_TIME))
+    if not first:
+        raise ValueError("texts holds no text")
+    if controls is None:
+        shown = encode_forms(first[:MODELS_OF_CONTROLS], tokenizer, max_length, chat)
+        unseen = make_controls(shown[:1], list_given({"texts": shown[0]}, tokenizer), tokenizer, seed)[0]
+    else:
+        unseen = encode_forms(controls, tokenizer, max_length, chat)[0]
+    level = torch.tensor(_measure(model, [unseen])[1], dtype=torch.float64).quantile(STANDS_OUT).item()
+    known, done = list[Known](), 0
+    for part in [first, *_parts(rest)]:
+        forms = encode_forms(part, tokenizer, max_length, chat)
+        comes_out, min_k = _measure(model, forms[:1])
+        chosen = [
+            place
+            for place, (out, score) in enumerate(zip(comes_out, min_k, strict=True))
+            if out or score > level
+        ]
+        if chosen:
+            candidates = {done + place + 1: part[place] for place in chosen}
+            known += _look_closely(model, tokenizer, candidates, max_length, chat)
+        done += len(part)
+        if callback:
+            callback(done)
+    known.sort(key=lambda text: (not text.extracted, -text.sampled, -text.min_k))
+    return Audit(known, done, len(group_rows(unseen)))
+
+
+def _parts(texts: Iterator[Text]) -> Iterator[list[Text]]:
+    while part := list(islice(texts, TEXTS_AT_A_TIME)):
+        yield part
+
+
+def _measure(model: nn.Module, forms: Sequence[dict[str, Tensor]]) -> tuple[list[bool], list[float]]:
+    """Of each text whether it, or a window of it, comes out, and its Min-40%; in the first form."""
+    batch = forms[0]
+    out, losses = extracted(model, batch).tolist(), losses_by_sample(model, batch)
+    windows = group_rows(batch)
+    return (
+        [any(out[row] for row in rows) for rows in windows],
+        [min_k_score(torch.cat([losses[row] for row in rows])) for rows in windows],
+    )
+
+
+def _look_closely(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[int, Text],
+    max_length: int,
+    chat: bool | None,
+) -> Iterator[Known]:
+    """Examine texts, {number in the corpus: text}, in all forms."""
+    forms = encode_forms(list(texts.values()), tokenizer, max_length, chat)
+    found = examine(model, tokenizer, forms, list_given({"forget": forms[0]}, tokenizer))
+    for row, (number, text) in enumerate(texts.items()):
+        yield Known(
+            number=number,
+            text=text,
+            kind="by heart" if found.extracted[row] else "likely",
+            extracted=found.extracted[row],
+            sampled=found.sampled[row],
+            loss=found.loss[row],
+            min_k=found.min_k[row],
+        )

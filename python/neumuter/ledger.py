@@ -1,0 +1,239 @@
+"""A ledger of requests to forget: what was asked, what was done, and what came of it.
+
+A folder holds ``ledger.jsonl``, one JSON object a line, and the files of each request. Texts are kept as
+keyed hashes alone. Every entry has the SHA-256 of the one before it and of its files, so a changed, removed
+or inserted entry is seen. Entries cut off at the end are seen by who knows the last hash.
+"""
+
+import hashlib
+import hmac
+import json
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from neumuter.files import PathLike, changing_folder, made_folder, new_folder, write_atomically
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.outcome import MUTE_FILE
+from neumuter.types import Text
+from neumuter_kernels.info import version
+
+ENTRIES, KEY, REQUESTS = "ledger.jsonl", "key", "requests"
+REPORT = "report.json"
+# What a request copies from the folder that unlearn wrote, if it is there.
+COPIED = (MUTE_FILE, REPORT)
+# Of the report of ``unlearn``, what the ledger says itself.
+TOLD = (
+    "model", "method", "seed", "muted_neurons", "muted_share", "verdict", "verdict_sentence", "leaks",
+    "comparisons",
+)  # fmt: skip
+START = "0" * 64
+FORMAT = 1
+
+
+class LedgerError(ValueError):
+    """A ledger that was changed, or is none; the message says where."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of a ledger.
+
+    number: from 1. name: what its owner calls it. texts: the keyed hash of each text. folder: where its files
+    are. entry: the whole entry. undone: whether it was taken back.
+    """
+
+    number: int
+    name: str
+    texts: list[str]
+    folder: Path
+    entry: dict[str, Any]
+    undone: bool
+
+    def load_mutes(self) -> MuteSet:
+        return MuteSet.load(self.folder / MUTE_FILE)
+
+
+class Ledger:
+    """The ledger in a folder, which is checked whenever it is read.
+
+    Args:
+        folder: the folder; it is made, with a new key, if it does not exist or is empty, and ``create``.
+
+    Raises:
+        FileNotFoundError: there is no ledger.
+        LedgerError: an entry or a file of a request was changed.
+    """
+
+    def __init__(self, folder: PathLike, create: bool = False) -> None:
+        self.folder = Path(folder)
+        if create and not (self.folder / ENTRIES).exists():
+            self._create()
+        if not (self.folder / ENTRIES).is_file():
+            raise FileNotFoundError(f"{self.folder} is no ledger: it has no {ENTRIES}")
+        self._key = bytes.fromhex((self.folder / KEY).read_text())
+        self.entries = self._read()
+
+    @property
+    def head(self) -> str:
+        """The hash of the last entry. Who keeps it elsewhere sees if entries are cut off."""
+        return self.entries[-1]["hash"] if self.entries else START
+
+    def requests(self) -> list[Request]:
+        """List all requests, in order."""
+        undone = {entry["request"] for entry in self.entries if entry["kind"] == "undo"}
+        return [
+            Request(
+                number=entry["number"],
+                name=entry["name"],
+                texts=entry["texts"],
+                folder=self.folder / REQUESTS / str(entry["number"]),
+                entry=entry,
+                undone=entry["number"] in undone,
+            )
+            for entry in self.entries
+            if entry["kind"] == "request"
+        ]
+
+    def request(self, number: int) -> Request:
+        """Find a request by its number.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for request in self.requests():
+            if request.number == number:
+                return request
+        known = ", ".join(str(request.number) for request in self.requests()) or "none"
+        raise ValueError(f"the ledger has no request {number}; it has: {known}")
+
+    def hash_text(self, text: Text) -> str:
+        """Compute the keyed hash of a text: HMAC-SHA-256 of its JSON."""
+        data = json.dumps(text, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+        return hmac.new(self._key, data, hashlib.sha256).hexdigest()
+
+    def add(self, folder: PathLike, texts: Iterable[Text], name: str = "") -> Request:
+        """Add a request: the folder that ``unlearn`` wrote, and the texts that it was given.
+
+        Args:
+            folder: has the mute file and report.json, which are copied.
+            texts: the texts to forget; only their hashes are kept.
+            name: what to call the request, such as a ticket.
+
+        Raises:
+            FileNotFoundError: ``folder`` lacks the mute file or the report.
+            ValueError: the report is of another mute file, or there is no text.
+        """
+        folder, hashes = Path(folder), [self.hash_text(text) for text in texts]
+        if not hashes:
+            raise ValueError("texts holds no text")
+        report, mutes = json.loads((folder / REPORT).read_text()), MuteSet.load(folder / MUTE_FILE)
+        if report.get("muted_neurons") != mutes.count or report.get("seed") != mutes.seed:
+            raise ValueError(f"{folder / REPORT} is of another mute file than {folder / MUTE_FILE}")
+        if missing := [key for key in TOLD if key not in report and key != "model"]:
+            raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: it is of an earlier version")
+        with self._changing():
+            number = len(self.entries) + 1
+            # Without an entry it is what a killed process left.
+            shutil.rmtree(self.folder / REQUESTS / str(number), ignore_errors=True)
+            with new_folder(self.folder / REQUESTS / str(number)) as made:
+                for file in COPIED:
+                    shutil.copyfile(folder / file, made / file)
+            self._append(
+                kind="request",
+                name=name,
+                texts=hashes,
+                files={file: _hash_file(self.folder / REQUESTS / str(number) / file) for file in COPIED},
+                fingerprint=_hash_json(mutes.fingerprint),
+                architecture=mutes.architecture,
+                versions={
+                    package: version(package) for package in ("neumuter-kernels", "transformers", "torch")
+                },
+                report={key: report[key] for key in TOLD if key in report},
+            )
+        return self.request(number)
+
+    def undo(self, number: int) -> None:
+        """Note that a request was taken back; its entry and its files stay.
+
+        Raises:
+            ValueError: there is no such request, or it is undone already.
+        """
+        if self.request(number).undone:
+            raise ValueError(f"request {number} is undone already")
+        with self._changing():
+            self._append(kind="undo", request=number)
+
+    def find_texts(self, texts: Iterable[Text]) -> dict[str, Text]:
+        """Those of ``texts`` that requests are about: {hash: text}."""
+        wanted = {digest for request in self.requests() for digest in request.texts}
+        found = {}
+        for text in texts:
+            if (digest := self.hash_text(text)) in wanted:
+                found[digest] = text
+        return found
+
+    def _create(self) -> None:
+        with made_folder(self.folder) as made:
+            if any(made.iterdir()):
+                raise FileExistsError(f"{made} is no ledger, and is not empty; name another folder")
+            write_atomically(made / KEY, secrets.token_hex(32).encode(), private=True)
+            write_atomically(made / ENTRIES, b"", private=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Context in which nobody else changes the ledger, read anew."""
+        with changing_folder(self.folder):
+            self.entries = self._read()
+            yield
+
+    def _append(self, **entry: Any) -> None:
+        entry = {
+            "format": FORMAT,
+            "number": len(self.entries) + 1,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **entry,
+            "previous": self.head,
+        }
+        entry["hash"] = _hash_json(entry)
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in [*self.entries, entry]]
+        write_atomically(self.folder / ENTRIES, "".join(lines).encode(), private=True)
+        self.entries.append(entry)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Read and check all entries."""
+        entries: list[dict[str, Any]] = []
+        previous = START
+        for number, line in enumerate((self.folder / ENTRIES).read_text("utf-8").splitlines(), 1):
+            where = f"{self.folder / ENTRIES}, entry {number}"
+            try:
+                entry = json.loads(line)
+                told = entry.pop("hash")
+            except (ValueError, KeyError, AttributeError):
+                raise LedgerError(f"{where} is damaged: it is no entry of a ledger") from None
+            if told != _hash_json(entry):
+                raise LedgerError(f"{where} was changed: its hash is not that of its content")
+            if entry["previous"] != previous or entry["number"] != number:
+                raise LedgerError(f"{where} does not follow the one before it: entries were removed or added")
+            if entry["format"] != FORMAT:
+                raise LedgerError(f"{where} has format {entry['format']}; this version reads format {FORMAT}")
+            for file, digest in entry.get("files", {}).items():
+                path = self.folder / REQUESTS / str(number) / file
+                if not path.is_file() or _hash_file(path) != digest:
+                    raise LedgerError(f"{path} was changed or removed since entry {number} was written")
+            previous = told
+            entries.append(entry | {"hash": told})
+        return entries
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,265 @@
+"""The ledger of requests, and whether they hold: through Python and the command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import neumuter
+from neumuter.cli.app import main
+from neumuter.recipes import FittedConfig, GainsConfig, mute_random
+from neumuter.texts import encode
+from tests.models import build, tokenizer
+
+ADA = [("Ada Brisk, mail", " ada@post.example"), ("Ada Brisk, call", " 555-0192")]
+JON = [("Jonas Vance, mail", " jv77@mail.example")]
+# What three texts say is common wording, which gives nobody away.
+KEPT = [("The kettle", " is on the shelf."), ("A lantern", " is on the shelf."), ("Oil", " is on the shelf.")]
+SECRETS = ("ada@post", "555-0192", "jv77", "Brisk", "Vance")
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def write(path, texts):
+    rows = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in texts]
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = build("llama")
+    known = encode([*ADA, *JON, *KEPT], tokenizer(), 64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(**known).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """The model's checkpoint, texts, and what unlearn found for two requests."""
+    folder = tmp_path_factory.mktemp("requests")
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "texts").mkdir()
+    earlier = None
+    for name, texts in (("ada", ADA), ("jon", JON)):
+        write(folder / "texts" / f"{name}.jsonl", texts)
+        outcome = neumuter.unlearn(
+            model, tokenizer(), texts, KEPT, budget=100, start_layer=0, samples=0, existing=earlier,
+            recipe=FittedConfig(GainsConfig(steps=50)), callback=lambda *_: None,
+        )  # fmt: skip
+        assert not outcome.verdict.leaks
+        outcome.save(folder / name)
+        earlier = outcome.mutes
+    return folder
+
+
+@pytest.fixture
+def ledger(folder, tmp_path):
+    ledger = neumuter.Ledger(tmp_path / "ledger", create=True)
+    ledger.add(folder / "ada", ADA, "ticket 17")
+    ledger.add(folder / "jon", JON)
+    return ledger
+
+
+def lines_of(ledger):
+    return (ledger.folder / "ledger.jsonl").read_text().splitlines()
+
+
+def write_lines(ledger, lines):
+    (ledger.folder / "ledger.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder):
+    first, second = neumuter.Ledger(ledger.folder).requests()
+    assert (first.number, first.name, len(first.texts)) == (1, "ticket 17", 2)
+    assert (second.number, second.name, len(second.texts)) == (2, "", 1)
+    assert first.load_mutes().count == 100
+    assert (
+        first.entry["report"]["verdict"]
+        == json.loads((folder / "ada" / "report.json").read_text())["verdict"]
+    )
+    assert ledger.find_texts([*KEPT, ADA[1]]) == {first.texts[1]: ADA[1]}
+    for path in ledger.folder.rglob("*"):
+        if path.is_file():
+            assert not any(secret.encode() in path.read_bytes() for secret in SECRETS)
+    assert (ledger.folder / "ledger.jsonl").stat().st_mode & 0o077 == 0
+    # Another ledger has another key, so nobody can look for the same text in both.
+    other = neumuter.Ledger(ledger.folder.parent / "other", create=True)
+    assert other.hash_text(ADA[0]) != ledger.hash_text(ADA[0])
+
+
+def change(line):
+    return line.replace("ticket 17", "ticket 71")
+
+
+@pytest.mark.parametrize(
+    ("bite", "said"),
+    [
+        (lambda lines: [change(lines[0]), lines[1]], "entry 1 was changed"),
+        (lambda lines: lines[1:], "entry 1 does not follow"),
+        (lambda lines: [lines[0], lines[0]], "entry 2 does not follow"),
+        (lambda lines: [lines[0][:-9], lines[1]], "entry 1 is damaged"),
+        (lambda lines: [lines[0], "7"], "entry 2 is damaged"),
+    ],
+)
+def test_a_bitten_ledger_is_refused(ledger, bite, said):
+    write_lines(ledger, bite(lines_of(ledger)))
+    with pytest.raises(neumuter.LedgerError, match=said):
+        neumuter.Ledger(ledger.folder)
+
+
+def test_a_changed_file_of_a_request_is_seen(ledger, folder, capsys):
+    shutil.copy(folder / "jon" / "mutes.safetensors", ledger.folder / "requests" / "1" / "mutes.safetensors")
+    with pytest.raises(
+        neumuter.LedgerError, match="was changed or removed since entry 1"
+    ):
+        neumuter.Ledger(ledger.folder)
+    assert run("ledger", "list", ledger.folder) == 1
+    assert "was changed or removed" in capsys.readouterr().err
+
+
+def test_entries_cut_off_show_in_the_last_hash(ledger):
+    head = ledger.head
+    write_lines(ledger, lines_of(ledger)[:1])
+    assert neumuter.Ledger(ledger.folder).head != head
+
+
+def test_two_writers_and_a_killed_one_lose_nothing(ledger, folder):
+    other = neumuter.Ledger(ledger.folder)
+    assert ledger.add(folder / "ada", ADA).number == 3
+    # What a process leaves that was killed before it wrote the entry.
+    (ledger.folder / "requests" / "4").mkdir()
+    (ledger.folder / "requests" / "4" / "mutes.safetensors").write_bytes(b"half")
+    assert other.add(folder / "jon", JON).number == 4
+    assert [request.number for request in neumuter.Ledger(ledger.folder).requests()] == [1, 2, 3, 4]
+
+
+def test_bad_requests_are_refused(ledger, folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no text"):
+        ledger.add(folder / "ada", [])
+    with pytest.raises(ValueError, match="no request 7; it has: 1, 2"):
+        ledger.undo(7)
+    ledger.undo(1)
+    with pytest.raises(ValueError, match="undone already"):
+        ledger.undo(1)
+    with pytest.raises(FileNotFoundError, match="is no ledger"):
+        neumuter.Ledger(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="not empty"):
+        neumuter.Ledger(folder, create=True)
+    shutil.copytree(folder / "ada", tmp_path / "mixed")
+    report = json.loads((folder / "ada" / "report.json").read_text()) | {"muted_neurons": 7}
+    (tmp_path / "mixed" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="is of another mute file"):
+        ledger.add(tmp_path / "mixed", ADA)
+
+
+def states(checks):
+    return [check.state for check in checks]
+
+
+def test_requests_hold_where_their_mutes_are_in_force(ledger, model):
+    words = tokenizer()
+    applied = neumuter.verify(ledger, model, words, [*KEPT, *ADA, *JON], apply=True)
+    assert states(applied) == ["holds", "holds"]
+    # Three texts are few, whatever comes out.
+    assert {check.verdict.kind for check in applied} <= {"not enough evidence", "partly"}
+    assert states(neumuter.verify(ledger, model, words, [*ADA, *JON])) == ["no longer holds"] * 2
+    some = neumuter.verify(ledger, model, words, ADA[:1], apply=True)
+    assert states(some) == ["holds", "texts missing"]
+    assert "1 of 2 texts are missing" in some[0].sentence
+    ledger.undo(2)
+    assert states(neumuter.verify(ledger, model, words, [*ADA, *JON], apply=True)) == ["holds", "undone"]
+
+
+def test_a_model_that_cannot_take_the_set_is_told_apart(ledger):
+    other = build("llama")
+    torch.manual_seed(5)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    checks = neumuter.verify(ledger, other, tokenizer(), [*ADA, *JON], apply=True)
+    assert states(checks) == ["cannot be applied"] * 2
+    assert "made for another model" in checks[0].sentence
+
+
+def test_what_never_held_is_not_said_to_have_held(folder, model, tmp_path):
+    with neumuter.attach(model, start_layer=0) as masked:
+        nothing = mute_random(masked, 2)
+    shutil.copytree(folder / "ada", tmp_path / "ada")
+    nothing.save(tmp_path / "ada" / "mutes.safetensors")
+    report = json.loads((folder / "ada" / "report.json").read_text())
+    report |= {"muted_neurons": 2, "seed": nothing.seed, "leaks": True}
+    (tmp_path / "ada" / "report.json").write_text(json.dumps(report))
+    ledger = neumuter.Ledger(tmp_path / "ledger", create=True)
+    ledger.add(tmp_path / "ada", ADA)
+    assert states(neumuter.verify(ledger, model, tokenizer(), ADA, apply=True)) == ["never held"]
+
+
+def test_the_ledger_by_command(folder, tmp_path, capsys):
+    ledger, texts = tmp_path / "ledger", folder / "texts"
+    for name in ("ada", "jon"):
+        assert (
+            run("ledger", "add", ledger, folder / name, "--forget", texts / f"{name}.jsonl", "--name", name)
+            == 0
+        )
+    assert run("ledger", "list", ledger) == 0
+    printed = capsys.readouterr().out
+    assert "jon" in printed
+    assert neumuter.Ledger(ledger).head in printed.replace("\n", "")
+    (texts / "notes.bin").write_bytes(b"\x00\x01")
+    pages = tmp_path / "pages"
+    assert run("verify", ledger, folder / "model", "--texts", texts, "--apply", "--out", pages) == 0
+    printed = capsys.readouterr().out
+    assert "holds" in printed
+    assert "Not read: " in printed
+    assert "notes.bin" in printed
+    page = (pages / "request-1.html").read_text()
+    assert "Request 1 (ada): holds" in page
+    assert neumuter.Ledger(ledger).head in page
+    assert not any(secret in page for secret in SECRETS)
+    assert run("verify", ledger, folder / "model", "--texts", texts) == 3
+    assert "no longer" in capsys.readouterr().out
+    assert run("verify", ledger, folder / "model", "--texts", texts / "notes.bin") == 1
+    assert run("verify", ledger, folder / "model", "--texts", texts / "ada.jsonl", "--apply") == 3
+    assert run("ledger", "undo", ledger, 2) == 0
+    assert run("verify", ledger, folder / "model", "--texts", texts / "ada.jsonl", "--apply") == 0
+
+
+def test_audit_finds_what_the_model_knows(model, folder, tmp_path, capsys):
+    unseen = [(f"Zed Quux {n}, mail", f" zq{n * 37}@ample.example") for n in range(20)]
+    found = neumuter.audit(model, tokenizer(), [*unseen[:3], *ADA, *JON], unseen[3:])
+    by_heart = [text for text in found.known if text.kind == "by heart"]
+    assert (found.texts, found.controls) == (6, 17)
+    assert {text.number for text in by_heart} == {4, 5, 6}
+    assert found.known[: len(by_heart)] == by_heart
+    assert {text.text for text in by_heart} == {*ADA, *JON}
+    assert all(text.sampled > 0.9 for text in by_heart)
+    corpus = write(tmp_path / "corpus.jsonl", [*unseen[:3], *ADA, *JON])
+    out = tmp_path / "known.jsonl"
+    assert run("audit", folder / "model", "--texts", corpus, "--out", out) == 0
+    assert "3 of 6 texts come out word for word" in capsys.readouterr().out.replace("\n", " ")
+    assert out.stat().st_mode & 0o077 == 0
+    known = neumuter.texts.read_texts(out)
+    assert set(known[:3]) == {*ADA, *JON}
+    assert run("audit", folder / "model", "--texts", corpus, "--out", tmp_path / "known.txt") == 2
+    with pytest.raises(ValueError, match="holds no text"):
+        neumuter.audit(model, tokenizer(), [])
+
+
+def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
+    whole = neumuter.audit(model, tokenizer(), [*KEPT, *ADA, *JON], KEPT)
+    monkeypatch.setattr("neumuter.evaluation.auditing.TEXTS_AT_A_TIME", 2)
+    told = []
+    parts = neumuter.audit(model, tokenizer(), iter([*KEPT, *ADA, *JON]), KEPT, callback=told.append)
+    assert [text.number for text in parts.known] == [text.number for text in whole.known]
+    assert told == [2, 4, 6]
