@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 import neumuter
 from neumuter.serving import fold_checkpoint as folding
@@ -108,8 +109,8 @@ def test_other_files_come_along_but_no_other_weights(saved, tmp_path):
     left = ["pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json"]
     for name in left:
         (folder / name).write_bytes(b"weights")
-    (folder / folding.CHAT_TEMPLATE_DIR).mkdir()
-    (folder / folding.CHAT_TEMPLATE_DIR / "tool.jinja").write_text("{{ messages }}")
+    (folder / CHAT_TEMPLATE_DIR).mkdir()
+    (folder / CHAT_TEMPLATE_DIR / "tool.jinja").write_text("{{ messages }}")
     fold_checkpoint(folder, mutes, tmp_path / "out")
     files, copies = (
         {file.relative_to(where).as_posix() for file in where.rglob("*") if file.is_file()}

@@ -124,7 +124,7 @@ def export(
             raise ValueError(ADAPTER_NOTE.format(form=to.value, model=model))
     from neumuter.files import new_folder
     from neumuter.serving import adapters as exports
-    from neumuter.serving.saved import save_verified
+    from neumuter.serving.saved import find_origin, save_verified
     from neumuter.serving.shrink import shrink
 
     sets = load_sets(files)
@@ -138,7 +138,7 @@ def export(
     elif to is Form.shrink:
         with new_folder(out) as temporary:
             found = shrink(network, mutes)
-            save_verified(network, tokenizer, temporary)
+            save_verified(network, tokenizer, temporary, find_origin(model, gguf_file))
         widths = ", ".join(sorted({f"{old} to {new}" for old, new in found.widths.values()}))
         sizes = f"{found.bytes_before / 1e6:.4g} to {found.bytes_after / 1e6:.4g} MB"
         note = f"Neurons per FFN: {widths}; parameters: {sizes}."
@@ -202,9 +202,10 @@ def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | N
     from neumuter.files import new_folder
     from neumuter.models.adapted import find_source
     from neumuter.report.progress import show_progress
+    from neumuter.serving.companions import write_card
     from neumuter.serving.fold import fold as fold_live
-    from neumuter.serving.fold_checkpoint import CARD, NotOnDiskError, fold_checkpoint, model_card
-    from neumuter.serving.saved import save_verified
+    from neumuter.serving.fold_checkpoint import NotOnDiskError, fold_checkpoint
+    from neumuter.serving.saved import find_origin, save_verified
 
     sets = load_sets(files)
     whole = not gguf_file and not find_source(model).adapter
@@ -218,6 +219,6 @@ def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | N
         mutes = unite(network, sets)
         fold_live(network, mutes)
         with console.status("Saving the checkpoint"):
-            save_verified(network, tokenizer, temporary)
-            (temporary / CARD).write_text(model_card(mutes), encoding="utf-8")
+            save_verified(network, tokenizer, temporary, find_origin(model, gguf_file))
+            write_card(mutes, temporary)
     return mutes

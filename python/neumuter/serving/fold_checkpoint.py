@@ -4,9 +4,7 @@ Folding changes neither shapes nor dtypes. So a shard is copied with its header 
 of the touched down projections change. A model without weights says where these are.
 """
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from neumuter.files import PathLike, new_folder, refuse_taken
@@ -33,16 +30,13 @@ from neumuter.mutes.matching import (
     weights_differ,
 )
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
+from neumuter.serving.companions import copy_companions, write_card
 from neumuter.serving.edits import Edit, copy_edited
 from neumuter.serving.fold import fold_columns, folded_once
 from neumuter.serving.fold_quantised import quantised_edits
 from neumuter.serving.shards import DTYPES, Place, find_places, find_shards
 
 ROWS_PER_COMPARISON = 1024
-CARD = "README.md"
-# No other files are copied: weights in other formats still know what is to be forgotten.
-COPIED_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".py", ".yaml")
-COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 class NotOnDiskError(ValueError):
@@ -149,9 +143,9 @@ def fold_checkpoint(
     with new_folder(out) as temporary:
         for shard in shards:
             copy_edited(shard, temporary / shard.name, edits.get(shard, []), advance)
-        _copy_others(folder, temporary, shards)
-        card = (folder / CARD).read_bytes() + b"\n\n" if (folder / CARD).exists() else b""
-        (temporary / CARD).write_bytes(card + model_card(mutes).encode())
+        whole = shards == [folder / SAFE_WEIGHTS_NAME]
+        copy_companions(folder, temporary, None if whole else folder / SAFE_WEIGHTS_INDEX_NAME)
+        write_card(mutes, temporary)
 
 
 # --- What is there, and whether it fits ------------------------------------------------------
@@ -219,63 +213,3 @@ def _check_fingerprint(downs: Iterable[_Down], adapted: Mapping[str, _Down], mut
         with down.holding(down.place.read()):
             differences += weights_differ(down.ffn, mutes)
     refuse_other(differences)
-
-
-def _copy_others(folder: Path, target: Path, shards: Sequence[Path]) -> None:
-    """Copy configurations, tokenizers, texts and the index of ``shards``, but no links to elsewhere."""
-    others = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
-    index = shards != [folder / SAFE_WEIGHTS_NAME] and folder / SAFE_WEIGHTS_INDEX_NAME
-    # In the Hub's cache, files are links to blobs.
-    homes = folder.resolve(), folder.resolve().parent.parent / "blobs"
-    for file in others:
-        known = file.suffix in COPIED_SUFFIXES or file.name.split(".")[0] in COPIED_NAMES
-        if file.name.endswith(".index.json") and file != index:
-            known = False
-        if known and file.is_file() and any(file.resolve().is_relative_to(home) for home in homes):
-            copy = target / file.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-
-
-def model_card(mutes: MuteSet) -> str:
-    """Write what was done to a checkpoint that ``mutes`` is folded into, a section in Markdown."""
-    counts = {path: len(layer.indices) for path, layer in mutes.layers.items()}
-    layers = [
-        (f"`{path}`", counts.get(path, 0), width, f"{counts.get(path, 0) / width:.2%}")
-        for path, width in mutes.widths.items()
-    ]
-    before, after = (mutes.metrics.get(when) or {} for when in ("before", "after"))
-    metrics = [(_code(key), _code(before.get(key)), _code(after.get(key))) for key in {**before, **after}]
-    low, high = mutes.gain_range
-    return "\n".join(
-        [
-            "# Made to forget with NeuMuter",
-            "",
-            "FFN neurons of this model are multiplied by gains, folded into its down projections, so that it",
-            "no longer says given texts. This suppresses the texts; it does not prove that they are deleted",
-            "from the weights.",
-            "",
-            f"- Mode: {mutes.mode}, gains from {low:g} to {high:g}",
-            f"- Neurons: {mutes.count} of {sum(mutes.widths.values())} ({mutes.share:.2%})",
-            f"- Seed: {mutes.seed}",
-            "",
-            *_table(("FFN", "neurons", "of", "share"), layers),
-            *(_table(("metric", "before", "after"), metrics) if metrics else []),
-            "Method:",
-            "",
-            "```json",
-            json.dumps(mutes.method, indent=2),
-            "```",
-            "",
-        ]
-    )
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    rows = (names, ["---"] * len(names), *rows)
-    return [*(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
-
-
-def _code(value: object) -> str:
-    """Write JSON that stays one cell of a table and means nothing else in Markdown, whoever wrote it."""
-    return "`" + json.dumps(value).replace("`", "'").replace("|", "\\|") + "`"
