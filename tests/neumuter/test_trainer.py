@@ -133,6 +133,11 @@ def test_goals_end_the_training(tmp_path):
         make(tmp_path, goal_forget_ma=0.5)
 
 
+def test_other_kernels_in_the_place_of_gates_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel must be False"):
+        make(tmp_path, use_liger_kernel=True)
+
+
 def run(folder):
     """What the process of the test below does."""
     trainer = make(

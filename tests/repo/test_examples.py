@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from neumuter import MuteSet
 from neumuter.demo.tutorial import write_tutorial
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -47,6 +48,22 @@ def test_a_training_user_sees_texts_forgotten_and_the_others_kept(script, small)
     assert kept >= 0.7
 
 
+def test_a_trl_user_sees_texts_forgotten_and_the_others_kept(small):
+    pytest.importorskip("trl")
+    lines = [line for line in run("trl_user.py", small) if "word for word" in line]
+    assert [line.split(",")[0].split(":")[0] for line in lines] == [
+        "before sft", "after sft", "before dpo", "after dpo"
+    ]  # fmt: skip
+    for before, after in (lines[:2], lines[2:]):
+        assert said(before) == [1.0, 1.0]
+        forgotten, kept = said(after)
+        assert forgotten <= 0.34
+        assert kept >= 0.7
+    for name in ("sft", "dpo"):
+        # What was found is for the base with its LoRA.
+        assert MuteSet.load(small / f"{name}.safetensors").adapter
+
+
 def test_a_kernel_user_finds_the_neurons_that_matter():
     whole, found, chance, difference = (float(line.split()[-1]) for line in run("kernel_user.py"))
     assert whole > 0.99
@@ -70,5 +87,5 @@ def test_a_server_operator_mutes_each_tenants_own_texts(small):
 
 def test_every_example_is_run():
     assert {path.name for path in FOLDER.glob("*.py")} == {
-        "trainer_user.py", "custom_loop_user.py", "kernel_user.py", "server_operator.py"
+        "trainer_user.py", "custom_loop_user.py", "trl_user.py", "kernel_user.py", "server_operator.py"
     }  # fmt: skip

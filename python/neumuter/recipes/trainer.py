@@ -70,6 +70,11 @@ class NeuMuterConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers'
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel must be False: when training begins, the Trainer would put Liger's FFNs in "
+                "the place of those with gates, which run on NeuMuter's own kernels"
+            )
         if (
             self.goal_forget_loss is not None or self.goal_forget_ma is not None
         ) and self.eval_strategy == "no":
