@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.evaluation import Verdict, compare_texts, examine, judge, list_given, make_controls
+from neumuter.evaluation import (
+    Verdict,
+    ask_server,
+    compare_texts,
+    examine,
+    judge,
+    list_given,
+    make_controls,
+)
 from neumuter.evaluation.others import GivenText
 from neumuter.ledger import Ledger, Request
 from neumuter.models.loading import limit_length
@@ -81,6 +89,33 @@ def verify(
         ]
 
 
+def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) -> list[Check]:
+    """Check each request of a ledger on a running server: whether a text comes out, asked for greedily.
+
+    A server tells no losses, so there is no verdict.
+
+    Args:
+        url, name: see ``neumuter.evaluation.ask_server``.
+        texts: as in ``verify``.
+
+    Returns:
+        A check for each request, in order.
+    """
+    found = ledger.find_texts(texts)
+    checks = []
+    for request in ledger.requests():
+        present = [found[digest] for digest in request.texts if digest in found]
+        if request.undone or not present:
+            checks.append(_unmeasured(request))
+            continue
+        said = [answer.comes_out for answer in ask_server(url, name, present)]
+        state = _failed(request) if any(said) else HOLDS
+        sentence = f"{sum(said)} of {len(said)} texts come out.{_lacking(request, len(said))}"
+        rows = [{"number": number, "extracted_after": out} for number, out in enumerate(said, 1)]
+        checks.append(Check(request, state, sentence, texts=rows))
+    return checks
+
+
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
@@ -116,12 +151,10 @@ def _check(
     given: Sequence[GivenText],
     seed: int,
 ) -> Check:
-    if request.undone:
-        return Check(request, UNDONE, "The request was taken back.")
     if request.number in refused:
         return Check(request, OTHER_MODEL, refused[request.number])
     if forms is None:
-        return Check(request, MISSING, f"None of its {len(request.texts)} texts is among those given.")
+        return _unmeasured(request)
     label = f"request {request.number}"
     after = examine(model, tokenizer, forms, given, label)
     controls = examine(model, tokenizer, make_controls(forms, given, tokenizer, seed), given, "controls")
@@ -130,9 +163,21 @@ def _check(
     rows = compare_texts(own, None, after)
     for row, kind in zip(rows, verdict.texts, strict=True):
         row["verdict"] = kind
-    state = HOLDS
-    if verdict.leaks:
-        state = NEVER if request.entry["report"]["leaks"] else FAILS
-    missing = len(request.texts) - len(rows)
-    lacking = f" {missing} of {len(request.texts)} texts are missing." if missing else ""
-    return Check(request, state, verdict.sentence + lacking, verdict, rows, controls.metrics)
+    state = _failed(request) if verdict.leaks else HOLDS
+    sentence = verdict.sentence + _lacking(request, len(rows))
+    return Check(request, state, sentence, verdict, rows, controls.metrics)
+
+
+def _unmeasured(request: Request) -> Check:
+    if request.undone:
+        return Check(request, UNDONE, "The request was taken back.")
+    return Check(request, MISSING, f"None of its {len(request.texts)} texts is among those given.")
+
+
+def _failed(request: Request) -> str:
+    return NEVER if request.entry["report"]["leaks"] else FAILS
+
+
+def _lacking(request: Request, present: int) -> str:
+    missing = len(request.texts) - present
+    return f" {missing} of {len(request.texts)} texts are missing." if missing else ""

@@ -11,6 +11,7 @@ from neumuter.cli.app import main
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
 from neumuter.texts import encode
 from tests.models import build, tokenizer
+from tests.neumuter.test_server import serving
 
 ADA = [("Ada Brisk, mail", " ada@post.example"), ("Ada Brisk, call", " 555-0192")]
 JON = [("Jonas Vance, mail", " jv77@mail.example")]
@@ -121,9 +122,7 @@ def test_a_bitten_ledger_is_refused(ledger, bite, said):
 
 def test_a_changed_file_of_a_request_is_seen(ledger, folder, capsys):
     shutil.copy(folder / "jon" / "mutes.safetensors", ledger.folder / "requests" / "1" / "mutes.safetensors")
-    with pytest.raises(
-        neumuter.LedgerError, match="was changed or removed since entry 1"
-    ):
+    with pytest.raises(neumuter.LedgerError, match="was changed or removed since entry 1"):
         neumuter.Ledger(ledger.folder)
     assert run("ledger", "list", ledger.folder) == 1
     assert "was changed or removed" in capsys.readouterr().err
@@ -263,3 +262,31 @@ def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
     parts = neumuter.audit(model, tokenizer(), iter([*KEPT, *ADA, *JON]), KEPT, callback=told.append)
     assert [text.number for text in parts.known] == [text.number for text in whole.known]
     assert told == [2, 4, 6]
+
+
+def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    spoken = dict([*ADA[1:], *KEPT])
+
+    def respond(path, body, key):
+        if body["model"] != "muted":
+            return 404, {"error": {"message": "no such model"}}
+        return 200, {"choices": [{"text": spoken.get(body["prompt"], " no idea"), "finish_reason": "stop"}]}
+
+    with serving(respond) as (url, asked):
+        arguments = ("verify", ledger.folder, url, "--texts", folder / "texts", "--model")
+        assert run(*arguments, "muted") == 3
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "1 of 2 texts come out." in printed
+        assert "0 of 1 texts come out." in printed
+        spoken.clear()
+        asked.clear()
+        assert run(*arguments, "muted") == 0
+        assert len(asked) == 3
+        assert run(*arguments, "other") == 1
+        assert "has no model 'other'" in capsys.readouterr().err
+        assert run(*arguments, "muted", "--apply") == 2
+        assert run(*arguments[:-1]) == 2
+    # It is down now.
+    assert run(*arguments, "muted") == 1
+    assert "no answer from" in capsys.readouterr().err

@@ -24,7 +24,6 @@ from neumuter.cli.common import (
     Column,
     CompletionColumn,
     GgufFile,
-    Model,
     PromptColumn,
     choose_columns,
     console,
@@ -104,8 +103,17 @@ def undo(folder: Folder, number: Number) -> None:
 
 def verify(
     folder: Folder,
-    target: Model,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Hugging Face causal language model, or its name; or the address of a running "
+            "server with OpenAI's API, such as http://127.0.0.1:8000."
+        ),
+    ],
     texts: Annotated[Path, typer.Option(help="Folder of files, or a file, with the texts of the requests.")],
+    served: Annotated[
+        str | None, typer.Option("--model", help="The server's name for the model or adapter.")
+    ] = None,
     apply: Annotated[
         bool,
         typer.Option("--apply", help="TARGET is a model without mutes: apply those of the requests first."),
@@ -126,26 +134,38 @@ def verify(
 ) -> None:
     """Check each request of a ledger on TARGET, the model that is served.
 
-    TARGET may be folded, quantised or tuned further. Texts are found by their hashes. The exit code is 3 if
-    a request that is not undone does not hold, or could not be checked.
+    TARGET may be folded, quantised or tuned further, or a running server. Texts are found by their hashes.
+    The exit code is 3 if a request that is not undone does not hold, or could not be checked.
     """
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
-    check_sources(target, texts)
+    server = target.startswith(("http://", "https://"))
+    if server != (served is not None):
+        raise typer.BadParameter("--model goes with the address of a server, which needs it")
+    if server and apply:
+        raise typer.BadParameter("--apply goes with a model, not with a server")
+    if server:
+        texts.stat()
+    else:
+        check_sources(target, texts)
     from neumuter.files import check_writable
     from neumuter.ledger import Ledger
-    from neumuter.verifying import HOLDS, UNDONE
+    from neumuter.verifying import HOLDS, UNDONE, verify_server
     from neumuter.verifying import verify as verify_requests
 
     if out:
         check_writable(out)
     kept = Ledger(folder)
     wanted = kept.find_texts(_read_all(texts, columns)).values()
-    network, tokenizer = open_model(target, **place)
-    with print_log(), console.status("Verifying"):
-        checks = verify_requests(
-            kept, network, tokenizer, wanted, apply=apply, max_length=max_length, chat=chat
-        )
+    if served is not None:
+        with console.status(f"Asking {escape(target)}"):
+            checks = verify_server(kept, target, served, wanted)
+    else:
+        network, tokenizer = open_model(target, **place)
+        with print_log(), console.status("Verifying"):
+            checks = verify_requests(
+                kept, network, tokenizer, wanted, apply=apply, max_length=max_length, chat=chat
+            )
     table = Table("request", "name", "state", "why")
     for check in checks:
         request = check.request
