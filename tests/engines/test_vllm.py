@@ -13,14 +13,19 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm runs this file")
 
+from neumuter.evaluation import ask_server
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.serving.fold import fold
 from tests.engines.served import NAMES, base, expected, served, set_of, started, tuned_and_muted, write
+from tests.models import tokenizer
 
 REQUESTS, TOKENS = 72, 24
 TOLERANCE = 1e-4
-# So few blocks of the cache that requests must wait for others, and begin anew.
-SCARCE = ("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "24")
+# So few blocks of the cache that requests must wait for others, and begin anew; prompts come in parts.
+SCARCE = (
+    "--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "24",
+    "--max-num-batched-tokens", "100",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +185,21 @@ def test_several_answers_to_one_prompt_use_its_set(server, folded):
         tokens = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
         _, sure = expected(folded[NAMES[1]], prompt, tokens)
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(sure, abs=TOLERANCE)
+
+
+def test_texts_asked_for_by_evaluate(server, folded):
+    """What a model with another set says by heart comes out with that set alone."""
+    (prompt,) = prompts_of(1, seed=9)
+    status, answer = server.post(
+        prompt=prompt, max_tokens=8, temperature=0, ignore_eos=True, vllm_xargs={"mute_set": NAMES[3]}
+    )
+    assert status == 200, answer
+    text = tokenizer().decode(prompt[1:]), answer["choices"][0]["text"]
+    for name in NAMES[3:]:
+        (found,) = ask_server(server.address, "base", [text], mute_set=name)
+        assert found.comes_out == (name == NAMES[3])
+    with pytest.raises(ValueError, match="requires a mute set"):
+        ask_server(server.address, "base", [text])
 
 
 def test_an_adapter_beside_the_sets(server, folder):

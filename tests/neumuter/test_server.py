@@ -101,12 +101,15 @@ def run(*arguments):
 def test_the_command(tmp_path, capsys):
     forget, report = tmp_path / "forget.jsonl", tmp_path / "report.json"
     forget.write_text("\n".join(json.dumps({"text": text}) for text in [FORGOTTEN, *KNOWN]))
-    with serving() as (url, _):
+    with serving() as (url, asked):
         arguments = ("--server", f"{url}/v1/", "--model", "muted", "--forget", forget)
         assert run(*arguments, "--out", report) == 3
         assert "2 of 3 texts come out: 2, 3" in capsys.readouterr().out
         assert run(*arguments, "--limit", 1) == 0
         assert "0 of 1 texts come out." in capsys.readouterr().out
+        assert not any("vllm_xargs" in body for body in asked)
+        assert run(*arguments, "--limit", 1, "--mute-set", "alice") == 0
+        assert asked[-1]["vllm_xargs"] == {"mute_set": "alice"}
     found = json.loads(report.read_text())
     assert [row["comes_out"] for row in found["texts"]] == [False, True, True]
     assert "post.example" not in report.read_text()
@@ -160,6 +163,7 @@ def test_other_answers_and_addresses():
         (("MODEL", "--server", "http://x", "--model", "m"), "--server goes without MODEL"),
         (("--server", "http://x", "--model", "m", "--robust"), "--server goes without --robust"),
         (("MODEL", "--model", "m"), "give either MODEL, or --server and --model"),
+        (("MODEL", "--mute-set", "alice"), "give either MODEL, or --server and --model"),
         ((), "give either MODEL, or --server and --model"),
     ],
 )

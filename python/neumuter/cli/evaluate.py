@@ -126,6 +126,12 @@ def evaluate(
     served: Annotated[
         str | None, typer.Option("--model", help="With --server: its name for the model or adapter.")
     ] = None,
+    mute_set: Annotated[
+        str | None,
+        typer.Option(
+            help="With --server: the mute set to ask for, of a vLLM server with NeuMuter's plug-in."
+        ),
+    ] = None,
 ) -> None:
     """Measure what MODEL still knows of the forget texts, and what else it knows.
 
@@ -135,9 +141,9 @@ def evaluate(
         check_options(command)
         check_report(out)
         columns = choose_columns(column, prompt_column, completion_column)
-        evaluate_server(server, served, forget, columns, limit, out)
+        evaluate_server(server, served, forget, columns, limit, out, mute_set)
         return
-    if model is None or served is not None:
+    if model is None or served is not None or mute_set is not None:
         raise typer.BadParameter("give either MODEL, or --server and --model")
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")

@@ -11,7 +11,17 @@ from neumuter.cli.common import console, write_json
 # The exit code if a text comes out.
 COMES_OUT = 3
 # The parameters of ``neumuter evaluate`` that go with --server.
-OPTIONS = {"forget", "server", "served", "column", "prompt_column", "completion_column", "limit", "out"}
+OPTIONS = {
+    "forget",
+    "server",
+    "served",
+    "column",
+    "prompt_column",
+    "completion_column",
+    "limit",
+    "out",
+    "mute_set",
+}
 
 
 def check_options(command: typer.Context) -> None:
@@ -30,6 +40,7 @@ def evaluate_server(
     column: str | tuple[str, str] | None,
     limit: int | None,
     out: Path | None,
+    mute_set: str | None,
 ) -> None:
     """Print which of the texts to forget come out, and write a report without any text."""
     if model is None:
@@ -39,7 +50,7 @@ def evaluate_server(
 
     texts = read_texts(forget, column, limit)
     with console.status(f"Asking {url}"):
-        found: Sequence[Said] = ask_server(url, model, texts)
+        found: Sequence[Said] = ask_server(url, model, texts, mute_set)
     table = Table("text", "comes out", "said before the first difference")
     for number, said in enumerate(found, 1):
         table.add_row(str(number), "yes" if said.comes_out else "no", f"{said.share:.0%}")

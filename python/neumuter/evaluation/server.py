@@ -46,7 +46,7 @@ class Said:
         return same / max(1, len(expected))
 
 
-def ask_server(url: str, model: str, texts: Sequence[Text]) -> list[Said]:
+def ask_server(url: str, model: str, texts: Sequence[Text], mute_set: str | None = None) -> list[Said]:
     """Ask a server with OpenAI's API for each text, at temperature 0.
 
     A prompt with a completion is asked for by the prompt, and a whole text by its first third, cut between
@@ -58,6 +58,7 @@ def ask_server(url: str, model: str, texts: Sequence[Text]) -> list[Said]:
         url: such as http://127.0.0.1:8000, with /v1 or without.
         model: the name that the server gives to the model or the adapter.
         texts: the texts.
+        mute_set: the name of a mute set to ask for, of a vLLM server with NeuMuter's plug-in.
 
     Raises:
         ConnectionError: nobody answers at ``url``, or not in time.
@@ -68,16 +69,18 @@ def ask_server(url: str, model: str, texts: Sequence[Text]) -> list[Said]:
     address = url.rstrip("/").removesuffix("/v1")
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
         raise ValueError(f"the address of a server must be like http://127.0.0.1:8000, got {url!r:.80}")
-    return [_ask(f"{address}/v1", model, text) for text in texts]
-
-
-def _ask(address: str, model: str, text: Text) -> Said:
     options: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": TOKENS}
+    if mute_set is not None:
+        options["vllm_xargs"] = {"mute_set": mute_set}
+    return [_ask(f"{address}/v1", options, text) for text in texts]
+
+
+def _ask(address: str, options: dict[str, Any], text: Text) -> Said:
     if isinstance(text, list):
         expected = text[-1]["content"]
         # A conversation cannot go on in steps, and no token is shorter than a character.
-        options |= {"messages": text[:-1], "max_tokens": max(TOKENS, len(expected))}
-        message = _post(f"{address}/chat/completions", options).get("message") or {}
+        chat = {"messages": text[:-1], "max_tokens": max(TOKENS, len(expected))}
+        message = _post(f"{address}/chat/completions", options | chat).get("message") or {}
         return Said(expected, str(message.get("content") or ""))
     prompt, expected = _cut(text) if isinstance(text, str) else text
     said = ""

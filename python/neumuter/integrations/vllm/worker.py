@@ -134,7 +134,9 @@ class WorkerMutes:
     def __init__(self, runner: Any, config: Any, share: float) -> None:
         refuse_features(config)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config.model_config.hf_config)
+            self.model = AutoModelForCausalLM.from_config(
+                config.model_config.hf_config, trust_remote_code=False
+            )
         self.ffns = {ffn.path: ffn for ffn in find_ffns(self.model)}
         if experts := [path for path, ffn in self.ffns.items() if not ffn.is_dense]:
             raise ValueError(f"{experts[0]} has experts: mute sets are served for dense FFNs alone")
