@@ -44,7 +44,7 @@ def main():
     print(f"on {record['cpu']}, one thread, load {record['load']} before")
     about = {
         "benchmark": "vllm",
-        "op": f"{options.shape}, float32, {REQUESTS} requests of {PROMPT} + {NEW} tokens",
+        "op": f"{options.shape}, float32, eager, {REQUESTS} requests of {PROMPT} + {NEW} tokens",
     }
     path = options.out / f"{machine.slug(record)}.jsonl"
     rows.put(path, about, {"rounds": options.rounds, "ways": found}, record)
@@ -84,7 +84,9 @@ def measure(python, folder, rounds, rank):
     asked |= {"plug-in, no set": ("plug-in", 0)} | {f"plug-in, {n} sets": ("plug-in", n) for n in SETS}
     rates = {way: [] for way in asked}
     with ExitStack() as stack:
+        # They start at once.
         engines = {name: stack.enter_context(Engine(python, folder, *what)) for name, what in servers.items()}
+        versions, *_ = [engine.read() for engine in engines.values()]
         for number in range(-2, rounds):
             # Each round begins with another one.
             order = list(asked.items())
@@ -92,7 +94,6 @@ def measure(python, folder, rounds, rank):
                 rate = engines[name].ask(sets, max(0, number) * REQUESTS)
                 if number >= 0:
                     rates[way].append(rate)
-        versions = engines[BASE].versions
     return {
         way: {
             "tokens_per_second": round(statistics.median(found), 1),
@@ -120,7 +121,6 @@ class Engine:
             [str(part) for part in self.command], env=self.environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )  # fmt: skip
-        self.versions = self.read()
         return self
 
     def __exit__(self, *exception):

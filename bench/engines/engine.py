@@ -12,7 +12,7 @@ def main(options, model, folder, requests, prompt, new):
 
     engine = vllm.LLM(
         model=model, dtype="float32", max_model_len=256, max_num_seqs=requests, skip_tokenizer_init=True,
-        enable_prefix_caching=False, **options,
+        enable_prefix_caching=False, enforce_eager=True, **options,
     )  # fmt: skip
     print("ENGINE", json.dumps({"vllm": vllm.__version__, "torch": torch.__version__}), flush=True)
     ids = [[(7 * i + 13 * j) % 1000 + 10 for j in range(prompt)] for i in range(requests)]

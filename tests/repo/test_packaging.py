@@ -140,6 +140,8 @@ def test_a_wheel_has_all_files_of_both_packages_and_nothing_else(which, built, f
         name.removeprefix("python/"): content for name, content in files.items() if name.startswith(PACKAGES)
     }
     assert found[f"{information}licenses/LICENSE"] == files["LICENSE"]
+    plugin = b"[vllm.general_plugins]\nneumuter = neumuter.integrations.vllm:register"
+    assert plugin in found[f"{information}entry_points.txt"]
 
 
 def installed(wheel, environment):

@@ -85,43 +85,23 @@ def _process_inputs(
     return request
 
 
-async def _add_request_async(
-    former: Callable[..., Any],
-    self: Any,
-    request_id: str,
-    prompt: Any,
-    params: Any,
-    *arguments: Any,
-    **named: Any,
-) -> Any:
+async def _add_request_async(former: Callable[..., Any], self: Any, *arguments: Any, **named: Any) -> Any:
     admission: Admission = getattr(self.input_processor, ADMISSION)
-    while (mutes := _unproven(admission, params)) is not None:
-        admission.record(mutes, await self.collective_rpc(COMPARE, args=(mutes.data,)))
-    return await former(self, request_id, prompt, params, *arguments, **named)
+    while True:
+        try:
+            return await former(self, *arguments, **named)
+        except UnprovenSet as missing:
+            found = await self.collective_rpc(COMPARE, args=(missing.mutes.data,))
+            admission.record(missing.mutes, found)
 
 
-def _add_request(
-    former: Callable[..., Any],
-    self: Any,
-    request_id: str,
-    prompt: Any,
-    params: Any,
-    *arguments: Any,
-    **named: Any,
-) -> Any:
+def _add_request(former: Callable[..., Any], self: Any, *arguments: Any, **named: Any) -> Any:
     admission: Admission = getattr(self.input_processor, ADMISSION)
-    while (mutes := _unproven(admission, params)) is not None:
-        admission.record(mutes, self.collective_rpc(COMPARE, args=(mutes.data,)))
-    return former(self, request_id, prompt, params, *arguments, **named)
-
-
-def _unproven(admission: Admission, params: Any) -> Any:
-    """The set of a request that must be compared with the model first, or None."""
-    try:
-        admission.find(params)
-    except UnprovenSet as missing:
-        return missing.mutes
-    return None
+    while True:
+        try:
+            return former(self, *arguments, **named)
+        except UnprovenSet as missing:
+            admission.record(missing.mutes, self.collective_rpc(COMPARE, args=(missing.mutes.data,)))
 
 
 def _preprocess_add_request(former: Callable[..., Any], self: Any, request: Any) -> Any:
