@@ -10,7 +10,7 @@ _HOMES = {
     "MaskedGatedMLP": "models.modules",
     "MaskedMLP": "models.modules",
     "MuteBank": "serving.bank",
-    "MuteFileError": "mutes.mute_set",
+    "MuteFileError": "mutes.container",
     "MuteMismatchError": "mutes.matching",
     "MuteSet": "mutes.mute_set",
     "MutedLayer": "mutes.mute_set",
@@ -51,9 +51,9 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.models.modules import MaskedMLP as MaskedMLP
     from neumuter.mutes.algebra import combine as combine
     from neumuter.mutes.algebra import subtract as subtract
+    from neumuter.mutes.container import MuteFileError as MuteFileError
     from neumuter.mutes.matching import MuteMismatchError as MuteMismatchError
     from neumuter.mutes.mute_set import MutedLayer as MutedLayer
-    from neumuter.mutes.mute_set import MuteFileError as MuteFileError
     from neumuter.mutes.mute_set import MuteSet as MuteSet
     from neumuter.outcome import Outcome as Outcome
     from neumuter.recipes.trainer import NeuMuterConfig as NeuMuterConfig

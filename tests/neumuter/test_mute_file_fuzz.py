@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from neumuter import MuteFileError, MuteSet
-from neumuter.mutes.mute_set import MAX_HEADER_BYTES, MutedLayer
+from neumuter.mutes.container import MAX_HEADER_BYTES
+from neumuter.mutes.mute_set import MutedLayer
 
 FILES = int(os.environ.get("NEUMUTER_FUZZ_FILES", 40_000))
 SEED = int(os.environ.get("NEUMUTER_FUZZ_SEED", 0))

@@ -1,37 +1,29 @@
 """Mute sets and the mute file: which neurons of which model are multiplied by what."""
 
-import json
 import math
 import os
 import re
-import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 
-from neumuter.files import PathLike, write_atomically
+from neumuter.files import PathLike
+from neumuter.mutes.container import check_keys, read_file, to_json, write_file
 from neumuter.types import check_kind
 
 FORMAT = 1
+# Of the header that holds what is no tensor.
+ENTRY = "neumuter"
 # Numbers in a sketch of weights, see neumuter.mutes.fingerprint.
 SKETCHES = 32
 MODES = ("mute", "modulate")
-MAX_FILE_BYTES = 1 << 28
-# Parsed, a header takes up to 25 times its size in memory.
-MAX_HEADER_BYTES = 1 << 24
 MAX_LAYERS = 1 << 14
 MAX_WIDTH = 1 << 24
 _PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,31}", re.ASCII)
 _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
-
-
-class MuteFileError(ValueError):
-    """A mute file that is damaged, of an unknown version, or not a mute file."""
 
 
 class MutedLayer(NamedTuple):
@@ -105,6 +97,11 @@ class MuteSet:
             OSError: the file cannot be written.
             ValueError: method and metrics are too large for a file's header.
         """
+        tensors, metadata = self.contents()
+        write_file(path, tensors, ENTRY, metadata)
+
+    def contents(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the tensors of a mute file and the rest of it, JSON values."""
         tensors = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.indices"] = layer.indices.contiguous()
@@ -129,9 +126,7 @@ class MuteSet:
         }
         if self.adapter:
             metadata["adapter"] = self.adapter
-        data = to_safetensors(tensors, metadata={"neumuter": _dumps(metadata)})
-        _check_header(data)
-        write_atomically(path, data)
+        return tensors, metadata
 
     @classmethod
     def load(cls, path: PathLike) -> "MuteSet":
@@ -141,18 +136,7 @@ class MuteSet:
             MuteFileError: the file is anything but a mute file of this format.
             OSError: the file cannot be read.
         """
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise MuteFileError(f"{path} is not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise MuteFileError(f"{path} has {status.st_size} bytes, a mute file at most {MAX_FILE_BYTES}")
-        try:
-            with open(path, "rb") as start:
-                _check_header(start.read(8))
-            with safe_open(Path(path), framework="pt") as file:
-                return cls._read(file)
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise MuteFileError(f"{path} is not a valid mute file: {error}") from error
+        return read_file(path, "mute file", ENTRY, cls.from_contents)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "MuteSet":
@@ -168,32 +152,36 @@ class MuteSet:
             return cls.load(file.name)
 
     @classmethod
-    def _read(cls, file: Any) -> "MuteSet":
-        text = (file.metadata() or {}).get("neumuter")
-        if text is None:
-            raise ValueError("its header has no entry 'neumuter'")
-        metadata = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
-        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            given = metadata.get("format") if isinstance(metadata, dict) else None
-            raise ValueError(f"format version {given!r}, this version of neumuter reads {FORMAT}")
+    def from_contents(cls, file: Any, metadata: dict[str, Any], others: Sequence[str] = ()) -> "MuteSet":
+        """Return the MuteSet that ``contents`` described, fully validated.
+
+        Args:
+            file: an open safetensors file. others: tensors in it that are none of the MuteSet's.
+
+        Raises:
+            ValueError: anything in it is not as described.
+        """
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"format version {metadata.get('format')!r}, this version of neumuter reads {FORMAT}"
+            )
         adapter = metadata.pop("adapter", {})
-        _check_keys("metadata", metadata, "format architecture mode gain_range layers method seed metrics")
+        check_keys("metadata", metadata, "format architecture mode gain_range layers method seed metrics")
         rows = metadata["layers"]
         if not isinstance(rows, list) or len(rows) > MAX_LAYERS:
             raise ValueError(f"layers is not a list of at most {MAX_LAYERS}")
         for row in rows:
-            _check_keys("an entry of layers", row, "path width muted sketch")
+            check_keys("an entry of layers", row, "path width muted sketch")
             if type(row["path"]) is not str or type(row["muted"]) is not int:
                 raise ValueError("an entry of layers has no text path or no integer muted")
         if len({row["path"] for row in rows}) != len(rows):
             raise ValueError("layers names a path twice")
         counts = {row["path"]: row["muted"] for row in rows if row["muted"] != 0}
         expected = {f"{name}.{kind}" for name in counts for kind in ("indices", "gains")}
-        if set(file.keys()) != expected:
+        if set(file.keys()) != expected.union(others):
             raise ValueError(
-                f"tensors {sorted(set(file.keys()) ^ expected)[:4]} do not agree with the header"
+                f"tensors {sorted(set(file.keys()) ^ expected.union(others))[:4]} do not agree with the "
+                "header"
             )
         layers = {}
         for name, count in counts.items():
@@ -229,7 +217,7 @@ def load_mutes(mutes: MuteSource) -> MuteSet:
 def _check_metadata(mutes: MuteSet) -> None:
     if not isinstance(mutes.architecture, dict):
         raise ValueError(f"architecture must be a dict, got {type(mutes.architecture).__name__}")
-    _check_keys("architecture", mutes.architecture, "class model_type")
+    check_keys("architecture", mutes.architecture, "class model_type")
     for key, name in mutes.architecture.items():
         if type(name) is not str or not _NAME.fullmatch(name):
             raise ValueError(f"architecture[{key!r}] must be a name, got {name!r:.80}")
@@ -263,7 +251,7 @@ def _check_metadata(mutes: MuteSet) -> None:
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
         try:
-            _dumps(_without_nan(value) if name == "metrics" else value)
+            to_json(_without_nan(value) if name == "metrics" else value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must hold JSON values only: {error}") from None
 
@@ -295,17 +283,6 @@ def check_layer(path: str, layer: MutedLayer, width: int, gain_range: tuple[floa
         raise ValueError(f"{path}.gains must be finite and lie within {low} to {high}")
 
 
-def _check_header(data: bytes) -> None:
-    """Check the size of a safetensors file's header, with which its ``data`` begins."""
-    size = int.from_bytes(data[:8], "little")
-    if size > MAX_HEADER_BYTES:
-        raise ValueError(f"its header has {size} bytes, that of a mute file at most {MAX_HEADER_BYTES}")
-
-
-def _dumps(value: object) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
-
-
 def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
 
@@ -317,24 +294,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _check_keys(what: str, value: object, keys: str) -> None:
-    if not isinstance(value, dict) or set(value) != set(keys.split()):
-        raise ValueError(f"{what} must have exactly the entries {keys}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("its header names an entry twice")
-    return result
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _no_constant(text)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"its header holds {name}")
