@@ -17,6 +17,7 @@ _HOMES = {
     "NeuMuterConfig": "recipes.trainer",
     "NeuMuterTrainer": "recipes.trainer",
     "Outcome": "outcome",
+    "Slopes": "mutes.slopes",
     "attach": "training.masked",
     "audit": "evaluation.auditing",
     "combine": "mutes.algebra",
@@ -27,6 +28,7 @@ _HOMES = {
     "fold_checkpoint": "serving.fold_checkpoint",
     "fold_gguf": "serving.fold_gguf",
     "mute": "serving.live",
+    "refit": "unlearning",
     "register_family": "models.families",
     "shrink": "serving.shrink",
     "subtract": "mutes.algebra",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.mutes.matching import MuteMismatchError as MuteMismatchError
     from neumuter.mutes.mute_set import MutedLayer as MutedLayer
     from neumuter.mutes.mute_set import MuteSet as MuteSet
+    from neumuter.mutes.slopes import Slopes as Slopes
     from neumuter.outcome import Outcome as Outcome
     from neumuter.recipes.trainer import NeuMuterConfig as NeuMuterConfig
     from neumuter.recipes.trainer import NeuMuterTrainer as NeuMuterTrainer
@@ -69,6 +72,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.serving.shrink import shrink as shrink
     from neumuter.training.masked import Masked as Masked
     from neumuter.training.masked import attach as attach
+    from neumuter.unlearning import refit as refit
     from neumuter.unlearning import unlearn as unlearn
     from neumuter.verifying import verify as verify
 

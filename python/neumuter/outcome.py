@@ -12,10 +12,12 @@ from typing import Any
 from neumuter.evaluation.verdict import Verdict
 from neumuter.files import PathLike, made_folder, write_atomically
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.mutes.slopes import Slopes
 from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
 from neumuter.report.html import write_report
 
 MUTE_FILE = "mutes.safetensors"
+SLOPES_FILE = "slopes.safetensors"
 # Of report.csv.
 COLUMNS = (
     "number", "tokens", "verdict", "extracted_before", "extracted_after", "sampled_before", "sampled_after",
@@ -39,6 +41,7 @@ class Outcome:
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
     seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process.
+    slopes: for ``former`` of later requests, if they were asked for. They are made of the texts.
     """
 
     mutes: MuteSet
@@ -52,12 +55,13 @@ class Outcome:
     samples: list[dict[str, str]]
     seconds: float
     peak_memory: int
+    slopes: Slopes | None = None
 
     def save(self, folder: PathLike, redact: bool = False, **facts: Any) -> Path:
         """Write mutes.safetensors, report.json, report.csv and report.html into ``folder``, made if missing.
 
         report.csv has a row for each text to forget and quotes none. report.html quotes texts unless
-        ``redact`` is given, and only its owner may read it.
+        ``redact`` is given, and only its owner may read it. So may slopes.safetensors, if there are slopes.
 
         Args:
             redact: leave out what texts and the model say.
@@ -89,6 +93,8 @@ class Outcome:
         shown = report | {"history": self.history, "texts": self.texts}
         with made_folder(folder) as made:
             self.mutes.save(made / MUTE_FILE)
+            if self.slopes:
+                self.slopes.save(made / SLOPES_FILE)
             write_atomically(made / "report.json", (json.dumps(report, indent=2) + "\n").encode())
             write_atomically(made / "report.csv", self._rows().encode())
             write_report(made / "report.html", shown, self.mutes, self.samples, redact)

@@ -36,9 +36,20 @@ from neumuter.files import PathLike, made_folder
 from neumuter.models.hub import find_model
 from neumuter.models.loading import limit_length, load_model, load_tokenizer
 from neumuter.mutes.algebra import combine
-from neumuter.mutes.mute_set import MuteSource, load_mutes
-from neumuter.outcome import MUTE_FILE, Outcome
-from neumuter.recipes import FittedConfig, Goals, PaperConfig, fit_mutes, search_budget, train_gates
+from neumuter.mutes.matching import matching_ffns
+from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
+from neumuter.mutes.slopes import SlopesSource, load_slopes
+from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome
+from neumuter.recipes import (
+    FittedConfig,
+    Goals,
+    PaperConfig,
+    fit_mutes,
+    measure_slopes,
+    refit_gains,
+    search_budget,
+    train_gates,
+)
 from neumuter.report.progress import show_progress
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, encode_forms, join_batches
@@ -70,6 +81,8 @@ def unlearn(
     mode: str = "modulate",
     recipe: str | FittedConfig | PaperConfig = "fitted",
     existing: MuteSource | None = None,
+    former: Sequence[SlopesSource] = (),
+    keep_slopes: bool = False,
     goals: Goals | None = None,
     controls: TextSource | None = None,
     samples: int | None = None,
@@ -101,6 +114,11 @@ def unlearn(
             neurons and silences them: it takes no budget, mode, existing set or goals.
         existing: a mute set of earlier requests, or its file, that stays in force; the retain texts must not
             hold its texts.
+        former: the slopes of earlier requests, or their files: with them the outcome's mute set holds for
+            all requests, and takes the place of ``existing``, whose gains are fitted anew. Without them the
+            existing set's gains stay as they are, and part of its texts can come back.
+        keep_slopes: measure the slopes of this request's texts, for ``former`` of later ones. They are made
+            of the texts: keep them like the texts.
         goals: for ``budget="auto"``; by default no text may be extracted any more.
         controls: texts of the same kind that the model never saw, with which the verdict compares the texts
             to forget; likewise. None makes them from the texts to forget, by other names and values.
@@ -127,9 +145,14 @@ def unlearn(
         RuntimeError: the model is attached or muted already, or the loss diverged.
     """
     start = time.perf_counter()
-    config = _check_recipe(recipe, budget, mode, existing, goals)
+    config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
+    if former and (existing is None or mode == "mute"):
+        raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
     earlier = None if existing is None else load_mutes(existing)
+    known = load_slopes(former)
     network, words = _open(model, tokenizer)
+    for slopes in known:
+        matching_ffns(network, slopes.at)
     # What the search would refuse after the texts were measured.
     _, ffns = split_ffns(network, start_layer)
     if not isinstance(budget, str):
@@ -151,7 +174,8 @@ def unlearn(
         rewritten = _rewrite(forget_texts, rewrite_with, seed, watch)
         found.append(encode(rewritten, _needed(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
-        said = _sample(network, words, forget_batch, bool(found), samples, seed, watch)
+        width = forget_batch["labels"].shape[1]
+        said = _sample(network, words, forget_batch, width, bool(found), samples, seed, watch)
         if said:
             found.append(encode(said, _needed(words), length))
         if not found:
@@ -180,14 +204,18 @@ def unlearn(
         elif isinstance(budget, str):
             mutes, curve = search_budget(
                 pair, goals or Goals(), mode=mode, config=config, seed=seed,
-                callback=advance, existing=earlier, forms=forms,
+                callback=advance, existing=earlier, forms=forms, former=known,
             )  # fmt: skip
         else:
-            mutes = fit_mutes(pair, budget, mode, config, seed, advance, earlier)
+            mutes = fit_mutes(pair, budget, mode, config, seed, advance, earlier, former=known)
+        measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
     if folder is not None:
         with made_folder(folder) as made:
             mutes.save(made / MUTE_FILE)
-    with mute(network, combine(network, [earlier, mutes]) if earlier else mutes):
+            if measured_slopes:
+                measured_slopes.save(made / SLOPES_FILE)
+    # With slopes, the mutes are those of all requests.
+    with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
         after = examine(network, words, forms, given)
         retain_after = mean_token_loss(network, measured)
         controls_after = examine(network, words, unseen, given, "controls") if unseen else None
@@ -202,6 +230,7 @@ def unlearn(
         row["verdict"] = kind
     return Outcome(
         mutes=dataclasses.replace(mutes, metrics=metrics),
+        slopes=measured_slopes,
         **metrics,
         controls=controls_after.metrics if controls_after else None,
         verdict=verdict,
@@ -237,6 +266,63 @@ def _make_controls(
             f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
     return found
+
+
+def refit(
+    model: nn.Module | str,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    existing: MuteSource,
+    former: Sequence[SlopesSource],
+    undone: Sequence[SlopesSource],
+    retain: TextSource | None = None,
+    *,
+    recipe: FittedConfig | None = None,
+    samples: int | None = None,
+    start_layer: int = 1,
+    max_length: int = 256,
+    chat: bool | None = None,
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> MuteSet:
+    """Undo requests: fit the gains of the mute set in force anew, from slopes and texts to keep alone.
+
+    The tokens of ``undone`` are raised until the model says them again, and those of ``former`` held down.
+    Where you may use the undone texts, give them in ``retain``, too.
+
+    Args:
+        existing: the mute set in force, which ``unlearn`` found with ``former``; or its file.
+        former: the slopes of the requests that stay, or their files.
+        undone: the slopes of those to undo, or their files.
+        recipe: the constants with which gains are fitted; None takes those of the fitted recipe.
+        model, tokenizer, retain, samples, start_layer, max_length, chat, seed, callback: as of ``unlearn``.
+
+    Returns:
+        A mute set with the neurons of ``existing``, which takes its place.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as of ``unlearn``.
+    """
+    if not undone:
+        raise ValueError("undone must name the slopes of at least one request")
+    watch, mutes = _Watch(callback), load_mutes(existing)
+    staying, leaving = load_slopes(former), load_slopes(undone)
+    network, words = _open(model, tokenizer)
+    for known in (mutes, *(slopes.at for slopes in (*staying, *leaving))):
+        matching_ffns(network, known)
+    length = limit_length(network, max_length)
+    found = []
+    if retain is not None:
+        found += _encode("retain", collect_texts("retain", retain), words, length, chat)[:1]
+    with mute(network, mutes):
+        width = found[0]["labels"].shape[1] if found else length
+        said = _sample(network, words, None, width, bool(found), samples, seed, watch)
+    if said:
+        found.append(encode(said, _needed(words), length))
+    if not found:
+        raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
+    with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
+        pair = PairedBatches(masked, None, join_batches(*found))
+        return refit_gains(pair, mutes, staying, leaving, (recipe or FittedConfig()).gains, seed, advance)
 
 
 def refuse_overlap(given: Sequence[GivenText]) -> None:
@@ -281,6 +367,7 @@ def _check_recipe(
     mode: str,
     existing: MuteSource | None,
     goals: Goals | None,
+    with_slopes: bool,
 ) -> FittedConfig | PaperConfig:
     names: dict[object, FittedConfig | PaperConfig] = {"fitted": FittedConfig(), "paper": PaperConfig()}
     config = recipe if isinstance(recipe, FittedConfig | PaperConfig) else names.get(recipe)
@@ -292,8 +379,8 @@ def _check_recipe(
         raise ValueError('goals go with budget="auto" alone')
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
-    if isinstance(config, PaperConfig) and existing is not None:
-        raise ValueError("the paper's recipe does not know an existing mute set; use the fitted one")
+    if isinstance(config, PaperConfig) and (existing is not None or with_slopes):
+        raise ValueError("the paper's recipe knows no existing mute set and no slopes; use the fitted one")
     return config
 
 
@@ -348,13 +435,14 @@ def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: _Watch) ->
 def _sample(
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    forget_batch: Batch,
+    barred: Batch | None,
+    length: int,
     have_others: bool,
     samples: int | None,
     seed: int,
     watch: _Watch,
 ) -> list[Text]:
-    """Neighbours that the model itself says, with the mutes that are in force."""
+    """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
     count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
     if count == 0:
         return []
@@ -367,10 +455,8 @@ def _sample(
             "There are no retain texts: texts sampled from the model itself stand in for them. What else "
             "the model knows is protected less well that way."
         )
-    length = forget_batch["labels"].shape[1]
-
     with watch("Sampling neighbours") as advance:
-        return [*sample_texts(network, words, count, length, seed, advance, barred=forget_batch)]
+        return [*sample_texts(network, words, count, length, seed, advance, barred=barred)]
 
 
 def _peak_memory() -> int:

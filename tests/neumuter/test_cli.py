@@ -324,6 +324,7 @@ def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
     "arguments",
     [
         ("unlearn", "m", "--forget", "f", "--out", "o", "--goal-ma", "0.5"),
+        ("unlearn", "m", "--forget", "f", "--out", "o", "--former", "s"),
         ("evaluate", "m", "--forget", "f", "--suite", "tofu", "--paraphrased", "p"),
         ("evaluate", "m", "--forget", "f", "--world-facts", "w"),
     ],
@@ -343,6 +344,26 @@ def test_unlearn_with_an_existing_set(checkpoint):
     second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")
     for path, layer in second.layers.items():
         assert not set(layer.indices.tolist()) & set(former.layers[path].indices.tolist())
+
+
+def test_requests_with_slopes_and_one_undone(checkpoint, capsys):
+    first, second, third = (checkpoint / name for name in ("with-slopes", "both", "undone"))
+    model, keep = checkpoint / "model", ("--retain", checkpoint / "retain.jsonl", "--start-layer", "0")
+    options = (*keep, "--budget", "20", "--steps", "5", "--keep-slopes")
+    for name, text in zip(("one.txt", "two.txt"), FORGET, strict=True):
+        (checkpoint / name).write_text(text)
+    assert run("unlearn", model, "--forget", checkpoint / "one.txt", "--out", first, *options) in DONE
+    former = ("--existing", first / "mutes.safetensors", "--former", first / "slopes.safetensors")
+    assert (
+        run("unlearn", model, "--forget", checkpoint / "two.txt", "--out", second, *former, *options) in DONE
+    )
+    assert neumuter.MuteSet.load(second / "mutes.safetensors").count == 40
+    undo = ("--former", second / "slopes.safetensors", "--undone", first / "slopes.safetensors", *keep)
+    capsys.readouterr()
+    assert run("refit", model, "--existing", second / "mutes.safetensors", *undo, "--out", third) == 0
+    assert "1 requests are undone, 1 stay" in capsys.readouterr().out
+    refitted = neumuter.MuteSet.load(third / "mutes.safetensors")
+    assert (refitted.count, refitted.method["recipe"]) == (40, "refit")
 
 
 def test_evaluate_tofu(checkpoint, capsys, monkeypatch):

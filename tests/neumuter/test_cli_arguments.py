@@ -60,6 +60,15 @@ REFUSED = {
     "no forget file": ("unlearn model --forget absent.txt --out new", "No such file"),
     "no retain file": (UNLEARN + "--retain absent.txt", "No such file"),
     "no existing set": (UNLEARN + "--existing absent.safetensors", "No such file"),
+    "no slopes": (UNLEARN + "--existing out/mutes.safetensors --former absent", "No such file"),
+    "no slopes of those undone": (
+        "refit model --existing out/mutes.safetensors --undone absent --out new",
+        "No such file",
+    ),
+    "a mute file as slopes": (
+        "refit model --existing out/mutes.safetensors --undone out/mutes.safetensors --out new",
+        "not a valid file of slopes",
+    ),
     "no rewriting model": (UNLEARN + "--rewrite-with ./absent", "no such folder: ./absent"),
     "no model": ("unlearn ./absent --forget texts.txt --out new", "no such folder: ./absent"),
     "a mute file in the way": ("unlearn model --forget texts.txt --out out", "--overwrite"),

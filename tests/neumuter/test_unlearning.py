@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import neumuter
-from neumuter.evaluation import continue_texts
+from neumuter.evaluation import continue_texts, mean_token_loss
 from neumuter.evaluation.verdict import MARGINS
 from neumuter.models.hooks import Gates
-from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig
+from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, mute_random
 from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.types import IGNORED
@@ -249,6 +249,49 @@ def test_an_existing_set_stays_in_force(model, words, outcome):
             assert not set(layer.indices.tolist()) & set(outcome.mutes.layers[path].indices.tolist())
 
 
+def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
+    first = unlearn(model, words, PAIRS[:1], keep_slopes=True, folder=tmp_path / "first")
+    assert (tmp_path / "first" / "slopes.safetensors").stat().st_mode & 0o777 == 0o600
+    held = unlearn(model, words, PAIRS[1:], existing=first.mutes, former=[first.slopes], keep_slopes=True)
+    assert held.mutes.count == 60
+    for path, layer in first.mutes.layers.items():
+        assert set(layer.indices.tolist()) <= set(held.mutes.layers[path].indices.tolist())
+    # What is measured after is the new set alone, in which the old one is.
+    with neumuter.mute(model, held.mutes):
+        loss = mean_token_loss(model, encode(PAIRS[1:], words, 64))
+    assert loss == pytest.approx(held.after["forget_loss"], rel=1e-5)
+    held.save(tmp_path / "second")
+    files = [tmp_path / name / "slopes.safetensors" for name in ("first", "second")]
+    for path in files:
+        for prompt, completion in PAIRS:
+            assert completion.strip().encode() not in path.read_bytes()
+            assert prompt.encode() not in path.read_bytes()
+    undone = neumuter.refit(
+        model, words, held.mutes, files[1:], files[:1], KEPT,
+        samples=2, start_layer=0, recipe=QUICK, callback=lambda *_: None,
+    )  # fmt: skip
+    assert undone.count == held.mutes.count
+    assert not same(undone, held.mutes)
+    with pytest.raises(ValueError, match="undone must name"):
+        neumuter.refit(model, words, held.mutes, files, [])
+    assert unlearn(model, words).slopes is None
+
+
+def test_slopes_of_another_model_are_refused(model, words):
+    slopes = unlearn(model, words, PAIRS[:1], keep_slopes=True)
+    other = build("llama")
+    with pytest.raises(neumuter.MuteMismatchError):
+        unlearn(other, words, PAIRS[1:], existing=slopes.mutes, former=[slopes.slopes])
+    with neumuter.attach(other, start_layer=0) as masked:
+        own = mute_random(masked, 0.1)
+    for call in (
+        lambda: unlearn(other, words, PAIRS[1:], existing=own, former=[slopes.slopes]),
+        lambda: neumuter.refit(other, words, own, [], [slopes.slopes], KEPT),
+    ):
+        with pytest.raises(neumuter.MuteMismatchError, match="down projection"):
+            call()
+
+
 def test_the_papers_recipe(model, words):
     config = PaperConfig(epochs=10, batch_size=None, lr=1.0, sparsity=0.0, kl_weight=0.0, threshold=0.8)
     assert unlearn(model, words, recipe=config).mutes.method["recipe"] == "paper"
@@ -299,6 +342,9 @@ BAD = {
     "goals": (dict(goals=Goals()), ValueError, 'budget="auto"'),
     "mode": (dict(mode="erase"), ValueError, "mode must be"),
     "existing": (dict(recipe="paper", existing="x.safetensors"), ValueError, "existing"),
+    "former alone": (dict(former=["x"]), ValueError, "former goes with existing"),
+    "former, muted": (dict(former=["x"], existing="y", mode="mute"), ValueError, 'mode "modulate"'),
+    "no slopes": (dict(recipe="paper", keep_slopes=True), ValueError, "no slopes"),
     "forget": (dict(forget=7), TypeError, "forget must be a path"),
     "an item": (dict(forget=["a text", 7]), TypeError, r"forget\[1\] must be"),
     "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),

@@ -19,6 +19,7 @@ from neumuter.cli.evaluate import evaluate
 from neumuter.cli.ledger import ledger, verify
 from neumuter.cli.mute_file import export, fold, inspect
 from neumuter.cli.plan import plan
+from neumuter.cli.refit import refit
 from neumuter.cli.unlearn import unlearn
 
 OUT_OF_MEMORY = (
@@ -28,7 +29,7 @@ OUT_OF_MEMORY = (
 )
 # Loggers that warn of what the user of a command can do nothing about: how torchao registers its types.
 NOISY = ("torch.utils._pytree",)
-COMMANDS = (demo, audit, unlearn, evaluate, verify, inspect, fold, export, plan, doctor)
+COMMANDS = (demo, audit, unlearn, refit, evaluate, verify, inspect, fold, export, plan, doctor)
 
 app = typer.Typer(
     help="Make a trained language model forget given texts by muting the few FFN neurons that hold them.",

@@ -80,6 +80,21 @@ def unlearn(
             help="Mute file of an earlier request, which stays in force. Its texts must not be in --retain."
         ),
     ] = None,
+    former: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Slopes of an earlier request (slopes.safetensors); give those of all. The new mute file "
+            "then holds for all requests, and takes the place of --existing."
+        ),
+    ] = None,
+    keep_slopes: Annotated[
+        bool,
+        typer.Option(
+            "--keep-slopes",
+            help="Write slopes.safetensors for --former of later requests. It is made of the texts: keep it "
+            "like them.",
+        ),
+    ] = False,
     column: Column = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
@@ -142,17 +157,20 @@ def unlearn(
     the exit code is 3.
     """
     fitted_only = {
-        "existing": existing, "budget": budget, "steps": steps, "batch-size": batch_size, "mode": mode,
+        "existing": existing, "former": former, "keep-slopes": keep_slopes or None, "budget": budget,
+        "steps": steps, "batch-size": batch_size, "mode": mode,
     }  # fmt: skip
     given = [f"--{name}" for name, value in fitted_only.items() if value is not None]
     if recipe is Recipe.paper and given:
         raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
+    if former and (existing is None or mode is Mode.mute):
+        raise typer.BadParameter("--former goes with --existing, and without --mode mute")
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
     number = parse_budget(budget or DEFAULT_BUDGET)
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
-    check_sources(model, forget, retain, controls, existing)
+    check_sources(model, forget, retain, controls, existing, *(former or []))
     if rewrite_with:
         check_sources(rewrite_with)
     check_results(out, overwrite)
@@ -166,6 +184,7 @@ def unlearn(
     retain_texts = read_texts(retain, columns, limit) if retain else None
     unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
+    known = [neumuter.Slopes.load(file) for file in former or []]
     if not gguf_file:
         check_size(model, start_layer, number)
     network, tokenizer = open_model(model, dtype.value, **place)
@@ -183,6 +202,8 @@ def unlearn(
             mode=(mode or Mode.modulate).value,
             recipe=PaperConfig() if recipe is Recipe.paper else FittedConfig(GainsConfig(**sizes), support),
             existing=earlier,
+            former=known,
+            keep_slopes=keep_slopes,
             goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
             controls=unseen,
             rewrite_with=rewrite_with,

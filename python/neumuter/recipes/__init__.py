@@ -2,9 +2,10 @@
 
 from neumuter.recipes.baselines import mute_by_activation, mute_by_attribution, mute_random
 from neumuter.recipes.fisher import propose_by_fisher
-from neumuter.recipes.fitted import FittedConfig, GainsConfig, fit_gains, fit_mutes
+from neumuter.recipes.fitted import FittedConfig, GainsConfig, fit_gains, fit_mutes, refit_gains
 from neumuter.recipes.paper import PaperConfig, train_gates
 from neumuter.recipes.search import Goals, search_budget
+from neumuter.recipes.slopes import measure_slopes
 from neumuter.recipes.support import SupportConfig, find_support
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "find_support",
     "fit_gains",
     "fit_mutes",
+    "measure_slopes",
     "mute_by_activation",
     "mute_by_attribution",
     "mute_random",
     "propose_by_fisher",
+    "refit_gains",
     "search_budget",
     "train_gates",
 ]

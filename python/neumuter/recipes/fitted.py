@@ -5,6 +5,7 @@ is given. Both phases train masks on the frozen model and look at two losses: a 
 and KL(reference ‖ masked) on the retain tokens.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.mutes.slopes import Slopes
 from neumuter.recipes.fisher import propose_by_fisher
+from neumuter.recipes.slopes import Held
 from neumuter.recipes.support import SupportConfig, find_support
 from neumuter.training.adam import Adam, cosine
 from neumuter.training.batches import PairedBatches, check_pair
@@ -36,8 +39,9 @@ class GainsConfig:
     gain_range: tuple[float, float] = (-2.0, 2.0)
     # Nats by which the log-odds of a forget token have to fall below 0.
     margin: float = 1.0
-    # Nats per retain token.
+    # Nats per retain token, and by which share of it each earlier request whose slopes are known raises it.
     kl_target: float = 0.02
+    kl_growth: float = 0.1
     # η at the start, its range, and how fast it follows KL.
     kl_weight: float = 30.0
     kl_weight_range: tuple[float, float] = (1.0, 1000.0)
@@ -76,6 +80,7 @@ def fit_mutes(
     callback: Callback | None = None,
     existing: MuteSet | None = None,
     ratios: Tensor | None = None,
+    former: Sequence[Slopes] = (),
 ) -> MuteSet:
     """Find the ``budget`` of neurons that hold the forget texts, and silence or modulate them.
 
@@ -89,6 +94,9 @@ def fit_mutes(
         existing: a mute set of earlier requests that is in force as well. The new set leaves its neurons
             alone, and KL, which is to the model without any mutes, holds for both (``neumuter.combine``).
         ratios: what ``rank_by_fisher`` gave for the same pair and existing set, if it is known.
+        former: what ``measure_slopes`` gave for each earlier request. With them the existing set's gains are
+            fitted anew, too, so that its texts stay forgotten, and the result takes its place; mode
+            "modulate" alone.
 
     Returns:
         A MuteSet whose ``method`` holds the constants; the same arguments give the same set.
@@ -100,6 +108,8 @@ def fit_mutes(
     check_pair(pair)
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
+    if former and mode == "mute":
+        raise ValueError('former goes with mode "modulate": gains of 0 have nothing to be fitted')
     gains, support = config.gains, config.support
     if support is None and mode == "mute":
         support = SupportConfig()
@@ -115,7 +125,7 @@ def fit_mutes(
     else:
         mutes = propose_by_fisher(pair, budget, existing, gains.candidates, ratios)
     if mode == "modulate":
-        mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep)
+        mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former)
     return mutes
 
 
@@ -127,6 +137,7 @@ def fit_gains(
     callback: Callback | None = None,
     existing: MuteSet | None = None,
     keep: int | None = None,
+    former: Sequence[Slopes] = (),
 ) -> MuteSet:
     """Fit the gains of the neurons of ``mutes`` with Adam on the hinge on log-odds + η·KL.
 
@@ -137,25 +148,62 @@ def fit_gains(
         existing: a mute set that is in force meanwhile.
         keep: None starts gains at 0, silenced. A number of neurons starts gains at 1, untouched; after
             ``config.choosing`` of the steps only this many stay, those whose gains went farthest from 1.
+        former: see ``fit_mutes``.
 
     Returns:
         A MuteSet of mode "modulate" with gains in ``config.gain_range``.
     """
     check_pair(pair)
     neurons = Neurons(pair.masked, existing)
-    support = neurons.ids(mutes)
-    gains = torch.full([len(support)], 0.0 if keep is None else 1.0, device=neurons.device)
-    gains.clamp_(*config.gain_range)
+    new = neurons.ids(mutes)
+    old = neurons.ids(existing) if existing and former else new[:0]
+    support = torch.cat([old, new])
+    started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
+    gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
     choosing = 0 if keep is None else round(config.choosing * config.steps)
-    fit = _Fit(neurons, pair, config, seed, callback)
+    fit = _Fit(neurons, pair, config, seed, callback, former)
     if keep is not None:
         gains = fit.train(support, gains, choosing)
-        chosen = (gains - 1).abs().topk(keep).indices
+        moved = (gains - 1).abs()
+        moved[: len(old)] = torch.inf
+        chosen = moved.topk(len(old) + keep).indices
         support, gains = support[chosen], gains[chosen]
     gains = fit.train(support, gains, config.steps - choosing)
     method = {**mutes.method, "gains": asdict(config)}
-    if existing:
+    if former:
+        method["former"] = len(former)
+    elif existing:
         method["existing"] = existing.method
+    return neurons.mute_set(support, gains, "modulate", config.gain_range, method, seed)
+
+
+def refit_gains(
+    pair: PairedBatches,
+    existing: MuteSet,
+    former: Sequence[Slopes],
+    undone: Sequence[Slopes] = (),
+    config: GainsConfig = GainsConfig(),
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> MuteSet:
+    """Fit the gains of an existing set anew, so that requests are undone and the others stay forgotten.
+
+    Args:
+        pair: the texts to keep; of texts to forget there may be none.
+        existing: the mute set in force, which holds for all of these requests.
+        former: what ``measure_slopes`` gave for each request that stays.
+        undone: the same of those to undo: the log-odds of their tokens are raised to ``config.margin``.
+        callback: called as (step, total, info) after every step; see ``fit_mutes``.
+
+    Returns:
+        A MuteSet with the neurons of ``existing``.
+    """
+    check_pair(pair)
+    neurons = Neurons(pair.masked, existing)
+    support = neurons.ids(existing)
+    fit = _Fit(neurons, pair, config, seed, callback, former, undone)
+    gains = fit.train(support, neurons.start[support].clamp(*config.gain_range), config.steps)
+    method = {"recipe": "refit", "gains": asdict(config), "former": len(former), "undone": len(undone)}
     return neurons.mute_set(support, gains, "modulate", config.gain_range, method, seed)
 
 
@@ -169,8 +217,12 @@ class _Fit:
         config: GainsConfig,
         seed: int,
         callback: Callback | None,
+        former: Sequence[Slopes] = (),
+        undone: Sequence[Slopes] = (),
     ) -> None:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
+        self.former, self.undone = former, undone
+        self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.ids = pair.steps(config.batch_size, seed)
         self.taken = 0
@@ -195,15 +247,24 @@ class _Fit:
         """The step that trains ``gains`` of ``support``, of which there are to be ``steps``."""
         neurons, config, masked = self.neurons, self.config, self.pair.masked
         share = torch.tensor(len(support) / neurons.count, dtype=torch.float64, device=neurons.device)
+        terms: list[Callable[[Measured], Tensor]] = [
+            lambda found: found.mean(odds_hinge(found.losses, config.margin)),
+            lambda found: self.weight.to(found.kl.device) * found.kl,
+        ]
+        if self.former:
+            held = Held(self.former, neurons, support, gains, config.margin)
+            terms.append(lambda found: held(gains).to(found.kl.device))
+        if self.undone:
+            # It weighs as much as what pulls the other way.
+            times = max(1, len(self.former))
+            raised = Held(self.undone, neurons, support, gains, config.margin, sign=-1)
+            terms.append(lambda found: times * raised(gains).to(found.kl.device))
         return Step(
             self.pair,
             [gains],
             lambda *_: masked.applying(neurons.by_layer(neurons.start.index_put((support,), gains))),
-            [
-                lambda found: found.mean(odds_hinge(found.losses, config.margin)),
-                lambda found: self.weight.to(found.kl.device) * found.kl,
-            ],
-            _Update(gains, self.weight, config, steps),
+            terms,
+            _Update(gains, self.weight, config, steps, self.kl_target),
             lambda: share,
         )
 
@@ -211,15 +272,17 @@ class _Fit:
 class _Update:
     """Adam; gains stay in their range; and η follows KL."""
 
-    def __init__(self, gains: Tensor, weight: Tensor, config: GainsConfig, steps: int) -> None:
-        self.gains, self.weight, self.config = gains, weight, config
+    def __init__(
+        self, gains: Tensor, weight: Tensor, config: GainsConfig, steps: int, kl_target: float
+    ) -> None:
+        self.gains, self.weight, self.config, self.kl_target = gains, weight, config, kl_target
         self.adam = Adam([gains], cosine(config.lr, steps), config.betas)
 
     def apply(self, measured: Measured, counter: Tensor) -> None:
         config = self.config
         self.adam.apply(measured, counter)
         self.gains.clamp_(*config.gain_range)
-        excess = (measured.kl.to(self.weight.device) / config.kl_target - 1).clamp(-1, 1)
+        excess = (measured.kl.to(self.weight.device) / self.kl_target - 1).clamp(-1, 1)
         weight = self.weight * (config.kl_weight_rate * excess).exp()
         self.weight.copy_(weight.clamp(*config.kl_weight_range))
 

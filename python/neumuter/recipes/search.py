@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.mutes.slopes import Slopes
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.recipes.fitted import FittedConfig, fit_mutes
 from neumuter.training.batches import PairedBatches, check_pair
@@ -51,12 +52,13 @@ def search_budget(
     existing: MuteSet | None = None,
     report: Callable[[dict[str, Any]], object] | None = None,
     forms: Sequence[Batch] | None = None,
+    former: Sequence[Slopes] = (),
 ) -> tuple[MuteSet, list[dict[str, Any]]]:
     """Run ``fit_mutes`` with rising ``budgets`` until the goals are met, then close in.
 
     Args:
         budgets: shares of the neurons in (0, 1], ascending.
-        mode, config, seed, callback, existing: as in ``fit_mutes``.
+        mode, config, seed, callback, existing, former: as in ``fit_mutes``.
         report: called with the point after every budget.
         forms: the forget texts in all forms in which they must be forgotten (see
             ``neumuter.evaluation.most_known``), instead of those of ``pair`` alone.
@@ -82,7 +84,7 @@ def search_budget(
     best, failed = None, 0.0
 
     def attempt(budget: float) -> tuple[MuteSet, bool]:
-        mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios)
+        mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios, former)
         model = pair.masked.model
         with pair.masked.applying(neurons.masks(mutes)):
             asked = most_known(model, forms or [pair.forget_batch])

@@ -65,17 +65,20 @@ class PairedBatches:
 
     Args:
         masked: the handle of the model; every recipe takes it from here.
-        forget_batch, retain_batch: the texts to forget and those to keep.
+        forget_batch, retain_batch: the texts to forget and those to keep. None: no text is to be forgotten.
 
     Raises:
         ValueError: a batch, which the message names, is empty or malformed; or the model's logits are not a
             function of its last hidden states.
     """
 
-    def __init__(self, masked: Masked, forget_batch: Batch, retain_batch: Batch) -> None:
+    def __init__(self, masked: Masked, forget_batch: Batch | None, retain_batch: Batch) -> None:
         check_kind("masked", masked, Masked, "the handle that neumuter.attach(model) returns")
-        _check("forget_batch", forget_batch)
         _check("retain_batch", retain_batch)
+        if forget_batch is None:
+            forget_batch = {key: retain_batch[key][:0] for key in KEYS}
+        else:
+            _check("forget_batch", forget_batch)
         self.masked, self.forget_batch = masked, forget_batch
         device = input_device(masked.model)
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
@@ -85,10 +88,11 @@ class PairedBatches:
         self._references: dict[bool, References] = {}
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS].to(device))
-            pieces = (forget_batch[key].split(SAMPLES_PER_PASS) for key in KEYS)
-            masked.keep_unreached_open(
-                dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
-            )
+            if self.forget_count:
+                pieces = (forget_batch[key].split(SAMPLES_PER_PASS) for key in KEYS)
+                masked.keep_unreached_open(
+                    dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
+                )
 
     def steps(self, batch_size: int | None, seed: int) -> InTurn:
         """Make lists of sample ids without end: see ``InTurn``."""
@@ -113,7 +117,7 @@ class PairedBatches:
         """Run the samples once, under the masks that are in force.
 
         Args:
-            sample_ids: forget samples first, at least one of each kind.
+            sample_ids: forget samples first, at least one to keep.
             through: see ``Head.hidden``.
             everywhere: take KL at every token of the retain samples, the last one and those of prompts
                 included, instead of where a counted token is predicted.
@@ -146,7 +150,7 @@ class PairedBatches:
             padded: round their sizes up, so that many steps have the same ones: the width to a multiple of
                 ``BUCKET``, up to the positions that the model has, and the numbers of tokens to powers of 2.
         """
-        split, fill = sum(i < self.forget_count for i in sample_ids), _pad if padded else torch.cat
+        split, fill = sum(i < self.forget_count for i in sample_ids), _pad if padded else _join
         kept = self._kept(everywhere, through)
         ids, places = self._lay_out(sample_ids, everywhere, padded)
         rows = [kept.rows(i - self.forget_count) for i in sample_ids[split:]]
@@ -262,11 +266,16 @@ class _Sample:
         self.ids, self.targets = ids[: int(attention_mask.sum())], labels[self.positions + 1]
 
 
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """The parts, int64, one after the other; there may be none."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+
+
 def _pad(parts: Sequence[Tensor]) -> Tensor:
     """The parts, int64, one after the other, filled with zeros up to a power of 2."""
     length = sum(map(len, parts))
     size = max(BUCKET, 1 << (length - 1).bit_length())
-    return torch.cat([*parts, torch.zeros(size - length, dtype=torch.int64)])
+    return _join([*parts, torch.zeros(size - length, dtype=torch.int64)])
 
 
 def _check(name: str, batch: Batch) -> None:

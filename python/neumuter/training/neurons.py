@@ -39,7 +39,7 @@ class Neurons:
         other = [path for path in mutes.layers if self.widths.get(path) != mutes.widths[path]]
         if other:
             raise ValueError(
-                f"the existing mute set has neurons in {', '.join(other)}, which is not masked here or has "
+                f"an earlier request has neurons in {', '.join(other)}, which is not masked here or has "
                 "another width: attach from the same start_layer on, to the same model"
             )
 
@@ -49,11 +49,14 @@ class Neurons:
 
     def ids(self, mutes: MuteSet) -> Tensor:
         """The ids of a MuteSet's neurons, int64 [k], ascending."""
-        selected = torch.zeros(self.count, dtype=torch.bool, device=self.device)
-        by_layer = self.by_layer(selected)
-        for path, layer in mutes.layers.items():
-            by_layer[path][layer.indices.long().to(self.device)] = True
-        return selected.nonzero().flatten()
+        return self.places(mutes).sort().values
+
+    def places(self, mutes: MuteSet) -> Tensor:
+        """The ids of a MuteSet's neurons in the order of its layers, int64 [k]."""
+        self._check(mutes)
+        by_layer = self.by_layer(torch.arange(self.count, device=self.device))
+        found = [by_layer[path][layer.indices.long().to(self.device)] for path, layer in mutes.layers.items()]
+        return torch.cat(found)
 
     def count_of(self, budget: int | float) -> int:
         """Count the neurons of ``budget``, a share of all neurons (float) or a number (int).

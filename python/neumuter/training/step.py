@@ -205,4 +205,5 @@ class Step:
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
     weights = weights.to(values.device)
-    return (values * weights).sum() / weights.sum()
+    # Where there are no values, as of no forget sample, the mean is 0.
+    return (values * weights).sum() / weights.sum().clamp(min=1)

@@ -1,0 +1,74 @@
+"""``neumuter refit``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from neumuter.cli.arguments import Device, check_results, check_sources
+from neumuter.cli.common import (
+    FILE_HELP,
+    Chat,
+    Column,
+    CompletionColumn,
+    Dtype,
+    Model,
+    PromptColumn,
+    choose_columns,
+    console,
+    open_model,
+    print_log,
+)
+
+
+def refit(
+    model: Model,
+    existing: Annotated[Path, typer.Option(help="The mute file in force, which holds for all requests.")],
+    undone: Annotated[list[Path], typer.Option(help="Slopes of a request to undo; may be given again.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new mutes.safetensors.")],
+    former: Annotated[
+        list[Path] | None, typer.Option(help="Slopes of a request that stays; give those of all of them.")
+    ] = None,
+    retain: Annotated[
+        Path | None,
+        typer.Option(help=f"Texts that must stay, without those of --former: {FILE_HELP}"),
+    ] = None,
+    column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    chat: Chat = None,
+    start_layer: Annotated[int, typer.Option(min=0, help="As when the mute file was found.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the order of texts and what is sampled.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the mute file that is in --out.")
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    device: Device = None,
+) -> None:
+    """Undo requests of a mute file that holds for several, from their slopes and without their texts."""
+    columns = choose_columns(column, prompt_column, completion_column)
+    check_sources(model, existing, retain, *undone, *(former or []))
+    check_results(out, overwrite)
+    with console.status("Importing transformers"):
+        import neumuter
+        from neumuter.files import made_folder
+        from neumuter.outcome import MUTE_FILE
+        from neumuter.texts import read_texts
+
+    retain_texts = read_texts(retain, columns) if retain else None
+    leaving, staying = ([neumuter.Slopes.load(file) for file in files or []] for files in (undone, former))
+    mutes = neumuter.MuteSet.load(existing)
+    network, tokenizer = open_model(model, dtype.value, device=device)
+    with print_log():
+        found = neumuter.refit(
+            network, tokenizer, mutes, staying, leaving, retain_texts,
+            start_layer=start_layer, chat=chat, seed=seed,
+        )  # fmt: skip
+    with made_folder(out) as folder:
+        found.save(folder / MUTE_FILE)
+    console.print(
+        f"{len(leaving)} requests are undone, {len(staying)} stay. The mute file is "
+        f"{escape(str(out / MUTE_FILE))}. Measure all of them again with neumuter evaluate.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
