@@ -188,7 +188,8 @@ class Step:
             if self.reduce:
                 self.reduce(self.parameters)
             self.update.apply(measured, self._counter)
-            self._note_log_odds(inputs, measured)
+            if self.pair.forget_count:
+                self._note_log_odds(inputs, measured)
             muted = self.muted() if self.muted else torch.zeros_like(kl)
             readings = [loss, measured.mean(losses), kl, muted]
             row = torch.stack([value.detach().to(self._readings) for value in readings])
