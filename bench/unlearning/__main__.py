@@ -12,7 +12,7 @@ import torch
 
 from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
-from bench.unlearning import paper, real, requests, robust, synth, tdec
+from bench.unlearning import paper, real, requests, robust, slopes, synth, tdec
 
 CASES = {
     "synth": lambda options: synth.cases(options.quick),
@@ -20,6 +20,7 @@ CASES = {
     "tdec": lambda options: tdec.cases(options.data, options.quick),
     "robust": lambda options: robust.cases(options.quick),
     "requests": lambda options: requests.cases(options.quick),
+    "slopes": lambda options: slopes.cases(options.quick),
     "paper": paper.cases,
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options

@@ -40,7 +40,10 @@ def _cases(seed, count):
         sets = [outcome.mutes for outcome in former] if method == "existing" else []
         if method == "slopes" and former:
             sets, known = [former[-1].mutes], [outcome.slopes for outcome in former]
-        return [*former, _found(setting(), [asked - 1], range(asked - 1), sets, known, method == "slopes")]
+        return [
+            *former,
+            find_outcome(setting(), [asked - 1], range(asked - 1), sets, known, method == "slopes"),
+        ]
 
     def case(method, asked, undone=None):
         about = {"seed": seed, "method": method, "requests": asked, "undone": undone}
@@ -48,20 +51,20 @@ def _cases(seed, count):
         def find():
             chosen = [n for n in range(asked) if n != undone]
             if method == "anew":
-                outcomes = [_found(setting(), chosen, [], [])]
+                outcomes = [find_outcome(setting(), chosen, [], [])]
             else:
                 outcomes = [found(method, asked)[n] for n in chosen]
             sets = [outcome.mutes for outcome in outcomes]
             if method == "slopes":
                 sets = sets[-1:] if undone is None else [_refitted(setting(), found(method, asked), undone)]
-            return _row(setting(), count, chosen, sets)
+            return measure_sets(setting(), count, chosen, sets)
 
         return about, find
 
     yield case("before", 0)
     for method in ("slopes", "existing", "anew", "alone"):
         # A set anew is one fit for each number of requests, whatever came before.
-        for asked in (1, count // 2, count) if method == "anew" else range(1, count + 1):
+        for asked in sorted({1, count // 2, count}) if method == "anew" else range(1, count + 1):
             yield case(method, asked)
         if count > UNDONE:
             yield case(method, count, UNDONE)
@@ -74,7 +77,7 @@ def _kept(setting, numbers):
     return task.with_text(setting.encode(others, "continuation"), spread)
 
 
-def _found(setting, numbers, gone, former, known=(), keep=False):
+def find_outcome(setting, numbers, gone, former, known=(), keep=False):
     """The outcome of requests ``numbers`` after ``gone``, with sets ``former`` in force, slopes ``known``."""
     return neumuter.unlearn(
         setting.full,
@@ -111,7 +114,7 @@ def _refitted(setting, outcomes, undone):
     )
 
 
-def _row(setting, count, chosen, sets):
+def measure_sets(setting, count, chosen, sets):
     if not sets:
         return {"share": 0.0} | _measure(setting, count, chosen)
     union = combine(setting.full, sets)

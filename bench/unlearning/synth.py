@@ -53,14 +53,14 @@ COUNTS = (1, 4)  # records to forget, in addition to 12
 class Setting:
     """A model that has learned all records, and what is measured on it."""
 
-    def __init__(self, model, seed, forget=task.FORGET):
-        self.seed, self.config = seed, MODELS[model]()
+    def __init__(self, model, seed, forget=task.FORGET, records=None, training=None):
+        self.seed, self.config, self.training = seed, MODELS[model](), training or Training()
         texts, heldout = task.read_corpus()
         self.tokenizer = task.train_tokenizer(texts)
         self.text = task.windows(self.tokenizer, texts)
         ids = task.windows(self.tokenizer, heldout)[: task.HELDOUT_WINDOWS]
         self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        records = task.make_records(seed)
+        records = records or task.make_records(seed)
         self.forget, self.same, self.other = (
             records.forget[:forget],
             records.retain_same,
@@ -73,7 +73,9 @@ class Setting:
 
     def train(self, records):
         batch = self.encode(records, "record")
-        model = build(load_or_train(self.text, batch, Training(), self.seed, config=self.config), self.config)
+        model = build(
+            load_or_train(self.text, batch, self.training, self.seed, config=self.config), self.config
+        )
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def retrained(self):

@@ -10,7 +10,7 @@ import torch
 
 from bench import rows as results
 from bench.unlearning import __main__ as experiments
-from bench.unlearning import memory, paper, people, real, requests, robust, synth, tdec
+from bench.unlearning import memory, paper, people, real, requests, robust, slopes, synth, tdec
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from neumuter import evaluation, recipes
 from neumuter.demo import task
@@ -235,9 +235,33 @@ def test_robust_runs(tiny):
 
 def test_requests_run(tiny):
     found = quick_rows(requests.cases(quick=True))
-    assert [(row["method"], row["requests"]) for row in found] == [
-        ("before", 0), ("alone", 1), ("alone", 2), ("existing", 1), ("existing", 2), ("anew", 1), ("anew", 2),
-    ]  # fmt: skip
-    assert found[1] | {"method": "existing"} == found[3]
-    assert found[1] | {"method": "anew"} == found[5]
-    assert found[4]["share"] == found[6]["share"] == 2 * found[3]["share"] > 0
+    by_case = {(row["method"], row["requests"]): row for row in found}
+    methods = ("slopes", "existing", "anew", "alone")
+    assert list(by_case) == [("before", 0), *((method, asked) for method in methods for asked in (1, 2))]
+    for method in methods[1:]:
+        assert by_case[method, 1] | {"method": "slopes"} == by_case["slopes", 1]
+        assert by_case[method, 2]["share"] == 2 * by_case["slopes", 1]["share"] > 0 or method == "alone"
+    assert by_case["slopes", 2]["share"] == by_case["existing", 2]["share"]
+
+
+def test_a_request_is_undone_from_its_slopes(tiny, monkeypatch):
+    monkeypatch.setattr(requests, "UNDONE", 0)
+    cases = {tuple(about.values())[1:]: find for about, find in requests.cases(quick=True)}
+    assert cases["slopes", 2, 0]()["share"] == cases["slopes", 2, None]()["share"] > 0
+
+
+def test_slopes_run(tiny, monkeypatch):
+    monkeypatch.setattr(slopes, "TRAINING", Training(steps=1))
+    monkeypatch.setattr(slopes, "GUESSES", 3)
+    found = quick_rows(slopes.cases(quick=True))
+    assert [row["what"] for row in found] == ["read", "many", "many", "many"]
+    # The slopes of the secret itself are the most alike, whatever the model has learned.
+    assert (found[0]["guessed"], found[0]["read"]) == (1.0, 1.0)
+    assert [row["share"] > 0 for row in found[1:]] == [False, True, True]
+
+
+def test_a_crowd_is_of_different_customers():
+    crowd = slopes.make_crowd(3, 50)
+    people = [record.prompt for record in crowd.forget + crowd.retain_same]
+    assert len(set(people)) == 62
+    assert crowd == slopes.make_crowd(3, 50) != slopes.make_crowd(4, 50)

@@ -34,14 +34,17 @@ def measure_slopes(pair: PairedBatches, mutes: MuteSet, existing: MuteSet | None
     neurons = Neurons(pair.masked, existing)
     gates = torch.cat(list(neurons.masks(mutes).values()))
     total = torch.zeros_like(gates)
-    for _, slopes in _passes(pair, neurons, gates):
+
+    def passes() -> Iterator[tuple[Tensor, Tensor]]:
+        for sample in range(pair.forget_count):
+            yield from find_slopes(pair, neurons, gates, sample)
+
+    for _, slopes in passes():
         total += slopes.square().sum(0)
     tokens = pair.count_tokens(range(pair.forget_count))[0]
     most = BYTES_PER_TEXT * pair.forget_count // (tokens + BYTES_PER_NEURON)
     ids = total.topk(max(1, min(most, neurons.count))).indices.sort().values
-    odds, found = zip(
-        *((odds, slopes[:, ids]) for odds, slopes in _passes(pair, neurons, gates)), strict=True
-    )
+    odds, found = zip(*((odds, slopes[:, ids]) for odds, slopes in passes()), strict=True)
     slopes = torch.cat(found)
     # A token of which no slope is seen has steps of 0.
     scales = (slopes.abs().amax(1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
@@ -55,24 +58,25 @@ def measure_slopes(pair: PairedBatches, mutes: MuteSet, existing: MuteSet | None
     )
 
 
-def _passes(pair: PairedBatches, neurons: Neurons, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields log-odds [n] and slopes [n, neurons] at ``gates`` [neurons], of a few forget tokens of one text.
+def find_slopes(
+    pair: PairedBatches, neurons: Neurons, gates: Tensor, sample: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields log-odds [n] and slopes [n, neurons] at ``gates`` [neurons], of a few tokens of a sample.
 
-    The text is repeated with a mask row for each token, so one backward pass gives the slopes of all.
+    The sample is repeated with a mask row for each token, so one backward pass gives the slopes of all.
     """
-    for sample in range(pair.forget_count):
-        count = pair.count_tokens([sample])[0]
-        for tokens in torch.arange(count).split(TOKENS_PER_PASS):
-            mask = gates.repeat(len(tokens), 1).requires_grad_()
-            by_layer = mask.split(list(neurons.widths.values()), 1)
-            with (
-                without_dropout(pair.masked.model),
-                pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))),
-            ):
-                rows = pair.sample_losses([sample] * len(tokens))
-                odds = log_odds(torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)]))
-            (slopes,) = torch.autograd.grad(odds.sum(), mask)
-            yield odds.detach(), slopes
+    count = sum(pair.count_tokens([sample]))
+    for tokens in torch.arange(count).split(TOKENS_PER_PASS):
+        mask = gates.repeat(len(tokens), 1).requires_grad_()
+        by_layer = mask.split(list(neurons.widths.values()), 1)
+        with (
+            without_dropout(pair.masked.model),
+            pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))),
+        ):
+            rows = pair.sample_losses([sample] * len(tokens))
+            odds = log_odds(torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)]))
+        (slopes,) = torch.autograd.grad(odds.sum(), mask)
+        yield odds.detach(), slopes
 
 
 class Held:
