@@ -192,6 +192,28 @@ def requests(rows, method):
     return table(groups, COLUMNS)
 
 
+def many(rows, _):
+    """SLOPES: requests held down by slopes."""
+    chosen = _where(rows, what="many")
+    original = {r["seed"]: r["heldout_perplexity"] for r in chosen if not r["requests"]}
+    chosen = [row | {"original_perplexity": original[row["seed"]]} for row in chosen]
+    numbers = sorted({row["requests"] for row in chosen})
+    return table([(f"{n} requests", _where(chosen, requests=n)) for n in numbers], COLUMNS)
+
+
+def given_away(rows, _):
+    """SLOPES: how much of the texts was read from files of slopes."""
+    found = _where(rows, what="read")
+    lines = [
+        [label, f"{sum(row[name] for row in found):.0f} of {len(found)}"]
+        for name, label in (
+            ("guessed", "both secrets are the most alike among 100 random pairs"),
+            ("read", "the phone number is read off digit by digit, given the mail"),
+        )
+    ]
+    return text.table(["what was tried", "texts"], lines, "---:")
+
+
 def share(rows, _):
     """Of the neurons, in each set of MANY."""
     return "{:.1%}".format(min(r["share"] for r in rows if r["requests"] == 1))
@@ -201,6 +223,6 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, requests, share,
+        kinds, counts, requests, share, many, given_away,
     )
 }  # fmt: skip
