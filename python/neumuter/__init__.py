@@ -28,7 +28,7 @@ _HOMES = {
     "fold_checkpoint": "serving.fold_checkpoint",
     "fold_gguf": "serving.fold_gguf",
     "mute": "serving.live",
-    "refit": "unlearning",
+    "refit": "refitting",
     "register_family": "models.families",
     "shrink": "serving.shrink",
     "subtract": "mutes.algebra",
@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.outcome import Outcome as Outcome
     from neumuter.recipes.trainer import NeuMuterConfig as NeuMuterConfig
     from neumuter.recipes.trainer import NeuMuterTrainer as NeuMuterTrainer
+    from neumuter.refitting import refit as refit
     from neumuter.serving.adapters import export_ia3 as export_ia3
     from neumuter.serving.adapters import export_lora as export_lora
     from neumuter.serving.bank import MuteBank as MuteBank
@@ -72,7 +73,6 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.serving.shrink import shrink as shrink
     from neumuter.training.masked import Masked as Masked
     from neumuter.training.masked import attach as attach
-    from neumuter.unlearning import refit as refit
     from neumuter.unlearning import unlearn as unlearn
     from neumuter.verifying import verify as verify
 

@@ -37,7 +37,7 @@ from neumuter.models.hub import find_model
 from neumuter.models.loading import limit_length, load_model, load_tokenizer
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
+from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome
 from neumuter.recipes import (
@@ -46,7 +46,6 @@ from neumuter.recipes import (
     PaperConfig,
     fit_mutes,
     measure_slopes,
-    refit_gains,
     search_budget,
     train_gates,
 )
@@ -150,7 +149,7 @@ def unlearn(
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
     earlier = None if existing is None else load_mutes(existing)
     known = load_slopes(former)
-    network, words = _open(model, tokenizer)
+    network, words = open_network(model, tokenizer)
     for slopes in known:
         matching_ffns(network, slopes.at)
     # What the search would refuse after the texts were measured.
@@ -158,12 +157,16 @@ def unlearn(
     if not isinstance(budget, str):
         neuron_count(budget, sum(ffn.width for ffn in ffns))
     length = limit_length(network, max_length)
-    watch = _Watch(callback)
+    watch = Watch(callback)
     # Collected once, because an iterator gives its texts once.
     forget_texts = collect_texts("forget", forget)
-    forms = _encode("forget", forget_texts, words, length, chat)
+    forms = encode_forms_of("forget", forget_texts, words, length, chat)
     forget_batch = forms[0]
-    kept = [] if retain is None else _encode("retain", collect_texts("retain", retain), words, length, chat)
+    kept = (
+        []
+        if retain is None
+        else encode_forms_of("retain", collect_texts("retain", retain), words, length, chat)
+    )
     given = list_given({"forget": forget_batch} | ({"retain": kept[0]} if kept else {}), words)
     refuse_overlap(given)
     unseen = _make_controls(controls, forms, given, words, length, chat, seed)
@@ -172,12 +175,12 @@ def unlearn(
     found = kept[:1]
     if rewrite_with:
         rewritten = _rewrite(forget_texts, rewrite_with, seed, watch)
-        found.append(encode(rewritten, _needed(words), length, chat))
+        found.append(encode(rewritten, need_tokenizer(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
         width = forget_batch["labels"].shape[1]
-        said = _sample(network, words, forget_batch, width, bool(found), samples, seed, watch)
+        said = sample_neighbours(network, words, forget_batch, width, bool(found), samples, seed, watch)
         if said:
-            found.append(encode(said, _needed(words), length))
+            found.append(encode(said, need_tokenizer(words), length))
         if not found:
             raise ValueError(
                 "there is nothing to keep: the model said nothing when sampled from; give retain"
@@ -258,7 +261,7 @@ def _make_controls(
     """The texts that the model never saw, in all their forms; None where nobody can make any."""
     if controls is None:
         return make_controls(forms, given, tokenizer, seed) if tokenizer else None
-    found = _encode("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
+    found = encode_forms_of("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
     overlap = find_overlap(list_given({"controls": found[0]}, tokenizer), given)
     if overlap:
         text, other = overlap[0]
@@ -266,63 +269,6 @@ def _make_controls(
             f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
     return found
-
-
-def refit(
-    model: nn.Module | str,
-    tokenizer: PreTrainedTokenizerBase | str | None,
-    existing: MuteSource,
-    former: Sequence[SlopesSource],
-    undone: Sequence[SlopesSource],
-    retain: TextSource | None = None,
-    *,
-    recipe: FittedConfig | None = None,
-    samples: int | None = None,
-    start_layer: int = 1,
-    max_length: int = 256,
-    chat: bool | None = None,
-    seed: int = 0,
-    callback: Callback | None = None,
-) -> MuteSet:
-    """Undo requests: fit the gains of the mute set in force anew, from slopes and texts to keep alone.
-
-    The tokens of ``undone`` are raised until the model says them again, and those of ``former`` held down.
-    Where you may use the undone texts, give them in ``retain``, too.
-
-    Args:
-        existing: the mute set in force, which ``unlearn`` found with ``former``; or its file.
-        former: the slopes of the requests that stay, or their files.
-        undone: the slopes of those to undo, or their files.
-        recipe: the constants with which gains are fitted; None takes those of the fitted recipe.
-        model, tokenizer, retain, samples, start_layer, max_length, chat, seed, callback: as of ``unlearn``.
-
-    Returns:
-        A mute set with the neurons of ``existing``, which takes its place.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as of ``unlearn``.
-    """
-    if not undone:
-        raise ValueError("undone must name the slopes of at least one request")
-    watch, mutes = _Watch(callback), load_mutes(existing)
-    staying, leaving = load_slopes(former), load_slopes(undone)
-    network, words = _open(model, tokenizer)
-    for known in (mutes, *(slopes.at for slopes in (*staying, *leaving))):
-        matching_ffns(network, known)
-    length = limit_length(network, max_length)
-    found = []
-    if retain is not None:
-        found += _encode("retain", collect_texts("retain", retain), words, length, chat)[:1]
-    with mute(network, mutes):
-        width = found[0]["labels"].shape[1] if found else length
-        said = _sample(network, words, None, width, bool(found), samples, seed, watch)
-    if said:
-        found.append(encode(said, _needed(words), length))
-    if not found:
-        raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
-    with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
-        pair = PairedBatches(masked, None, join_batches(*found))
-        return refit_gains(pair, mutes, staying, leaving, (recipe or FittedConfig()).gains, seed, advance)
 
 
 def refuse_overlap(given: Sequence[GivenText]) -> None:
@@ -339,7 +285,7 @@ def refuse_overlap(given: Sequence[GivenText]) -> None:
         )
 
 
-class _Watch:
+class Watch:
     """Progress of each part of the job: the caller's callback, or a bar."""
 
     def __init__(self, callback: Callback | None) -> None:
@@ -384,7 +330,7 @@ def _check_recipe(
     return config
 
 
-def _open(
+def open_network(
     model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | str | None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     own = None
@@ -398,13 +344,13 @@ def _open(
     return model, tokenizer if tokenizer is not None else own
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise ValueError("tokenizer must be given: texts, and texts that the model says, are encoded by it")
     return tokenizer
 
 
-def _encode(
+def encode_forms_of(
     name: str,
     texts: list[Text] | Batch,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -415,12 +361,12 @@ def _encode(
     if isinstance(texts, dict):
         return [texts]
     try:
-        return encode_forms(texts, _needed(tokenizer), max_length, chat)
+        return encode_forms(texts, need_tokenizer(tokenizer), max_length, chat)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: _Watch) -> list[Text]:
+def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: Watch) -> list[Text]:
     """Neighbours by a masked language model."""
     if isinstance(texts, dict):
         raise ValueError("rewrite_with needs forget texts, not a batch of token ids")
@@ -432,7 +378,7 @@ def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: _Watch) ->
         return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
 
 
-def _sample(
+def sample_neighbours(
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     barred: Batch | None,
@@ -440,13 +386,13 @@ def _sample(
     have_others: bool,
     samples: int | None,
     seed: int,
-    watch: _Watch,
+    watch: Watch,
 ) -> list[Text]:
     """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
     count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
     if count == 0:
         return []
-    words = _needed(tokenizer)
+    words = need_tokenizer(tokenizer)
     if have_others and words.bos_token_id is None and words.eos_token_id is None:
         logger.warning("This tokenizer has no start token, so the model is not sampled from.")
         return []

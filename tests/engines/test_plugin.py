@@ -18,7 +18,8 @@ from neumuter.integrations.vllm.settings import read_settings
 from neumuter.integrations.vllm.stamp import NO_SET, STAMP, data_of, salted, stamped
 from neumuter.integrations.vllm.support import refuse_features, refuse_version
 from neumuter.integrations.vllm.worker import WorkerMutes, admit, attach
-from neumuter.mutes.mute_set import MutedLayer, MuteFileError
+from neumuter.mutes.container import MuteFileError
+from neumuter.mutes.mute_set import MutedLayer
 from neumuter.recipes import mute_random
 from tests import models
 

@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 from neumuter.integrations.vllm.folder import MuteFolder, ServedSet
 from neumuter.integrations.vllm.settings import Settings
 from neumuter.integrations.vllm.stamp import ARGUMENT
-from neumuter.mutes.mute_set import MuteFileError
+from neumuter.mutes.container import MuteFileError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
-from neumuter.mutes.mute_set import MuteFileError, MuteSet
+from neumuter.mutes.container import MuteFileError
+from neumuter.mutes.mute_set import MuteSet
 
 SUFFIX = ".safetensors"
 NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
