@@ -192,9 +192,15 @@ def requests(rows, method):
     return table(groups, COLUMNS)
 
 
+def requests_seeds(rows, method):
+    return seeds(_where(rows, method=method))
+
+
 def many(rows, _):
     """SLOPES: requests held down by slopes."""
     chosen = _where(rows, what="many")
+    if not any(row["requests"] for row in chosen):
+        return None
     original = {r["seed"]: r["heldout_perplexity"] for r in chosen if not r["requests"]}
     chosen = [row | {"original_perplexity": original[row["seed"]]} for row in chosen]
     numbers = sorted({row["requests"] for row in chosen})
@@ -223,6 +229,6 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, requests, share, many, given_away,
+        kinds, counts, requests, requests_seeds, share, many, given_away,
     )
 }  # fmt: skip
