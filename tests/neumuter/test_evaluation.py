@@ -96,14 +96,14 @@ def test_extraction_likelihood_by_hand():
     assert evaluation.extraction_likelihood(Scripted(script), batch, n=2) == pytest.approx(expected)
 
 
-def by_definition(model, ids, n):
+def by_definition(model, ids, n, first=1):
     total = 0.0
-    for i in range(1, len(ids) - n + 1):
+    for i in range(first, len(ids) - n + 1):
         made = generated(model, torch.tensor([ids[:i]]), len(ids) - i)[0, i:].tolist()
         grams = [tuple(made[k : k + n]) for k in range(len(made) - n + 1)]
         true = {tuple(ids[k : k + n]) for k in range(i, len(ids) - n + 1)}
         total += sum(g in true for g in grams) / len(grams)
-    return total / (len(ids) - n)
+    return total / (len(ids) - n - first + 1)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -122,6 +122,13 @@ def test_extraction_likelihood_is_its_definition(name, rows):
     expected = sum(by_definition(model, text, 3) for text in texts) / 3
     assert 0 < expected < 1
     assert evaluation.extraction_likelihood(model, batch, n=3, rows=rows) == pytest.approx(expected)
+    batch["labels"][:, :4] = IGNORED
+    expected = sum(by_definition(model, text, 3, first=4) for text in texts) / 3
+    found = evaluation.extraction_likelihood(model, batch, n=3, rows=rows, answers=True)
+    assert found == pytest.approx(expected)
+    batch["labels"][:, :7] = IGNORED
+    with pytest.raises(ValueError, match="EL_3 needs answers of 3 tokens or more, got one of 2"):
+        evaluation.extraction_likelihood(model, batch, n=3, answers=True)
 
 
 def test_a_text_known_by_heart_is_extracted_without_generating(model, monkeypatch):

@@ -1,4 +1,4 @@
-"""The plug-in for open-unlearning, in a stand-in for that framework with its published interface."""
+"""The plug-in for open-unlearning, in a stand-in with the signatures of that framework's commit d3d7cf9."""
 
 import json
 import os
@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from neumuter import MuteSet, fold
+from neumuter import MuteSet, attach, fold
 from neumuter.evaluation import extraction_likelihood, mean_token_loss, memorization_accuracy
 from neumuter.integrations.open_unlearning import register
 from neumuter.integrations.open_unlearning.batches import batch_of
+from neumuter.training.masked import NothingSelectedError
 from tests import models
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +33,11 @@ class FinetuneTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", trial=None):
         found = {}
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}", "evals")
+        folder.mkdir(parents=True, exist_ok=True)
         for evaluator in self.evaluators.values():
             found |= evaluator.evaluate(
-                output_dir=self._get_output_dir(trial), template_args=self.template_args, model=self.model,
+                output_dir=str(folder), template_args=self.template_args, model=self.model,
                 tokenizer=self.tokenizer,
             )  # fmt: skip
         self.log(found)
@@ -41,11 +45,20 @@ class FinetuneTrainer(Trainer):
 
 
 class UnlearningMetric:
-    def __init__(self, name, function):
-        self.name, self.function = name, function
+    """Theirs: configurations of datasets and collators come in; data and a collator reach the function."""
 
-    def __call__(self, model, metric_name, cache, **kwargs):
-        return self.function(model, **kwargs)
+    def __init__(self, name, metric_fn):
+        self.name, self.metric_fn = name, metric_fn
+
+    def evaluate(self, model, metric_name, cache, **kwargs):
+        kwargs |= {"data": Questions(3)} if kwargs.pop("datasets", None) else {}
+        kwargs |= {"collators": Collator()} if kwargs.get("collators") else {}
+        kwargs.pop("pre_compute", None)
+        cache[metric_name] = self.metric_fn(model, **kwargs)
+        return cache[metric_name]
+
+    def __call__(self, model, **kwargs):
+        return self.evaluate(model, **kwargs)
 
 
 class unlearning_metric:
@@ -53,7 +66,7 @@ class unlearning_metric:
         self.name = name
 
     def __call__(self, function):
-        return UnlearningMetric(self.name, function)
+        return UnlearningMetric(name=self.name, metric_fn=function)
 
 
 class Collator:
@@ -108,12 +121,12 @@ class ForgetRetainDataset(torch.utils.data.Dataset):
         return {"forget": self.forget[i], "retain": self.retain[other]}
 
 
-def load_trainer(registry, handler, tokenizer_name, model, evaluators, args, method_args):
-    """``tokenizer_name``: it was renamed between their versions."""
+def load_trainer(registry, handler, model, evaluators, args, method_args):
+    """Theirs: the tokenizer comes under a name that transformers 5 no longer has."""
     return registry[handler](
         model=model, train_dataset=ForgetRetainDataset(Questions(1), Questions(2, 7)), eval_dataset=None,
-        data_collator=Collator(), args=TrainingArguments(**args), evaluators=evaluators, template_args=None,
-        **{tokenizer_name: models.tokenizer()}, **method_args,
+        tokenizer=models.tokenizer(), data_collator=Collator(), args=TrainingArguments(**args),
+        evaluators=evaluators, template_args=None, **method_args,
     )  # fmt: skip
 
 
@@ -146,22 +159,19 @@ def counted(data):
     return batch_of([data[i] for i in range(len(data) - 1)], Collator())
 
 
-def make(registries, folder, recipe, tokenizer_name="processing_class"):
+def make(registries, folder, recipe, method=METHOD):
     model = build()
     args = dict(
         output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=2, seed=5,
         eval_strategy="no", learning_rate=1e-5, num_train_epochs=10,
     )  # fmt: skip
-    method_args = {"recipe": recipe, "start_layer": 0} | METHOD
-    evaluators = {"suite": Evaluator()}
-    return load_trainer(registries[0], "NeuMuter", tokenizer_name, model, evaluators, args, method_args)
+    method_args = ({"recipe": recipe} if recipe else {}) | {"start_layer": 0} | method
+    return load_trainer(registries[0], "NeuMuter", model, {"suite": Evaluator()}, args, method_args)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "tokenizer_name"), [("paper", "tokenizer"), ("fitted", "processing_class")]
-)
-def test_it_is_found_by_name_and_only_the_muted_columns_change(recipe, tokenizer_name, registries, tmp_path):
-    trainer = make(registries, tmp_path, recipe, tokenizer_name)
+@pytest.mark.parametrize("recipe", ["paper", "fitted"])
+def test_it_is_found_by_name_and_only_the_muted_columns_change(recipe, registries, tmp_path):
+    trainer = make(registries, tmp_path, recipe)
     before = trainer.evaluate()["forget_loss"]
     trainer.train()
     trainer.save_state()
@@ -190,6 +200,37 @@ def test_it_is_found_by_name_and_only_the_muted_columns_change(recipe, tokenizer
     assert sum("kl" in entry for entry in state["log_history"]) == {"paper": 20, "fitted": 15}[recipe]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "size", "steps"), [(None, 4, 10), ("fitted", 3, 14), ("fitted", None, 10), ("paper", 3, 20)]
+)
+def test_epochs_are_theirs_unless_the_method_says_otherwise(recipe, size, steps, registries, tmp_path):
+    """Ten passes over the four samples that count a token; fitted is the default."""
+    method = {
+        "fitted": {"budget": 20, "batch_size": size, "steps": None},
+        "paper": METHOD["paper"] | {"per_device_train_batch_size": size, "num_train_epochs": None},
+    }
+    trainer = make(registries, tmp_path, recipe, method)
+    trainer.train()
+    assert trainer.state.global_step == steps
+    found = MuteSet.load(tmp_path / "mutes.safetensors").method["recipe"]
+    assert found == {"paper": "paper"}.get(recipe, "fisher")
+
+
+def test_a_run_that_closes_no_gate_keeps_its_scores(registries, tmp_path):
+    method = {"paper": {"num_train_epochs": 1, "per_device_train_batch_size": 4, "threshold": 1e-9}}
+    trainer = make(registries, tmp_path, "paper", method)
+    with pytest.raises(NothingSelectedError, match=r"method_args.paper.budget .*scores.safetensors: docs/"):
+        trainer.train()
+    assert not (tmp_path / "mutes.safetensors").exists()
+    assert torch.equal(trainer.model(models.batch()).logits, build()(models.batch()).logits)
+    # As the documentation says.
+    scores = load_file(tmp_path / "scores.safetensors")
+    with attach(build(), start_layer=0) as masked, torch.no_grad():
+        for path, score in masked.scores.items():
+            score.copy_(scores[path])
+        assert masked.select(budget=20).count == 20
+
+
 def test_batches_are_of_whole_texts_that_count_a_token(registries, tmp_path):
     trainer = make(registries, tmp_path, "paper")
     batch = trainer._batch("forget")
@@ -208,7 +249,7 @@ def test_batches_are_of_whole_texts_that_count_a_token(registries, tmp_path):
 
 
 def test_bad_arguments_and_datasets_are_refused(registries, tmp_path):
-    with pytest.raises(ValueError, match='recipe must be "paper" or "fitted", got \'papre\''):
+    with pytest.raises(ValueError, match='recipe must be "fitted" or "paper", got \'papre\''):
         make(registries, tmp_path, "papre")
     trainer = make(registries, tmp_path, "paper")
     trainer.train_dataset.retain = None
@@ -221,8 +262,8 @@ def test_metrics(batch_size, registries):
     model, data = build(), Questions(3)
     model.generation_config.eos_token_id = END
     common = dict(
-        metric_name="m", cache={}, tokenizer=None, template_args=None, data=data, collators=Collator(),
-        batch_size=batch_size,
+        metric_name="m", cache={}, tokenizer=None, template_args=None, handler="m", datasets={"d": {}},
+        collators={"c": {}}, batch_size=batch_size,
     )  # fmt: skip
     found = registries[1]["memorization_accuracy"](model, **common)
     scores = [found["value_by_index"][10 + i]["score"] for i in range(5)]
@@ -230,11 +271,11 @@ def test_metrics(batch_size, registries):
     assert found["agg_value"] == pytest.approx(sum(scores[:4]) / 4)
     assert found["agg_value"] == pytest.approx(memorization_accuracy(model, counted(data)))
 
-    found = registries[1]["extraction_likelihood"](model, n=7, **common)
+    found = registries[1]["extraction_likelihood"](model, n=5, **common)
     scores = [found["value_by_index"][10 + i]["score"] for i in range(5)]
-    assert [score is None for score in scores] == [True, False, False, False, True]  # of 7 tokens
+    assert [score is None for score in scores] == [True, False, False, False, True]  # answers of 4 and 0
     longer = batch_of([data[i] for i in (1, 2, 3)], Collator())
-    assert found["agg_value"] == pytest.approx(extraction_likelihood(model, longer, n=7))
+    assert found["agg_value"] == pytest.approx(extraction_likelihood(model, longer, n=5, answers=True))
     json.dumps(found)
 
 
@@ -251,12 +292,12 @@ CHECKOUT = {
         from omegaconf import OmegaConf
         from trainer import TRAINER_REGISTRY
         from evals.metrics import METRICS_REGISTRY
-        from tests.neumuter.test_open_unlearning import Collator, Evaluator, Questions, build, load_trainer
+        from tests.neumuter.test_open_unlearning import Evaluator, build, load_trainer
 
         @hydra.main(version_base=None, config_path="../configs", config_name="train.yaml")
         def main(cfg):
             trainer = load_trainer(
-                TRAINER_REGISTRY, cfg.trainer.handler, "tokenizer", build(),
+                TRAINER_REGISTRY, cfg.trainer.handler, build(),
                 {"suite": Evaluator()}, dict(cfg.trainer.args), cfg.trainer.method_args,
             )
             trainer.train()
@@ -264,9 +305,8 @@ CHECKOUT = {
             found = {}
             for name, metric in cfg.eval.tofu.metrics.items():
                 if metric.handler in METRICS_REGISTRY:
-                    settings = {**metric, "data": Questions(3), "collators": Collator()}
                     handler = METRICS_REGISTRY[metric.handler]
-                    found[name] = handler(trainer.model, metric_name=name, cache={}, **settings)
+                    found[name] = handler(trainer.model, metric_name=name, cache={}, **metric)
             output = {"config": OmegaConf.to_container(cfg, resolve=True), "found": found}
             pathlib.Path(cfg.paths.output_dir, "report.json").write_text(json.dumps(output))
 
@@ -342,7 +382,7 @@ def test_the_launcher_runs_a_checkout_with_the_plug_in(tmp_path):
         path.write_text(textwrap.dedent(content).lstrip())
     done = launch(
         tmp_path, "src/train.py", "--config-name=unlearn.yaml", "experiment=unlearn/tofu/default",
-        "trainer=NeuMuter", "eval=tofu_neumuter", "trainer.method_args.recipe=fitted",
+        "trainer=NeuMuter", "eval=tofu_neumuter",
         "trainer.method_args.fitted.budget=20", "trainer.method_args.fitted.steps=12",
         "+trainer.method_args.fitted.gain_range=[-1.0,1.5]", "+trainer.args.use_cpu=True",
     )  # fmt: skip
@@ -350,6 +390,7 @@ def test_the_launcher_runs_a_checkout_with_the_plug_in(tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     config = report["config"]
     assert config["trainer"]["args"]["learning_rate"] == 1e-5  # of the experiment, and not read
+    assert config["trainer"]["method_args"]["recipe"] == "fitted"
     metrics = config["eval"]["tofu"]["metrics"]
     assert set(metrics) == {"exact_memorization", "extraction_likelihood", "memorization_accuracy"}
     assert metrics["extraction_likelihood"]["n"] == 10

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.passes import count_after_prompts, find_hits, predict, split_batch
 from neumuter.generation import generate
-from neumuter.types import Batch
+from neumuter.types import IGNORED, Batch
 
 SAMPLES_DRAWN = 100
 PREFIXES_PER_PASS = 64
@@ -79,49 +79,63 @@ def memorization_accuracy(model: nn.Module, batch: Batch) -> float:
 
 
 def extraction_likelihood(
-    model: nn.Module, batch: Batch, n: int = 10, rows: int = PREFIXES_PER_PASS
+    model: nn.Module, batch: Batch, n: int = 10, rows: int = PREFIXES_PER_PASS, answers: bool = False
 ) -> float:
     """Compute EL_n in [0, 1], the mean over samples of T tokens (Jang et al. 2023, *Knowledge Unlearning*).
 
     EL_n(x) = 1/(T − n) Σ_{i=1}^{T−n} |{g ∈ ngrams(ŷ_i) : g ∈ ngrams(x_≥i)}| / |ngrams(x_≥i)|, where ŷ_i is
     the greedy continuation of the first i tokens to length T, and n-grams that come again count again.
     Samples are all real tokens of ``input_ids``, whatever their labels, so where windows of a text overlap,
-    both count.
+    both count. With ``answers`` the shortest prefix is the prompt, all before the first token that counts,
+    and the mean is over the prefixes from there on.
 
     Where the arg max after i tokens is the true next token, ŷ_i is that token followed by ŷ_{i+1}. So only
     the misses are continued, ``rows`` at a time: none for a text that is known by heart.
 
     Raises:
-        ValueError: a sample has at most ``n`` tokens.
+        ValueError: a sample has at most ``n`` tokens; with ``answers``, its answer has fewer than ``n``.
     """
     total = 0.0
-    samples = [s for part in split_batch(model, batch) for s in _find_misses(model, part, n)]
-    wanted = [(number, i) for number, (_, missed) in enumerate(samples) for i in missed]
+    samples = [s for part in split_batch(model, batch) for s in _find_misses(model, part, n, answers)]
+    wanted = [(number, i) for number, (_, _, missed) in enumerate(samples) for i in missed]
     made = _continue_greedily(model, [(samples[number][0], i) for number, i in wanted], rows)
     by_sample: list[dict[int, list[int]]] = [{} for _ in samples]
     for (number, i), continuation in zip(wanted, made, strict=True):
         by_sample[number][i] = continuation
-    for (ids, _), continued in zip(samples, by_sample, strict=True):
-        total += _compute_el(ids, continued, n)
+    for (ids, first, _), continued in zip(samples, by_sample, strict=True):
+        total += _compute_el(ids, first, continued, n)
     return total / len(samples)
 
 
-def _find_misses(model: nn.Module, part: Batch, n: int) -> list[tuple[list[int], list[int]]]:
-    """Find (ids as a list, prefix lengths whose continuation must be generated) of each sample of a part."""
+def _find_misses(
+    model: nn.Module, part: Batch, n: int, answers: bool
+) -> list[tuple[list[int], int, list[int]]]:
+    """Find (ids, the shortest prefix, prefixes whose continuation must be generated) of each sample.
+
+    Prefixes are lengths in tokens.
+    """
     best = predict(model, part).argmax(-1).cpu()
     found = []
     for row, (ids, shown) in enumerate(
         zip(part["input_ids"].cpu(), part["attention_mask"].cpu(), strict=True)
     ):
         ids = ids[shown.bool()].tolist()
-        if len(ids) <= n:
-            raise ValueError(f"EL_{n} needs texts of more than {n} tokens, got one of {len(ids)}")
+        first = 1
+        if answers:
+            counted = (part["labels"][row].cpu()[shown.bool()] != IGNORED).nonzero().flatten().tolist()
+            first = max(1, *counted[:1]) if counted else len(ids)
+        if len(ids) - first < n:
+            raise ValueError(
+                f"EL_{n} needs answers of {n} tokens or more, got one of {len(ids) - first}"
+                if answers
+                else f"EL_{n} needs texts of more than {n} tokens, got one of {len(ids)}"
+            )
         guesses = best[row][shown.bool()].tolist()
-        missed = [i for i in range(1, len(ids)) if guesses[i - 1] != ids[i]]
+        missed = [i for i in range(first, len(ids)) if guesses[i - 1] != ids[i]]
         last = len(ids) - n
         # The last continuations run into the first miss behind the last prefix.
         late = [i for i in missed if i > last][:1]
-        found.append((ids, [i for i in missed if i <= last] + late))
+        found.append((ids, first, [i for i in missed if i <= last] + late))
     return found
 
 
@@ -148,14 +162,14 @@ def _continue_greedily(
     return made
 
 
-def _compute_el(ids: list[int], continued: Mapping[int, list[int]], n: int) -> float:
-    """Compute EL_n of one sample, given the continuations at its misses."""
+def _compute_el(ids: list[int], first: int, continued: Mapping[int, list[int]], n: int) -> float:
+    """Compute EL_n of one sample from its shortest prefix on, given the continuations at its misses."""
     total = 0.0
     continuation: list[int] = []
-    for i in range(len(ids) - 1, 0, -1):
+    for i in range(len(ids) - 1, first - 1, -1):
         continuation = continued[i] if i in continued else [ids[i], *continuation]
         if i <= len(ids) - n:
             true = {tuple(ids[k : k + n]) for k in range(i, len(ids) - n + 1)}
             grams = [tuple(continuation[k : k + n]) for k in range(len(continuation) - n + 1)]
             total += sum(gram in true for gram in grams) / len(grams)
-    return total / (len(ids) - n)
+    return total / (len(ids) - n - first + 1)

@@ -15,22 +15,24 @@ from torch import nn
 from neumuter.evaluation import extraction_likelihood as mean_extraction_likelihood
 from neumuter.evaluation.passes import find_hits
 from neumuter.integrations.open_unlearning.batches import batch_of
+from neumuter.training.losses import predicting
 from neumuter.types import Batch
 
 
 def extraction_likelihood(
     model: nn.Module, data: Any, collators: Any, batch_size: int, n: int = 10, **_: Any
 ) -> dict[str, Any]:
-    """EL_n (Jang et al. 2023) of each sample, see ``neumuter.evaluation``; None up to n tokens.
+    """EL_n (Jang et al. 2023) of each sample's answer, its counted tokens; None for fewer than n.
 
-    Of all tokens of the sample, prompts and chat templates included.
+    See ``neumuter.evaluation.extraction_likelihood``.
     """
 
     def scores(batch: Batch) -> list[float | None]:
         rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+        long_enough = [predicting(row["labels"]).sum() >= n for row in rows]
         return [
-            mean_extraction_likelihood(model, row, n) if row["attention_mask"].sum() > n else None
-            for row in rows
+            mean_extraction_likelihood(model, row, n, answers=True) if enough else None
+            for row, enough in zip(rows, long_enough, strict=True)
         ]
 
     return _by_index(data, collators, batch_size, scores)

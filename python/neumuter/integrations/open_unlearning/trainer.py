@@ -1,5 +1,6 @@
 """open-unlearning's trainer ``NeuMuter``."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from transformers.trainer_utils import TrainOutput
 from neumuter.integrations.open_unlearning.batches import batch_of
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes import FittedConfig, GainsConfig
-from neumuter.recipes.trainer import NeuMuterConfig, NeuMuterTrainer
+from neumuter.recipes.trainer import SCORES, NeuMuterConfig, NeuMuterTrainer
 from neumuter.serving.fold import fold
 from neumuter.training.losses import predicting
+from neumuter.training.masked import NothingSelectedError
 from neumuter.types import Batch
 from neumuter.unlearning import unlearn
 
@@ -30,15 +32,16 @@ class Muting:
 
     The method's arguments (``trainer.method_args``):
 
-    recipe: "paper", NeuMuter's own inside ``NeuMuterTrainer``, or "fitted", the recipe of
-        ``neumuter.unlearn``.
+    recipe: "fitted", the recipe of ``neumuter.unlearn``, or "paper", NeuMuter's own inside
+        ``NeuMuterTrainer``.
     start_layer: the first FFN that gets gates.
     retain_limit: how many of the retain samples serve, drawn by the seed; None takes all.
-    paper: fields of ``NeuMuterConfig``.
     fitted: ``budget`` and fields of ``GainsConfig``.
+    paper: fields of ``NeuMuterConfig``.
 
-    The learning rate, epochs and batch size of ``trainer.args`` are for weights and are not read: only
-    ``SHARED`` are. All other arguments go to the base class, whichever of its two names the tokenizer has.
+    Of ``trainer.args``, ``SHARED`` are read, and ``num_train_epochs`` where the recipe's own steps or epochs
+    are None: an epoch is one pass over the forget samples. Learning rates and batch sizes there are for
+    weights. All other arguments go to the base class, whichever of its two names the tokenizer has.
 
     Raises:
         ValueError: another recipe.
@@ -55,7 +58,7 @@ class Muting:
     def __init__(
         self,
         *args: Any,
-        recipe: str = "paper",
+        recipe: str = "fitted",
         start_layer: int = 1,
         retain_limit: int | None = None,
         paper: dict[str, Any] | None = None,
@@ -64,9 +67,9 @@ class Muting:
         processing_class: Any = None,
         **options: Any,
     ) -> None:
-        recipes = {"paper": (self._paper, paper), "fitted": (self._fitted, fitted)}
+        recipes = {"fitted": (self._fitted, fitted), "paper": (self._paper, paper)}
         if recipe not in recipes:
-            raise ValueError(f'method_args.recipe must be "paper" or "fitted", got {recipe!r}')
+            raise ValueError(f'method_args.recipe must be "fitted" or "paper", got {recipe!r}')
         self._recipe, settings = recipes[recipe]
         self._settings = {key: _plain(value) for key, value in (settings or {}).items()}
         self._start_layer, self._retain_limit = start_layer, retain_limit
@@ -78,8 +81,9 @@ class Muting:
     def train(self) -> TrainOutput:
         """Find the neurons, write their mute file to the output folder and fold them; a TrainOutput.
 
-        Raises ValueError for a dataset without forget or retain samples, what the recipe raises if no neuron
-        is found, and what ``fold`` raises. No weight is changed then.
+        Raises ValueError for a dataset without forget or retain samples, NothingSelectedError if the paper's
+        recipe closed no gate, after it has saved the scores, and what ``fold`` raises. No weight is changed
+        then.
         """
         forget_batch = self._batch("forget")
         retain_batch = self._batch("retain", self._retain_limit)
@@ -108,18 +112,30 @@ class Muting:
 
     def _paper(self, forget_batch: Batch, retain_batch: Batch) -> tuple[MuteSet, TrainOutput]:
         shared = {name: getattr(self.args, name) for name in SHARED}
-        config = NeuMuterConfig(
-            **shared | {"start_layer": self._start_layer, "save_strategy": "no"} | self._settings
-        )
-        inner = NeuMuterTrainer(self.model, config, forget_batch, retain_batch)
+        own = {"start_layer": self._start_layer, "save_strategy": "no"} | self._settings
+        if own.get("num_train_epochs") is None:
+            own["num_train_epochs"] = self.args.num_train_epochs
+        inner = NeuMuterTrainer(self.model, NeuMuterConfig(**shared | own), forget_batch, retain_batch)
         with inner.masked:
             output = inner.train()
             self.state = inner.state
-            return inner.mute_set(), output
+            try:
+                return inner.mute_set(), output
+            except NothingSelectedError as error:
+                inner.save_model()
+                scores = Path(self.args.output_dir) / SCORES
+                raise NothingSelectedError(
+                    f"{error}. Set trainer.method_args.paper.budget to a share of the neurons, train longer "
+                    "(paper.num_train_epochs), or take the recipe fitted. The scores are kept in "
+                    f"{scores}: docs/open-unlearning.md says how to select by them"
+                ) from None
 
     def _fitted(self, forget_batch: Batch, retain_batch: Batch) -> tuple[MuteSet, TrainOutput]:
-        settings = {"budget": 0.01} | self._settings
-        budget = settings.pop("budget")
+        settings = {"budget": 0.01, "batch_size": GainsConfig.batch_size} | self._settings
+        budget, count = settings.pop("budget"), len(forget_batch["labels"])
+        if settings.get("steps") is None:
+            passes = self.args.num_train_epochs * count / (settings["batch_size"] or count)
+            settings["steps"] = math.ceil(passes)
 
         def report(step: int, total: int, info: dict[str, Any]) -> None:
             self.state.global_step = step
