@@ -19,14 +19,14 @@ from typing import Any
 
 from neumuter.files import PathLike, changing_folder, made_folder, new_folder, write_atomically
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.outcome import MUTE_FILE
+from neumuter.outcome import MUTE_FILE, SLOPES_FILE
 from neumuter.types import Text
 from neumuter_kernels.info import version
 
 ENTRIES, KEY, REQUESTS = "ledger.jsonl", "key", "requests"
 REPORT = "report.json"
-# What a request copies from the folder that unlearn wrote, if it is there.
-COPIED = (MUTE_FILE, REPORT)
+# What a request copies from the folder that unlearn wrote; slopes only if they are there.
+COPIED = (MUTE_FILE, REPORT, SLOPES_FILE)
 # Of the report of ``unlearn``, what the ledger says itself.
 TOLD = (
     "model", "method", "seed", "muted_neurons", "muted_share", "verdict", "verdict_sentence", "leaks",
@@ -141,14 +141,16 @@ class Ledger:
             number = len(self.entries) + 1
             # Without an entry it is what a killed process left.
             shutil.rmtree(self.folder / REQUESTS / str(number), ignore_errors=True)
+            files = [file for file in COPIED if file != SLOPES_FILE or (folder / file).exists()]
             with new_folder(self.folder / REQUESTS / str(number)) as made:
-                for file in COPIED:
-                    shutil.copyfile(folder / file, made / file)
+                for file in files:
+                    # Slopes are for their owner alone, as everything in a ledger.
+                    write_atomically(made / file, (folder / file).read_bytes(), private=True)
             self._append(
                 kind="request",
                 name=name,
                 texts=hashes,
-                files={file: _hash_file(self.folder / REQUESTS / str(number) / file) for file in COPIED},
+                files={file: _hash_file(self.folder / REQUESTS / str(number) / file) for file in files},
                 fingerprint=_hash_json(mutes.fingerprint),
                 architecture=mutes.architecture,
                 versions={

@@ -81,7 +81,7 @@ def write_lines(ledger, lines):
     (ledger.folder / "ledger.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
-def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder):
+def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder, tmp_path):
     first, second = neumuter.Ledger(ledger.folder).requests()
     assert (first.number, first.name, len(first.texts)) == (1, "ticket 17", 2)
     assert (second.number, second.name, len(second.texts)) == (2, "", 1)
@@ -95,6 +95,11 @@ def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder):
         if path.is_file():
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS)
     assert (ledger.folder / "ledger.jsonl").stat().st_mode & 0o077 == 0
+    shutil.copytree(folder / "ada", tmp_path / "kept")
+    (tmp_path / "kept" / "slopes.safetensors").write_bytes(b"slopes")
+    slopes = ledger.add(tmp_path / "kept", ADA).folder / "slopes.safetensors"
+    assert slopes.stat().st_mode & 0o077 == 0
+    assert slopes.name in ledger.requests()[-1].entry["files"]
     # Another ledger has another key, so nobody can look for the same text in both.
     other = neumuter.Ledger(ledger.folder.parent / "other", create=True)
     assert other.hash_text(ADA[0]) != ledger.hash_text(ADA[0])
