@@ -406,7 +406,21 @@ def test_the_workers_together_compute_the_folded_layers(workers_of, tmp_path, si
     assert set(mutes._requests) == {"r3", "r4", "r5"}
     workers[0].model_runner.execute_model(step(torch.randn(1, WIDTH), {}, finished=["r3", "r4", "r5"]))
     assert not mutes._requests
-    assert not mutes._sets
+
+
+def test_a_set_is_compared_once_and_only_the_last_ones_are_kept(workers_of, tmp_path, monkeypatch):
+    model = models.build("llama")
+    (one,) = workers_of(model)
+    data = [bytes_of(mutes, tmp_path / "x") for mutes in sets_of(model, 3)]
+    compared, compare = [], WorkerMutes.compare
+    monkeypatch.setattr(
+        WorkerMutes, "compare", lambda self, data: compared.append(data) or compare(self, data)
+    )
+    monkeypatch.setattr(worker, "MOST_KEPT", 2)
+    for number, which in enumerate((0, 0, 1, 0, 2, 0, 1)):
+        new, finished = {f"r{number}": data[which]}, [f"r{number - 1}"]
+        one.model_runner.execute_model(step(torch.randn(1, WIDTH), {f"r{number}": 1}, new, finished))
+    assert compared == [data[which] for which in (0, 1, 2, 1)]
 
 
 def test_a_request_that_was_not_admitted_is_refused(workers_of):

@@ -7,7 +7,7 @@ fails, the server does not start.
 import copy
 import functools
 import math
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ from neumuter.mutes.mute_set import MutedLayer, MuteSet
 COMPARE = "compare_mute_set"
 # How far 4-bit weights are from those that they were made of: up to 12 %; another model's are 140 % away.
 QUANTISED = 0.15
+# Sets that a worker keeps parsed; others are read and compared again when a request brings them.
+MOST_KEPT = 1024
 # The attribute of a worker that holds its ``WorkerMutes``.
 MUTES = "neumuter_mutes"
 
@@ -75,13 +77,6 @@ class ShardOfSet(NamedTuple):
 
     digest: str
     layers: tuple[MutedLayer | None, ...]
-
-
-class Requested:
-    """The set of running requests. It goes with the last of them; its slot may stay."""
-
-    def __init__(self, shard: ShardOfSet) -> None:
-        self.shard = shard
 
 
 class Down(NamedTuple):
@@ -159,8 +154,9 @@ class WorkerMutes:
         _Current.rows = self.rows
         # Whether requests may come; vLLM's own warm-up is no request.
         self.ready = False
-        self._requests: dict[str, Requested | None] = {}
-        self._sets: weakref.WeakValueDictionary[str, Requested] = weakref.WeakValueDictionary()
+        self._requests: dict[str, ShardOfSet | None] = {}
+        # Sets that fit the model, by digest, those that were asked for last.
+        self._sets: OrderedDict[str, ShardOfSet] = OrderedDict()
         self._sketches: dict[str, list[float]] = {}
 
     def _wrap(self, number: int, name: str, width: int, linears: dict[str, Any]) -> Down:
@@ -212,10 +208,10 @@ class WorkerMutes:
                 "vLLM has replaced the quantisation method of a down projection, which muted it"
             )
         sets = [self._requests[request] for request in requests]
-        self.rows.choose([one.shard if one else None for one in sets], counts)
+        self.rows.choose(sets, counts)
         _Current.rows = self.rows
 
-    def _requested(self, params: Any) -> Requested | None:
+    def _requested(self, params: Any) -> ShardOfSet | None:
         """The set of a new request of vLLM's SamplingParams."""
         # vLLM warms up with requests that nobody has admitted.
         if not self.ready and (params is None or STAMP not in (params.extra_args or {})):
@@ -224,15 +220,13 @@ class WorkerMutes:
         if data == NO_SET:
             return None
         if data == CHECK and not self.ready:
-            return Requested(self._checking())
+            return self._checking()
         digest = digest_of(data)
-        found = self._sets.get(digest)
-        if found is None:
-            # The front end has asked before; nothing may run that was not compared.
-            if differences := self.compare(data):
-                raise RuntimeError(f"a mute set does not fit the model: {'; '.join(differences)}")
-            found = self._sets[digest] = Requested(self.shard(digest, MuteSet.from_bytes(data)))
-        return found
+        # The front end has asked before; nothing may run that was not compared.
+        if digest not in self._sets and (differences := self.compare(data)):
+            raise RuntimeError(f"a mute set does not fit the model: {'; '.join(differences)}")
+        self._sets.move_to_end(digest)
+        return self._sets[digest]
 
     def shard(self, digest: str, mutes: MuteSet) -> ShardOfSet:
         """The part of a set that is this worker's."""
@@ -253,11 +247,17 @@ class WorkerMutes:
                 f"it mutes {mutes.count} neurons, and this server takes {self.rows.neurons} at most: {SHARE}"
             ]
         downs = dict(zip(self.ffns, self.downs, strict=True))
-        return [
+        differences = [
             text
             for path in mutes.widths
             for text in sketches_differ(path, self._sketch(path, downs[path], mutes), mutes, self.quantised)
         ]
+        if not differences:
+            digest = digest_of(data)
+            self._sets[digest] = self.shard(digest, mutes)
+            while len(self._sets) > MOST_KEPT:
+                self._sets.popitem(last=False)
+        return differences
 
     def _sketch(self, path: str, down: Down, mutes: MuteSet) -> dict[str, list[float]]:
         """Sketch a down projection and its muted columns, as ``neumuter.mutes.fingerprint.sketches``."""
