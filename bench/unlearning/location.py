@@ -1,7 +1,7 @@
 """LOCATION: does it matter which neurons are touched? SYNTH with neurons at random, and fitted gains.
 
-Two questions of critics of localised unlearning. Would any neurons do, if only their gains are fitted? And do
-gains below 0 or above 1 hide the texts behind neurons that work against them, so that they come back sooner?
+Two questions of critics of localised unlearning. Would any neurons do, if only their gains are fitted? And
+does the method need gains below 0 or above 1, which make neurons work against the texts?
 """
 
 import functools
@@ -10,21 +10,16 @@ import torch
 
 import neumuter
 from bench.unlearning.synth import RECIPE, Setting
-from neumuter import evaluation, recipes
-from neumuter.evaluation.robustness import robustness
+from neumuter import recipes
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
 from neumuter.training.neurons import Neurons
-from neumuter.training.weights import WeightsConfig
 
 # Nobody has tuned anything on these.
 SEEDS = (211, 223, 227)
 SHARE = 0.05
 GAINS = recipes.GainsConfig(steps=RECIPE["steps"], batch_size=RECIPE["batch_size"])
 CLAMPED = recipes.GainsConfig(steps=RECIPE["steps"], batch_size=RECIPE["batch_size"], gain_range=(0.0, 1.0))
-RELEARNING = WeightsConfig(method="relearn", steps=30, batch_size=6, lr=1e-3)
-RELEARNED = (3, 10, 30)
-STATES = ("half", *(f"relearned {steps}" for steps in RELEARNED))
 
 
 def _at_random(pair, seed, times):
@@ -47,29 +42,18 @@ METHODS = {
 
 
 def cases(quick=False):
-    """Yields a case for each seed, method and state of the model."""
+    """Yields a case for each seed and method."""
     for seed in SEEDS[:1] if quick else SEEDS:
         yield from _cases(seed, list(METHODS)[2:3] if quick else METHODS)
 
 
 def _cases(seed, methods):
     setting = functools.cache(lambda: Setting("gated, 0.9 M", seed))
-    yield (
-        {"seed": seed, "method": "before", "state": "muted"},
-        lambda: {"share": 0.0} | setting().measure(setting().full),
-    )
+    before = {"seed": seed, "method": "before"}
+    yield before, lambda: {"share": 0.0} | setting().measure(setting().full)
     for method in methods:
-        found = functools.cache(lambda method=method: _find(setting(), method))
-        yield (
-            {"seed": seed, "method": method, "state": "muted"},
-            lambda found=found: _measure(setting(), found()),
-        )
-        states = functools.cache(lambda found=found: _relearn(setting(), found()))
-        for state in STATES:
-            yield (
-                {"seed": seed, "method": method, "state": state},
-                lambda states=states, state=state: states()[state],
-            )
+        about = {"seed": seed, "method": method}
+        yield about, lambda method=method: _measure(setting(), _find(setting(), method))
 
 
 def _find(setting, method):
@@ -84,11 +68,3 @@ def _measure(setting, mutes):
         found = setting.measure(setting.full)
     outside = ((gains < 0) | (gains > 1)).double().mean().item()
     return {"share": mutes.share, "outside": outside} | found
-
-
-def _relearn(setting, mutes):
-    def measure(model, asked):
-        return {"forget_extraction": evaluation.extraction_rate(model, asked)}
-
-    batch = setting.encode(setting.forget, "continuation")
-    return robustness(setting.full, mutes, batch, measure, RELEARNING, RELEARNED, setting.seed)

@@ -32,8 +32,7 @@ NAMES = {
 PEOPLE_COLUMNS = [c for c in COLUMNS if c != "forget_sampled"]  # which the first rows do not have
 STATES = {
     "int8": "rounded to 8 bits", "int4": "rounded to 4 bits, groups of 32", "half": "half of the answers",
-    "relearned 3": "3 steps on the other half", "relearned 10": "10 steps on the other half",
-    "relearned 30": "30 steps",
+    "relearned 10": "the same, 10 steps on the other half", "relearned 30": "30 steps",
     "relearned 100": "100 steps",
 }  # fmt: skip
 KINDS = {
@@ -182,23 +181,10 @@ def _synth(rows):
     return _related(rows, ("model", "seed"))
 
 
-def location(rows, state):
-    """Each way to choose neurons, in one state of the model."""
-    chosen = [r for r in _related(rows, ("seed",)) if r["method"] != "before"] if state == "muted" else rows
-    chosen = _where(chosen, state=state)
+def location(rows, _):
+    """Each way to choose neurons."""
+    chosen = [r for r in _related(rows, ("seed",)) if r["method"] != "before"]
     return table([(m, _where(chosen, method=m)) for m in dict.fromkeys(r["method"] for r in chosen)], COLUMNS)
-
-
-def relearned(rows, _):
-    """Extraction of the half that was not learned again, for each way to choose neurons."""
-    states = [state for state in dict.fromkeys(r["state"] for r in rows) if state != "muted"]
-    lines = []
-    for method in dict.fromkeys(r["method"] for r in rows if r["state"] != "muted"):
-        values = [
-            [r["forget_extraction"] for r in _where(rows, method=method, state=state)] for state in states
-        ]
-        lines.append([method, *(_cell(found, "{:.2f}") for found in values)])
-    return text.table(["", *(STATES.get(state, state) for state in states)], lines, "---:")
 
 
 def requests(rows, method):
@@ -250,6 +236,6 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, relearned, requests, requests_seeds, share, many, given_away,
+        kinds, counts, location, requests, requests_seeds, share, many, given_away,
     )
 }  # fmt: skip
