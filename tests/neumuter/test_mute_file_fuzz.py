@@ -349,7 +349,7 @@ def test_a_mutated_file_loads_as_valid_or_raises_our_error(tmp_path):
 
 
 def test_memory_for_a_header_is_bounded(tmp_path):
-    assert "format version None" in in_a_process(f"load_largest_header({str(tmp_path)!r})", 600)
+    assert "is not a dict" in in_a_process(f"load_largest_header({str(tmp_path)!r})", 600)
     path = tmp_path / "header.safetensors"
     with open(path, "r+b") as file:
         file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
