@@ -36,8 +36,8 @@ class Check:
 
     state: "holds" if nothing comes out beyond the margins of the verdict; "no longer holds", or "never held"
     if it did not when it was added; "texts missing" if none of its texts is there; "cannot be applied" if its
-    mute set was made for another model; "undone". sentence: the reasons. verdict, texts, controls: what was
-    found, as in ``Outcome``; None where nothing was measured.
+    mute set was made for another model; "undone". sentence: the reasons. verdict, texts, metrics, controls:
+    what was found, ``metrics`` as ``Outcome.after``; None where nothing was measured.
     """
 
     request: Request
@@ -45,6 +45,7 @@ class Check:
     sentence: str
     verdict: Verdict | None = None
     texts: list[dict[str, Any]] | None = None
+    metrics: dict[str, float] | None = None
     controls: dict[str, float] | None = None
 
 
@@ -165,7 +166,7 @@ def _check(
         row["verdict"] = kind
     state = _failed(request) if verdict.leaks else HOLDS
     sentence = verdict.sentence + _lacking(request, len(rows))
-    return Check(request, state, sentence, verdict, rows, controls.metrics)
+    return Check(request, state, sentence, verdict, rows, after.metrics, controls.metrics)
 
 
 def _unmeasured(request: Request) -> Check:

@@ -229,6 +229,7 @@ def test_the_ledger_by_command(folder, tmp_path, capsys):
     assert "notes.bin" in printed
     page = (pages / "request-1.html").read_text()
     assert "Request 1 (ada): holds" in page
+    assert "<td>–</td><td>" not in page.split("Measured on the model")[1].split("</table>")[0]
     assert neumuter.Ledger(ledger).head in page
     assert not any(secret in page for secret in SECRETS)
     assert run("verify", ledger, folder / "model", "--texts", texts) == 3

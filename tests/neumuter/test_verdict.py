@@ -1,4 +1,4 @@
-"""Whether texts are forgotten: whose text comes out instead, made-up names, and the last line."""
+"""Whether texts are forgotten: whose text comes out instead, controls, and the last line."""
 
 import random
 import re

@@ -198,7 +198,7 @@ def _read_all(path: Path, columns: str | tuple[str, str] | None) -> Iterator[Tex
         except ValueError as error:
             if file == path:
                 raise
-            console.print(f"Not read: {escape(str(error))}", highlight=False, soft_wrap=True)
+            console.print(f"Not read: {escape(f'{error!s:.120}')}", highlight=False, soft_wrap=True)
 
 
 def _write_pages(out: Path, checks: list[Check], target: str, head: str) -> None:
@@ -220,6 +220,7 @@ def _page(check: Check, target: str, head: str) -> Mapping[str, object]:
         "model": target,
         "verdict_sentence": check.sentence,
         "comparisons": check.verdict.figures() if check.verdict else [],
+        "metrics": check.metrics,
         "controls": check.controls,
         "texts": check.texts or [],
         "record": _record(request) | {"the ledger's last hash": head},

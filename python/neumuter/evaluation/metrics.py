@@ -42,7 +42,7 @@ METRICS = {
     "forget_others": Metric(
         "another text instead",
         "share of answers to the prompts that hold another given text: its completion, or 8 tokens in a row",
-        "lower, down to that of made-up names",
+        "lower, down to that of the controls",
         "",
     ),
     "forget_sampled": Metric(
