@@ -21,11 +21,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import (
-    compare_texts,
     continue_texts,
     examine,
     find_overlap,
-    judge,
+    judge_texts,
     list_given,
     make_controls,
     mean_token_loss,
@@ -227,10 +226,7 @@ def unlearn(
         "before": before.metrics | {"retain_loss": retain_before},
         "after": after.metrics | {"retain_loss": retain_after},
     }
-    texts = compare_texts(given, before, after)
-    verdict = judge(after, controls_after, before, controls_before, [row["tokens"] for row in texts])
-    for row, kind in zip(texts, verdict.texts, strict=True):
-        row["verdict"] = kind
+    verdict, texts = judge_texts(given, after, controls_after, before, controls_before)
     return Outcome(
         mutes=dataclasses.replace(mutes, metrics=metrics),
         slopes=measured_slopes,

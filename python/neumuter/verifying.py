@@ -1,7 +1,7 @@
 """Do the requests of a ledger still hold, on the model that is served today?"""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from neumuter.evaluation import (
     Verdict,
     ask_server,
-    compare_texts,
     examine,
-    judge,
+    judge_texts,
     list_given,
     make_controls,
 )
@@ -83,7 +82,7 @@ def verify(
     }
     given = list_given({f"request {number}": form[0] for number, form in forms.items()}, tokenizer)
     refused: dict[int, str] = {}
-    with _applied(model, requests, refused) if apply else _nothing():
+    with _applied(model, requests, refused) if apply else nullcontext():
         return [
             _check(request, refused, model, tokenizer, forms.get(request.number), given, seed)
             for request in requests
@@ -115,11 +114,6 @@ def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) ->
         rows = [{"number": number, "extracted_after": out} for number, out in enumerate(said, 1)]
         checks.append(Check(request, state, sentence, texts=rows))
     return checks
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -159,11 +153,8 @@ def _check(
     label = f"request {request.number}"
     after = examine(model, tokenizer, forms, given, label)
     controls = examine(model, tokenizer, make_controls(forms, given, tokenizer, seed), given, "controls")
-    verdict = judge(after, controls)
     own = [text for text in given if text.label.startswith(f"{label} ")]
-    rows = compare_texts(own, None, after)
-    for row, kind in zip(rows, verdict.texts, strict=True):
-        row["verdict"] = kind
+    verdict, rows = judge_texts(own, after, controls)
     state = _failed(request) if verdict.leaks else HOLDS
     sentence = verdict.sentence + _lacking(request, len(rows))
     return Check(request, state, sentence, verdict, rows, after.metrics, controls.metrics)

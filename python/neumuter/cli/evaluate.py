@@ -173,9 +173,9 @@ def evaluate(
     given_files = {name: file for name, file in files.items() if file}
     check_sources(model, *given_files.values(), *(mute or []))
     from neumuter.evaluation import (
-        compare_texts,
         examine,
         harness_metrics,
+        judge_texts,
         list_given,
         make_controls,
         most_known,
@@ -240,9 +240,14 @@ def evaluate(
     report: dict[str, Any] = {"model": model, "mute": list(map(str, mute or [])), "suite": suite.value}
     report |= {"metrics": figures[last], "before": figures.get("original")} | extra
     if examined:
-        rows = compare_texts(known, examined.get("original"), examined[last])
+        # Without mutes there is no state before.
+        old = "original" if "muted" in examined else ""
+        verdict, rows = judge_texts(known, examined[last], unknown[last], examined.get(old), unknown.get(old))
         _print_others(rows)
-        report |= _judge(rows, examined, unknown) | {"texts": rows}
+        report |= {
+            "controls": unknown[last].metrics, "verdict": verdict.kind, "verdict_sentence": verdict.sentence,
+            "comparisons": verdict.figures(), "texts": rows,
+        }  # fmt: skip
     _write_evaluation(out, report, mutes, redact)
     if robust:
         kept: dict[str, Any] = {
@@ -258,25 +263,6 @@ def evaluate(
         _write_evaluation(out, report, mutes, redact)
     if examined:
         console.print(escape(report["verdict_sentence"]), highlight=False, soft_wrap=True)
-
-
-def _judge(
-    rows: Sequence[dict[str, Any]], examined: Mapping[str, Examination], controls: Mapping[str, Examination]
-) -> dict[str, Any]:
-    """The verdict on the last state as entries of the report; ``rows`` get that on each text."""
-    from neumuter.evaluation import judge
-
-    last, old = list(examined)[-1], "original" if len(examined) > 1 else ""
-    tokens = [row["tokens"] for row in rows]
-    verdict = judge(examined[last], controls[last], examined.get(old), controls.get(old), tokens)
-    for row, kind in zip(rows, verdict.texts, strict=True):
-        row["verdict"] = kind
-    return {
-        "controls": controls[last].metrics,
-        "verdict": verdict.kind,
-        "verdict_sentence": verdict.sentence,
-        "comparisons": verdict.figures(),
-    }
 
 
 def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: MuteSet | None, redact: bool) -> None:

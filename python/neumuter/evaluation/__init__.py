@@ -24,7 +24,7 @@ from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.others import find_others, find_overlap, list_given
 from neumuter.evaluation.server import Said, ask_server
 from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
-from neumuter.evaluation.verdict import Comparison, Verdict, judge
+from neumuter.evaluation.verdict import Comparison, Verdict, judge, judge_texts
 
 __all__ = [
     "METRICS",
@@ -49,6 +49,7 @@ __all__ = [
     "find_overlap",
     "harness_metrics",
     "judge",
+    "judge_texts",
     "kl_to_original",
     "list_given",
     "make_controls",

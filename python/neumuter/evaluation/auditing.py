@@ -6,7 +6,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.controls import make_controls
@@ -14,10 +14,10 @@ from neumuter.evaluation.examination import examine
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.membership import min_k_score
 from neumuter.evaluation.memory import extracted
-from neumuter.evaluation.others import group_rows, list_given
+from neumuter.evaluation.others import group_rows, list_given, number_texts
 from neumuter.evaluation.verdict import STANDS_OUT
 from neumuter.texts import encode_forms
-from neumuter.types import Text
+from neumuter.types import Batch, Text
 
 # Texts that are encoded and measured at a time.
 TEXTS_AT_A_TIME = 256
@@ -89,11 +89,11 @@ def audit(
         unseen = make_controls(shown[:1], list_given({"texts": shown[0]}, tokenizer), tokenizer, seed)[0]
     else:
         unseen = encode_forms(controls, tokenizer, max_length, chat)[0]
-    level = torch.tensor(_measure(model, [unseen])[1], dtype=torch.float64).quantile(STANDS_OUT).item()
+    level = torch.tensor(_measure(model, unseen)[1], dtype=torch.float64).quantile(STANDS_OUT).item()
     known, done = list[Known](), 0
     for part in [first, *_parts(rest)]:
         forms = encode_forms(part, tokenizer, max_length, chat)
-        comes_out, min_k = _measure(model, forms[:1])
+        comes_out, min_k = _measure(model, forms[0])
         chosen = [
             place
             for place, (out, score) in enumerate(zip(comes_out, min_k, strict=True))
@@ -101,7 +101,7 @@ def audit(
         ]
         if chosen:
             candidates = {done + place + 1: part[place] for place in chosen}
-            known += _look_closely(model, tokenizer, candidates, max_length, chat)
+            known += _look_closely(model, tokenizer, candidates, [_take(form, chosen) for form in forms])
         done += len(part)
         if callback:
             callback(done)
@@ -114,9 +114,8 @@ def _parts(texts: Iterator[Text]) -> Iterator[list[Text]]:
         yield part
 
 
-def _measure(model: nn.Module, forms: Sequence[dict[str, Tensor]]) -> tuple[list[bool], list[float]]:
-    """Of each text whether it, or a window of it, comes out, and its Min-40%; in the first form."""
-    batch = forms[0]
+def _measure(model: nn.Module, batch: Batch) -> tuple[list[bool], list[float]]:
+    """Of each text whether it, or a window of it, comes out, and its Min-40%."""
     out, losses = extracted(model, batch).tolist(), losses_by_sample(model, batch)
     windows = group_rows(batch)
     return (
@@ -125,15 +124,18 @@ def _measure(model: nn.Module, forms: Sequence[dict[str, Tensor]]) -> tuple[list
     )
 
 
+def _take(form: Batch, chosen: Sequence[int]) -> Batch:
+    """The rows of some texts, which are counted anew."""
+    places = {number: place for place, number in enumerate(chosen)}
+    rows = [row for row, number in enumerate(number_texts(form)) if number in places]
+    taken = {key: value[rows] for key, value in form.items()}
+    return taken | {"texts": torch.tensor([places[number] for number in number_texts(taken)])}
+
+
 def _look_closely(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[int, Text],
-    max_length: int,
-    chat: bool | None,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Mapping[int, Text], forms: Sequence[Batch]
 ) -> Iterator[Known]:
-    """Examine texts, {number in the corpus: text}, in all forms."""
-    forms = encode_forms(list(texts.values()), tokenizer, max_length, chat)
+    """Examine texts, {number in the corpus: text}, in all ``forms``."""
     found = examine(model, tokenizer, forms, list_given({"forget": forms[0]}, tokenizer))
     for row, (number, text) in enumerate(texts.items()):
         yield Known(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neumuter.evaluation.examination import Examination
-from neumuter.evaluation.others import STRETCH
+from neumuter.evaluation.examination import Examination, compare_texts
+from neumuter.evaluation.others import STRETCH, GivenText
 
 # By how much each figure of the texts to forget may exceed that of the controls: shares of texts, and AUC
 # above the 0.5 of a test that sees nothing.
@@ -129,6 +129,25 @@ def judge(
     if unsure:
         return Verdict("not enough evidence", _unsure(come, unsure, after, controls), found, texts)
     return Verdict("forgotten", f"Forgotten: {come}, and {_like_controls(controls)}.", found, texts)
+
+
+def judge_texts(
+    given: Sequence[GivenText],
+    after: Examination,
+    controls: Examination | None,
+    before: Examination | None = None,
+    controls_before: Examination | None = None,
+) -> tuple[Verdict, list[dict[str, Any]]]:
+    """Do as ``judge``, and make a row of each text, with its verdict: see ``neumuter.Outcome.texts``.
+
+    Args:
+        given: begins with the examined texts.
+    """
+    rows = compare_texts(given, before, after)
+    verdict = judge(after, controls, before, controls_before, [row["tokens"] for row in rows])
+    for row, kind in zip(rows, verdict.texts, strict=True):
+        row["verdict"] = kind
+    return verdict, rows
 
 
 def compare(texts: Examination, controls: Examination | None) -> list[Comparison]:

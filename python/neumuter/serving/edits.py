@@ -52,6 +52,19 @@ def copy_edited(source: Path, target: Path, edits: Iterable[Edit], advance: Call
                 raise OSError(f"{target} reads back other than it was written; is the disk in order?")
 
 
+def count_bytes(total: int, callback: Callable[[int, int], object] | None) -> Callable[[int], None]:
+    """Make what ``copy_edited`` takes as ``advance``: it calls ``callback(done, total)``, if there is one."""
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        if callback:
+            callback(done, total)
+
+    return advance
+
+
 def read(path: Path, begin: int, end: int) -> bytearray:
     """Read bytes ``begin`` to ``end`` of a file."""
     with open(path, "rb") as file:

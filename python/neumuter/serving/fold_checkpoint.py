@@ -31,7 +31,7 @@ from neumuter.mutes.matching import (
 )
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
 from neumuter.serving.companions import copy_companions, write_card
-from neumuter.serving.edits import Edit, copy_edited
+from neumuter.serving.edits import Edit, copy_edited, count_bytes
 from neumuter.serving.fold import fold_columns, folded_once
 from neumuter.serving.fold_quantised import quantised_edits
 from neumuter.serving.shards import DTYPES, Place, find_places, find_shards
@@ -132,14 +132,7 @@ def fold_checkpoint(
     refuse_taken(out)
     shards = find_shards(folder)
     edits = _find_edits(folder, shards, mutes)
-    total, done = sum(shard.stat().st_size for shard in shards), 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        if callback:
-            callback(done, total)
-
+    advance = count_bytes(sum(shard.stat().st_size for shard in shards), callback)
     with new_folder(out) as temporary:
         for shard in shards:
             copy_edited(shard, temporary / shard.name, edits.get(shard, []), advance)

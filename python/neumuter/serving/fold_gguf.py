@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neumuter.files import PathLike, new_file, refuse_existing
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
-from neumuter.serving.edits import Edit, copy_edited, read
+from neumuter.serving.edits import Edit, copy_edited, count_bytes, read
 from neumuter.serving.factors import COARSE, rounding, scaled
 from neumuter.serving.gguf_file import GgufFFN, Projection, read_gguf
 
@@ -123,14 +123,7 @@ def fold_gguf(
     mutes = load_mutes(mutes)
     rows = _find_rows(read_gguf(file, mutes).ffns, mutes)
     coarse = _check_rows(file, rows)
-    total, done = file.stat().st_size, 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        if callback:
-            callback(done, total)
-
+    advance = count_bytes(file.stat().st_size, callback)
     with new_file(out) as temporary:
         copy_edited(file, temporary, [row.edit for row in rows], advance)
     return FoldedGguf(mutes.count, coarse)
