@@ -21,6 +21,7 @@ from neumuter.ledger import Ledger, Request
 from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.matching import MuteMismatchError, matching_ffns
+from neumuter.mutes.mute_set import MuteSet
 from neumuter.serving.live import mute
 from neumuter.texts import encode_forms
 from neumuter.types import Batch, Text
@@ -66,7 +67,8 @@ def verify(
         model: what is served: with mutes folded in, quantised, tuned further, or as it is.
         tokenizer: its tokenizer.
         texts: the texts of the requests, among others; they are found by their hashes.
-        apply: mute the union of the sets that are not undone first: ``model`` is one without mutes.
+        apply: mute the union of the sets that are not undone first: ``model`` is one without mutes. A set
+            that was fitted with slopes takes the place of all before it.
         max_length, chat, seed: as in ``neumuter.unlearn``.
 
     Returns:
@@ -119,7 +121,7 @@ def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) ->
 @contextmanager
 def _applied(model: nn.Module, requests: Sequence[Request], refused: dict[int, str]) -> Iterator[None]:
     """Context in which the sets of requests are muted; ``refused`` gets those that are for another model."""
-    fitting = []
+    fitting: list[MuteSet] = []
     for request in requests:
         if request.undone:
             continue
@@ -129,7 +131,8 @@ def _applied(model: nn.Module, requests: Sequence[Request], refused: dict[int, s
         except MuteMismatchError as error:
             refused[request.number] = " ".join(str(error).split())
         else:
-            fitting.append(mutes)
+            # A set that was fitted with the slopes of earlier requests holds for them, too.
+            fitting = [mutes] if "former" in mutes.method else [*fitting, mutes]
     if not fitting:
         yield
         return

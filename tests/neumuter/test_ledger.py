@@ -1,5 +1,6 @@
 """The ledger of requests, and whether they hold: through Python and the command line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -184,6 +185,23 @@ def test_requests_hold_where_their_mutes_are_in_force(ledger, model):
     assert "1 of 2 texts are missing" in some[0].sentence
     ledger.undo(2)
     assert states(neumuter.verify(ledger, model, words, [*ADA, *JON], apply=True)) == ["holds", "undone"]
+
+
+def test_a_set_that_holds_for_earlier_ones_takes_their_place(ledger, folder, model, tmp_path, monkeypatch):
+    shutil.copytree(folder / "jon", tmp_path / "both")
+    both = neumuter.MuteSet.load(folder / "jon" / "mutes.safetensors")
+    dataclasses.replace(both, method={"former": 2}).save(tmp_path / "both" / "mutes.safetensors")
+    ledger.add(tmp_path / "both", ADA[:1])
+    united = []
+    monkeypatch.setattr(
+        "neumuter.verifying.combine", lambda model, sets: united.extend(sets) or neumuter.combine(model, sets)
+    )
+    neumuter.verify(ledger, model, tokenizer(), ADA, apply=True)
+    assert [mutes.method for mutes in united] == [{"former": 2}]
+    united.clear()
+    ledger.undo(3)
+    neumuter.verify(ledger, model, tokenizer(), ADA, apply=True)
+    assert len(united) == 2
 
 
 def test_a_model_that_cannot_take_the_set_is_told_apart(ledger):

@@ -94,7 +94,10 @@ def undo(folder: Folder, number: Number) -> None:
 
     kept = Ledger(folder)
     kept.undo(number)
-    console.print(f"Request {number} is undone. Serve the others' mute files without its own:")
+    console.print(
+        f"Request {number} is undone. A mute file that was found with --former holds for it, too: fit it "
+        "anew by neumuter refit. Serve the others' mute files without its own:"
+    )
     for request in kept.requests():
         if not request.undone:
             console.print(f"  {escape(str(request.folder))}", highlight=False, soft_wrap=True)
