@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neumuter.models.devices import overwrite
 from neumuter.mutes.mute_set import MutedLayer
 from neumuter_kernels import mute_
 
@@ -72,7 +73,7 @@ class Rows:
             self._slots.move_to_end(digest)
             rows.append(self._slots[digest])
         ids = torch.from_numpy(np.repeat(np.array(rows, np.int64), np.asarray(counts, np.int64)))
-        self.ids[: len(ids)].copy_(ids)
+        overwrite(self.ids[: len(ids)], ids)
         self.ids[len(ids) :].fill_(UNMUTED)
 
     def _write(self, digest: str, layers: Sequence[MutedLayer | None], wanted: set[str]) -> None:
@@ -86,10 +87,8 @@ class Rows:
             slot = self._slots.pop(next(digest for digest in self._slots if digest not in wanted))
         first = slot * self.neurons
         muted = [layer for layer in layers if layer is not None]
-        self.indptr[slot] = first + torch.tensor(counts, dtype=torch.int32).cumsum(0).to(self.indptr.device)
+        overwrite(self.indptr[slot], first + torch.tensor(counts).cumsum(0).int())
         if muted:
-            self.indices[first : first + total] = torch.cat([x.indices for x in muted]).to(
-                self.indices.device
-            )
-            self.gains[first : first + total] = torch.cat([x.gains for x in muted]).to(self.gains.device)
+            overwrite(self.indices[first : first + total], torch.cat([x.indices for x in muted]))
+            overwrite(self.gains[first : first + total], torch.cat([x.gains for x in muted]))
         self._slots[digest] = slot
