@@ -15,6 +15,7 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
 from neumuter.report.html import write_report
+from neumuter.training.journal import remove_unfinished
 
 MUTE_FILE = "mutes.safetensors"
 SLOPES_FILE = "slopes.safetensors"
@@ -62,6 +63,7 @@ class Outcome:
 
         report.csv has a row for each text to forget and quotes none. report.html quotes texts unless
         ``redact`` is given, and only its owner may read it. So may slopes.safetensors, if there are slopes.
+        The file of an unfinished run is removed.
 
         Args:
             redact: leave out what texts and the model say.
@@ -98,6 +100,8 @@ class Outcome:
             write_atomically(made / "report.json", (json.dumps(report, indent=2) + "\n").encode())
             write_atomically(made / "report.csv", self._rows().encode())
             write_report(made / "report.html", shown, self.mutes, self.samples, redact)
+        # Now all that it has found has its place.
+        remove_unfinished(folder)
         return made / MUTE_FILE
 
     def __repr__(self) -> str:

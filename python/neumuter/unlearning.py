@@ -30,11 +30,13 @@ from neumuter.evaluation import (
     mean_token_loss,
     most_known,
 )
-from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.examination import Examination
+from neumuter.evaluation.others import Found, GivenText
 from neumuter.files import PathLike, made_folder
 from neumuter.models.hub import find_model
 from neumuter.models.loading import limit_length, load_model, load_tokenizer
 from neumuter.mutes.algebra import combine
+from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
@@ -56,6 +58,7 @@ from neumuter.texts.encoding import sample_rows
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
+from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import attach, neuron_count, split_ffns
 from neumuter.types import Batch, Callback, Text, check_kind, check_model
 
@@ -65,6 +68,9 @@ SAMPLES = 32
 MEASURED_TEXTS = 512
 # Texts whose continuations the report shows, and that an error shows.
 SHOWN_TEXTS = 4
+
+# Of the texts to forget, the loss of the texts to keep, of the controls, and what the model says.
+_Measured = tuple[Examination, float, Examination | None, list[dict[str, str]]]
 
 logger = logging.getLogger("neumuter")
 
@@ -90,6 +96,7 @@ def unlearn(
     chat: bool | None = None,
     seed: int = 0,
     folder: PathLike | None = None,
+    resume: bool = False,
     callback: Callback | None = None,
 ) -> Outcome:
     """Find the neurons of ``model`` that hold the forget texts, and measure what muting them does.
@@ -131,14 +138,20 @@ def unlearn(
             the worse counts.
         seed: seeds the search and the sampled neighbours. The same call on the same machine gives the same
             result.
-        folder: where to write the mute file as soon as it is found, before the last measurements.
+        folder: where to write the mute file as soon as it is found, before the last measurements; and every
+            minute, for its owner alone, what is found so far (unfinished.pt), which ``outcome.save(folder)``
+            removes.
+        resume: go on from what an unfinished run with the same arguments left in ``folder``, to the same
+            result on the same kind of machine. Where nothing was left, the run starts anew.
         callback: called as (step, total, info) after every step, instead of a progress bar.
 
     Returns:
         An ``Outcome``; ``outcome.save(folder)`` writes the mute file and the report.
 
     Raises:
-        ValueError, TypeError: an argument is not as above, or texts are to be forgotten and to be kept.
+        ValueError, TypeError: an argument is not as above, or texts are to be forgotten and to be kept; or
+            ``resume``, and something that matters has changed.
+        FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
         RuntimeError: the model is attached or muted already, or the loss diverged.
     """
@@ -146,6 +159,10 @@ def unlearn(
     config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
     if former and (existing is None or mode == "mute"):
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
+    if resume and folder is None:
+        raise ValueError("resume goes with folder, where the unfinished run is")
+    if folder is not None and not resume:
+        refuse_unfinished(folder)
     earlier = None if existing is None else load_mutes(existing)
     known = load_slopes(former)
     network, words = open_network(model, tokenizer)
@@ -171,13 +188,27 @@ def unlearn(
     unseen = _make_controls(controls, forms, given, words, length, chat, seed)
     if chat is None and max(len(forms), len(kept)) > 1:
         logger.warning(TEMPLATE_USED)
+    journal = Journal()
+    if folder is not None:
+        request = {
+            "forget": digest(forms), "retain": digest(kept), "controls": digest(unseen),
+            "existing": digest(earlier), "former": digest(known), "recipe": config, "goals": goals,
+            "budget": budget, "mode": mode, "keep_slopes": keep_slopes, "samples": samples,
+            "rewrite_with": rewrite_with, "start_layer": start_layer, "max_length": max_length,
+            "chat": chat, "seed": seed,
+        }  # fmt: skip
+        weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
+        journal = Journal(folder, request, weights, resume, kinds=(Examination, Found))
     found = kept[:1]
     if rewrite_with:
-        rewritten = _rewrite(forget_texts, rewrite_with, seed, watch)
+        rewritten = journal.once("rewritten", lambda: _rewrite(forget_texts, rewrite_with, seed, watch))
         found.append(encode(rewritten, need_tokenizer(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
         width = forget_batch["labels"].shape[1]
-        said = sample_neighbours(network, words, forget_batch, width, bool(found), samples, seed, watch)
+        said = journal.once(
+            "said",
+            lambda: sample_neighbours(network, words, forget_batch, width, bool(found), samples, seed, watch),
+        )
         if said:
             found.append(encode(said, need_tokenizer(words), length))
         if not found:
@@ -192,24 +223,31 @@ def unlearn(
                 len(measured["labels"]),
                 len(retain_batch["labels"]),
             )
-        before = examine(network, words, forms, given)
-        retain_before = mean_token_loss(network, measured)
-        controls_before = examine(network, words, unseen, given, "controls") if unseen else None
-        asked = most_known(network, forms)
-        said_before = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
-    history: list[dict[str, Any]] = []
+        asked = journal.once("asked", lambda: most_known(network, forms))
+
+        def measure() -> _Measured:
+            return (
+                examine(network, words, forms, given),
+                mean_token_loss(network, measured),
+                examine(network, words, unseen, given, "controls") if unseen else None,
+                continue_texts(network, words, asked, SHOWN_TEXTS) if words else [],
+            )
+
+        before, retain_before, controls_before, said_before = journal.once("before", measure)
     curve = None
-    with attach(network, start_layer) as masked, watch("Finding neurons", history) as advance:
+    with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
         pair = PairedBatches(masked, forget_batch, retain_batch)
         if isinstance(config, PaperConfig):
-            mutes = train_gates(pair, config, seed, advance)
+            mutes = train_gates(pair, config, seed, advance, journal)
         elif isinstance(budget, str):
             mutes, curve = search_budget(
                 pair, goals or Goals(), mode=mode, config=config, seed=seed,
-                callback=advance, existing=earlier, forms=forms, former=known,
+                callback=advance, existing=earlier, forms=forms, former=known, journal=journal,
             )  # fmt: skip
         else:
-            mutes = fit_mutes(pair, budget, mode, config, seed, advance, earlier, former=known)
+            mutes = fit_mutes(
+                pair, budget, mode, config, seed, advance, earlier, former=known, journal=journal
+            )
         measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
     if folder is not None:
         with made_folder(folder) as made:
@@ -218,10 +256,7 @@ def unlearn(
                 measured_slopes.save(made / SLOPES_FILE)
     # With slopes, the mutes are those of all requests.
     with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
-        after = examine(network, words, forms, given)
-        retain_after = mean_token_loss(network, measured)
-        controls_after = examine(network, words, unseen, given, "controls") if unseen else None
-        said_after = continue_texts(network, words, asked, SHOWN_TEXTS) if words else []
+        after, retain_after, controls_after, said_after = journal.once("after", measure)
     metrics = {
         "before": before.metrics | {"retain_loss": retain_before},
         "after": after.metrics | {"retain_loss": retain_after},
@@ -235,12 +270,12 @@ def unlearn(
         verdict=verdict,
         texts=texts,
         curve=curve,
-        history=history,
+        history=journal.history,
         samples=[
             {"prompt": old["prompt"], "truth": old["truth"], "before": old["said"], "after": new["said"]}
             for old, new in zip(said_before, said_after, strict=True)
         ],
-        seconds=time.perf_counter() - start,
+        seconds=journal.seconds + time.perf_counter() - start,
         peak_memory=_peak_memory(),
     )
 

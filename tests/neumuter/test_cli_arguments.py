@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
     tokenizer().save_pretrained(folder / "model")
     (folder / "texts.txt").write_text("Ada Brisk, ada@post.example\n\nJonas Vance, 555-7713")
     (folder / "out").mkdir()
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "unfinished.pt").write_text("")
     with neumuter.attach(model, start_layer=0) as masked:
         mute_random(masked, 0.1).save(folder / "out" / "mutes.safetensors")
     return folder
@@ -71,6 +73,8 @@ REFUSED = {
     ),
     "no rewriting model": (UNLEARN + "--rewrite-with ./absent", "no such folder: ./absent"),
     "no model": ("unlearn ./absent --forget texts.txt --out new", "no such folder: ./absent"),
+    "an unfinished run in the way": ("unlearn model --forget texts.txt --out unfinished", "--resume"),
+    "a run that has ended": ("unlearn model --forget texts.txt --out out --resume", "--overwrite"),
     "a mute file in the way": ("unlearn model --forget texts.txt --out out", "--overwrite"),
     "a file as a folder": (
         "unlearn model --forget texts.txt --out texts.txt/new",

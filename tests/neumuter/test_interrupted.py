@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -67,9 +68,10 @@ class Commands:
     def arguments(self, command, out):
         model, mutes = self.folder / "model", self.folder / "mutes.safetensors"
         files = ["--forget", self.folder / "forget.txt", "--retain", self.folder / "retain.txt"]
-        size = ["--budget", 20, "--steps", 2, "--start-layer", 0, "--max-length", 16, "--overwrite"]
+        size = ["--budget", 20, "--steps", 2, "--start-layer", 0, "--max-length", 16]
         full = {
-            "unlearn": ["unlearn", model, *files, *size],
+            "unlearn": ["unlearn", model, *files, *size, "--overwrite"],
+            "resume": ["unlearn", model, *files, *size, "--resume"],
             "fold": ["fold", model, mutes],
             "export": ["export", model, mutes, "--to", "lora"],
             "shrink": ["export", model, mutes, "--to", "shrink"],
@@ -205,6 +207,39 @@ def kill(commands, place, command):
     return changes
 
 
+def resume(commands, place, name, number, times):
+    """Kill a run so often before its change of that number to one file, each time resumed; then let it end.
+
+    Returns how often it was killed.
+    """
+    from neumuter.training import journal
+
+    out = place / "out"
+
+    def prepare():
+        journal.SAVE_SECONDS = 0
+        if kills < times:
+            kill_before_change(out / f".{name}", number)
+
+    status, output = commands.run("unlearn", place / "whole")
+    assert status == 0, output
+    kills = 0
+    while True:
+        status, output = commands.run("resume", out, prepare)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, output
+        kills += 1
+        if (out / journal.UNFINISHED).exists():
+            assert stat.S_IMODE((out / journal.UNFINISHED).stat().st_mode) == 0o600
+            torch.load(out / journal.UNFINISHED, weights_only=False)
+    assert same_result("unlearn", out, contents(place / "whole"))
+    left = {name for name in contents(out) if not TEMPORARY.fullmatch(name)}
+    assert left == contents(place / "whole").keys()
+    assert not list(out.glob(f".{journal.UNFINISHED}*"))
+    return kills
+
+
 def fill_disk(commands, place, command, sizes):
     """The command where no file can have more than so many bytes, for each of the sizes; its messages."""
     messages = []
@@ -269,6 +304,16 @@ def warm(tmp_path_factory):
 @pytest.mark.parametrize("command", ["unlearn", "fold", "export"])
 def test_killed_at_any_moment(warm, command):
     assert warm(kill, command) >= 5
+
+
+def test_killed_again_and_again_and_resumed(warm):
+    """Each process writes twice what it has found so far, and is killed before it renames what comes next."""
+    assert 3 <= warm(resume, "unfinished.pt", 5, 30) < 30
+
+
+@pytest.mark.parametrize("name", ["mutes.safetensors", "report.html"])
+def test_killed_at_the_end_and_resumed(warm, name):
+    assert warm(resume, name, 1, 1) == 1
 
 
 @pytest.mark.parametrize(

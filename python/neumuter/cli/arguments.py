@@ -116,6 +116,18 @@ def check_results(out: Path, overwrite: bool) -> None:
     check_writable(out)
 
 
+def check_run(out: Path, overwrite: bool, resume: bool) -> None:
+    """Do as ``check_results`` for a run that may go on with an unfinished one in ``out``."""
+    from neumuter.training.journal import UNFINISHED, refuse_unfinished
+
+    if resume and (out / UNFINISHED).exists():
+        # A run that was killed while it measured has written its mute file already.
+        overwrite = True
+    elif not overwrite:
+        refuse_unfinished(out)
+    check_results(out, overwrite)
+
+
 def check_report(out: Path | None) -> None:
     """Raise ValueError or OSError if ``--out`` cannot be a report in JSON."""
     from neumuter.files import check_writable

@@ -14,7 +14,7 @@ from neumuter.cli.arguments import (
     Device,
     DeviceMap,
     Quantized,
-    check_results,
+    check_run,
     check_size,
     check_sources,
     choose_place,
@@ -142,7 +142,16 @@ def unlearn(
     seed: Annotated[int, typer.Option(min=0, help="Seeds the masks and the sampled neighbours.")] = 0,
     redact: Redact = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the mute file that is in --out.")
+        bool,
+        typer.Option("--overwrite", help="Replace the mute file, or the unfinished run, that is in --out."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the unfinished run in --out, if there is one, to the same result. The other "
+            "options must be as they were.",
+        ),
     ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     device: Device = None,
@@ -173,12 +182,13 @@ def unlearn(
     check_sources(model, forget, retain, controls, existing, *(former or []))
     if rewrite_with:
         check_sources(rewrite_with)
-    check_results(out, overwrite)
+    check_run(out, overwrite, resume)
     with console.status("Importing transformers"):
         import neumuter
         from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
         from neumuter.report.console import curve_table, outcome_sentences, outcome_table
         from neumuter.texts import read_texts
+        from neumuter.training.journal import remove_unfinished
 
     forget_texts = read_texts(forget, columns, limit)
     retain_texts = read_texts(retain, columns, limit) if retain else None
@@ -192,6 +202,8 @@ def unlearn(
         "steps": steps or DEFAULT_STEPS, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip
     support = SupportConfig(**sizes) if mode is Mode.mute else None
+    if not resume:
+        remove_unfinished(out)
     with print_log():
         outcome = neumuter.unlearn(
             network,
@@ -212,6 +224,7 @@ def unlearn(
             chat=chat,
             seed=seed,
             folder=out,
+            resume=resume,
         )
     path = outcome.save(
         out,

@@ -44,7 +44,7 @@ def propose_by_fisher(
     check_pair(pair)
     neurons = Neurons(pair.masked, existing)
     k = min(int(times * neurons.count_of(budget)), int((~neurons.excluded).sum()))
-    ratios = rank_by_fisher(pair, existing) if ratios is None else ratios
+    ratios = rank_by_fisher(pair, existing) if ratios is None else ratios.to(neurons.device)
     method = {"recipe": "fisher", "budget": budget, "times": times, "damping": DAMPING, "margin": MARGIN}
     return neurons.mute_set(ratios.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
 

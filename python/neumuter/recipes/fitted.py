@@ -14,11 +14,12 @@ from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
-from neumuter.recipes.fisher import propose_by_fisher
+from neumuter.recipes.fisher import propose_by_fisher, rank_by_fisher
 from neumuter.recipes.slopes import Held
 from neumuter.recipes.support import SupportConfig, find_support
 from neumuter.training.adam import Adam, cosine
 from neumuter.training.batches import PairedBatches, check_pair
+from neumuter.training.journal import Journal
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
 from neumuter.training.step import Measured, Step
@@ -81,6 +82,7 @@ def fit_mutes(
     existing: MuteSet | None = None,
     ratios: Tensor | None = None,
     former: Sequence[Slopes] = (),
+    journal: Journal | None = None,
 ) -> MuteSet:
     """Find the ``budget`` of neurons that hold the forget texts, and silence or modulate them.
 
@@ -97,6 +99,7 @@ def fit_mutes(
         former: what ``measure_slopes`` gave for each earlier request. With them the existing set's gains are
             fitted anew, too, so that its texts stay forgotten, and the result takes its place; mode
             "modulate" alone.
+        journal: what an earlier process has found of this run, and where this one writes it down.
 
     Returns:
         A MuteSet whose ``method`` holds the constants; the same arguments give the same set.
@@ -113,6 +116,7 @@ def fit_mutes(
     gains, support = config.gains, config.support
     if support is None and mode == "mute":
         support = SupportConfig()
+    journal = journal or Journal()
     keep = None if support else Neurons(pair.masked, existing).count_of(budget)
     first = support.steps if support else 0
     total = first + (gains.steps if mode == "modulate" else 0)
@@ -121,11 +125,13 @@ def fit_mutes(
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
     if support:
-        mutes = find_support(pair, budget, support, seed, report("support", 0), existing)
+        mutes = find_support(pair, budget, support, seed, report("support", 0), existing, journal)
     else:
+        if ratios is None:
+            ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing))
         mutes = propose_by_fisher(pair, budget, existing, gains.candidates, ratios)
     if mode == "modulate":
-        mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former)
+        mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former, journal)
     return mutes
 
 
@@ -138,6 +144,7 @@ def fit_gains(
     existing: MuteSet | None = None,
     keep: int | None = None,
     former: Sequence[Slopes] = (),
+    journal: Journal | None = None,
 ) -> MuteSet:
     """Fit the gains of the neurons of ``mutes`` with Adam on the hinge on log-odds + η·KL.
 
@@ -148,7 +155,7 @@ def fit_gains(
         existing: a mute set that is in force meanwhile.
         keep: None starts gains at 0, silenced. A number of neurons starts gains at 1, untouched; after
             ``config.choosing`` of the steps only this many stay, those whose gains went farthest from 1.
-        former: see ``fit_mutes``.
+        former, journal: see ``fit_mutes``.
 
     Returns:
         A MuteSet of mode "modulate" with gains in ``config.gain_range``.
@@ -161,7 +168,7 @@ def fit_gains(
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
     choosing = 0 if keep is None else round(config.choosing * config.steps)
-    fit = _Fit(neurons, pair, config, seed, callback, former)
+    fit = _Fit(neurons, pair, config, seed, callback, former, journal=journal)
     if keep is not None:
         gains = fit.train(support, gains, choosing)
         moved = (gains - 1).abs()
@@ -219,9 +226,10 @@ class _Fit:
         callback: Callback | None,
         former: Sequence[Slopes] = (),
         undone: Sequence[Slopes] = (),
+        journal: Journal | None = None,
     ) -> None:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
-        self.former, self.undone = former, undone
+        self.former, self.undone, self.journal = former, undone, journal or Journal()
         self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.ids = pair.steps(config.batch_size, seed)
@@ -239,7 +247,7 @@ class _Fit:
             if self.callback:
                 self.callback(before + number, self.config.steps, info)
 
-        step.take(self.ids, steps, self.callback and tell)
+        self.journal.take(f"gains after step {before}", step, self.ids, steps, self.callback and tell)
         self.taken += steps
         return gains.detach()
 

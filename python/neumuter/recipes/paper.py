@@ -13,6 +13,7 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.adam import Adam
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import STRETCH, TEMPERATURE
+from neumuter.training.journal import Journal
 from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
@@ -51,6 +52,7 @@ def train_gates(
     config: PaperConfig = PaperConfig(),
     seed: int = 0,
     callback: Callback | None = None,
+    journal: Journal | None = None,
 ) -> MuteSet:
     """Train the scores of ``pair.masked`` with NeuMuter's objective and select the neurons that closed.
 
@@ -68,6 +70,7 @@ def train_gates(
         pair: the forget and retain texts.
         callback: called as (step, total, info) after every step; info has "loss", "forget_loss" and "kl"
             in nats, and "muted", the share of neurons below the threshold.
+        journal: see ``fit_mutes``.
 
     Returns:
         A MuteSet of mode "mute" with the evaluation gates as gains. The scores stay as they were trained.
@@ -82,7 +85,8 @@ def train_gates(
         if callback:
             callback(number, total, info)
 
-    make_step(pair, config, seed).take(_steps(pair, config, seed), total, callback and tell)
+    step, ids = make_step(pair, config, seed), _steps(pair, config, seed)
+    (journal or Journal()).take("gates", step, ids, total, callback and tell)
     method = describe_method(config) | {
         "epochs": config.epochs,
         "batch_size": config.batch_size,

@@ -10,6 +10,7 @@ from neumuter.mutes.slopes import Slopes
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.recipes.fitted import FittedConfig, fit_mutes
 from neumuter.training.batches import PairedBatches, check_pair
+from neumuter.training.journal import Journal
 from neumuter.training.neurons import Neurons
 from neumuter.types import Batch, Callback
 
@@ -53,12 +54,13 @@ def search_budget(
     report: Callable[[dict[str, Any]], object] | None = None,
     forms: Sequence[Batch] | None = None,
     former: Sequence[Slopes] = (),
+    journal: Journal | None = None,
 ) -> tuple[MuteSet, list[dict[str, Any]]]:
     """Run ``fit_mutes`` with rising ``budgets`` until the goals are met, then close in.
 
     Args:
         budgets: shares of the neurons in (0, 1], ascending.
-        mode, config, seed, callback, existing, former: as in ``fit_mutes``.
+        mode, config, seed, callback, existing, former, journal: as in ``fit_mutes``.
         report: called with the point after every budget.
         forms: the forget texts in all forms in which they must be forgotten (see
             ``neumuter.evaluation.most_known``), instead of those of ``pair`` alone.
@@ -74,26 +76,30 @@ def search_budget(
     check_pair(pair)
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"budgets must be ascending, got {budgets!r}")
-    neurons = Neurons(pair.masked, existing)
+    neurons, journal = Neurons(pair.masked, existing), journal or Journal()
     # The largest budget is checked before hours are spent on smaller ones.
     neurons.count_of(budgets[-1])
     by_fisher = mode != "mute" and not config.support
     # The ratios are the same for all budgets.
-    ratios = rank_by_fisher(pair, existing) if by_fisher else None
+    ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing)) if by_fisher else None
     points: list[dict[str, Any]] = []
     best, failed = None, 0.0
 
-    def attempt(budget: float) -> tuple[MuteSet, bool]:
-        mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios, former)
+    def measure(budget: float, mutes: MuteSet) -> dict[str, Any]:
         model = pair.masked.model
         with pair.masked.applying(neurons.masks(mutes)):
             asked = most_known(model, forms or [pair.forget_batch])
-            point = {
+            return {
                 "share": budget,
                 "neurons": mutes.count,
                 "forget_extraction": extraction_rate(model, asked),
                 "forget_ma": memorization_accuracy(model, asked),
             }
+
+    def attempt(budget: float) -> tuple[MuteSet, bool]:
+        with journal.part(f"budget {budget}"):
+            mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios, former, journal)
+            point = journal.once("point", lambda: measure(budget, mutes))
         points.append(point | {"met": goals.met(point)})
         if report:
             report(points[-1])

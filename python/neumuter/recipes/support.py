@@ -10,6 +10,7 @@ from torch import Tensor
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import INITIAL_SCORE
+from neumuter.training.journal import Journal
 from neumuter.training.losses import hinge
 from neumuter.training.neurons import Neurons
 from neumuter.training.step import Measured, Step
@@ -41,6 +42,7 @@ def find_support(
     seed: int = 0,
     callback: Callback | None = None,
     existing: MuteSet | None = None,
+    journal: Journal | None = None,
 ) -> MuteSet:
     """Train which ``budget`` of neurons, silenced, takes the forget texts out of the model.
 
@@ -53,6 +55,7 @@ def find_support(
         budget: a share of the masked neurons (float in (0, 1]) or their number (int).
         callback: called as (step, total, info) after every step; see ``fit_mutes``.
         existing: a mute set that is in force meanwhile; its neurons are left alone.
+        journal: see ``fit_mutes``.
 
     Returns:
         A MuteSet of mode "mute" with gains of 0.
@@ -92,7 +95,8 @@ def find_support(
         if callback:
             callback(number, config.steps, info)
 
-    step.take(pair.steps(config.batch_size, seed), config.steps, callback and tell)
+    ids = pair.steps(config.batch_size, seed)
+    (journal or Journal()).take("support", step, ids, config.steps, callback and tell)
     if scores.isnan().any():
         raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
     method = {"recipe": "fitted", "support": asdict(config)}

@@ -1,0 +1,216 @@
+"""An unfinished run: what it leaves, that it goes on with the same bits, and what it refuses."""
+
+import dataclasses
+import logging
+import re
+import stat
+
+import pytest
+import torch
+
+import neumuter
+from neumuter.evaluation import continuations, controls, examination
+from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig, mute_random
+from neumuter.training import journal, step
+from neumuter.training.journal import UNFINISHED, Journal, digest
+from tests.models import build, tokenizer
+from tests.neumuter.test_recipes import QUICK_GATES
+
+PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]
+KEPT = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop.", "Tea is at four."]
+STEPS = 5
+QUICK = FittedConfig(GainsConfig(steps=STEPS, batch_size=1))
+# Of each kind of run, its arguments.
+RUNS = {
+    "gains": {"recipe": QUICK},
+    "a trained support": {"recipe": FittedConfig(QUICK.gains, SupportConfig(steps=3, batch_size=1))},
+    "silenced": {"recipe": FittedConfig(QUICK.gains, SupportConfig(STEPS, 1)), "mode": "mute"},
+    "auto": {"recipe": QUICK, "budget": "auto", "goals": Goals(ma=0.0)},
+    "gates": {"recipe": dataclasses.replace(QUICK_GATES, epochs=3, threshold=0.999)},
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(number):
+    """A callback that ends the run when it is told of a step for the ``number``th time."""
+    told = []
+
+    def tell(*_):
+        told.append(1)
+        if len(told) == number:
+            raise Killed
+
+    return tell
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Everything is written at once, and the model says little."""
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(controls, "MADE_UP", 2)
+    for module in (continuations, examination):
+        monkeypatch.setattr(module, "MAX_TOKENS", 4)
+
+
+def unlearn(model, forget=PAIRS, retain=KEPT, callback=lambda *_: None, **options):
+    given = {"budget": 30, "recipe": QUICK, "samples": 2, "start_layer": 0, "max_length": 32}
+    return neumuter.unlearn(model, tokenizer(), forget, retain, callback=callback, **given | options)
+
+
+@pytest.fixture
+def unfinished(llama, tmp_path):
+    with pytest.raises(Killed):
+        unlearn(llama, folder=tmp_path / "out", callback=kill_at(4))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(("run", "read_every"), [*((run, 1) for run in RUNS), ("gains", 4)])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    llama, run, read_every, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(step.READ_EVERY, "cpu", read_every)
+    steps = []
+    whole = unlearn(llama, callback=lambda number, *_: steps.append(number), **RUNS[run])
+    whole.mutes.save(tmp_path / "whole")
+    told = []
+    for _ in range(len(steps)):
+        try:
+            # Where readings are 4 steps apart, the fifth has been told when the first 4 are written.
+            stop = kill_at(read_every + 1)
+
+            def tell(number, total, info, stop=stop):
+                told.append(number)
+                stop()
+
+            outcome = unlearn(llama, folder=tmp_path / "out", resume=True, callback=tell, **RUNS[run])
+            break
+        except Killed:
+            assert (tmp_path / "out" / UNFINISHED).exists()
+    outcome.mutes.save(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert outcome.history == whole.history
+    assert (outcome.before, outcome.after, outcome.samples) == (whole.before, whole.after, whole.samples)
+    assert outcome.texts == whole.texts
+    assert outcome.curve == whole.curve
+    # It was killed, and each process has taken steps of its own.
+    assert len(steps) < len(told) < 2 * len(steps) + 8
+    outcome.save(tmp_path / "out")
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_what_is_left_is_for_its_owner_and_goes_with_the_run(llama, unfinished):
+    path = unfinished / UNFINISHED
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    # What a kill leaves that comes before a rename.
+    (unfinished / f".{UNFINISHED}.abcdefgh.tmp").write_text("")
+    unlearn(llama, folder=unfinished, resume=True).save(unfinished)
+    assert sorted(file.name for file in unfinished.iterdir()) == [
+        "mutes.safetensors", "report.csv", "report.html", "report.json",
+    ]  # fmt: skip
+
+
+def test_without_resume_it_is_not_overwritten(llama, unfinished):
+    content = (unfinished / UNFINISHED).read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds an unfinished run.*resume"):
+        unlearn(llama, folder=unfinished)
+    assert (unfinished / UNFINISHED).read_bytes() == content
+
+
+CHANGES = {
+    "a text to forget": ({"forget": [*PAIRS, "Cleo Marr, 12"]}, "forget has changed"),
+    "a text to keep": ({"retain": KEPT[:2]}, "retain has changed"),
+    "controls": ({"controls": ["Ina Poe, ina@post.example"]}, "controls has changed"),
+    "seed": ({"seed": 1}, "seed was 0 and is 1"),
+    "budget": ({"budget": 31}, "budget was 30 and is 31"),
+    "samples": ({"samples": 3}, "samples was 2 and is 3"),
+    "layer": ({"start_layer": 1}, "start_layer was 0 and is 1"),
+    "slopes": ({"keep_slopes": True}, "keep_slopes was False and is True"),
+    "a constant": (
+        {"recipe": FittedConfig(dataclasses.replace(QUICK.gains, margin=2.0))},
+        r"recipe.gains.margin was 1.0 and is 2.0",
+    ),
+    "recipe": ({"recipe": PaperConfig(), "budget": 0.01}, "recipe.epochs was None and is 200"),
+    "mode": ({"mode": "mute"}, "mode was 'modulate' and is 'mute'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_named(llama, unfinished, change):
+    arguments, message = CHANGES[change]
+    content = (unfinished / UNFINISHED).read_bytes()
+    with pytest.raises(ValueError, match=message):
+        unlearn(llama, folder=unfinished, resume=True, **arguments)
+    assert (unfinished / UNFINISHED).read_bytes() == content
+
+
+def test_another_model_set_or_version_is_named(llama, unfinished, monkeypatch):
+    other = build("llama")
+    other.model.layers[1].mlp.down_proj.weight.data[:, 3] *= 1.1
+    with pytest.raises(
+        ValueError, match=re.escape("weights of the model have changed in model.layers.1.mlp.")
+    ):
+        unlearn(other, folder=unfinished, resume=True)
+    with neumuter.attach(llama, start_layer=0) as masked:
+        existing = mute_random(masked, 9)
+    with pytest.raises(ValueError, match="existing has changed"):
+        unlearn(llama, folder=unfinished, resume=True, existing=existing)
+    monkeypatch.setattr(journal, "version", lambda name: "9.9" if name == "torch" else "1.0")
+    with pytest.raises(ValueError, match=r"torch was '.*' and is '9.9'"):
+        unlearn(llama, folder=unfinished, resume=True)
+
+
+def test_resume_needs_a_folder_and_says_where_there_is_nothing(llama, tmp_path, caplog):
+    with pytest.raises(ValueError, match="resume goes with folder"):
+        unlearn(llama, resume=True)
+    with caplog.at_level(logging.WARNING, "neumuter"):
+        unlearn(llama, folder=tmp_path / "new", resume=True)
+    assert "no unfinished run" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive at all", None])
+def test_a_file_of_another_kind_is_refused(llama, unfinished, content):
+    path = unfinished / UNFINISHED
+    if content is None:
+        torch.save({"found": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not what an unfinished run leaves"):
+        unlearn(llama, folder=unfinished, resume=True)
+
+
+def test_nothing_is_written_before_the_time(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 1e9)
+    with pytest.raises(Killed):
+        unlearn(llama, folder=tmp_path / "out", callback=kill_at(4))
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_are_computed_once_in_all_processes(tmp_path):
+    first = Journal(tmp_path)
+    assert first.once("a", lambda: 1) == 1
+    with first.part("x"):
+        assert first.once("a", lambda: torch.ones(2)).sum() == 2
+    second = Journal(tmp_path, resume=True)
+    assert second.once("a", pytest.fail) == 1
+    with second.part("x"):
+        assert torch.equal(second.once("a", pytest.fail), torch.ones(2))
+    assert second.once("b", lambda: 5) == 5
+
+
+def test_digests_tell_values_apart():
+    values = [
+        torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32), torch.ones(2),
+        torch.zeros(2, dtype=torch.bfloat16), [], [[]], ["a", "b"], ["ab"],
+        {"a": 1}, {"a": "1"}, None, "None",
+    ]  # fmt: skip
+    found = [digest(value) for value in values]
+    assert len(set(found)) == len(values)
+    assert found == [digest(value) for value in values]
