@@ -60,6 +60,7 @@ from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import attach, neuron_count, split_ffns
+from neumuter.training.processes import agree, is_first
 from neumuter.types import Batch, Callback, Text, check_kind, check_model
 
 # Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
@@ -103,6 +104,10 @@ def unlearn(
 
     The model is left untouched: ``neumuter.mute`` applies the outcome to it, ``neumuter.fold`` writes it into
     the weights.
+
+    In a process group of torch.distributed all processes must call it, each with its copy of the model and
+    the same arguments. They share the samples of each step, and all return the outcome of the first one,
+    which alone writes ``folder`` and shows progress.
 
     Args:
         model: a causal language model of transformers; or its folder or name, which is loaded.
@@ -161,7 +166,7 @@ def unlearn(
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
     if resume and folder is None:
         raise ValueError("resume goes with folder, where the unfinished run is")
-    if folder is not None and not resume:
+    if folder is not None and not resume and is_first():
         refuse_unfinished(folder)
     earlier = None if existing is None else load_mutes(existing)
     known = load_slopes(former)
@@ -201,7 +206,9 @@ def unlearn(
         journal = Journal(folder, request, weights, resume, kinds=(Examination, Found))
     found = kept[:1]
     if rewrite_with:
-        rewritten = journal.once("rewritten", lambda: _rewrite(forget_texts, rewrite_with, seed, watch))
+        rewritten = journal.once(
+            "rewritten", lambda: agree(_rewrite(forget_texts, rewrite_with, seed, watch))
+        )
         found.append(encode(rewritten, need_tokenizer(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
         width = forget_batch["labels"].shape[1]
@@ -249,7 +256,7 @@ def unlearn(
                 pair, budget, mode, config, seed, advance, earlier, former=known, journal=journal
             )
         measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
-    if folder is not None:
+    if folder is not None and is_first():
         with made_folder(folder) as made:
             mutes.save(made / MUTE_FILE)
             if measured_slopes:
@@ -262,7 +269,7 @@ def unlearn(
         "after": after.metrics | {"retain_loss": retain_after},
     }
     verdict, texts = judge_texts(given, after, controls_after, before, controls_before)
-    return Outcome(
+    outcome = Outcome(
         mutes=dataclasses.replace(mutes, metrics=metrics),
         slopes=measured_slopes,
         **metrics,
@@ -278,6 +285,7 @@ def unlearn(
         seconds=journal.seconds + time.perf_counter() - start,
         peak_memory=_peak_memory(),
     )
+    return agree(outcome)
 
 
 def _make_controls(
@@ -317,7 +325,7 @@ def refuse_overlap(given: Sequence[GivenText]) -> None:
 
 
 class Watch:
-    """Progress of each part of the job: the caller's callback, or a bar."""
+    """Progress of each part of the job: the caller's callback, or a bar in the first process."""
 
     def __init__(self, callback: Callback | None) -> None:
         self.callback = callback
@@ -327,8 +335,9 @@ class Watch:
         self, description: str, history: list[dict[str, Any]] | None = None
     ) -> Iterator[Callable[..., None]]:
         """Yields ``advance(step, total, info)``, which also writes each step into ``history``."""
-        shown = nullcontext(self.callback) if self.callback else show_progress(description)
-        with shown as tell:
+        silent = None if is_first() else lambda *_: None
+        told = self.callback or silent
+        with nullcontext(told) if told else show_progress(description) as tell:
 
             def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
                 if history is not None:
@@ -433,7 +442,7 @@ def sample_neighbours(
             "the model knows is protected less well that way."
         )
     with watch("Sampling neighbours") as advance:
-        return [*sample_texts(network, words, count, length, seed, advance, barred=barred)]
+        return agree([*sample_texts(network, words, count, length, seed, advance, barred=barred)])
 
 
 def _peak_memory() -> int:

@@ -82,17 +82,6 @@ def trainer(name, folder):
     return run.masked, run.mute_set()
 
 
-def process(rank, world, port, how, name, folder):
-    """Process ``rank`` of ``world``; the others find it by the store at ``port``, as torchrun's do."""
-    log = os.open(Path(folder) / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 2)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    os.environ.update({key: str(value) for key, value in (ranks | store | agent).items()})
-    main(how, name, folder)
-
-
 def main(how, name, folder):
     if how == "trainer":
         return write(how, folder, *trainer(name, folder))

@@ -1,38 +1,19 @@
 """Real processes on the CPU: the same gates and the same mute set for any number of them."""
 
 import importlib.util
-import multiprocessing
-from multiprocessing import connection
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 import neumuter
 from neumuter.training.gates import INITIAL_SCORE
 from tests.neumuter import distributed
-
-# Processes are forks of one that has imported torch and transformers.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.neumuter.distributed"])
+from tests.neumuter.launching import run
 
 
 def launch(how, processes, folder, name="llama"):
     """Runs tests/neumuter/distributed.py; returns the mute set and the scores."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    about = (processes, store.port, how, name, folder)
-    running = [FORKS.Process(target=distributed.process, args=(rank, *about)) for rank in range(processes)]
-    for process in running:
-        process.start()
-    waiting = {process.sentinel: process for process in running}
-    while waiting:
-        for sentinel in connection.wait(waiting):
-            waiting.pop(sentinel).join()
-        if any(process.exitcode for process in running):
-            for process in waiting.values():  # they would wait for the one that failed
-                process.kill()
-    logs = [(folder / f"{rank}.log").read_text()[-4000:] for rank, p in enumerate(running) if p.exitcode]
-    assert not logs, "\n".join(logs)
+    run(distributed.main, processes, folder, how, name, folder)
     made = folder / f"{how}-{processes}"
     return neumuter.MuteSet.load(made.with_suffix(".mute")), torch.load(made.with_suffix(".pt"))
 

@@ -114,7 +114,7 @@ class Captured:
 def captured(monkeypatch):
     """Steps on the CPU are taken as on a GPU, but for torch's Adam, which reads its step on a CPU."""
     found = Captured()
-    monkeypatch.setattr(step, "find_obstacle", lambda masked: None)
+    monkeypatch.setattr(step, "find_obstacle", lambda masked, shared: None)
     monkeypatch.setattr(graphs, "capture", found.capture)
     monkeypatch.setattr(graphs, "run_aside", lambda body: body())
     monkeypatch.setattr(graphs.Graphs, "device", torch.device("cpu"))
@@ -178,6 +178,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(llama, captured, caplo
 def test_obstacles_are_named(llama):
     with neumuter.attach(llama) as masked:
         assert graphs.find_obstacle(masked) == "the model is on no GPU"
+        assert graphs.find_obstacle(masked, shared=True) == "several processes share it"
     with neumuter.attach(models.build("jetmoe")) as masked:
         masked.model.to("meta")
         assert graphs.find_obstacle(masked) == "the model is on no GPU"
@@ -318,27 +319,6 @@ def test_a_stop_test_ends_the_steps(llama):
         one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 8)
         one.take(fit_.ids, 8, stop=lambda info: one.done == 3)
         assert one.done == 3
-
-
-def test_gradients_can_be_reduced(llama):
-    """By a hook that sees those of all parameters before they are used."""
-    with neumuter.attach(llama) as masked:
-        pair, gains = PairedBatches(masked, FORGET, KEEP), torch.ones(models.WIDTH).requires_grad_()
-        path, seen = next(iter(masked.scores)), []
-
-        def reduce(parameters):
-            seen.append(parameters[0].grad.clone())
-            parameters[0].grad.zero_()
-
-        one = step.Step(
-            pair, [gains], lambda *_: masked.applying({path: gains}),
-            [lambda found: -found.mean(found.losses)], recipes.fitted.Adam([gains], [0.1]),
-            lambda: torch.zeros(()), reduce=reduce,
-        )  # fmt: skip
-        one.take(pair.steps(2, 0), 3)
-    assert len(seen) == 3
-    assert all(gradient.abs().sum() > 0 for gradient in seen)
-    assert torch.equal(gains, torch.ones(models.WIDTH))
 
 
 def test_only_our_own_thread_looks_for_no_packed_sequences():

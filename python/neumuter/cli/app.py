@@ -19,6 +19,7 @@ from neumuter.cli.evaluate import evaluate
 from neumuter.cli.ledger import ledger, verify
 from neumuter.cli.mute_file import export, fold, inspect
 from neumuter.cli.plan import plan
+from neumuter.cli.processes import check_command, joined
 from neumuter.cli.refit import refit
 from neumuter.cli.unlearn import unlearn
 
@@ -53,12 +54,13 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version and end.", callback=show_version, is_eager=True),
     ] = False,
 ) -> None:
-    return
+    check_command(context.invoked_subcommand)
 
 
 def hide_foreign_warnings() -> None:
@@ -76,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # hidden names of their own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        app(arguments)
+        with joined():
+            app(arguments)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
         message = str(error) or type(error).__name__
         if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "allocate memory" in message:

@@ -20,6 +20,7 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
+from neumuter.cli.processes import check_place, is_first
 
 
 def refit(
@@ -49,7 +50,9 @@ def refit(
     """Undo requests of a mute file that holds for several, from their slopes and without their texts."""
     columns = choose_columns(column, prompt_column, completion_column)
     check_sources(model, existing, retain, *undone, *(former or []))
-    check_results(out, overwrite)
+    check_place(device)
+    if is_first():
+        check_results(out, overwrite)
     with console.status("Importing transformers"):
         import neumuter
         from neumuter.files import made_folder
@@ -65,8 +68,9 @@ def refit(
             network, tokenizer, mutes, staying, leaving, retain_texts,
             start_layer=start_layer, chat=chat, seed=seed,
         )  # fmt: skip
-    with made_folder(out) as folder:
-        found.save(folder / MUTE_FILE)
+    if is_first():
+        with made_folder(out) as folder:
+            found.save(folder / MUTE_FILE)
     console.print(
         f"{len(leaving)} requests are undone, {len(staying)} stay. The mute file is "
         f"{escape(str(out / MUTE_FILE))}. Measure all of them again with neumuter evaluate.",

@@ -36,6 +36,7 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
+from neumuter.cli.processes import check_place, is_first
 
 GOAL_MISSED = 3
 DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8
@@ -164,6 +165,9 @@ def unlearn(
 
     The last line says whether they are forgotten. If texts still come out, or there was nothing to forget,
     the exit code is 3.
+
+    torchrun --nproc-per-node N -m neumuter unlearn … shares the work among N processes, each with a copy of
+    MODEL: on as many GPUs, or with --device cpu.
     """
     fitted_only = {
         "existing": existing, "former": former, "keep-slopes": keep_slopes or None, "budget": budget,
@@ -182,9 +186,12 @@ def unlearn(
     check_sources(model, forget, retain, controls, existing, *(former or []))
     if rewrite_with:
         check_sources(rewrite_with)
-    check_run(out, overwrite, resume)
+    check_place(device, device_map)
+    if is_first():
+        check_run(out, overwrite, resume)
     with console.status("Importing transformers"):
         import neumuter
+        from neumuter.outcome import MUTE_FILE
         from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
         from neumuter.report.console import curve_table, outcome_sentences, outcome_table
         from neumuter.texts import read_texts
@@ -202,7 +209,7 @@ def unlearn(
         "steps": steps or DEFAULT_STEPS, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip
     support = SupportConfig(**sizes) if mode is Mode.mute else None
-    if not resume:
+    if not resume and is_first():
         remove_unfinished(out)
     with print_log():
         outcome = neumuter.unlearn(
@@ -226,14 +233,15 @@ def unlearn(
             folder=out,
             resume=resume,
         )
-    path = outcome.save(
-        out,
-        redact,
-        model=model,
-        forget=str(forget),
-        retain=str(retain) if retain else None,
-        command=shlex.join(["neumuter", *sys.argv[1:]]),
-    )
+    if is_first():
+        outcome.save(
+            out,
+            redact,
+            model=model,
+            forget=str(forget),
+            retain=str(retain) if retain else None,
+            command=shlex.join(["neumuter", *sys.argv[1:]]),
+        )
     nothing = outcome.verdict.kind == "nothing to forget"
     met = not outcome.verdict.leaks and not nothing
     if outcome.curve:
@@ -246,7 +254,7 @@ def unlearn(
     console.print(outcome_table(outcome.before, outcome.after, outcome.controls))
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
-    console.print(f"The mute file is {escape(str(path))}.", highlight=False, soft_wrap=True)
+    console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)

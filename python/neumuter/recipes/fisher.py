@@ -10,6 +10,7 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
+from neumuter.training.processes import agree
 
 SAMPLES_PER_PASS = 8
 # Retain samples that F is measured on: a random sample where there are more.
@@ -41,7 +42,7 @@ def propose_by_fisher(
     Raises:
         ValueError: a bad budget.
     """
-    check_pair(pair)
+    check_pair(pair, budget=budget, times=times, existing=existing)
     neurons = Neurons(pair.masked, existing)
     k = min(int(times * neurons.count_of(budget)), int((~neurons.excluded).sum()))
     ratios = rank_by_fisher(pair, existing) if ratios is None else ratios.to(neurons.device)
@@ -61,7 +62,7 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
     Returns:
         float32 [neurons]; −∞ for neurons that may not be selected.
     """
-    check_pair(pair)
+    check_pair(pair, existing=existing)
     neurons = Neurons(pair.masked, existing)
     forget = range(pair.forget_count)
     order = torch.randperm(pair.retain_count, generator=torch.Generator().manual_seed(0))
@@ -70,7 +71,7 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
     lost = _mean_square_gradients(pair, neurons, retain, torch.mean)
     ratios = gained / (lost + DAMPING * lost.mean())
     ratios[neurons.excluded] = -torch.inf
-    return ratios
+    return agree(ratios)
 
 
 def _mean_square_gradients(
@@ -85,13 +86,20 @@ def _mean_square_gradients(
     has a mask row of its own, so one backward pass gives the gradients of all samples apart.
     """
     total = torch.zeros(neurons.count, device=neurons.device)
+    starts: Sequence[int] = range(0, len(sample_ids), SAMPLES_PER_PASS)
+    own = len(starts)
+    if pair.processes:
+        starts, own = pair.processes.share(starts)
     with without_dropout(pair.masked.model):
-        for start in range(0, len(sample_ids), SAMPLES_PER_PASS):
+        for number, start in enumerate(starts):
             ids = sample_ids[start : start + SAMPLES_PER_PASS]
             mask = neurons.start.repeat(len(ids), 1).requires_grad_()
             by_layer = mask.split(list(neurons.widths.values()), 1)
             with pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
                 loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()
             (gradient,) = torch.autograd.grad(loss, mask)
-            total += gradient.square().sum(0)
+            if number < own:
+                total += gradient.square().sum(0)
+    if pair.processes:
+        (total,) = pair.processes.sum([total])
     return total / len(sample_ids)

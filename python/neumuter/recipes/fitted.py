@@ -22,6 +22,7 @@ from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.journal import Journal
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
+from neumuter.training.processes import agree
 from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
@@ -108,7 +109,7 @@ def fit_mutes(
         ValueError: a bad argument.
         RuntimeError: the loss diverged.
     """
-    check_pair(pair)
+    check_pair(pair, budget=budget, mode=mode, config=config, seed=seed, existing=existing)
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
     if former and mode == "mute":
@@ -160,7 +161,7 @@ def fit_gains(
     Returns:
         A MuteSet of mode "modulate" with gains in ``config.gain_range``.
     """
-    check_pair(pair)
+    check_pair(pair, mutes=mutes, config=config, seed=seed, existing=existing, keep=keep)
     neurons = Neurons(pair.masked, existing)
     new = neurons.ids(mutes)
     old = neurons.ids(existing) if existing and former else new[:0]
@@ -205,7 +206,7 @@ def refit_gains(
     Returns:
         A MuteSet with the neurons of ``existing``.
     """
-    check_pair(pair)
+    check_pair(pair, existing=existing, config=config, seed=seed)
     neurons = Neurons(pair.masked, existing)
     support = neurons.ids(existing)
     fit = _Fit(neurons, pair, config, seed, callback, former, undone)
@@ -249,7 +250,7 @@ class _Fit:
 
         self.journal.take(f"gains after step {before}", step, self.ids, steps, self.callback and tell)
         self.taken += steps
-        return gains.detach()
+        return agree(gains.detach())
 
     def make_step(self, support: Tensor, gains: Tensor, steps: int) -> Step:
         """The step that trains ``gains`` of ``support``, of which there are to be ``steps``."""
@@ -261,12 +262,12 @@ class _Fit:
         ]
         if self.former:
             held = Held(self.former, neurons, support, gains, config.margin)
-            terms.append(lambda found: held(gains).to(found.kl.device))
+            terms.append(lambda found: found.once(held(gains).to(found.kl.device)))
         if self.undone:
             # It weighs as much as what pulls the other way.
             times = max(1, len(self.former))
             raised = Held(self.undone, neurons, support, gains, config.margin, sign=-1)
-            terms.append(lambda found: times * raised(gains).to(found.kl.device))
+            terms.append(lambda found: found.once(times * raised(gains).to(found.kl.device)))
         return Step(
             self.pair,
             [gains],

@@ -14,6 +14,7 @@ from neumuter.training.adam import Adam
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import STRETCH, TEMPERATURE
 from neumuter.training.journal import Journal
+from neumuter.training.processes import agree
 from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
@@ -78,7 +79,7 @@ def train_gates(
     Raises:
         NothingSelectedError: no neuron ended below the threshold.
     """
-    check_pair(pair)
+    check_pair(pair, config=config, seed=seed)
     total = config.epochs * ceil(pair.forget_count / (config.batch_size or pair.forget_count))
 
     def tell(number: int, info: dict[str, float]) -> None:
@@ -92,7 +93,7 @@ def train_gates(
         "batch_size": config.batch_size,
         "lr": config.lr,
     }
-    return pair.masked.select(threshold=config.threshold, method=method, seed=seed)
+    return agree(pair.masked.select(threshold=config.threshold, method=method, seed=seed))
 
 
 def make_step(pair: PairedBatches, config: PaperConfig = PaperConfig(), seed: int = 0) -> Step:
@@ -111,7 +112,8 @@ def make_step(pair: PairedBatches, config: PaperConfig = PaperConfig(), seed: in
 
 def _objective(found: Measured, scores: Sequence[Tensor], config: PaperConfig) -> Tensor:
     forget_loss = found.mean(found.losses)
-    return combine_losses(forget_loss, found.kl, scores, config, forget_loss.detach())
+    parts = found.processes.count if found.processes else 1
+    return combine_losses(forget_loss, found.kl, scores, config, found.whole(forget_loss), parts)
 
 
 def _steps(pair: PairedBatches, config: PaperConfig, seed: int) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from neumuter.recipes.fitted import FittedConfig, fit_mutes
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.journal import Journal
 from neumuter.training.neurons import Neurons
+from neumuter.training.processes import agree
 from neumuter.types import Batch, Callback
 
 BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
@@ -73,7 +74,7 @@ def search_budget(
     Raises:
         ValueError: a bad argument; what ``fit_mutes`` raises.
     """
-    check_pair(pair)
+    check_pair(pair, goals=goals, budgets=budgets, mode=mode, config=config, seed=seed, existing=existing)
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"budgets must be ascending, got {budgets!r}")
     neurons, journal = Neurons(pair.masked, existing), journal or Journal()
@@ -100,7 +101,7 @@ def search_budget(
         with journal.part(f"budget {budget}"):
             mutes = fit_mutes(pair, budget, mode, config, seed, callback, existing, ratios, former, journal)
             point = journal.once("point", lambda: measure(budget, mutes))
-        points.append(point | {"met": goals.met(point)})
+        points.append(agree(point | {"met": goals.met(point)}))
         if report:
             report(points[-1])
         return mutes, points[-1]["met"]

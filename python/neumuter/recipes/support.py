@@ -13,6 +13,7 @@ from neumuter.training.gates import INITIAL_SCORE
 from neumuter.training.journal import Journal
 from neumuter.training.losses import hinge
 from neumuter.training.neurons import Neurons
+from neumuter.training.processes import agree
 from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
@@ -64,7 +65,7 @@ def find_support(
         ValueError: a bad budget.
         RuntimeError: the loss diverged.
     """
-    check_pair(pair)
+    check_pair(pair, budget=budget, config=config, seed=seed, existing=existing)
     neurons = Neurons(pair.masked, existing)
     k = neurons.count_of(budget)
     noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
@@ -100,7 +101,7 @@ def find_support(
     if scores.isnan().any():
         raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
     method = {"recipe": "fitted", "support": asdict(config)}
-    return neurons.mute_set(_find_lowest(scores, k), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
+    return neurons.mute_set(agree(_find_lowest(scores, k)), torch.zeros(k), "mute", (0.0, 1.0), method, seed)
 
 
 class _Update:

@@ -1,8 +1,9 @@
 """Forget and retain samples side by side: one masked forward pass gives both losses."""
 
+import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
+from neumuter.training.processes import find_processes
 from neumuter.training.references import References
 from neumuter.training.sources import HardFirst, InTurn
 from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
@@ -63,6 +65,9 @@ class PairedBatches:
     needs. Sample ids are positions in the forget batch followed by the retain batch, however the samples are
     split into steps. The neurons of experts that no forget token reaches are excluded from selection.
 
+    In a process group all processes must be given the same texts. Recipes then divide the samples of each
+    step among them (``processes``); what is called here directly is not divided.
+
     Args:
         masked: the handle of the model; every recipe takes it from here.
         forget_batch, retain_batch: the texts to forget and those to keep. None: no text is to be forgotten.
@@ -83,6 +88,7 @@ class PairedBatches:
         device = input_device(masked.model)
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
         self.device, self._samples = device, dict[int, _Sample]()
+        self.processes = find_processes(masked.model)
         self._batches = [{key: batch[key].cpu() for key in KEYS} for batch in (forget_batch, retain_batch)]
         # By whether they are those of all tokens.
         self._references: dict[bool, References] = {}
@@ -142,6 +148,7 @@ class PairedBatches:
         everywhere: bool = False,
         through: nn.Module | None = None,
         padded: bool = False,
+        counted: Sequence[int] | None = None,
     ) -> Inputs:
         """Gather the ``Inputs`` of samples, forget samples first, on the CPU.
 
@@ -149,15 +156,16 @@ class PairedBatches:
             everywhere, through: see ``losses``.
             padded: round their sizes up, so that many steps have the same ones: the width to a multiple of
                 ``BUCKET``, up to the positions that the model has, and the numbers of tokens to powers of 2.
+            counted: those of the samples, the first of each kind, whose tokens have a weight of 1; None: all.
         """
         split, fill = sum(i < self.forget_count for i in sample_ids), _pad if padded else _join
         kept = self._kept(everywhere, through)
         ids, places = self._lay_out(sample_ids, everywhere, padded)
         rows = [kept.rows(i - self.forget_count) for i in sample_ids[split:]]
         kinds = [fill(places[:split]), fill(places[split:])]
+        counts = self.count_tokens(sample_ids if counted is None else counted, everywhere)
         weights = [
-            (torch.arange(len(kind)) < count).float()
-            for kind, count in zip(kinds, self.count_tokens(sample_ids, everywhere), strict=True)
+            (torch.arange(len(kind)) < count).float() for kind, count in zip(kinds, counts, strict=True)
         ]
         return Inputs(
             ids=ids,
@@ -203,6 +211,15 @@ class PairedBatches:
         for i in sample_ids:
             counts[i >= self.forget_count] += len(self._places(i, everywhere))
         return counts[0], counts[1]
+
+    def describe(self) -> dict[str, str]:
+        """Describe what processes that share this must have in common: {what: a digest}."""
+        closed = torch.cat([score.detach().isinf().cpu() for score in self.masked.scores.values()])
+        return {
+            "forget_batch": _digest(self._batches[0].values()),
+            "retain_batch": _digest(self._batches[1].values()),
+            "which neurons may be selected": _digest([closed]),
+        }
 
     def _sample(self, sample_id: int) -> "_Sample":
         """The sample, taken out of its batch when it is first needed."""
@@ -278,6 +295,13 @@ def _pad(parts: Sequence[Tensor]) -> Tensor:
     return _join([*parts, torch.zeros(size - length, dtype=torch.int64)])
 
 
+def _digest(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _check(name: str, batch: Batch) -> None:
     if not isinstance(batch, Mapping):
         check_batch(name, batch)
@@ -309,6 +333,12 @@ def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
         start = 0
 
 
-def check_pair(pair: object) -> None:
-    """Raise TypeError unless ``pair`` is what recipes take."""
+def check_pair(pair: object, **given: object) -> None:
+    """Raise TypeError unless ``pair`` is what recipes take.
+
+    Where several processes share it, raise ValueError unless they were all given the same texts, neurons and
+    other arguments, which are ``given``. All of them must call it.
+    """
     check_kind("pair", pair, PairedBatches, "PairedBatches(masked, forget_batch, retain_batch)")
+    if isinstance(pair, PairedBatches) and pair.processes:
+        pair.processes.check_same(pair.describe() | given)

@@ -89,9 +89,12 @@ def capture(body: Callable[[], None], pool: Any) -> tuple[Callable[[], None], An
     return graph.replay, graph.pool()
 
 
-def find_obstacle(masked: Masked) -> str | None:
-    """Find why steps of this model run eagerly, which the log says on a GPU; None if they may be captured."""
-    reason = _obstacle(masked)
+def find_obstacle(masked: Masked, shared: bool = False) -> str | None:
+    """Find why steps of this model run eagerly, which the log says on a GPU; None if they may be captured.
+
+    shared: several processes share the steps.
+    """
+    reason = "several processes share it" if shared else _obstacle(masked)
     if reason and any(parameter.is_cuda for parameter in masked.model.parameters()):
         logger.info("Training runs eagerly, not as a CUDA graph: %s.", reason)
     return reason

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neumuter.files import PathLike, made_folder, write_atomically
 from neumuter.mutes.fingerprint import FAINTEST, distance
+from neumuter.training.processes import agree, is_first
 from neumuter.training.sources import InTurn
 from neumuter.training.step import Step, Tell
 
@@ -38,7 +39,8 @@ class Journal:
 
     The same run asks for the same names again. What is there already is not computed anew, and so a run goes
     on where an earlier process was killed, with the same bits. The file is made of the texts: its owner alone
-    may read it, and it is removed when the outcome has been saved.
+    may read it, and it is removed when the outcome has been saved. Of several processes the first one writes
+    and reads it.
 
     Args:
         folder: where ``UNFINISHED`` is written, whole or not at all; None writes nothing.
@@ -73,7 +75,9 @@ class Journal:
         self._prefix = ""
         self._start = self._written = time.monotonic()
         if resume and self.path:
-            self._go_on(self.path, kinds)
+            if is_first():
+                self._go_on(self.path, kinds)
+            self.seconds, self.history, self._found = agree((self.seconds, self.history, self._found))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -125,7 +129,7 @@ class Journal:
                 self._write()
 
     def _due(self) -> bool:
-        return self.path is not None and time.monotonic() - self._written >= SAVE_SECONDS
+        return self.path is not None and is_first() and time.monotonic() - self._written >= SAVE_SECONDS
 
     def _write(self) -> None:
         assert self.path is not None

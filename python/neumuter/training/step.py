@@ -8,7 +8,7 @@ between nothing waits for the device.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
 from neumuter.training.losses import log_odds
+from neumuter.training.processes import Processes
 from neumuter.training.sources import Watching
 
 # Steps after which the processor reads what a device did; elsewhere than here, reading is waiting.
@@ -31,15 +32,28 @@ class Measured(NamedTuple):
 
     losses: of the forget tokens, float32 [N] in nats. weights: of these tokens, float32 [N]; 0 for padding.
     kl: the mean of KL(reference ‖ masked) over the retain tokens, a scalar in nats.
+
+    Where several ``processes`` share the step, losses and weights are those of this process's tokens, and
+    means are what these add to the mean of all ``tokens`` forget tokens. An update is given the whole kl.
     """
 
     losses: torch.Tensor
     weights: torch.Tensor
     kl: torch.Tensor
+    tokens: int | None = None
+    processes: Processes | None = None
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of ``values``, float32 [N], over the forget tokens."""
-        return _mean(values, self.weights)
+        return _mean(values, self.weights, self.tokens)
+
+    def once(self, value: Tensor) -> Tensor:
+        """A term that does not depend on samples, so that it is counted once in the sum over processes."""
+        return value / self.processes.count if self.processes else value
+
+    def whole(self, mean: Tensor) -> Tensor:
+        """The sum of a mean over the processes, without a gradient."""
+        return self.processes.sum([mean])[0] if self.processes else mean.detach()
 
 
 class Update(Protocol):
@@ -61,6 +75,9 @@ class Step:
     On a GPU it becomes a CUDA graph for each size of its inputs, which are padded so that there are few. What
     cannot be captured runs eagerly, and the log says why.
 
+    Where several processes share ``pair``, each computes its share of the samples. One transfer sums the
+    gradients and what is told of the step, so that all processes make the same update.
+
     ``log_odds``, float32 [forget samples] on the device: ln(p / (1 − p)) of the counted token that is known
     best of each forget sample when a step last had it, under that step's masks; NaN if none had it.
 
@@ -72,7 +89,6 @@ class Step:
         update: changes the parameters.
         muted: measures the share of neurons that are muted, a scalar tensor; None tells 0.
         everywhere: see ``PairedBatches.losses``.
-        reduce: makes the gradients those of all processes, in place; given the parameters.
     """
 
     def __init__(
@@ -84,11 +100,10 @@ class Step:
         update: Update,
         muted: Callable[[], Tensor] | None = None,
         everywhere: bool = False,
-        reduce: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         self.pair, self.parameters, self.masks, self.terms = pair, parameters, masks, terms
-        self.update, self.muted, self.everywhere, self.reduce = update, muted, everywhere, reduce
-        obstacle = "several processes share it" if reduce else find_obstacle(pair.masked)
+        self.update, self.muted, self.everywhere = update, muted, everywhere
+        obstacle = find_obstacle(pair.masked, shared=pair.processes is not None)
         self._graphs = Graphs(self._run) if obstacle is None else None
         self.read_every = READ_EVERY.get(pair.device.type, 1)
         self.done = 0
@@ -137,11 +152,20 @@ class Step:
 
     def once(self, sample_ids: Sequence[int]) -> None:
         """Take one step, which nobody is told of, on these samples, forget samples first."""
-        inputs = self.pair.take(sample_ids, self.everywhere, padded=self._graphs is not None)
+        ids = counted = sample_ids
+        whole = None
+        if processes := self.pair.processes:
+            split = sum(i < self.pair.forget_count for i in sample_ids)
+            tokens = self.pair.count_tokens(sample_ids, self.everywhere)
+            whole = _Whole(processes, sample_ids[:split], *tokens)
+            shares = [processes.share(kind) for kind in (sample_ids[:split], sample_ids[split:])]
+            ids = [i for own, _ in shares for i in own]
+            counted = [i for own, count in shares for i in own[:count]]
+        inputs = self.pair.take(ids, self.everywhere, padded=self._graphs is not None, counted=counted)
         if self._graphs:
             self._graphs.run(inputs)
         else:
-            self._run(inputs.to(self.pair.device))
+            self._run(inputs.to(self.pair.device), whole)
         self.done += 1
 
     def run_eagerly(self) -> None:
@@ -173,38 +197,65 @@ class Step:
         if self._graphs:
             self._graphs = Graphs(self._run)
 
-    def _run(self, inputs: Inputs) -> None:
+    def _run(self, inputs: Inputs, whole: "_Whole | None" = None) -> None:
         """The step itself. It must wait for nothing, and touch no tensor but those that stay in place."""
         for parameter in self.parameters:
             parameter.grad = None
         count = len(inputs.targets)
         with self.masks(inputs, self._counter):
             losses, divergences = self.pair.evaluate(inputs, self.everywhere)
-            kl = _mean(divergences, inputs.weights[count:])
-            measured = Measured(losses, inputs.weights[:count], kl)
+            kl = _mean(divergences, inputs.weights[count:], whole and whole.retain_tokens)
+            measured = Measured(
+                losses, inputs.weights[:count], kl, whole and whole.forget_tokens, whole and whole.processes
+            )
             loss = functools.reduce(torch.add, [term(measured) for term in self.terms])
             loss.backward()
         with torch.no_grad():
-            if self.reduce:
-                self.reduce(self.parameters)
-            self.update.apply(measured, self._counter)
-            if self.pair.forget_count:
-                self._note_log_odds(inputs, measured)
+            found: Sequence[Tensor] = [loss, measured.mean(losses), kl]
+            seen = self._find_log_odds(inputs, measured) if self.pair.forget_count else self.log_odds
+            if whole:
+                found, seen = self._reduce(whole, found, seen)
+            self.update.apply(measured._replace(kl=found[2]), self._counter)
+            self.log_odds.copy_(torch.where(seen.isneginf(), self.log_odds, seen))
             muted = self.muted() if self.muted else torch.zeros_like(kl)
-            readings = [loss, measured.mean(losses), kl, muted]
-            row = torch.stack([value.detach().to(self._readings) for value in readings])
+            row = torch.stack([value.detach().to(self._readings) for value in (*found, muted)])
             self._readings.index_copy_(0, self._counter[None] % self.read_every, row[None])
             self._counter.add_(1)
 
-    def _note_log_odds(self, inputs: Inputs, measured: Measured) -> None:
+    def _find_log_odds(self, inputs: Inputs, measured: Measured) -> Tensor:
+        """``log_odds`` of the samples of these inputs, and −∞ of others."""
         padding = inputs.weights[: len(measured.losses)] == 0
         odds = log_odds(measured.losses.to(self.log_odds)).masked_fill(padding, -torch.inf)
         ids = inputs.samples.index_select(0, inputs.places[: len(odds)] // inputs.ids.shape[1])
-        seen = torch.full_like(self.log_odds, -torch.inf).scatter_reduce(0, ids, odds, "amax")
-        self.log_odds.copy_(torch.where(seen.isneginf(), self.log_odds, seen))
+        return self._by_sample(ids, odds)
+
+    def _by_sample(self, ids: Tensor, odds: Tensor) -> Tensor:
+        return torch.full_like(self.log_odds, -torch.inf).scatter_reduce(0, ids, odds, "amax")
+
+    def _reduce(
+        self, whole: "_Whole", found: Sequence[Tensor], seen: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Make the gradients, what was found and the log-odds those of the whole step."""
+        ids = torch.tensor(whole.forget, dtype=torch.int64, device=seen.device)
+        others = torch.arange(len(ids), device=seen.device) % whole.processes.count != whole.processes.rank
+        gradients = [cast(Tensor, parameter.grad) for parameter in self.parameters]
+        *sums, odds = whole.processes.sum([*gradients, *found, seen[ids].masked_fill(others, 0.0)])
+        for parameter, gradient in zip(self.parameters, sums, strict=False):
+            parameter.grad = gradient
+        return sums[len(gradients) :], self._by_sample(ids, odds)
 
 
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
+class _Whole(NamedTuple):
+    """The step of which a process computes a part: its forget samples, and the tokens that count."""
+
+    processes: Processes
+    forget: Sequence[int]
+    forget_tokens: int
+    retain_tokens: int
+
+
+def _mean(values: Tensor, weights: Tensor, count: int | None = None) -> Tensor:
     weights = weights.to(values.device)
     # Where there are no values, as of no forget sample, the mean is 0.
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+    total = weights.sum().clamp(min=1) if count is None else max(1, count)
+    return (values * weights).sum() / total

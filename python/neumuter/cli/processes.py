@@ -1,0 +1,108 @@
+"""A command in several processes, as torchrun and accelerate launch start them: one prints and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+# Commands that share their work among processes; any other would do all of it in each.
+SHARED = ("unlearn", "refit")
+# Processes wait for each other so long: they may load a large model at different speeds.
+PATIENCE = datetime.timedelta(hours=2)
+
+
+def count_processes() -> int:
+    """Count the processes that a launcher started, by its environment variable."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0 or count_processes() == 1
+
+
+def check_command(name: str | None) -> None:
+    """Raise BadParameter if a command runs in one process and was started in several."""
+    if count_processes() > 1 and name not in SHARED:
+        raise typer.BadParameter(
+            f"neumuter {name} runs in one process, but WORLD_SIZE says that {count_processes()} were "
+            f"started; several can share {' and '.join(SHARED)}"
+        )
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Context: a member of the process group of all that a launcher started, if these are several.
+
+    All but the first are silent. If one fails, its exception is raised; the others end with exit code 1.
+    """
+    if count_processes() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(rendezvous("env://"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    try:
+        with contextlib.ExitStack() as silent:
+            if rank:
+                # It writes nothing, so that it has nothing to clean up, and may be killed while it waits.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                nowhere = silent.enter_context(open(os.devnull, "w"))
+                silent.enter_context(contextlib.redirect_stdout(nowhere))
+                silent.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    except Exception:
+        if not _is_first_to_fail(store):
+            sys.exit(1)
+        raise
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _is_first_to_fail(store: Any) -> bool:
+    """Whether no other process has failed before: those that wait for one that failed, fail as well."""
+    try:
+        return bool(store.add("neumuter/failed", 1) == 1)
+    except RuntimeError:
+        # The process that kept the store is gone.
+        return False
+
+
+def check_place(device: str | None, device_map: str | None = None) -> None:
+    """Raise BadParameter or ValueError if several processes cannot each have a place for the model."""
+    if count_processes() == 1:
+        return
+    if device_map:
+        raise typer.BadParameter(
+            f"--device-map spreads a model over the devices of one process, but {count_processes()} were "
+            "started"
+        )
+    if device == "cpu":
+        return
+    if device:
+        raise typer.BadParameter(
+            "--device must be cpu in several processes, or left out: each has its own GPU"
+        )
+    import torch
+
+    here = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and here >= torch.cuda.device_count():
+        raise ValueError(
+            f"more processes were started than there are GPUs ({torch.cuda.device_count()}): start one for "
+            "each, or use --device cpu"
+        )

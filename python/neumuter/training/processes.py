@@ -1,0 +1,82 @@
+"""The processes of one job: which samples each computes, and what they make of it together.
+
+All run the same program on the same texts. Each computes its share of the samples of a step; sums over the
+tokens of all shares are reduced, so that it makes no difference how many processes there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+# Characters of a differing argument that an error shows.
+SHOWN = 60
+
+
+class Processes:
+    """The processes that share the samples of a step: ``count`` of them, of which this one is ``rank``."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def share(self, items: Sequence[Value]) -> tuple[list[Value], int]:
+        """Deal ``items`` out in turn.
+
+        Returns:
+            Those of this process, and how many of them count. The first item fills up where others have one
+            more, because all processes have to run equally many forward passes.
+        """
+        own = list(items[self.rank :: self.count])
+        most = -(-len(items) // self.count)
+        return own + list(items[:1]) * (most - len(own)), len(own)
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sum float tensors over the processes, in one transfer; the results are new tensors."""
+        flat = torch.cat([tensor.detach().flatten().to(tensors[0]) for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(one).to(one) for part, one in zip(parts, tensors, strict=True)]
+
+    def check_same(self, given: Mapping[str, object]) -> None:
+        """Raise ValueError, in all processes, if an argument is not the same in all of them."""
+        own = {name: repr(value) for name, value in given.items()}
+        found: list[dict[str, str]] = [{}] * self.count
+        dist.all_gather_object(found, own)
+        for rank, other in enumerate(found):
+            for name in given:
+                if other[name] != found[0][name]:
+                    raise ValueError(
+                        f"{name} must be the same in all processes, but is {found[0][name]:.{SHOWN}} in "
+                        f"process 0 and {other[name]:.{SHOWN}} in process {rank}"
+                    )
+
+
+def find_processes(model: nn.Module) -> Processes | None:
+    """Find the processes that share samples for ``model``: those of the process group; None if alone."""
+    return Processes() if _are_many() else None
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return not _are_many() or dist.get_rank() == 0
+
+
+def agree(value: Value) -> Value:
+    """Return what the first process gives, in all processes: a tensor, or what can be pickled."""
+    if not _are_many():
+        return value
+    if isinstance(value, torch.Tensor):
+        # Each process keeps it on its own device.
+        tensor = value.detach().clone()
+        dist.broadcast(tensor, src=0)
+        return cast(Value, tensor)
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0)
+    return cast(Value, held[0])
+
+
+def _are_many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,125 @@
+"""What the processes of a shared unlearning job do; the test itself does the same alone."""
+
+import copy
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import neumuter
+from neumuter import recipes, unlearning
+from neumuter.cli.app import main
+from neumuter.evaluation import controls, examination
+from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
+from neumuter.texts import encode, join_batches
+from neumuter.training.batches import PairedBatches
+from tests.models import VOCABULARY, build, tokenizer
+
+LENGTHS = {"forget": (5, 9, 4, 12, 7), "retain": (6, 3, 11, 8, 10, 5, 7)}
+# Of a step, by id; the last has fewer samples of a kind than there are processes.
+STEPS = ([0, 3, 1, 7, 5, 10], [2, 4, 6, 8, 9], [1, 11])
+PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example"), ("Mo,", " 5550192")]
+KEPT = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop.", "Oil it."]
+
+
+def texts(kind):
+    """Texts of random tokens, padded on the right."""
+    lengths = LENGTHS[kind]
+    generator = torch.Generator().manual_seed(len(lengths))
+    ids = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    shown = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": shown, "labels": ids.masked_fill(shown == 0, -100)}
+
+
+def trained(name):
+    """A small model that knows the texts by heart."""
+    model = build(name)
+    known = join_batches(texts("forget"), texts("retain"), encode([*PAIRS, *KEPT], tokenizer(), 32))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**known).loss.backward()
+        optimizer.step()
+    return model.requires_grad_(False)
+
+
+def steps(pair):
+    """The steps of every recipe, ready to be taken: {recipe: (step, parameters)}."""
+    neurons = recipes.fitted.Neurons(pair.masked)
+    generator = torch.Generator().manual_seed(0)
+    support = torch.randperm(neurons.count, generator=generator)[:40]
+    gains = torch.rand(40, generator=generator).requires_grad_()
+    slopes = recipes.measure_slopes(
+        pair, neurons.mute_set(support, gains.detach(), "mute", (0.0, 1.0), {}, 0)
+    )
+    fit = recipes.fitted._Fit(neurons, pair, GainsConfig(), 0, None, [slopes])
+    with torch.no_grad():
+        for number, score in enumerate(pair.masked.scores.values()):
+            noise = torch.randn(score.shape, generator=torch.Generator().manual_seed(number))
+            score.copy_(torch.where(score.isinf(), score, noise))
+    return {
+        "gains": (fit.make_step(support, gains, 4), [gains]),
+        "paper": (
+            recipes.paper.make_step(pair, PaperConfig(stop_loss=4.0), 3),
+            [*pair.masked.scores.values()],
+        ),
+    }
+
+
+def gradients(model, change=0):
+    """Of each recipe the gradients, readings and log-odds of a few steps; and the Fisher ratios."""
+    found, forget = {}, texts("forget")
+    forget["input_ids"][0, 0] += change
+    with neumuter.attach(model, start_layer=0) as masked:
+        pair = PairedBatches(masked, forget, texts("retain"))
+        found["fisher"] = recipes.fisher.rank_by_fisher(pair)
+        for name, (step, parameters) in steps(pair).items():
+            for number, ids in enumerate(STEPS):
+                told = {}
+                step.take(iter([ids]), 1, lambda _, info, told=told: told.update(info))
+                found[f"{name} {number}"] = torch.cat([one.grad.flatten() for one in parameters])
+                found[f"{name} {number} told"] = torch.tensor(list(told.values()))
+            found[f"{name} log-odds"] = step.log_odds
+            found[f"{name} state"] = torch.cat([one.detach().flatten() for one in parameters])
+    return found
+
+
+JOBS = {
+    "modulate": dict(recipe=FittedConfig(GainsConfig(steps=6, batch_size=3))),
+    "mute": dict(recipe=FittedConfig(support=SupportConfig(steps=6, batch_size=2)), mode="mute"),
+    "paper": dict(recipe=PaperConfig(epochs=3, batch_size=2, lr=1.0, sparsity=0.0, threshold=0.3)),
+    "auto": dict(recipe=FittedConfig(GainsConfig(steps=6)), budget="auto", goals=Goals(1.0)),
+}
+
+
+def unlearn(model, job, **more):
+    options = {"budget": 30, "samples": 2, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
+    with mock.patch.object(controls, "MADE_UP", 2), mock.patch.object(examination, "MAX_TOKENS", 4):
+        return neumuter.unlearn(model, tokenizer(), PAIRS, KEPT, **options | JOBS[job] | more)
+
+
+def shared(model, jobs, folder):
+    """What every process does. It writes what it found into FOLDER."""
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), torch.load(model, weights_only=False)
+    torch.save(gradients(copy.deepcopy(model)), Path(folder) / f"gradients-{rank}")
+    for job in jobs:
+        outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
+        outcome.save(Path(folder) / f"{job}-{rank}")
+    for name, value in {"seed": rank, "budget": 30 + rank}.items():
+        with pytest.raises(ValueError, match=f"{name} must be the same in all processes, but is"):
+            unlearn(model, "modulate", **{name: value})
+    with pytest.raises(ValueError, match="forget_batch must be the same in all processes"):
+        gradients(model, change=rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def command(*arguments):
+    """A command, as torchrun starts it; {rank} in an argument is the number of the process."""
+    unlearning.SAMPLES = 4
+    with mock.patch.object(controls, "MADE_UP", 2), mock.patch.object(examination, "MAX_TOKENS", 4):
+        main([argument.format(rank=os.environ["RANK"]) for argument in arguments])
