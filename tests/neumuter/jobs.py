@@ -2,6 +2,8 @@
 
 import copy
 import os
+import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 import neumuter
 from neumuter import recipes, unlearning
+from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.evaluation import controls, examination
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
@@ -123,3 +126,16 @@ def command(*arguments):
     unlearning.SAMPLES = 4
     with mock.patch.object(controls, "MADE_UP", 2), mock.patch.object(examination, "MAX_TOKENS", 4):
         main([argument.format(rank=os.environ["RANK"]) for argument in arguments])
+
+
+def write_slowly(folder):
+    """The first process writes after the other has done all, and then ends with exit code 3."""
+    rank = int(os.environ["RANK"])
+    try:
+        with processes.joined():
+            time.sleep(1 - rank)
+            (Path(folder) / str(rank)).write_text(str(time.monotonic()))
+            sys.exit(3)
+    finally:
+        if rank:
+            (Path(folder) / str(rank)).write_text(str(time.monotonic()))

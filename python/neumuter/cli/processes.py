@@ -41,7 +41,8 @@ def check_command(name: str | None) -> None:
 def joined() -> Iterator[None]:
     """Context: a member of the process group of all that a launcher started, if these are several.
 
-    All but the first are silent. If one fails, its exception is raised; the others end with exit code 1.
+    All but the first are silent, and end with exit code 0 when it ends. If one fails, its exception is
+    raised, and the others end with exit code 1.
     """
     if count_processes() == 1:
         yield
@@ -55,6 +56,7 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    code: Any = 0
     try:
         with contextlib.ExitStack() as silent:
             if rank:
@@ -63,15 +65,18 @@ def joined() -> Iterator[None]:
                 nowhere = silent.enter_context(open(os.devnull, "w"))
                 silent.enter_context(contextlib.redirect_stdout(nowhere))
                 silent.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
+            try:
+                yield
+            except SystemExit as end:
+                code = end.code
+        # They wait for the first one, because a launcher kills all as soon as one ends with another code.
+        dist.all_reduce(torch.zeros(1))
     except Exception:
         if not _is_first_to_fail(store):
             sys.exit(1)
         raise
-    except SystemExit:
-        dist.destroy_process_group()
-        raise
     dist.destroy_process_group()
+    sys.exit(0 if rank else code)
 
 
 def _is_first_to_fail(store: Any) -> bool:
