@@ -1,6 +1,7 @@
 """What the processes of a shared unlearning job do; the test itself does the same alone."""
 
 import copy
+import dataclasses
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from neumuter.cli.app import main
 from neumuter.evaluation import controls, examination
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
 from neumuter.texts import encode, join_batches
+from neumuter.training import journal
 from neumuter.training.batches import PairedBatches
 from tests.models import VOCABULARY, build, tokenizer
 
@@ -104,6 +106,30 @@ def unlearn(model, job, **more):
         return neumuter.unlearn(model, tokenizer(), PAIRS, KEPT, **options | JOBS[job] | more)
 
 
+class Killed(Exception):
+    pass
+
+
+def run_anew(model, folder, rank):
+    """The job is killed in the middle and goes on, from a file that the first process wrote and reads."""
+
+    def kill(step, total, info):
+        if step == 4:
+            raise Killed
+
+    with mock.patch.object(journal, "SAVE_SECONDS", -1):
+        with pytest.raises(Killed):
+            unlearn(model, "modulate", folder=folder / "killed", callback=kill)
+        dist.barrier()
+        steps = []
+        outcome = unlearn(
+            model, "modulate", folder=folder / "killed", resume=True,
+            callback=lambda step, *_: steps.append(step),
+        )  # fmt: skip
+    assert steps[0] == 4
+    dataclasses.replace(outcome, seconds=0).save(folder / f"resumed-{rank}")
+
+
 def shared(model, jobs, folder):
     """What every process does. It writes what it found into FOLDER."""
     dist.init_process_group("gloo")
@@ -112,6 +138,8 @@ def shared(model, jobs, folder):
     for job in jobs:
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
         outcome.save(Path(folder) / f"{job}-{rank}")
+    if "modulate" in jobs:
+        run_anew(model, Path(folder), rank)
     for name, value in {"seed": rank, "budget": 30 + rank}.items():
         with pytest.raises(ValueError, match=f"{name} must be the same in all processes, but is"):
             unlearn(model, "modulate", **{name: value})

@@ -74,3 +74,8 @@ def test_whole_jobs_end_with_the_same(about):
             for metric, value in getattr(expected, state).items():
                 assert abs(report[state][metric] - value) < 1e-4, (job, state, metric)
         assert (folder / f"{job}-folder" / "mutes.safetensors").is_file()
+        if job == "modulate":
+            resumed = {
+                (folder / f"resumed-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)
+            }
+            assert resumed == files
