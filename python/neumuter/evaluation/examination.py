@@ -25,6 +25,7 @@ from neumuter.evaluation.others import (
 )
 from neumuter.evaluation.passes import SAMPLES_PER_PASS, count_after_prompts, find_prompt_ends
 from neumuter.generation import find_end_tokens, generate
+from neumuter.models.pieces import Pieces
 from neumuter.training.losses import predicting
 from neumuter.types import Batch
 
@@ -106,11 +107,10 @@ def continue_prompts(
 ) -> list[list[int]]:
     """Continue the prompt of each text greedily, by at most ``tokens`` and ``MAX_TOKENS`` tokens."""
     ends = find_prompt_ends(batch)
-    made: list[list[int]] = [[] for _ in ends]
     # Prompts of like length go together, because all are padded to the longest.
     order = sorted(range(len(ends)), key=ends.__getitem__)
-    for start in range(0, len(order), SAMPLES_PER_PASS):
-        rows = order[start : start + SAMPLES_PER_PASS]
+
+    def continue_some(rows: Sequence[int]) -> list[list[int]]:
         longest = ends[rows[-1]]
         ids, shown = torch.zeros(2, len(rows), longest, dtype=torch.int64)
         for place, row in enumerate(rows):
@@ -124,9 +124,11 @@ def continue_prompts(
             eos_token_id=tokenizer and find_end_tokens(model, tokenizer),
             pad_token_id=(tokenizer and tokenizer.pad_token_id) or 0,
         )
-        for row, line in zip(rows, output[:, longest:].tolist(), strict=True):
-            made[row] = line
-    return made
+        lines: list[list[int]] = output[:, longest:].tolist()
+        return lines
+
+    made = [line for part in Pieces(model, SAMPLES_PER_PASS).run(continue_some, order) for line in part]
+    return [line for _, line in sorted(zip(order, made, strict=True))]
 
 
 def compare_texts(

@@ -1,25 +1,27 @@
 """How likely texts are to a model, and how far its predictions moved."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 import neumuter_kernels as nk
-from neumuter.evaluation.passes import SAMPLES_PER_PASS, predict, split_batch
+from neumuter.evaluation.passes import SAMPLES_PER_PASS, in_parts, predict
 from neumuter.training.losses import predicting, token_losses
 from neumuter.types import Batch
 
 
 def mean_token_loss(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> float:
     """Compute the mean cross-entropy in nats over all counted tokens of the batch."""
-    total, count = 0.0, 0
-    for part in split_batch(model, batch, rows):
+
+    def add(part: Batch) -> tuple[float, int]:
         losses = token_losses(predict(model, part), part["labels"])
-        total, count = total + losses.double().sum().item(), count + len(losses)
-    return total / count
+        return losses.double().sum().item(), len(losses)
+
+    totals, counts = zip(*in_parts(model, batch, add, rows), strict=True)
+    return float(sum(totals) / sum(counts))
 
 
 def perplexity(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> float:
@@ -34,11 +36,13 @@ def sample_losses(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) 
 
 def losses_by_sample(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> list[Tensor]:
     """Compute the losses in nats of each sample's counted tokens: a list of float64 [N] on the CPU."""
-    found = []
-    for part in split_batch(model, batch, rows):
-        counts = predicting(part["labels"]).sum(1).tolist()
-        found += token_losses(predict(model, part), part["labels"]).double().cpu().split(counts)
-    return found
+
+    def find(part: Batch) -> Sequence[Tensor]:
+        losses = token_losses(predict(model, part), part["labels"]).double().cpu()
+        parts: Sequence[Tensor] = losses.split(predicting(part["labels"]).sum(1).tolist())
+        return parts
+
+    return [losses for part in in_parts(model, batch, find, rows) for losses in part]
 
 
 def kl_to_original(
@@ -56,8 +60,8 @@ def kl_to_original(
         batch: input_ids, attention_mask and labels, int64 [B, T] each; −100 on tokens that do not count.
         rows: samples in one forward pass.
     """
-    total, count = 0.0, 0
-    for part in split_batch(model, batch, rows):
+
+    def add(part: Batch) -> tuple[float, int]:
         where = predicting(part["labels"])
         q = predict(model, part)[where].float()
         if isinstance(original, torch.nn.Module):
@@ -66,5 +70,7 @@ def kl_to_original(
             with original():
                 p = predict(model, part)[where].float()
         losses = nk.kl_divergence_(q.contiguous(), p)
-        total, count = total + losses.double().sum().item(), count + len(losses)
-    return total / count
+        return losses.double().sum().item(), len(losses)
+
+    totals, counts = zip(*in_parts(model, batch, add, rows), strict=True)
+    return float(sum(totals) / sum(counts))

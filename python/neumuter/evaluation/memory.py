@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
-from neumuter.evaluation.passes import count_after_prompts, find_hits, predict, split_batch
+from neumuter.evaluation.passes import count_after_prompts, find_hits, in_parts, predict
 from neumuter.generation import generate
+from neumuter.models.pieces import Pieces
 from neumuter.types import IGNORED, Batch
 
 SAMPLES_DRAWN = 100
@@ -96,7 +97,8 @@ def extraction_likelihood(
         ValueError: a sample has at most ``n`` tokens; with ``answers``, its answer has fewer than ``n``.
     """
     total = 0.0
-    samples = [s for part in split_batch(model, batch) for s in _find_misses(model, part, n, answers)]
+    found = in_parts(model, batch, lambda part: _find_misses(model, part, n, answers))
+    samples = [sample for part in found for sample in part]
     wanted = [(number, i) for number, (_, _, missed) in enumerate(samples) for i in missed]
     made = _continue_greedily(model, [(samples[number][0], i) for number, i in wanted], rows)
     by_sample: list[dict[int, list[int]]] = [{} for _ in samples]
@@ -144,9 +146,8 @@ def _continue_greedily(
 ) -> list[list[int]]:
     """Continue ids[:i] greedily to len(ids) tokens for each (ids, i); returns lists of token ids."""
     order = sorted(range(len(prefixes)), key=lambda k: len(prefixes[k][0]) - prefixes[k][1])
-    made: list[list[int]] = [[] for _ in prefixes]
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
+
+    def continue_some(chosen: Sequence[int]) -> list[list[int]]:
         longest = max(prefixes[k][1] for k in chosen)
         steps = max(len(prefixes[k][0]) - prefixes[k][1] for k in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
@@ -156,10 +157,11 @@ def _continue_greedily(
             ids[row, longest - i :], shown[row, longest - i :] = torch.tensor(text[:i]), 1
         output = generate(model, ids, shown, max_new_tokens=steps, eos_token_id=None, pad_token_id=0)
         output = output[:, longest:]
-        for row, k in enumerate(chosen):
-            text, i = prefixes[k]
-            made[k] = output[row, : len(text) - i].tolist()
-    return made
+        lengths = [len(prefixes[k][0]) - prefixes[k][1] for k in chosen]
+        return [line[:length].tolist() for line, length in zip(output, lengths, strict=True)]
+
+    made = [line for part in Pieces(model, rows).run(continue_some, order) for line in part]
+    return [line for _, line in sorted(zip(order, made, strict=True))]
 
 
 def _compute_el(ids: list[int], first: int, continued: Mapping[int, list[int]], n: int) -> float:

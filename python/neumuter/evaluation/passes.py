@@ -1,12 +1,15 @@
 """Teacher-forced forward passes, a few samples at a time."""
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from neumuter.models.pieces import Pieces
 from neumuter.types import IGNORED, Batch, check_batch, check_model
+
+Found = TypeVar("Found")
 
 SAMPLES_PER_PASS = 16
 # Of a text that counts from its start on, this share is the prompt. So many tokens before those that count
@@ -37,13 +40,22 @@ def count_after_prompts(batch: Batch) -> Batch:
     return batch | {"labels": batch["labels"].masked_fill(before.to(batch["labels"].device), IGNORED)}
 
 
-def split_batch(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> Iterator[Batch]:
-    """Yield the batch in parts of ``rows`` samples, on the model's device."""
+def in_parts(
+    model: nn.Module, batch: Batch, work: Callable[[Batch], Found], rows: int = SAMPLES_PER_PASS
+) -> Iterator[Found]:
+    """Yield what ``work`` returns for parts of the batch, on the model's device.
+
+    A part has ``rows`` samples, or fewer where these do not fit into memory.
+    """
     check_model(model)
     check_batch("batch", batch)
     device = cast(torch.device, model.device)
-    for start in range(0, len(batch["input_ids"]), rows):
-        yield {key: value[start : start + rows].to(device) for key, value in batch.items()}
+
+    def run(numbers: Sequence[int]) -> Found:
+        part = slice(numbers[0], numbers[-1] + 1)
+        return work({key: value[part].to(device) for key, value in batch.items()})
+
+    yield from Pieces(model, rows).run(run, range(len(batch["input_ids"])))
 
 
 @torch.no_grad()
@@ -61,10 +73,11 @@ def find_hits(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PASS) -> t
         Two tensors, bool [B, T − 1], on the CPU: the tokens that count, and those of them that are the arg
         max.
     """
-    found = []
-    for part in split_batch(model, batch, rows):
+
+    def find(part: Batch) -> tuple[Tensor, Tensor]:
         counted = part["labels"][:, 1:] != IGNORED
         best = predict(model, part)[:, :-1].argmax(-1)
-        found.append((counted.cpu(), (counted & (best == part["labels"][:, 1:])).cpu()))
-    every, right = zip(*found, strict=True)
+        return counted.cpu(), (counted & (best == part["labels"][:, 1:])).cpu()
+
+    every, right = zip(*in_parts(model, batch, find, rows), strict=True)
     return torch.cat(every), torch.cat(right)

@@ -1,7 +1,7 @@
-"""Copies to a device that the processor does not wait for."""
+"""Where tensors are: copies that the processor does not wait for, and parameters in parts."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -12,6 +12,11 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 def overwrite(place: Tensor, tensor: Tensor) -> None:
     """Copy a tensor to where ``place`` is; from the CPU without waiting for a GPU."""
     place.copy_(_pinned(tensor, place.device), non_blocking=True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split a parameter of ``module``."""
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from neumuter.models.devices import is_sharded
 from neumuter.models.families import ADDED_TO_PATHS, unwrapped
 from neumuter.models.ffn import FFN, Layout, features
 from neumuter.models.modes import without_dropout
@@ -165,11 +166,6 @@ def find_projection(model: nn.Module, path: str) -> FFN | None:
     parent, _, name = found[0].rpartition(".")
     dtype = getattr(network, "dtype", torch.float32)
     return FFN(parent, 0, network.get_submodule(parent), Layout(down=name), None, dtype)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split a parameter of ``module``."""
-    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def adapter_fingerprint(model: nn.Module) -> dict[str, list[float]]:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from neumuter.models.devices import is_sharded
 from neumuter.models.families import find_ffns, unwrapped
 from neumuter.models.ffn import FFN
 from neumuter.models.installed import refuse_wrapped
-from neumuter.mutes.fingerprint import TOLERANCE, distance, find_projection, is_sharded, sketch_any, sketches
+from neumuter.mutes.fingerprint import TOLERANCE, distance, find_projection, sketch_any, sketches
 from neumuter.mutes.mute_set import SKETCHES, MuteSet
 
 

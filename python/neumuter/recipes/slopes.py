@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neumuter.models.modes import without_dropout
+from neumuter.models.pieces import Pieces
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.training.batches import PairedBatches, check_pair
@@ -65,8 +66,8 @@ def find_slopes(
 
     The sample is repeated with a mask row for each token, so one backward pass gives the slopes of all.
     """
-    count = sum(pair.count_tokens([sample]))
-    for tokens in torch.arange(count).split(TOKENS_PER_PASS):
+
+    def find(tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         mask = gates.repeat(len(tokens), 1).requires_grad_()
         by_layer = mask.split(list(neurons.widths.values()), 1)
         with (
@@ -76,7 +77,9 @@ def find_slopes(
             rows = pair.sample_losses([sample] * len(tokens))
             odds = log_odds(torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)]))
         (slopes,) = torch.autograd.grad(odds.sum(), mask)
-        yield odds.detach(), slopes
+        return odds.detach(), slopes
+
+    yield from Pieces(pair.masked.model, TOKENS_PER_PASS).run(find, range(sum(pair.count_tokens([sample]))))
 
 
 class Held:
