@@ -74,12 +74,16 @@ def steps(pair):
     }
 
 
-def gradients(model, change=0):
-    """Of each recipe the gradients, readings and log-odds of a few steps; and the Fisher ratios."""
+def gradients(model, change=0, at_once=None):
+    """Of each recipe the gradients, readings and log-odds of a few steps; and the Fisher ratios.
+
+    at_once: so many samples of a step fit into memory.
+    """
     found, forget = {}, texts("forget")
     forget["input_ids"][0, 0] += change
     with neumuter.attach(model, start_layer=0) as masked:
         pair = PairedBatches(masked, forget, texts("retain"))
+        pair.at_once.size = at_once or pair.at_once.size
         found["fisher"] = recipes.fisher.rank_by_fisher(pair)
         for name, (step, parameters) in steps(pair).items():
             for number, ids in enumerate(STEPS):
@@ -134,7 +138,9 @@ def shared(model, jobs, folder):
     """What every process does. It writes what it found into FOLDER."""
     dist.init_process_group("gloo")
     rank, model = dist.get_rank(), torch.load(model, weights_only=False)
-    torch.save(gradients(copy.deepcopy(model)), Path(folder) / f"gradients-{rank}")
+    # The second process takes its share in parts.
+    found = gradients(copy.deepcopy(model), at_once=1 if rank == 1 else None)
+    torch.save(found, Path(folder) / f"gradients-{rank}")
     for job in jobs:
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
         outcome.save(Path(folder) / f"{job}-{rank}")

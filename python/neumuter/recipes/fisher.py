@@ -7,12 +7,11 @@ from torch import Tensor
 
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.training.batches import PairedBatches, check_pair
+from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches, check_pair
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
 from neumuter.training.processes import agree
 
-SAMPLES_PER_PASS = 8
 # Retain samples that F is measured on: a random sample where there are more.
 MEASURED_RETAIN = 512
 # Tokens whose log-odds lie further than this many nats below 0 are forgotten already.
@@ -85,6 +84,15 @@ def _mean_square_gradients(
     ``function`` maps the losses of a sample's counted tokens, float32 [N] in nats, to a scalar. Every sample
     has a mask row of its own, so one backward pass gives the gradients of all samples apart.
     """
+
+    def sum_squares(ids: Sequence[int]) -> Tensor:
+        mask = neurons.start.repeat(len(ids), 1).requires_grad_()
+        by_layer = mask.split(list(neurons.widths.values()), 1)
+        with pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
+            loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()
+        (gradient,) = torch.autograd.grad(loss, mask)
+        return gradient.square().sum(0)
+
     total = torch.zeros(neurons.count, device=neurons.device)
     starts: Sequence[int] = range(0, len(sample_ids), SAMPLES_PER_PASS)
     own = len(starts)
@@ -93,13 +101,9 @@ def _mean_square_gradients(
     with without_dropout(pair.masked.model):
         for number, start in enumerate(starts):
             ids = sample_ids[start : start + SAMPLES_PER_PASS]
-            mask = neurons.start.repeat(len(ids), 1).requires_grad_()
-            by_layer = mask.split(list(neurons.widths.values()), 1)
-            with pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
-                loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()
-            (gradient,) = torch.autograd.grad(loss, mask)
-            if number < own:
-                total += gradient.square().sum(0)
+            for squares in pair.pieces.run(sum_squares, ids):
+                if number < own:
+                    total += squares
     if pair.processes:
         (total,) = pair.processes.sum([total])
     return total / len(sample_ids)

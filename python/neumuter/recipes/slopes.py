@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neumuter.models.modes import without_dropout
-from neumuter.models.pieces import Pieces
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.training.batches import PairedBatches, check_pair
@@ -18,7 +17,6 @@ from neumuter.training.neurons import Neurons
 BYTES_PER_TEXT = 50_000
 # Of one neuron in it: its index and its gain.
 BYTES_PER_NEURON = 8
-TOKENS_PER_PASS = 8
 LEVELS = 127
 
 
@@ -79,7 +77,7 @@ def find_slopes(
         (slopes,) = torch.autograd.grad(odds.sum(), mask)
         return odds.detach(), slopes
 
-    yield from Pieces(pair.masked.model, TOKENS_PER_PASS).run(find, range(sum(pair.count_tokens([sample]))))
+    yield from pair.pieces.run(find, range(sum(pair.count_tokens([sample]))))
 
 
 class Held:

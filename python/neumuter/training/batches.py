@@ -14,6 +14,7 @@ from neumuter.models.devices import move
 from neumuter.models.families import input_device
 from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
+from neumuter.models.pieces import Pieces
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
 from neumuter.training.processes import find_processes
@@ -21,7 +22,7 @@ from neumuter.training.references import References
 from neumuter.training.sources import HardFirst, InTurn
 from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
 
-# Without gradients.
+# That are computed apart from each other, or without gradients.
 SAMPLES_PER_PASS = 8
 # Padded inputs are a multiple of this number of tokens wide, and have at least this number of counted tokens.
 BUCKET = 64
@@ -89,6 +90,9 @@ class PairedBatches:
         self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
         self.device, self._samples = device, dict[int, _Sample]()
         self.processes = find_processes(masked.model)
+        # Of single samples, and of those of a step.
+        self.pieces = Pieces(masked.model, SAMPLES_PER_PASS)
+        self.at_once = Pieces(masked.model, self.forget_count + self.retain_count)
         self._batches = [{key: batch[key].cpu() for key in KEYS} for batch in (forget_batch, retain_batch)]
         # By whether they are those of all tokens.
         self._references: dict[bool, References] = {}
@@ -190,12 +194,13 @@ class PairedBatches:
         hidden = self._hidden(inputs.ids, inputs.places, through)
         forget, retain = hidden.split(counts)
         reference = self._references[everywhere].read(inputs.references)
-        if reference is None:
+        if reference is None and counts[1]:
             first = inputs.split * inputs.ids.shape[1]
             ids, places = inputs.ids[inputs.split :], inputs.places[counts[0] :] - first
             # Padding is at place 0 of all rows.
             reference = self._reference(ids, places.clamp(min=0), through)
-        return self.head.token_losses(forget, inputs.targets), self.head.kl_divergences(retain, reference)
+        divergences = self.head.kl_divergences(retain, retain if reference is None else reference)
+        return self.head.token_losses(forget, inputs.targets), divergences
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
         """Compute the losses in nats of each sample's counted tokens, forget or retain: float32 [N] each."""
@@ -233,14 +238,15 @@ class PairedBatches:
     def _kept(self, everywhere: bool, through: nn.Module | None) -> References:
         """The references of all retain samples, computed when they are first asked for."""
         if everywhere not in self._references:
-            retain, size = range(self.forget_count, self.forget_count + self.retain_count), SAMPLES_PER_PASS
+            retain = range(self.forget_count, self.forget_count + self.retain_count)
             lengths = [len(self._places(i, everywhere)) for i in retain]
+
             # Of all samples at once: all processes have to run the same forward passes.
-            passes = (
-                self._lay_out(retain[start : start + size], everywhere)
-                for start in range(0, len(retain), size)
-            )
-            states = (self._reference(ids, torch.cat(places), through) for ids, places in passes)
+            def compute(samples: Sequence[int]) -> Tensor:
+                ids, places = self._lay_out(samples, everywhere)
+                return self._reference(ids, torch.cat(places), through)
+
+            states = self.pieces.run(compute, retain)
             self._references[everywhere] = References(lengths, self.head.state_bytes, states)
         return self._references[everywhere]
 

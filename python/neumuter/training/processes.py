@@ -21,6 +21,8 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        # How many sums there were.
+        self.transfers = 0
 
     def share(self, items: Sequence[Value]) -> tuple[list[Value], int]:
         """Deal ``items`` out in turn.
@@ -36,6 +38,7 @@ class Processes:
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sum float tensors over the processes, in one transfer; the results are new tensors."""
         flat = torch.cat([tensor.detach().flatten().to(tensors[0]) for tensor in tensors])
+        self.transfers += 1
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(one).to(one) for part, one in zip(parts, tensors, strict=True)]

@@ -78,6 +78,9 @@ class Step:
     Where several processes share ``pair``, each computes its share of the samples. One transfer sums the
     gradients and what is told of the step, so that all processes make the same update.
 
+    A step that does not fit into memory is taken in parts from then on, which the log says. The loss is still
+    that of the whole step, for which the parts run twice forward; and no graph is captured any more.
+
     ``log_odds``, float32 [forget samples] on the device: ln(p / (1 − p)) of the counted token that is known
     best of each forget sample when a step last had it, under that step's masks; NaN if none had it.
 
@@ -152,21 +155,43 @@ class Step:
 
     def once(self, sample_ids: Sequence[int]) -> None:
         """Take one step, which nobody is told of, on these samples, forget samples first."""
-        ids = counted = sample_ids
-        whole = None
+        ids, counts, whole = sample_ids, [True] * len(sample_ids), None
         if processes := self.pair.processes:
             split = sum(i < self.pair.forget_count for i in sample_ids)
             tokens = self.pair.count_tokens(sample_ids, self.everywhere)
             whole = _Whole(processes, sample_ids[:split], *tokens)
             shares = [processes.share(kind) for kind in (sample_ids[:split], sample_ids[split:])]
             ids = [i for own, _ in shares for i in own]
-            counted = [i for own, count in shares for i in own[:count]]
-        inputs = self.pair.take(ids, self.everywhere, padded=self._graphs is not None, counted=counted)
-        if self._graphs:
-            self._graphs.run(inputs)
-        else:
-            self._run(inputs.to(self.pair.device), whole)
+            counts = [number < count for own, count in shares for number in range(len(own))]
+        while not self._fits(ids, counts, whole):
+            # A graph is of a whole step.
+            self.run_eagerly()
+            self.pair.at_once.halve(min(self.pair.at_once.size, len(ids)))
         self.done += 1
+
+    def _fits(self, ids: Sequence[int], counts: Sequence[bool], whole: "_Whole | None") -> bool:
+        """Take a step, of whose samples some count; or leave all as it was, if that takes too much memory."""
+        at_once, self._irrevocable = self.pair.at_once, False
+        transfers = whole and whole.processes.transfers
+        size = min(at_once.size, len(ids))
+        try:
+            parts = []
+            for start in range(0, len(ids), size):
+                part = slice(start, start + size)
+                counted = [i for i, counts_too in zip(ids[part], counts[part], strict=True) if counts_too]
+                padded = self._graphs is not None
+                parts.append(self.pair.take(ids[part], self.everywhere, padded=padded, counted=counted))
+            if self._graphs:
+                self._graphs.run(*parts)
+            else:
+                self._run(*(part.to(self.pair.device) for part in parts), whole=whole)
+        except torch.OutOfMemoryError:
+            # Nor can it begin anew where other processes have taken something of it already.
+            told = whole and whole.processes.transfers != transfers
+            if self._irrevocable or told or not at_once.may_halve(size):
+                raise
+            return False
+        return True
 
     def run_eagerly(self) -> None:
         """Take all further steps without CUDA graphs."""
@@ -182,6 +207,7 @@ class Step:
             "parameters": [parameter.detach().clone() for parameter in self.parameters],
             "update": self.update.state(),
             "log_odds": self.log_odds.clone(),
+            "at_once": self.pair.at_once.size,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -189,6 +215,7 @@ class Step:
         self.done = state["done"]
         self._counter.fill_(self.done)
         self.log_odds.copy_(state["log_odds"])
+        self.pair.at_once.size = state["at_once"]
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -197,37 +224,77 @@ class Step:
         if self._graphs:
             self._graphs = Graphs(self._run)
 
-    def _run(self, inputs: Inputs, whole: "_Whole | None" = None) -> None:
+    def _run(self, *parts: Inputs, whole: "_Whole | None" = None) -> None:
         """The step itself. It must wait for nothing, and touch no tensor but those that stay in place."""
         for parameter in self.parameters:
             parameter.grad = None
-        count = len(inputs.targets)
-        with self.masks(inputs, self._counter):
-            losses, divergences = self.pair.evaluate(inputs, self.everywhere)
-            kl = _mean(divergences, inputs.weights[count:], whole and whole.retain_tokens)
-            measured = Measured(
-                losses, inputs.weights[:count], kl, whole and whole.forget_tokens, whole and whole.processes
-            )
-            loss = functools.reduce(torch.add, [term(measured) for term in self.terms])
+        if len(parts) == 1:
+            with self.masks(parts[0], self._counter):
+                losses, divergences = self.pair.evaluate(parts[0], self.everywhere)
+                measured, loss = self._weigh(parts, losses, divergences, whole)
+                loss.backward()
+        else:
+            losses, divergences = self._look_at(parts)
+            measured, loss = self._weigh(parts, losses, divergences, whole)
             loss.backward()
+            self._pass_back(parts, losses, divergences)
         with torch.no_grad():
-            found: Sequence[Tensor] = [loss, measured.mean(losses), kl]
-            seen = self._find_log_odds(inputs, measured) if self.pair.forget_count else self.log_odds
+            found: Sequence[Tensor] = [loss, measured.mean(losses), measured.kl]
+            seen = self._find_log_odds(parts, losses) if self.pair.forget_count else self.log_odds
             if whole:
                 found, seen = self._reduce(whole, found, seen)
+            self._irrevocable = True
             self.update.apply(measured._replace(kl=found[2]), self._counter)
             self.log_odds.copy_(torch.where(seen.isneginf(), self.log_odds, seen))
-            muted = self.muted() if self.muted else torch.zeros_like(kl)
+            muted = self.muted() if self.muted else torch.zeros_like(measured.kl)
             row = torch.stack([value.detach().to(self._readings) for value in (*found, muted)])
             self._readings.index_copy_(0, self._counter[None] % self.read_every, row[None])
             self._counter.add_(1)
 
-    def _find_log_odds(self, inputs: Inputs, measured: Measured) -> Tensor:
-        """``log_odds`` of the samples of these inputs, and −∞ of others."""
-        padding = inputs.weights[: len(measured.losses)] == 0
-        odds = log_odds(measured.losses.to(self.log_odds)).masked_fill(padding, -torch.inf)
-        ids = inputs.samples.index_select(0, inputs.places[: len(odds)] // inputs.ids.shape[1])
-        return self._by_sample(ids, odds)
+    def _weigh(
+        self, parts: Sequence[Inputs], losses: Tensor, divergences: Tensor, whole: "_Whole | None"
+    ) -> tuple[Measured, Tensor]:
+        """What was found in all parts of a step, and its loss, a scalar."""
+        weights = [part.weights.split([len(part.targets), len(part.references)]) for part in parts]
+        forget, retain = (torch.cat(kind) for kind in zip(*weights, strict=True))
+        kl = _mean(divergences, retain, whole and whole.retain_tokens)
+        measured = Measured(losses, forget, kl, whole and whole.forget_tokens, whole and whole.processes)
+        return measured, functools.reduce(torch.add, [term(measured) for term in self.terms])
+
+    @torch.no_grad()
+    def _look_at(self, parts: Sequence[Inputs]) -> tuple[Tensor, Tensor]:
+        """The losses and divergences of all parts, as if they were parameters.
+
+        Only from all of them follows the loss, and with what weight each of them enters it.
+        """
+        found = []
+        for part in parts:
+            with self.masks(part, self._counter):
+                found.append(self.pair.evaluate(part, self.everywhere))
+        losses, divergences = (torch.cat(kind).requires_grad_() for kind in zip(*found, strict=True))
+        return losses, divergences
+
+    def _pass_back(self, parts: Sequence[Inputs], *found: Tensor) -> None:
+        """Add what the gradients of ``_look_at``'s tensors make of the parameters', one part at a time."""
+        slopes = [torch.zeros_like(value) if value.grad is None else value.grad for value in found]
+        by_part = zip(
+            slopes[0].split([len(part.targets) for part in parts]),
+            slopes[1].split([len(part.references) for part in parts]),
+            strict=True,
+        )
+        for part, of_part in zip(parts, by_part, strict=True):
+            with self.masks(part, self._counter):
+                torch.autograd.backward(self.pair.evaluate(part, self.everywhere), of_part)
+
+    def _find_log_odds(self, parts: Sequence[Inputs], losses: Tensor) -> Tensor:
+        """``log_odds`` of the samples of these parts, and −∞ of others."""
+        padding = torch.cat([part.weights[: len(part.targets)] for part in parts]) == 0
+        odds = log_odds(losses.to(self.log_odds)).masked_fill(padding, -torch.inf)
+        ids = [
+            part.samples.index_select(0, part.places[: len(part.targets)] // part.ids.shape[1])
+            for part in parts
+        ]
+        return self._by_sample(torch.cat(ids), odds)
 
     def _by_sample(self, ids: Tensor, odds: Tensor) -> Tensor:
         return torch.full_like(self.log_odds, -torch.inf).scatter_reduce(0, ids, odds, "amax")
