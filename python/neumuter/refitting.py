@@ -15,13 +15,14 @@ from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.recipes import FittedConfig, refit_gains
+from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, join_batches
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from neumuter.types import Callback
-from neumuter.unlearning import Watch, encode_forms_of, need_tokenizer, open_network, sample_neighbours
+from neumuter.unlearning import encode_forms_of, need_tokenizer, open_network, sample_neighbours
 
 
 def refit(

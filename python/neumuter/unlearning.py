@@ -10,8 +10,8 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from neumuter.recipes import (
     search_budget,
     train_gates,
 )
-from neumuter.report.progress import show_progress
+from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, encode_forms, join_batches
 from neumuter.texts.chat import TEMPLATE_USED
@@ -322,29 +322,6 @@ def refuse_overlap(given: Sequence[GivenText]) -> None:
             f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
             f"both: take it out of one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
         )
-
-
-class Watch:
-    """Progress of each part of the job: the caller's callback, or a bar in the first process."""
-
-    def __init__(self, callback: Callback | None) -> None:
-        self.callback = callback
-
-    @contextmanager
-    def __call__(
-        self, description: str, history: list[dict[str, Any]] | None = None
-    ) -> Iterator[Callable[..., None]]:
-        """Yields ``advance(step, total, info)``, which also writes each step into ``history``."""
-        silent = None if is_first() else lambda *_: None
-        told = self.callback or silent
-        with nullcontext(told) if told else show_progress(description) as tell:
-
-            def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
-                if history is not None:
-                    history.append({"step": len(history) + 1, **(info or {})})
-                tell(step, total, {"phase": description} | (info or {}))
-
-            yield advance
 
 
 def _check_recipe(

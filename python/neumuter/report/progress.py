@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from neumuter.training.processes import is_first
+from neumuter.types import Callback
 
 # Without a terminal there is a line whenever another one of these parts is done.
 PARTS = 10
@@ -48,3 +51,26 @@ def show_progress(description: str) -> Iterator[Callable[..., None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+class Watch:
+    """Progress of each part of the job: the caller's callback, or a bar in the first process."""
+
+    def __init__(self, callback: Callback | None) -> None:
+        self.callback = callback
+
+    @contextmanager
+    def __call__(
+        self, description: str, history: list[dict[str, Any]] | None = None
+    ) -> Iterator[Callable[..., None]]:
+        """Yields ``advance(step, total, info)``, which also writes each step into ``history``."""
+        silent = None if is_first() else lambda *_: None
+        told = self.callback or silent
+        with nullcontext(told) if told else show_progress(description) as tell:
+
+            def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
+                if history is not None:
+                    history.append({"step": len(history) + 1, **(info or {})})
+                tell(step, total, {"phase": description} | (info or {}))
+
+            yield advance
