@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -45,12 +44,13 @@ from neumuter.recipes import (
     FittedConfig,
     Goals,
     PaperConfig,
+    estimate_tokens,
     fit_mutes,
     measure_slopes,
     search_budget,
     train_gates,
 )
-from neumuter.report.progress import Watch
+from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, encode_forms, join_batches
 from neumuter.texts.chat import TEMPLATE_USED
@@ -70,8 +70,11 @@ MEASURED_TEXTS = 512
 # Texts whose continuations the report shows, and that an error shows.
 SHOWN_TEXTS = 4
 
-# Of the texts to forget, the loss of the texts to keep, of the controls, and what the model says.
-_Measured = tuple[Examination, float, Examination | None, list[dict[str, str]]]
+# A backward pass takes about twice as long as the forward pass.
+PASSES = 3
+# Of the texts to forget, the loss of the texts to keep, of the controls, what the model says, and the seconds
+# that a token took on its way forward.
+_Measured = tuple[Examination, float, Examination | None, list[dict[str, str]], float]
 
 logger = logging.getLogger("neumuter")
 
@@ -233,17 +236,25 @@ def unlearn(
         asked = journal.once("asked", lambda: most_known(network, forms))
 
         def measure() -> _Measured:
+            found = examine(network, words, forms, given)
+            since = time.perf_counter()
+            loss = mean_token_loss(network, measured)
+            pace = (time.perf_counter() - since) / int(measured["attention_mask"].sum())
             return (
-                examine(network, words, forms, given),
-                mean_token_loss(network, measured),
+                found,
+                loss,
                 examine(network, words, unseen, given, "controls") if unseen else None,
                 continue_texts(network, words, asked, SHOWN_TEXTS) if words else [],
+                pace,
             )
 
-        before, retain_before, controls_before, said_before = journal.once("before", measure)
+        before, retain_before, controls_before, said_before, pace = journal.once("before", measure)
     curve = None
     with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
         pair = PairedBatches(masked, forget_batch, retain_batch)
+        if isinstance(config, FittedConfig):
+            every = " each budget tried" if isinstance(budget, str) else ""
+            announce(f"Finding neurons takes{every}", pace * PASSES * estimate_tokens(pair, mode, config))
         if isinstance(config, PaperConfig):
             mutes = train_gates(pair, config, seed, advance, journal)
         elif isinstance(budget, str):
@@ -263,7 +274,7 @@ def unlearn(
                 measured_slopes.save(made / SLOPES_FILE)
     # With slopes, the mutes are those of all requests.
     with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
-        after, retain_after, controls_after, said_after = journal.once("after", measure)
+        after, retain_after, controls_after, said_after, _ = journal.once("after", measure)
     metrics = {
         "before": before.metrics | {"retain_loss": retain_before},
         "after": after.metrics | {"retain_loss": retain_after},

@@ -62,12 +62,15 @@ class _ConsoleHandler(logging.Handler):
 
 @contextmanager
 def print_log() -> Iterator[None]:
-    """Context: what the library says while it works is printed."""
+    """Context: what the library says while it works, at level INFO and above, is printed."""
     handler, logger = _ConsoleHandler(), logging.getLogger("neumuter")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
 
 

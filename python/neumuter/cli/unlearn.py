@@ -39,7 +39,7 @@ from neumuter.cli.common import (
 from neumuter.cli.processes import check_place, is_first
 
 GOAL_MISSED = 3
-DEFAULT_BUDGET, DEFAULT_STEPS, DEFAULT_BATCH_SIZE = "0.01", 80, 8
+DEFAULT_BUDGET, DEFAULT_BATCH_SIZE = "0.01", 8
 
 
 class Mode(str, Enum):
@@ -128,7 +128,9 @@ def unlearn(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Optimisation steps; with --budget auto, of each try. Default: {DEFAULT_STEPS}."
+            min=1,
+            help="Optimisation steps; with --budget auto, of each try. Default: 80, or as many as it takes "
+            "to visit every text.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -206,7 +208,7 @@ def unlearn(
         check_size(model, start_layer, number)
     network, tokenizer = open_model(model, dtype.value, **place)
     sizes: dict[str, Any] = {
-        "steps": steps or DEFAULT_STEPS, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
+        "steps": steps, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip
     support = SupportConfig(**sizes) if mode is Mode.mute else None
     if not resume and is_first():

@@ -2,7 +2,14 @@
 
 from neumuter.recipes.baselines import mute_by_activation, mute_by_attribution, mute_random
 from neumuter.recipes.fisher import propose_by_fisher
-from neumuter.recipes.fitted import FittedConfig, GainsConfig, fit_gains, fit_mutes, refit_gains
+from neumuter.recipes.fitted import (
+    FittedConfig,
+    GainsConfig,
+    estimate_tokens,
+    fit_gains,
+    fit_mutes,
+    refit_gains,
+)
 from neumuter.recipes.paper import PaperConfig, train_gates
 from neumuter.recipes.search import Goals, search_budget
 from neumuter.recipes.slopes import measure_slopes
@@ -14,6 +21,7 @@ __all__ = [
     "Goals",
     "PaperConfig",
     "SupportConfig",
+    "estimate_tokens",
     "find_support",
     "fit_gains",
     "fit_mutes",

@@ -6,7 +6,7 @@ and KL(reference ‖ masked) on the retain tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
-from neumuter.recipes.fisher import propose_by_fisher, rank_by_fisher
+from neumuter.recipes.fisher import MEASURED_RETAIN, propose_by_fisher, rank_by_fisher
+from neumuter.recipes.schedule import choose_samples, count_steps
 from neumuter.recipes.slopes import Held
 from neumuter.recipes.support import SupportConfig, find_support
 from neumuter.training.adam import Adam, cosine
@@ -31,7 +32,8 @@ from neumuter.types import Callback
 class GainsConfig:
     """How gains are fitted: KL is held at a target."""
 
-    steps: int = 80
+    # None: see ``neumuter.recipes.schedule.count_steps``.
+    steps: int | None = None
     # How many times the budget enters where no support was trained.
     candidates: float = 3.0
     # The share of the steps after which only the budget stays.
@@ -53,7 +55,7 @@ class GainsConfig:
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.candidates < 1 or not 0 < self.choosing < 1:
+        if (self.steps is not None and self.steps < 1) or self.candidates < 1 or not 0 < self.choosing < 1:
             raise ValueError(
                 "steps and candidates must be at least 1 and choosing in (0, 1), got "
                 f"{self.steps}, {self.candidates} and {self.choosing}"
@@ -119,8 +121,8 @@ def fit_mutes(
         support = SupportConfig()
     journal = journal or Journal()
     keep = None if support else Neurons(pair.masked, existing).count_of(budget)
-    first = support.steps if support else 0
-    total = first + (gains.steps if mode == "modulate" else 0)
+    first = count_steps(pair, support.steps, support.batch_size) if support else 0
+    total = first + (count_steps(pair, gains.steps, gains.batch_size) if mode == "modulate" else 0)
 
     def report(phase: str, offset: int) -> Callback | None:
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
@@ -134,6 +136,29 @@ def fit_mutes(
     if mode == "modulate":
         mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former, journal)
     return mutes
+
+
+def estimate_tokens(
+    pair: PairedBatches, mode: str = "modulate", config: FittedConfig = FittedConfig()
+) -> int:
+    """Estimate how many tokens go through the model, forward and back, in this process's ``fit_mutes``.
+
+    Args:
+        pair, mode, config: as of ``fit_mutes``.
+    """
+    support = config.support or (SupportConfig() if mode == "mute" else None)
+    phases: list[GainsConfig | SupportConfig] = [support] if support else []
+    phases += [config.gains] if mode == "modulate" else []
+    counts, sizes = (pair.forget_count, pair.retain_count), pair.count_all_tokens()
+    # The Fisher pass reads all forget samples.
+    visits = [0, 0] if support else [counts[0], min(counts[1], MEASURED_RETAIN)]
+    for phase in phases:
+        steps = count_steps(pair, phase.steps, phase.batch_size)
+        for kind, count in enumerate(counts):
+            visits[kind] += steps * min(phase.batch_size or count, count)
+    parts = zip(sizes, visits, counts, strict=True)
+    tokens = sum(size * seen // max(1, count) for size, seen, count in parts)
+    return tokens // (pair.processes.count if pair.processes else 1)
 
 
 def fit_gains(
@@ -168,16 +193,16 @@ def fit_gains(
     support = torch.cat([old, new])
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
-    choosing = 0 if keep is None else round(config.choosing * config.steps)
     fit = _Fit(neurons, pair, config, seed, callback, former, journal=journal)
+    choosing = 0 if keep is None else round(config.choosing * fit.steps)
     if keep is not None:
         gains = fit.train(support, gains, choosing)
         moved = (gains - 1).abs()
         moved[: len(old)] = torch.inf
         chosen = moved.topk(len(old) + keep).indices
         support, gains = support[chosen], gains[chosen]
-    gains = fit.train(support, gains, config.steps - choosing)
-    method = {**mutes.method, "gains": asdict(config)}
+    gains = fit.train(support, gains, fit.steps - choosing)
+    method = {**mutes.method, "gains": asdict(replace(config, steps=fit.steps))}
     if former:
         method["former"] = len(former)
     elif existing:
@@ -210,8 +235,9 @@ def refit_gains(
     neurons = Neurons(pair.masked, existing)
     support = neurons.ids(existing)
     fit = _Fit(neurons, pair, config, seed, callback, former, undone)
-    gains = fit.train(support, neurons.start[support].clamp(*config.gain_range), config.steps)
-    method = {"recipe": "refit", "gains": asdict(config), "former": len(former), "undone": len(undone)}
+    gains = fit.train(support, neurons.start[support].clamp(*config.gain_range), fit.steps)
+    constants = asdict(replace(config, steps=fit.steps))
+    method = {"recipe": "refit", "gains": constants, "former": len(former), "undone": len(undone)}
     return neurons.mute_set(support, gains, "modulate", config.gain_range, method, seed)
 
 
@@ -233,7 +259,8 @@ class _Fit:
         self.former, self.undone, self.journal = former, undone, journal or Journal()
         self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
-        self.ids = pair.steps(config.batch_size, seed)
+        self.steps = count_steps(pair, config.steps, config.batch_size)
+        self.ids = choose_samples(pair, config.steps, config.batch_size, seed)
         self.taken = 0
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
@@ -246,7 +273,7 @@ class _Fit:
 
         def tell(number: int, info: dict[str, float]) -> None:
             if self.callback:
-                self.callback(before + number, self.config.steps, info)
+                self.callback(before + number, self.steps, info)
 
         self.journal.take(f"gains after step {before}", step, self.ids, steps, self.callback and tell)
         self.taken += steps

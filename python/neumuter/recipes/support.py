@@ -1,13 +1,14 @@
 """Which neurons hold the texts, trained: a straight-through mask that silences the k lowest scores."""
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.recipes.schedule import choose_samples, count_steps
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.gates import INITIAL_SCORE
 from neumuter.training.journal import Journal
@@ -22,7 +23,8 @@ from neumuter.types import Callback
 class SupportConfig:
     """How the support, the set of neurons, is trained."""
 
-    steps: int = 80
+    # None: see ``neumuter.recipes.schedule.count_steps``.
+    steps: int | None = None
     # Samples of each kind per step; None takes all of them.
     batch_size: int | None = 8
     # Nats per forget token that the hinge asks for.
@@ -66,6 +68,9 @@ def find_support(
         RuntimeError: the loss diverged.
     """
     check_pair(pair, budget=budget, config=config, seed=seed, existing=existing)
+    ids = choose_samples(pair, config.steps, config.batch_size, seed)
+    steps = count_steps(pair, config.steps, config.batch_size)
+    config = replace(config, steps=steps)
     neurons = Neurons(pair.masked, existing)
     k = neurons.count_of(budget)
     noise = torch.randn(neurons.count, generator=torch.Generator().manual_seed(seed))
@@ -88,16 +93,15 @@ def find_support(
             lambda found: found.mean(hinge(found.losses, config.margin)),
             lambda found: config.kl_weight * found.kl,
         ],
-        _Update(scores, config),
+        _Update(scores, config, steps),
         lambda: share,
     )
 
     def tell(number: int, info: dict[str, float]) -> None:
         if callback:
-            callback(number, config.steps, info)
+            callback(number, steps, info)
 
-    ids = pair.steps(config.batch_size, seed)
-    (journal or Journal()).take("support", step, ids, config.steps, callback and tell)
+    (journal or Journal()).take("support", step, ids, steps, callback and tell)
     if scores.isnan().any():
         raise RuntimeError("the scores are not finite: the loss was NaN or infinite in some step")
     method = {"recipe": "fitted", "support": asdict(config)}
@@ -107,8 +111,8 @@ def find_support(
 class _Update:
     """Descent with momentum, and one scale for all gradients."""
 
-    def __init__(self, scores: Tensor, config: SupportConfig) -> None:
-        self.scores, self.config = scores, config
+    def __init__(self, scores: Tensor, config: SupportConfig, steps: int) -> None:
+        self.scores, self.config, self.steps = scores, config, steps
         self.velocity = torch.zeros_like(scores)
         self.mean_square = torch.zeros((), device=scores.device)
 
@@ -119,7 +123,7 @@ class _Update:
         self.mean_square.mul_(config.decay).add_((1 - config.decay) * gradient.square().mean())
         scale = (self.mean_square / (1 - config.decay**step).float()).sqrt().clamp(min=1e-12)
         self.velocity.copy_(config.momentum * self.velocity + (1 - config.momentum) * gradient / scale)
-        lr = (config.lr * (1 - (step - 1) / config.steps)).float()
+        lr = (config.lr * (1 - (step - 1) / self.steps)).float()
         self.scores.sub_(lr * self.velocity)
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """One progress bar for everything that takes long: in a terminal, in a notebook, or as lines in a log."""
 
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,8 +12,14 @@ from tqdm.auto import tqdm
 from neumuter.training.processes import is_first
 from neumuter.types import Callback
 
+# Seconds; shorter times are not announced.
+ANNOUNCED = 60.0
+# The share of the steps after which it is clear how long the others will take.
+CLEAR = 0.05
 # Without a terminal there is a line whenever another one of these parts is done.
 PARTS = 10
+
+logger = logging.getLogger("neumuter")
 
 
 @contextmanager
@@ -53,6 +61,14 @@ def show_progress(description: str) -> Iterator[Callable[..., None]]:
             bar.close()
 
 
+def announce(what: str, seconds: float) -> None:
+    """Log how long something takes, if it is long."""
+    if seconds >= ANNOUNCED and is_first():
+        minutes = round(seconds / 60)
+        hours = f"{minutes // 60} h " if minutes >= 60 else ""
+        logger.info("%s about %s%d min.", what, hours, minutes % 60)
+
+
 class Watch:
     """Progress of each part of the job: the caller's callback, or a bar in the first process."""
 
@@ -67,8 +83,17 @@ class Watch:
         silent = None if is_first() else lambda *_: None
         told = self.callback or silent
         with nullcontext(told) if told else show_progress(description) as tell:
+            first, since, clear = 0, 0.0, False
 
             def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
+                nonlocal first, since, clear
+                now = time.perf_counter()
+                if not first:
+                    first, since = step, now
+                elif not clear and step - first >= CLEAR * total:
+                    clear = True
+                    left = (now - since) / (step - first) * (total - step)
+                    announce(f"{description}, {step} of {total} steps done: the others take", left)
                 if history is not None:
                     history.append({"step": len(history) + 1, **(info or {})})
                 tell(step, total, {"phase": description} | (info or {}))
