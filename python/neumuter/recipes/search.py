@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
@@ -89,7 +91,7 @@ def search_budget(
     def measure(budget: float, mutes: MuteSet) -> dict[str, Any]:
         model = pair.masked.model
         with pair.masked.applying(neurons.masks(mutes)):
-            asked = most_known(model, forms or [pair.forget_batch])
+            asked = most_known(model, forms or [pair.forget_rows(torch.arange(pair.forget_count))])
             return {
                 "share": budget,
                 "neurons": mutes.count,

@@ -1,7 +1,7 @@
 """Batches of token ids from texts."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.texts.chat import has_two_forms, plain, render, uses_template
 from neumuter.texts.rows import text_of
+from neumuter.texts.store import Windows
 from neumuter.texts.windows import cut_windows
 from neumuter.types import IGNORED, Batch, Text, check_batch, check_kind
 
@@ -80,13 +81,48 @@ def _encode(
     texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None
 ) -> tuple[Batch, list[int], list[str]]:
     """The batch, the number from 0 of each row's text, and what a user has to know."""
+    rows, numbers, notes = [], [], list[str]()
+    for ids, first, number in cut_texts(texts, tokenizer, max_length, chat, notes):
+        rows.append((ids, [IGNORED] * first + ids[first:]))
+        numbers.append(number)
+    longest = max(len(ids) for ids, _ in rows)
+    padding = find_padding(tokenizer)
+
+    def padded(sequences: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in sequences])
+
+    batch = {
+        "input_ids": padded([ids for ids, _ in rows], padding),
+        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+        "labels": padded([labels for _, labels in rows], IGNORED),
+    }
+    return batch, numbers, notes
+
+
+def find_padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find the token id that fills up rows."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def cut_texts(
+    texts: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat: bool | None,
+    notes: list[str],
+) -> Iterator[tuple[list[int], int, int]]:
+    """Tokenise texts one after the other, and cut them into windows; see ``encode``.
+
+    Yields:
+        The ids of each window, the position of the first that counts, and the number from 0 of its text. At
+        the end, ``notes`` has what a user has to know.
+    """
     check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
     check_kind("texts", texts, Iterable, "a list of texts")
     if isinstance(texts, str | Mapping):
         raise TypeError(f"texts must be a list of texts, got one {type(texts).__name__}: put it into a list")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    rows, numbers = [], []
     cut = lost = count = 0
     for count, text in enumerate(texts, 1):
         try:
@@ -98,13 +134,11 @@ def _encode(
             raise ValueError(
                 f"text {count} has no token to predict within max_length={max_length}: {text!r:.60}"
             )
-        rows += [(part, [IGNORED] * first + part[first:]) for part, first in windows]
-        numbers += [count - 1] * len(windows)
+        yield from ((part, first, count - 1) for part, first in windows)
         cut += len(windows) > 1
         lost += windows[0][1] < start
-    if not rows:
+    if not count:
         raise ValueError("texts holds no text")
-    notes = []
     if cut:
         notes.append(
             f"{cut} of {count} texts do not fit into {max_length} tokens: they are read in windows of that "
@@ -112,18 +146,26 @@ def _encode(
         )
     if lost:
         notes.append(f"{lost} of {count} prompts do not fit into {max_length} tokens: they lose their start.")
-    longest = max(len(ids) for ids, _ in rows)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def padded(sequences: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in sequences])
 
-    batch = {
-        "input_ids": padded([ids for ids, _ in rows], padding),
-        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
-        "labels": padded([labels for _, labels in rows], IGNORED),
-    }
-    return batch, numbers, notes
+def store_windows(
+    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None = None
+) -> Windows:
+    """Encode texts as ``encode`` does, one after the other, into a file: for more than fit into memory.
+
+    Args:
+        texts, tokenizer, max_length, chat: as of ``encode``; ``texts`` may be an iterator.
+
+    Raises:
+        TypeError, ValueError: as of ``encode``.
+    """
+    check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
+    windows, notes = Windows(find_padding(tokenizer)), list[str]()
+    for ids, first, _ in cut_texts(texts, tokenizer, max_length, chat, notes):
+        windows.add(ids, first)
+    for note in notes:
+        logger.warning(note)
+    return windows
 
 
 def join_batches(*batches: Batch) -> Batch:

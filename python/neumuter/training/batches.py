@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from neumuter.models.families import input_device
 from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
 from neumuter.models.pieces import Pieces
+from neumuter.texts.store import Windows
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
 from neumuter.training.processes import find_processes
@@ -71,38 +72,51 @@ class PairedBatches:
 
     Args:
         masked: the handle of the model; every recipe takes it from here.
-        forget_batch, retain_batch: the texts to forget and those to keep. None: no text is to be forgotten.
+        forget_batch, retain_batch: the texts to forget and those to keep, or ``Windows`` of more than fit
+            into memory. None: no text is to be forgotten.
 
     Raises:
         ValueError: a batch, which the message names, is empty or malformed; or the model's logits are not a
             function of its last hidden states.
     """
 
-    def __init__(self, masked: Masked, forget_batch: Batch | None, retain_batch: Batch) -> None:
+    def __init__(
+        self, masked: Masked, forget_batch: Batch | Windows | None, retain_batch: Batch | Windows
+    ) -> None:
         check_kind("masked", masked, Masked, "the handle that neumuter.attach(model) returns")
         _check("retain_batch", retain_batch)
         if forget_batch is None:
-            forget_batch = {key: retain_batch[key][:0] for key in KEYS}
+            forget_batch = {key: torch.zeros(0, 1, dtype=torch.int64) for key in KEYS}
         else:
             _check("forget_batch", forget_batch)
-        self.masked, self.forget_batch = masked, forget_batch
+        self.masked = masked
         device = input_device(masked.model)
-        self.forget_count, self.retain_count = len(forget_batch["labels"]), len(retain_batch["labels"])
+        self._batches = [
+            batch if isinstance(batch, Windows) else {key: batch[key].cpu() for key in KEYS}
+            for batch in (forget_batch, retain_batch)
+        ]
+        self.forget_count, self.retain_count = (
+            len(batch) if isinstance(batch, Windows) else len(batch["labels"]) for batch in self._batches
+        )
         self.device, self._samples = device, dict[int, _Sample]()
         self.processes = find_processes(masked.model)
         # Of single samples, and of those of a step.
         self.pieces = Pieces(masked.model, SAMPLES_PER_PASS)
         self.at_once = Pieces(masked.model, self.forget_count + self.retain_count)
-        self._batches = [{key: batch[key].cpu() for key in KEYS} for batch in (forget_batch, retain_batch)]
         # By whether they are those of all tokens.
         self._references: dict[bool, References] = {}
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS].to(device))
             if self.forget_count:
-                pieces = (forget_batch[key].split(SAMPLES_PER_PASS) for key in KEYS)
-                masked.keep_unreached_open(
-                    dict(zip(KEYS, piece, strict=True)) for piece in zip(*pieces, strict=True)
-                )
+                parts = torch.arange(self.forget_count).split(SAMPLES_PER_PASS)
+                masked.keep_unreached_open(self.forget_rows(part) for part in parts)
+
+    def forget_rows(self, numbers: Tensor) -> Batch:
+        """The forget samples ``numbers``, int64 [B], as a batch."""
+        batch = self._batches[0]
+        if isinstance(batch, Windows):
+            return batch.rows(numbers.tolist())
+        return {key: batch[key][numbers] for key in KEYS}
 
     def steps(self, batch_size: int | None, seed: int) -> InTurn:
         """Make lists of sample ids without end: see ``InTurn``."""
@@ -214,37 +228,48 @@ class PairedBatches:
         """Count the losses and the divergences that ``token_losses`` gives for these samples."""
         counts = [0, 0]
         for i in sample_ids:
-            counts[i >= self.forget_count] += len(self._places(i, everywhere))
+            counts[i >= self.forget_count] += self._count_places(i, everywhere)
         return counts[0], counts[1]
 
     def count_all_tokens(self) -> tuple[int, int]:
         """Count the tokens of all forget and of all retain samples, whether they count in losses or not."""
-        forget, retain = (int(batch["attention_mask"].sum()) for batch in self._batches)
+        forget, retain = (
+            batch.tokens if isinstance(batch, Windows) else int(batch["attention_mask"].sum())
+            for batch in self._batches
+        )
         return forget, retain
 
     def describe(self) -> dict[str, str]:
         """Describe what processes that share this must have in common: {what: a digest}."""
         closed = torch.cat([score.detach().isinf().cpu() for score in self.masked.scores.values()])
         return {
-            "forget_batch": _digest(self._batches[0].values()),
-            "retain_batch": _digest(self._batches[1].values()),
-            "which neurons may be selected": _digest([closed]),
+            "forget_batch": _digest(self._batches[0]),
+            "retain_batch": _digest(self._batches[1]),
+            "which neurons may be selected": _digest({"closed": closed}),
         }
 
     def _sample(self, sample_id: int) -> "_Sample":
-        """The sample, taken out of its batch when it is first needed."""
+        """The sample, taken out of its batch when it is first needed, and out of a file each time."""
+        batch, row = self._find(sample_id)
+        if isinstance(batch, Windows):
+            ids, first = batch[row]
+            return _Sample(ids, torch.arange(max(1, first), len(ids)) - 1, ids[max(1, first) :])
         if sample_id not in self._samples:
-            retained = sample_id >= self.forget_count
-            row = sample_id - retained * self.forget_count
-            ids, mask, labels = (self._batches[retained][key][row] for key in KEYS)
-            self._samples[sample_id] = _Sample(ids, mask, labels)
+            ids, mask, labels = (batch[key][row] for key in KEYS)
+            positions = predicting(labels[None])[0].nonzero().flatten()
+            self._samples[sample_id] = _Sample(ids[: int(mask.sum())], positions, labels[positions + 1])
         return self._samples[sample_id]
+
+    def _find(self, sample_id: int) -> tuple[Batch | Windows, int]:
+        """Where a sample is, and its number there."""
+        retained = sample_id >= self.forget_count
+        return self._batches[retained], sample_id - retained * self.forget_count
 
     def _kept(self, everywhere: bool, through: nn.Module | None) -> References:
         """The references of all retain samples, computed when they are first asked for."""
         if everywhere not in self._references:
             retain = range(self.forget_count, self.forget_count + self.retain_count)
-            lengths = [len(self._places(i, everywhere)) for i in retain]
+            lengths = [self._count_places(i, everywhere) for i in retain]
 
             # Of all samples at once: all processes have to run the same forward passes.
             def compute(samples: Sequence[int]) -> Tensor:
@@ -278,6 +303,14 @@ class PairedBatches:
         ids = torch.stack([F.pad(sample, (0, width - len(sample))) for sample in samples])
         return ids, [self._places(i, everywhere) + row * width for row, i in enumerate(sample_ids)]
 
+    def _count_places(self, sample_id: int, everywhere: bool) -> int:
+        """Count the ``_places`` of a sample."""
+        batch, row = self._find(sample_id)
+        if isinstance(batch, Windows):
+            retained = sample_id >= self.forget_count
+            return batch.size(row) if everywhere and retained else batch.count(row)
+        return len(self._places(sample_id, everywhere))
+
     def _places(self, sample_id: int, everywhere: bool) -> Tensor:
         """Where a sample's counted tokens are predicted; everywhere, all positions of a retain sample."""
         sample = self._sample(sample_id)
@@ -286,12 +319,12 @@ class PairedBatches:
         return sample.positions
 
 
-class _Sample:
-    """One row of a batch: ids [T] without padding, counted tokens [N], and where these are predicted [N]."""
+class _Sample(NamedTuple):
+    """One row of a batch: ids [T] without padding, where counted tokens are predicted [N], and these [N]."""
 
-    def __init__(self, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
-        self.positions = predicting(labels[None])[0].nonzero().flatten()
-        self.ids, self.targets = ids[: int(attention_mask.sum())], labels[self.positions + 1]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
@@ -306,14 +339,20 @@ def _pad(parts: Sequence[Tensor]) -> Tensor:
     return _join([*parts, torch.zeros(size - length, dtype=torch.int64)])
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
+def _digest(batch: Mapping[str, Tensor] | Windows) -> str:
+    if isinstance(batch, Windows):
+        return batch.digest()
     found = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in batch.values():
         found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
-def _check(name: str, batch: Batch) -> None:
+def _check(name: str, batch: Batch | Windows) -> None:
+    if isinstance(batch, Windows):
+        if not len(batch):
+            raise ValueError(f"{name} holds no window")
+        return
     if not isinstance(batch, Mapping):
         check_batch(name, batch)
     shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
