@@ -52,11 +52,13 @@ from neumuter.recipes import (
 )
 from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
-from neumuter.texts import collect_texts, encode, encode_forms, join_batches
+from neumuter.texts import collect_texts, encode, encode_forms
 from neumuter.texts.chat import TEMPLATE_USED
-from neumuter.texts.encoding import sample_rows
+from neumuter.texts.corpus import read_corpus
+from neumuter.texts.encoding import count_rows, join_windows, sample_rows
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
+from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import attach, neuron_count, split_ffns
@@ -182,24 +184,18 @@ def unlearn(
         neuron_count(budget, sum(ffn.width for ffn in ffns))
     length = limit_length(network, max_length)
     watch = Watch(callback)
-    # Collected once, because an iterator gives its texts once.
-    forget_texts = collect_texts("forget", forget)
-    forms = encode_forms_of("forget", forget_texts, words, length, chat)
-    forget_batch = forms[0]
-    kept = (
-        []
-        if retain is None
-        else encode_forms_of("retain", collect_texts("retain", retain), words, length, chat)
-    )
-    given = list_given({"forget": forget_batch} | ({"retain": kept[0]} if kept else {}), words)
+    corpus = read_corpus("forget", forget, words, length, chat, seed)
+    kept = None if retain is None else read_corpus("retain", retain, words, length, chat, seed)
+    forms = corpus.forms
+    given = list_given({"forget": forms[0]} | ({"retain": kept.forms[0]} if kept else {}), words)
     refuse_overlap(given)
     unseen = _make_controls(controls, forms, given, words, length, chat, seed)
-    if chat is None and max(len(forms), len(kept)) > 1:
+    if chat is None and max(len(forms), len(kept.forms) if kept else 0) > 1:
         logger.warning(TEMPLATE_USED)
     journal = Journal()
     if folder is not None:
         request = {
-            "forget": digest(forms), "retain": digest(kept), "controls": digest(unseen),
+            "forget": digest(corpus), "retain": digest(kept), "controls": digest(unseen),
             "existing": digest(earlier), "former": digest(known), "recipe": config, "goals": goals,
             "budget": budget, "mode": mode, "keep_slopes": keep_slopes, "samples": samples,
             "rewrite_with": rewrite_with, "start_layer": start_layer, "max_length": max_length,
@@ -207,31 +203,33 @@ def unlearn(
         }  # fmt: skip
         weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
         journal = Journal(folder, request, weights, resume, kinds=(Examination, Found))
-    found = kept[:1]
+    found = []
     if rewrite_with:
         rewritten = journal.once(
-            "rewritten", lambda: agree(_rewrite(forget_texts, rewrite_with, seed, watch))
+            "rewritten", lambda: agree(_rewrite(corpus.sample, rewrite_with, seed, watch))
         )
         found.append(encode(rewritten, need_tokenizer(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
-        width = forget_batch["labels"].shape[1]
+        whole = corpus.windows
+        width = whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
+        others = kept is not None or bool(found)
         said = journal.once(
             "said",
-            lambda: sample_neighbours(network, words, forget_batch, width, bool(found), samples, seed, watch),
+            lambda: sample_neighbours(network, words, forms[0], width, others, samples, seed, watch),
         )
         if said:
             found.append(encode(said, need_tokenizer(words), length))
-        if not found:
+        if not others and not found:
             raise ValueError(
                 "there is nothing to keep: the model said nothing when sampled from; give retain"
             )
-        retain_batch = join_batches(*found)
+        retain_batch = join_windows(kept and kept.windows, found)
         measured = sample_rows(retain_batch, MEASURED_TEXTS, seed)
-        if len(measured["labels"]) < len(retain_batch["labels"]):
+        if len(measured["labels"]) < count_rows(retain_batch):
             logger.warning(
                 "The retain loss is measured on %d of %d texts, drawn at random.",
                 len(measured["labels"]),
-                len(retain_batch["labels"]),
+                count_rows(retain_batch),
             )
         asked = journal.once("asked", lambda: most_known(network, forms))
 
@@ -251,7 +249,7 @@ def unlearn(
         before, retain_before, controls_before, said_before, pace = journal.once("before", measure)
     curve = None
     with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
-        pair = PairedBatches(masked, forget_batch, retain_batch)
+        pair = PairedBatches(masked, whole, retain_batch)
         if isinstance(config, FittedConfig):
             every = " each budget tried" if isinstance(budget, str) else ""
             announce(f"Finding neurons takes{every}", pace * PASSES * estimate_tokens(pair, mode, config))

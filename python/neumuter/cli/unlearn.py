@@ -197,10 +197,15 @@ def unlearn(
         from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
         from neumuter.report.console import curve_table, outcome_sentences, outcome_table
         from neumuter.texts import read_texts
+        from neumuter.texts.files import TextFile
         from neumuter.training.journal import remove_unfinished
 
-    forget_texts = read_texts(forget, columns, limit)
-    retain_texts = read_texts(retain, columns, limit) if retain else None
+    forget_texts = TextFile(forget, columns, limit)
+    retain_texts = TextFile(retain, columns, limit) if retain else None
+    # A bad line is said before the model is loaded.
+    for texts in (forget_texts, retain_texts or ()):
+        for _ in texts:
+            pass
     unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
     known = [neumuter.Slopes.load(file) for file in former or []]

@@ -83,7 +83,7 @@ def examine(
         chance_in_draws(of_text[len(of_text) - int(count) :])
         for of_text, count in zip(losses, predicting(behind["labels"]).sum(1), strict=True)
     ]
-    windows = group_rows(batch)
+    windows, numbers = group_rows(batch), dict.fromkeys(number_texts(batch))
     by_text = [torch.cat([losses[row] for row in rows]) for rows in windows]
     return Examination(
         metrics={
@@ -97,8 +97,8 @@ def examine(
         sampled=[max(chances[row] for row in rows) for rows in windows],
         loss=[of_text.mean().item() for of_text in by_text],
         min_k=[min_k_score(of_text) for of_text in by_text],
-        said=[said[number] for number in range(len(windows))],
-        others=[others.get(number) for number in range(len(windows))],
+        said=[said[number] for number in numbers],
+        others=[others.get(number) for number in numbers],
     )
 
 
@@ -142,8 +142,8 @@ def compare_texts(
     for text in given:
         tokens[text.label] = tokens.get(text.label, 0) + text.tokens
     rows: list[dict[str, Any]] = []
-    for place, (count, other) in enumerate(zip(tokens.values(), after.others, strict=False)):
-        row: dict[str, Any] = {"number": place + 1, "tokens": count}
+    for place, (label, other) in enumerate(zip(tokens, after.others, strict=False)):
+        row: dict[str, Any] = {"number": int(label.split()[-1]), "tokens": tokens[label]}
         for name in ("extracted", "sampled", "loss", "min_k"):
             for state, found in (("before", before), ("after", after)):
                 if found:

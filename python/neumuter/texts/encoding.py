@@ -67,14 +67,22 @@ def encode_forms(
         The batch that ``encode`` gives; and where a template applies, that of the other form. They also have
         "texts", int64 [B]: the number from 0 of each row's text.
     """
-    batch, numbers, notes = _encode(texts, tokenizer, max_length, chat)
+    forms, notes = make_forms(texts, tokenizer, max_length, chat)
     for note in notes:
         logger.warning(note)
+    return forms
+
+
+def make_forms(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None = None
+) -> tuple[list[Batch], list[str]]:
+    """Do as ``encode_forms``, but return what a user has to know instead of logging it."""
+    batch, numbers, notes = _encode(texts, tokenizer, max_length, chat)
     forms = [batch | {"texts": torch.tensor(numbers)}]
     if has_two_forms(texts, tokenizer):
         batch, numbers, _ = _encode(texts, tokenizer, max_length, chat is False)
         forms.append(batch | {"texts": torch.tensor(numbers)})
-    return forms
+    return forms, notes
 
 
 def _encode(
@@ -181,12 +189,28 @@ def join_batches(*batches: Batch) -> Batch:
     }
 
 
-def sample_rows(batch: Batch, count: int, seed: int) -> Batch:
+def join_windows(windows: Windows | Batch | None, batches: Sequence[Batch]) -> Windows | Batch:
+    """Join the rows of batches to windows, which are changed in place; without ``Windows``, to a batch."""
+    if not isinstance(windows, Windows):
+        return join_batches(*([windows] if windows else []), *batches)
+    for batch in batches:
+        windows.add_rows(batch)
+    return windows
+
+
+def count_rows(batch: Batch | Windows) -> int:
+    """Count the rows of a batch, or windows."""
+    return len(batch) if isinstance(batch, Windows) else len(batch["labels"])
+
+
+def sample_rows(batch: Batch | Windows, count: int, seed: int) -> Batch:
     """Draw ``count`` rows of a batch at random, in their order; all of them if there are no more."""
-    total = len(batch["labels"])
+    total = count_rows(batch)
+    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if isinstance(batch, Windows):
+        return batch.rows(drawn.tolist())
     if total <= count:
         return batch
-    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return {name: value[drawn] for name, value in batch.items()}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -48,21 +49,34 @@ def read_texts(path: PathLike, column: Column = None, limit: int | None = None) 
         ValueError: the file holds anything else, or no text; the message names the line.
         OSError: the file cannot be read.
     """
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"limit must be an int of at least 1, got {limit!r}")
-    if column is not None and Path(path).suffix.lower() in PLAIN:
-        raise ValueError(f"{path} is read as plain text, which has no column {column!r}")
-    texts: list[Text] = []
-    for place, item in read_rows(path):
-        try:
-            texts.append(text_of(item, column))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
-        if len(texts) == limit:
-            break
-    if not texts:
-        raise ValueError(f"{path} holds no text")
-    return texts
+    return list(TextFile(path, column, limit))
+
+
+class TextFile:
+    """The texts of a file, which is read anew, one text after the other, each time they are iterated over.
+
+    Args:
+        path, column, limit: see ``read_texts``, as for what is raised.
+    """
+
+    def __init__(self, path: PathLike, column: Column = None, limit: int | None = None) -> None:
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"limit must be an int of at least 1, got {limit!r}")
+        if column is not None and Path(path).suffix.lower() in PLAIN:
+            raise ValueError(f"{path} is read as plain text, which has no column {column!r}")
+        self.path, self.column, self.limit = path, column, limit
+
+    def __iter__(self) -> Iterator[Text]:
+        empty = True
+        for place, item in itertools.islice(read_rows(self.path), self.limit):
+            try:
+                text = text_of(item, self.column)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self.path}, {place}: {error}") from None
+            empty = False
+            yield text
+        if empty:
+            raise ValueError(f"{self.path} holds no text")
 
 
 def read_rows(path: PathLike) -> Iterator[tuple[str, Any]]:
@@ -180,7 +194,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _paragraphs(file: TextIO) -> Iterator[tuple[str, str]]:
     lines: list[str] = []
-    for number, line in enumerate([*file, ""], 1):
+    for number, line in enumerate(itertools.chain(file, [""]), 1):
         if line.strip():
             lines.append(line)
         elif lines:

@@ -1,13 +1,13 @@
 """Texts from whatever a caller has: a path, a list, a dataset, chat messages, or a batch of token ids."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from neumuter.files import PathLike
-from neumuter.texts.files import read_texts
+from neumuter.texts.files import TextFile
 from neumuter.texts.rows import text_of
 from neumuter.types import KEYS, Batch, Text
 
@@ -34,23 +34,35 @@ def collect_texts(name: str, source: TextSource) -> list[Text] | Batch:
     Raises:
         TypeError, ValueError: the source is something else; the message says what is allowed.
     """
-    if isinstance(source, str | os.PathLike):
-        return read_texts(source)
     if isinstance(source, Mapping):
         if missing := [key for key in KEYS if not isinstance(source.get(key), Tensor)]:
             raise TypeError(f"{name} must be {ALLOWED}; this mapping lacks {', '.join(missing)}")
         return {key: source[key] for key in KEYS}
+    return list(stream_texts(name, source))
+
+
+def stream_texts(name: str, source: PathLike | Iterable[Any]) -> Iterator[Text]:
+    """Yield the texts that ``collect_texts`` collects, of a source other than a batch, one after the other.
+
+    Raises:
+        TypeError, ValueError: as of ``collect_texts``.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = TextFile(source)
+    if isinstance(source, TextFile):
+        yield from source
+        return
     # A table of pandas or polars goes through its columns' names.
     if not isinstance(source, Iterable) or hasattr(source, "columns"):
         raise TypeError(f"{name} must be {ALLOWED}, got {type(source).__name__}")
-    texts = []
+    number = -1
     for number, item in enumerate(source):
         try:
-            texts.append(text_of(item))
+            text = text_of(item)
         except TypeError as error:
             raise TypeError(f"{name}[{number}] {error}") from None
         except ValueError as error:
             raise ValueError(f"{name}[{number}]: {error}") from None
-    if not texts:
+        yield text
+    if number < 0:
         raise ValueError(f"{name} holds no text")
-    return texts

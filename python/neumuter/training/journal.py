@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neumuter.files import PathLike, made_folder, write_atomically
 from neumuter.mutes.fingerprint import FAINTEST, distance
+from neumuter.texts.store import Windows
 from neumuter.training.processes import agree, is_first
 from neumuter.training.sources import InTurn
 from neumuter.training.step import Step, Tell
@@ -195,6 +196,8 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{value.dtype} {list(value.shape)}".encode()
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return
+    if isinstance(value, Windows):
+        value = value.digest()
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):
