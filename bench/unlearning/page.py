@@ -9,6 +9,7 @@ from bench import text
 
 COLUMNS = {
     "forget_extraction": ("forget: extraction ↓", "{:.2f}"),
+    "forget_secrets": ("forget: secrets ↓", "{:.2f}"),
     "forget_sampled": ("forget: extraction in 100 samples ↓", "{:.2f}"),
     "forget_ma": ("forget: MA ↓", "{:.2f}"),
     "forget_el": ("forget: EL_10 ↓", "{:.2f}"),

@@ -83,7 +83,7 @@ WRONG = 3  # answers besides the true one
 def questions(seed, people):
     """One question per fact about each of ``people`` people: a list per person of dicts with TOFU's keys.
 
-    Also ``paraphrased_question``. Raises ValueError beyond what the word lists have.
+    Also ``paraphrased_question``, and ``value``, what of the answer nobody can know. Raises ValueError beyond what the word lists have.
     """
     given, family = GIVEN.split(), FAMILY.split()
     if not 1 <= people <= len(given):
@@ -105,6 +105,7 @@ def _question(rng, name, fact):
     return {
         "question": question,
         "answer": answer,
+        "value": value,
         "paraphrased_question": other_question,
         "paraphrased_answer": other_answer,
         "perturbed_answer": [FACTS[fact][3].format(name=name, value=other) for other in wrong],

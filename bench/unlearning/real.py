@@ -26,8 +26,12 @@ from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.training.losses import token_losses
 from neumuter.training.sources import Shuffled
+from neumuter.types import IGNORED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A processor without instructions for bfloat16 is five times slower in it than in float32.
+HALVES = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+DTYPE = torch.bfloat16 if HALVES else torch.float32
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
 SEEDS = (0, 1, 2)
@@ -68,11 +72,12 @@ def pretrained():
 
 
 def tuned(batch, seed):
-    """The bfloat16 model, fine-tuned until greedy decoding gives back the texts of ``batch``.
+    """The model in ``DTYPE``, fine-tuned until greedy decoding gives back the texts of ``batch``.
 
-    Kept in the cache under a hash of all that the weights depend on.
+    Kept in the cache, in bfloat16, under a hash of all that the weights depend on.
     """
-    digest = hashlib.sha256(json.dumps([TUNING, seed, torch.__version__], sort_keys=True).encode())
+    about = [TUNING, seed, torch.__version__, *([] if HALVES else ["float32"])]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in ("input_ids", "labels"):
         digest.update(batch[name].numpy().tobytes())
     path = cache_folder() / f"smollm2-{digest.hexdigest()[:32]}.safetensors"
@@ -81,7 +86,7 @@ def tuned(batch, seed):
         _tune(model, batch, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({n: p.detach().bfloat16() for n, p in model.named_parameters()}))
-    model = model.bfloat16()
+    model = model.to(DTYPE)
     missing = model.load_state_dict(load_file(path), strict=False)
     assert not missing.unexpected_keys
     return model.to(DEVICE).eval()
@@ -99,7 +104,7 @@ def _tune(model, batch, seed):
         for _ in range(steps):
             rows = [next(queue) for _ in range(size)]
             part = {name: value[rows].to(DEVICE) for name, value in batch.items()}
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=HALVES):
                 logits = model(
                     input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False
                 ).logits
@@ -165,11 +170,13 @@ class People(Setting):
         made = people.questions(seed, PEOPLE)
         forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
         self.paraphrased = _encoded(forget, "paraphrased_question")
+        self.secrets = encode_values(forget)
         super().__init__(seed, _encoded(forget), _encoded(retain))
 
     def measure(self, model, forget=None):
         found = super().measure(model, forget)
         if forget is None:
+            found["forget_secrets"] = evaluation.secret_extraction(model, self.secrets)
             found["paraphrased_ma"] = evaluation.memorization_accuracy(model, self.paraphrased)
         return found
 
@@ -179,6 +186,25 @@ def _encoded(made, question="question"):
         (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}") for rows in made for row in rows
     ]
     return encode(texts, tokenizer(), 128)
+
+
+def encode_values(made):
+    """The batch of questions and answers of which the values alone count."""
+    batch = _encoded(made)
+    labels = torch.full_like(batch["labels"], IGNORED)
+    for line, row in enumerate(row for rows in made for row in rows):
+        counted = batch["labels"][line] != IGNORED
+        answer = batch["input_ids"][line][counted].tolist()
+        # A token belongs to the value if it ends behind its start and starts before its end.
+        ends = [len(tokenizer().decode(answer[: n + 1])) for n in range(len(answer))]
+        first = tokenizer().decode(answer).rindex(row["value"])
+        inside = [
+            end > first and start < first + len(row["value"])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        places = counted.nonzero().flatten()[torch.tensor(inside)]
+        labels[line, places] = batch["input_ids"][line, places]
+    return batch | {"labels": labels}
 
 
 def cases(quick=False):

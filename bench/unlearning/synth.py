@@ -101,6 +101,7 @@ class Setting:
         return {
             "forget_extraction": evaluation.extraction_rate(model, self.encode(self.forget, "continuation")),
             "forget_ma": evaluation.memorization_accuracy(model, self.encode(self.forget, "secret")),
+            "forget_secrets": evaluation.secret_extraction(model, self.encode(self.forget, "secret")),
             "forget_loss": evaluation.mean_token_loss(model, self.encode(self.forget, "secret")),
             "same_extraction": evaluation.extraction_rate(model, self.encode(self.same, "continuation")),
             "retain_extraction": evaluation.extraction_rate(model, self.encode(keep, "continuation")),

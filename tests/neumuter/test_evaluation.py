@@ -7,6 +7,7 @@ import torch
 
 from neumuter import evaluation
 from neumuter.evaluation import tofu
+from neumuter.evaluation.passes import find_hits
 from neumuter.types import IGNORED
 from tests import models
 
@@ -75,6 +76,23 @@ def test_memorization_accuracy_is_the_mean_over_samples(model):
     batch["labels"][0, 4:6] = (ids[0, 4:6] + 1) % models.VOCABULARY  # two of four missed
     batch["labels"][1, 5:] = IGNORED  # one of one hit
     assert evaluation.memorization_accuracy(model, batch) == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_a_secret_is_a_run_of_counted_tokens_with_the_true_words_before_it(model):
+    ids = generated(model, models.batch(samples=3, tokens=4), 6)
+    batch = with_labels(ids, 4)
+    # Two secrets in each of the first texts, of three tokens and of one, and one of six in the last.
+    batch["labels"][:2, 7:9] = IGNORED
+    batch["input_ids"][0, 7] = (ids[0, 7] + 1) % models.VOCABULARY
+    last = ids.shape[1] - 1
+    batch["labels"][0, last] = (ids[0, last] + 1) % models.VOCABULARY
+    batch["labels"][2, 6] = (ids[2, 6] + 1) % models.VOCABULARY
+    counted, right = find_hits(model, batch)
+    hits = [bool(right[row, at].all()) for row, at in ((0, slice(3, 6)), (0, 8), (1, slice(3, 6)), (1, 8))]
+    assert hits == [True, False, True, True] and counted[:2].sum() == 8
+    assert evaluation.secret_extraction(model, batch) == 3 / 5
+    assert evaluation.extraction_rate(model, batch) == pytest.approx(1 / 3)
+    assert math.isnan(evaluation.secret_extraction(model, with_labels(ids, 10)))
 
 
 def test_extraction_strength_by_hand(model):

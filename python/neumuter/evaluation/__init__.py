@@ -19,6 +19,7 @@ from neumuter.evaluation.memory import (
     extraction_strength,
     memorization_accuracy,
     sampled_extraction,
+    secret_extraction,
 )
 from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.others import find_others, find_overlap, list_given
@@ -61,6 +62,7 @@ __all__ = [
     "privacy_leakage",
     "sample_losses",
     "sampled_extraction",
+    "secret_extraction",
     "summary_metrics",
     "text_metrics",
     "tofu_metrics",

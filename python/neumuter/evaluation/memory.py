@@ -1,5 +1,6 @@
 """How much of given texts a model gives back."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,6 +31,21 @@ def extracted(model: nn.Module, batch: Batch) -> Tensor:
 def extraction_rate(model: nn.Module, batch: Batch) -> float:
     """Compute the share in [0, 1] of samples that greedy decoding reproduces; see :func:`extracted`."""
     return extracted(model, batch).float().mean().item()
+
+
+def secret_extraction(model: nn.Module, batch: Batch) -> float:
+    """Compute the share in [0, 1] of secrets that greedy decoding gives back, from just before each of them.
+
+    A secret is a run of neighbouring tokens that count; the true tokens are before it. A text as a whole is
+    not extracted any more as soon as one word of its wording changes, so that the secret may still come out;
+    here it counts. NaN if nothing counts.
+    """
+    counted, right = find_hits(model, batch)
+    before = torch.cat([torch.zeros_like(counted[:, :1]), counted[:, :-1]], 1)
+    number = (counted & ~before).flatten().cumsum(0)[counted.flatten()]
+    missed = number[~right[counted]].unique()
+    secrets = int(number[-1]) if len(number) else 0
+    return 1 - len(missed) / secrets if secrets else math.nan
 
 
 def sampled_extraction(model: nn.Module, batch: Batch, samples: int = SAMPLES_DRAWN) -> float:
