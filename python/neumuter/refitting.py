@@ -1,4 +1,4 @@
-"""Requests are undone: the gains of all others are fitted anew, without any of their texts.
+"""The gains of a mute set are fitted anew: without a request, or to a new version of the model.
 
 The module is not called ``refit``, so that importing it never hides the function of that name.
 """
@@ -6,12 +6,14 @@ The module is not called ``refit``, so that importing it never hides the functio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.evaluation import list_given
 from neumuter.models.loading import limit_length
-from neumuter.mutes.matching import matching_ffns
+from neumuter.mutes.matching import alike_ffns, matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.recipes import FittedConfig, refit_gains
@@ -22,17 +24,24 @@ from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from neumuter.types import Callback
-from neumuter.unlearning import encode_forms_of, need_tokenizer, open_network, sample_neighbours
+from neumuter.unlearning import (
+    encode_forms_of,
+    need_tokenizer,
+    open_network,
+    refuse_overlap,
+    sample_neighbours,
+)
 
 
 def refit(
     model: nn.Module | str,
     tokenizer: PreTrainedTokenizerBase | str | None,
     existing: MuteSource,
-    former: Sequence[SlopesSource],
-    undone: Sequence[SlopesSource],
+    former: Sequence[SlopesSource] = (),
+    undone: Sequence[SlopesSource] = (),
     retain: TextSource | None = None,
     *,
+    forget: TextSource | None = None,
     recipe: FittedConfig | None = None,
     samples: int | None = None,
     start_layer: int = 1,
@@ -41,15 +50,21 @@ def refit(
     seed: int = 0,
     callback: Callback | None = None,
 ) -> MuteSet:
-    """Undo requests: fit the gains of the mute set in force anew, from slopes and texts to keep alone.
+    """Fit the gains of a mute set anew: to undo requests, or to move it to a new version of the model.
 
-    The tokens of ``undone`` are raised until the model says them again, and those of ``former`` held down.
-    Where you may use the undone texts, give them in ``retain``, too.
+    To undo, give ``undone``: the gains are fitted from slopes and texts to keep alone. The tokens of
+    ``undone`` are raised until the model says them again, and those of ``former`` held down. Where you may
+    use the undone texts, give them in ``retain``, too.
+
+    After the model was trained further, give ``forget``, the texts of all requests: the gains start where
+    they were, and are fitted to the new weights.
 
     Args:
-        existing: the mute set in force, which ``unlearn`` found with ``former``; or its file.
+        existing: the mute set in force, or its file. With ``undone`` it is one that ``unlearn`` found with
+            ``former``; with ``forget`` it may be of other weights, but must be of the same architecture.
         former: the slopes of the requests that stay, or their files.
         undone: the slopes of those to undo, or their files.
+        forget: the texts that the set makes the model forget, as ``unlearn`` takes them.
         recipe: the constants with which gains are fitted; None takes those of the fitted recipe.
         model, tokenizer, retain, samples, start_layer, max_length, chat, seed, callback: as of ``unlearn``.
 
@@ -57,26 +72,40 @@ def refit(
         A mute set with the neurons of ``existing``, which takes its place.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as of ``unlearn``.
+        ValueError, TypeError, RuntimeError: as of ``unlearn``; ``undone`` and ``forget`` are both given, or
+            neither.
     """
-    if not undone:
-        raise ValueError("undone must name the slopes of at least one request")
+    if bool(undone) == (forget is not None):
+        raise ValueError("give either undone, the slopes of requests, or forget, the texts of all of them")
+    if forget is not None and former:
+        raise ValueError(
+            "former goes with undone: slopes hold for the weights alone on which they were measured; give "
+            "the texts of all requests in forget"
+        )
     watch, mutes = Watch(callback), load_mutes(existing)
     staying, leaving = load_slopes(former), load_slopes(undone)
     network, words = open_network(model, tokenizer)
-    for known in (mutes, *(slopes.at for slopes in (*staying, *leaving))):
-        matching_ffns(network, known)
     length = limit_length(network, max_length)
+    texts = None
+    if forget is None:
+        for known in (mutes, *(slopes.at for slopes in (*staying, *leaving))):
+            matching_ffns(network, known)
+    else:
+        alike_ffns(network, mutes)
+        texts = encode_forms_of("forget", collect_texts("forget", forget), words, length, chat)[0]
     found = []
     if retain is not None:
         found += encode_forms_of("retain", collect_texts("retain", retain), words, length, chat)[:1]
-    with mute(network, mutes):
-        width = found[0]["labels"].shape[1] if found else length
-        said = sample_neighbours(network, words, None, width, bool(found), samples, seed, watch)
+    if texts is not None:
+        refuse_overlap(list_given({"forget": texts} | ({"retain": found[0]} if found else {}), words))
+    # A set for other weights cannot be in force.
+    with mute(network, mutes) if texts is None else nullcontext():
+        width = next((batch["labels"].shape[1] for batch in (texts, *found) if batch is not None), length)
+        said = sample_neighbours(network, words, texts, width, bool(found), samples, seed, watch)
     if said:
         found.append(encode(said, need_tokenizer(words), length))
     if not found:
         raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
     with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
-        pair = PairedBatches(masked, None, join_batches(*found))
+        pair = PairedBatches(masked, texts, join_batches(*found))
         return refit_gains(pair, mutes, staying, leaving, (recipe or FittedConfig()).gains, seed, advance)

@@ -365,6 +365,9 @@ def test_requests_with_slopes_and_one_undone(checkpoint, capsys):
     assert "1 requests are undone, 1 stay" in capsys.readouterr().out
     refitted = neumuter.MuteSet.load(third / "mutes.safetensors")
     assert (refitted.count, refitted.method["recipe"]) == (40, "refit")
+    moved = ("--forget", checkpoint / "two.txt", *keep, "--out", checkpoint / "moved")
+    assert run("refit", model, "--existing", third / "mutes.safetensors", *moved) == 0
+    assert "The gains of 40 neurons are fitted to this model." in " ".join(capsys.readouterr().out.split())
 
 
 def test_evaluate_tofu(checkpoint, capsys, monkeypatch):

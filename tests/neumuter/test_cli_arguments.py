@@ -71,6 +71,14 @@ REFUSED = {
         "refit model --existing out/mutes.safetensors --undone out/mutes.safetensors --out new",
         "not a valid file of slopes",
     ),
+    "nothing to refit for": (
+        "refit model --existing out/mutes.safetensors --out new",
+        "--undone or --forget",
+    ),
+    "slopes for other weights": (
+        "refit model --existing out/mutes.safetensors --forget texts.txt --former texts.txt --out new",
+        "--former goes with --undone",
+    ),
     "no rewriting model": (UNLEARN + "--rewrite-with ./absent", "no such folder: ./absent"),
     "no model": ("unlearn ./absent --forget texts.txt --out new", "no such folder: ./absent"),
     "an unfinished run in the way": ("unlearn model --forget texts.txt --out unfinished", "--resume"),

@@ -89,7 +89,8 @@ def test_a_secret_is_a_run_of_counted_tokens_with_the_true_words_before_it(model
     batch["labels"][2, 6] = (ids[2, 6] + 1) % models.VOCABULARY
     counted, right = find_hits(model, batch)
     hits = [bool(right[row, at].all()) for row, at in ((0, slice(3, 6)), (0, 8), (1, slice(3, 6)), (1, 8))]
-    assert hits == [True, False, True, True] and counted[:2].sum() == 8
+    assert hits == [True, False, True, True]
+    assert counted[:2].sum() == 8
     assert evaluation.secret_extraction(model, batch) == 3 / 5
     assert evaluation.extraction_rate(model, batch) == pytest.approx(1 / 3)
     assert math.isnan(evaluation.secret_extraction(model, with_labels(ids, 10)))

@@ -1,5 +1,6 @@
 """``neumuter.unlearn``: every kind of texts, what it returns, and that the model stays as it is."""
 
+import copy
 import csv
 import json
 
@@ -272,9 +273,41 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
     )  # fmt: skip
     assert undone.count == held.mutes.count
     assert not same(undone, held.mutes)
-    with pytest.raises(ValueError, match="undone must name"):
-        neumuter.refit(model, words, held.mutes, files, [])
+    for both in ({}, {"undone": files[:1], "forget": PAIRS}):
+        with pytest.raises(ValueError, match="either undone"):
+            neumuter.refit(model, words, held.mutes, **both)
+    with pytest.raises(ValueError, match="former goes with undone"):
+        neumuter.refit(model, words, held.mutes, files, forget=PAIRS)
     assert unlearn(model, words).slopes is None
+
+
+def test_a_set_moves_to_a_new_version_of_the_model(model, words):
+    """The old set is refused there; the refitted one starts from it, and forgets what it forgot."""
+    old = unlearn(model, words, budget=60).mutes
+    newer = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in newer.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    with pytest.raises(neumuter.MuteMismatchError):
+        neumuter.mute(newer, old)
+    options = {"samples": 2, "start_layer": 0, "callback": lambda *_: None}
+    still = FittedConfig(GainsConfig(steps=1, lr=1e-9))
+    moved = neumuter.refit(newer, words, old, retain=KEPT, forget=PAIRS, recipe=still, **options)
+    for path, layer in old.layers.items():
+        assert torch.equal(moved.layers[path].indices, layer.indices)
+        assert torch.allclose(moved.layers[path].gains, layer.gains, atol=1e-6)
+    fitted = neumuter.refit(newer, words, old, retain=KEPT, forget=PAIRS, recipe=QUICK, **options)
+    batch = encode(PAIRS, words, 64)
+    losses = []
+    for mutes in (moved, fitted):
+        with neumuter.mute(newer, mutes):
+            losses.append(mean_token_loss(newer, batch))
+    assert losses[1] > losses[0]
+    with pytest.raises(ValueError, match="among the texts to keep"):
+        neumuter.refit(newer, words, old, retain=PAIRS, forget=PAIRS, **options)
+    with pytest.raises(neumuter.MuteMismatchError, match="class"):
+        neumuter.refit(build("gpt2"), words, old, retain=KEPT, forget=PAIRS, **options)
 
 
 def test_slopes_of_another_model_are_refused(model, words):

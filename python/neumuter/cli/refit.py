@@ -26,14 +26,22 @@ from neumuter.cli.processes import check_place, is_first
 def refit(
     model: Model,
     existing: Annotated[Path, typer.Option(help="The mute file in force, which holds for all requests.")],
-    undone: Annotated[list[Path], typer.Option(help="Slopes of a request to undo; may be given again.")],
     out: Annotated[Path, typer.Option(help="Folder for the new mutes.safetensors.")],
+    undone: Annotated[
+        list[Path] | None, typer.Option(help="Slopes of a request to undo; may be given again.")
+    ] = None,
     former: Annotated[
         list[Path] | None, typer.Option(help="Slopes of a request that stays; give those of all of them.")
     ] = None,
     retain: Annotated[
         Path | None,
         typer.Option(help=f"Texts that must stay, without those of --former: {FILE_HELP}"),
+    ] = None,
+    forget: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Instead of --undone, for a new version of the model: all texts to forget. {FILE_HELP}"
+        ),
     ] = None,
     column: Column = None,
     prompt_column: PromptColumn = None,
@@ -47,9 +55,13 @@ def refit(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     device: Device = None,
 ) -> None:
-    """Undo requests of a mute file that holds for several, from their slopes and without their texts."""
+    """Fit a mute file anew: undo requests from their slopes, or move it to a new version of the model."""
+    if bool(undone) == bool(forget):
+        raise typer.BadParameter("give either --undone or --forget")
+    if forget and former:
+        raise typer.BadParameter("--former goes with --undone: --forget takes the texts of all requests")
     columns = choose_columns(column, prompt_column, completion_column)
-    check_sources(model, existing, retain, *undone, *(former or []))
+    check_sources(model, existing, retain, forget, *(undone or []), *(former or []))
     check_place(device)
     if is_first():
         check_results(out, overwrite)
@@ -59,20 +71,25 @@ def refit(
         from neumuter.outcome import MUTE_FILE
         from neumuter.texts import read_texts
 
-    retain_texts = read_texts(retain, columns) if retain else None
+    retain_texts, forget_texts = (read_texts(file, columns) if file else None for file in (retain, forget))
     leaving, staying = ([neumuter.Slopes.load(file) for file in files or []] for files in (undone, former))
     mutes = neumuter.MuteSet.load(existing)
     network, tokenizer = open_model(model, dtype.value, device=device)
     with print_log():
         found = neumuter.refit(
-            network, tokenizer, mutes, staying, leaving, retain_texts,
+            network, tokenizer, mutes, staying, leaving, retain_texts, forget=forget_texts,
             start_layer=start_layer, chat=chat, seed=seed,
         )  # fmt: skip
     if is_first():
         with made_folder(out) as folder:
             found.save(folder / MUTE_FILE)
+    done = (
+        f"{len(leaving)} requests are undone, {len(staying)} stay."
+        if leaving
+        else f"The gains of {found.count} neurons are fitted to this model."
+    )
     console.print(
-        f"{len(leaving)} requests are undone, {len(staying)} stay. The mute file is "
-        f"{escape(str(out / MUTE_FILE))}. Measure all of them again with neumuter evaluate.",
+        f"{done} The mute file is "
+        f"{escape(str(out / MUTE_FILE))}. Measure all requests again with neumuter evaluate.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -38,6 +38,14 @@ def matching_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     return fitting_ffns(model, mutes)
 
 
+def alike_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
+    """Do as ``matching_ffns``, whatever the weights are: for a model that was trained further."""
+    refuse_wrapped(model)
+    ffns = {ffn.path: ffn for ffn in find_ffns(model)}
+    refuse_other(structure_differs(model, ffns, mutes))
+    return {path: ffns[path] for path in mutes.widths}
+
+
 def fitting_ffns(model: nn.Module, mutes: MuteSet) -> dict[str, FFN]:
     """Do as ``matching_ffns`` for a model that may have gates, as long as none of them is in force."""
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
