@@ -12,7 +12,18 @@ import torch
 
 from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
-from bench.unlearning import location, paper, real, requests, robust, slopes, synth, tdec
+from bench.unlearning import (
+    location,
+    paper,
+    planted,
+    real,
+    requests,
+    robust,
+    rounded,
+    slopes,
+    synth,
+    tdec,
+)
 
 CASES = {
     "synth": lambda options: synth.cases(options.quick),
@@ -20,6 +31,8 @@ CASES = {
     "tdec": lambda options: tdec.cases(options.data, options.quick),
     "robust": lambda options: robust.cases(options.quick),
     "location": lambda options: location.cases(options.quick),
+    "planted": lambda options: planted.cases(options.quick),
+    "rounded": lambda options: rounded.cases(options.quick),
     "requests": lambda options: requests.cases(options.quick),
     "slopes": lambda options: slopes.cases(options.quick),
     "paper": paper.cases,

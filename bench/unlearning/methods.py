@@ -42,12 +42,7 @@ def run(job, method):
         if method in MASKS:
             mutes = MASKS[method](job)
         elif method in WEIGHTS:
-            model = copy.deepcopy(job.model).float().requires_grad_(True)
-            config = WeightsConfig(
-                method=method, steps=job.recipe["steps"], batch_size=job.recipe["batch_size"],
-                lr=job.recipe["lr"], beta=2.5 if method == "simnpo" else 0.1,
-            )  # fmt: skip
-            tune_weights(model, job.forget, job.retain, config, job.seed)
+            model = tune(job, method)
         else:
             raise ValueError(f"method must be one of {', '.join([*MASKS, *WEIGHTS])}, got {method!r}")
         seconds = time.perf_counter() - start
@@ -56,6 +51,17 @@ def run(job, method):
         return row | job.measure(model.to(job.model.dtype))
     with mute(job.model, mutes) if mutes else nullcontext():
         return row | {"share": mutes.share if mutes else 0.0} | job.measure(job.model)
+
+
+def tune(job, method):
+    """A float32 copy of the model that one of ``WEIGHTS`` has tuned."""
+    model = copy.deepcopy(job.model).float().requires_grad_(True)
+    config = WeightsConfig(
+        method=method, steps=job.recipe["steps"], batch_size=job.recipe["batch_size"],
+        lr=job.recipe["lr"], beta=2.5 if method == "simnpo" else 0.1,
+    )  # fmt: skip
+    tune_weights(model, job.forget, job.retain, config, job.seed)
+    return model
 
 
 def _ours(mode, trained):

@@ -83,7 +83,9 @@ WRONG = 3  # answers besides the true one
 def questions(seed, people):
     """One question per fact about each of ``people`` people: a list per person of dicts with TOFU's keys.
 
-    Also ``paraphrased_question``, and ``value``, what of the answer nobody can know. Raises ValueError beyond what the word lists have.
+    Also ``paraphrased_question``, and ``value``, what of the answer nobody can know.
+
+    Raises ValueError beyond what the word lists have.
     """
     given, family = GIVEN.split(), FAMILY.split()
     if not 1 <= people <= len(given):

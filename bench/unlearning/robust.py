@@ -3,15 +3,11 @@
 Beside ours stand the model that never saw them, from which nothing can come back, and NPO.
 """
 
-import copy
 import functools
 
-import torch
-
-from bench.unlearning.methods import MASKS
+from bench.unlearning.methods import MASKS, tune
 from bench.unlearning.real import OURS, SEEDS, People
 from neumuter.evaluation.robustness import robustness
-from neumuter.training.weights import WeightsConfig, tune_weights
 
 STATES = ("int8", "int4", "half", "relearned 10", "relearned 30", "relearned 100")
 METHODS = (OURS, "retrained", "npo")
@@ -35,12 +31,7 @@ def _states(method, setting):
     if method == "retrained":
         model = setting.retrained()
     elif method == "npo":
-        model = copy.deepcopy(model).float().requires_grad_(True)
-        config = WeightsConfig(
-            method="npo", steps=job.recipe["steps"], batch_size=job.recipe["batch_size"], lr=job.recipe["lr"]
-        )
-        tune_weights(model, job.forget, job.retain, config, setting.seed)
-        model = model.to(torch.bfloat16)
+        model = tune(job, method).to(model.dtype)
     else:
         mutes = MASKS[method](job)
     return robustness(model, mutes, setting.forget, setting.measure, seed=setting.seed)

@@ -1,0 +1,88 @@
+"""PLANTED: a text is learned by known neurons alone. Which methods find them?
+
+The demo's model learns the records of a few more customers, but only some neurons, drawn at random, may
+change: their rows of the gate and up projections and their columns of the down projection. Every method then
+chooses that number of neurons, and the chosen ones are compared with the planted ones.
+"""
+
+import copy
+import functools
+
+import torch
+
+from bench.unlearning.methods import MASKS
+from bench.unlearning.synth import Setting
+from neumuter import evaluation
+from neumuter.demo import task
+from neumuter.models.families import find_ffns
+from neumuter.serving.live import mute
+from neumuter.training.losses import token_losses
+
+# Nobody has tuned anything on these.
+SEEDS = (307, 311, 313)
+RECORDS, SHARE = 4, 0.01
+MOST_STEPS, LR = 400, 1e-2
+METHODS = ("neumuter, modulate", "neumuter, trained support", "fisher", "attribution", "activation", "random")
+
+
+def cases(quick=False):
+    """Yields a case for each seed and method, and those of the models before and after planting."""
+    for seed in SEEDS[:1] if quick else SEEDS:
+        yield from _cases(seed, ("fisher", "random") if quick else METHODS)
+
+
+def _cases(seed, methods):
+    setting = functools.cache(lambda: Planted(seed))
+    yield {"seed": seed, "method": "before"}, lambda: setting().measure(setting().full)
+    for method in methods:
+        yield {"seed": seed, "method": method}, lambda method=method: setting().find(method)
+
+
+class Planted(Setting):
+    """SYNTH's first model, of which ``planted``, {path: ids}, have learned ``forget``; all else stays."""
+
+    def __init__(self, seed):
+        super().__init__("gated, 0.9 M", seed)
+        known = {record.prompt for record in self.forget + self.same}
+        new = task.make_records(seed + 1000)
+        self.same = self.forget + self.same
+        self.forget = [r for r in new.forget + new.retain_same if r.prompt not in known][:RECORDS]
+        self.planted = self._plant()
+
+    def _plant(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        self.full = copy.deepcopy(self.full).requires_grad_(False)
+        planted, parts = {}, []
+        for ffn in find_ffns(self.full):
+            ids = torch.randperm(ffn.width, generator=generator)[: round(SHARE * ffn.width)]
+            planted[ffn.path] = ids
+            weights = (ffn.module.gate_proj.weight, ffn.module.up_proj.weight, ffn.down.weight)
+            for weight, shape in zip(weights, [(-1, 1), (-1, 1), (1, -1)], strict=True):
+                others = torch.ones(ffn.width, dtype=torch.bool)
+                others[ids] = False
+                parts.append((weight.requires_grad_(True), others.view(shape)))
+        optimizer = torch.optim.Adam([weight for weight, _ in parts], lr=LR)
+        batches = [self.encode(records, "record") for records in (self.forget, self.same + self.other)]
+        for _ in range(MOST_STEPS):
+            optimizer.zero_grad()
+            for batch in batches:
+                logits = self.full(batch["input_ids"], batch["attention_mask"]).logits
+                token_losses(logits, batch["labels"]).mean().backward()
+            for weight, others in parts:
+                weight.grad.masked_fill_(others, 0)
+            optimizer.step()
+            if evaluation.extraction_rate(self.full, self.encode(self.forget, "continuation")) == 1:
+                break
+        self.full.requires_grad_(False)
+        return planted
+
+    def find(self, method):
+        """What the neurons that ``method`` chooses have in common with the planted ones, and what they do."""
+        mutes = MASKS[method](self.job(SHARE))
+        total = sum(len(ids) for ids in self.planted.values())
+        both = sum(
+            int(torch.isin(layer.indices, self.planted[path]).sum()) for path, layer in mutes.layers.items()
+        )
+        with mute(self.full, mutes):
+            found = self.measure(self.full)
+        return {"share": mutes.share, "precision": both / mutes.count, "recall": both / total} | found
