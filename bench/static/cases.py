@@ -38,7 +38,7 @@ HOPPER = next(target for target in TARGETS if target.arch == 90)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LAYOUTS = {masked_ffn.PLAIN: "plain", masked_ffn.SPLIT: "split", masked_ffn.INTERLEAVED: "interleaved"}
 MASKS = {masked_ffn.ONE_ROW: "", masked_ffn.RUNS: ", runs", masked_ffn.ROW_IDS: ", row ids"}
-TILES = {"one chunk": masked_ffn.ONE_CHUNK, "chunks": masked_ffn.MANY_CHUNKS}
+TILES = ("one chunk", "chunks")
 
 
 @dataclass(frozen=True)
@@ -104,21 +104,28 @@ def forward_case(dtype, layout, activation, how, target):
 
 
 def backward_case(dtype, layout, activation, how, tile_name, target, gradients=(True, True), whole=True):
-    tile = TILES[tile_name].constants(target.warp_size)
-    warps = tile.pop("num_warps")
+    few = tile_name == "one chunk"
+    tile = masked_ffn.ONE_CHUNK[element_size(dtype)] if few else masked_ffn.MANY_CHUNKS
     by_ids = how == masked_ffn.ROW_IDS
     inputs, mask = gradients
+    options = {}
+    if target.backend == "cuda":
+        options = masked_ffn.all_registers(tile, activation, DTYPES[dtype], by_ids, mask)
+    tile = tile.constants(target.warp_size)
+    warps = tile.pop("num_warps")
     constants = {
         "ACTIVATION": ACTIVATIONS.index(activation), "LAYOUT": layout, "ROW_IDS": by_ids,
         "ARITHMETIC": arithmetic_for(dtype, target), "INPUT_GRAD": inputs, "MASK_GRAD": mask,
         "WHOLE": whole, **tile,
     } | ({} if by_ids else dict.fromkeys(("order", "chunk_rows", "chunk_starts", "chunk_ends")))  # fmt: skip
     tensors = (2 if layout == masked_ffn.PLAIN else 3) + inputs * (1 if layout == masked_ffn.PLAIN else 2)
+    # The slope of the identity is the same everywhere.
+    tensors -= activation == "identity" and layout == masked_ffn.PLAIN and not mask
     name = f"backward {activation} {LAYOUTS[layout]}{MASKS[how]}, {tile_name}"
     name += ", inputs alone" * (not mask) + ", mask alone" * (not inputs) + ", any F" * (not whole)
     return Case(
         name, "masked_ffn_backward_kernel", dtype, constants, target,
-        tile["ROWS"] * tile["COLUMNS"], (tensors * element_size(dtype), None), warps,
+        tile["ROWS"] * tile["COLUMNS"], (tensors * element_size(dtype), None), warps, options,
     )  # fmt: skip
 
 

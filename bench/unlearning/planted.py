@@ -21,7 +21,7 @@ from neumuter.training.losses import token_losses
 # Nobody has tuned anything on these.
 SEEDS = (307, 311, 313)
 RECORDS, SHARE = 4, 0.01
-MOST_STEPS, LR = 400, 1e-2
+MOST_STEPS, LR, WINDOWS = 300, 4e-3, 8
 METHODS = ("neumuter, modulate", "neumuter, trained support", "fisher", "attribution", "activation", "random")
 
 
@@ -58,18 +58,21 @@ class Planted(Setting):
             planted[ffn.path] = ids
             weights = (ffn.module.gate_proj.weight, ffn.module.up_proj.weight, ffn.down.weight)
             for weight, shape in zip(weights, [(-1, 1), (-1, 1), (1, -1)], strict=True):
-                others = torch.ones(ffn.width, dtype=torch.bool)
-                others[ids] = False
-                parts.append((weight.requires_grad_(True), others.view(shape)))
+                frozen = torch.ones(ffn.width, dtype=torch.bool)
+                frozen[ids] = False
+                parts.append((weight.requires_grad_(True), frozen.view(shape)))
         optimizer = torch.optim.Adam([weight for weight, _ in parts], lr=LR)
-        batches = [self.encode(records, "record") for records in (self.forget, self.same + self.other)]
+        others = task.with_text(
+            self.encode(self.same + self.other, "record"), self.text[:: len(self.text) // WINDOWS]
+        )
+        batches = [self.encode(self.forget, "record"), others]
         for _ in range(MOST_STEPS):
             optimizer.zero_grad()
             for batch in batches:
                 logits = self.full(batch["input_ids"], batch["attention_mask"]).logits
                 token_losses(logits, batch["labels"]).mean().backward()
-            for weight, others in parts:
-                weight.grad.masked_fill_(others, 0)
+            for weight, frozen in parts:
+                weight.grad.masked_fill_(frozen, 0)
             optimizer.step()
             if evaluation.extraction_rate(self.full, self.encode(self.forget, "continuation")) == 1:
                 break

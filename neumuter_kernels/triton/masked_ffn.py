@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from neumuter_kernels.recording import launch
-from neumuter_kernels.reference import Layout
-from neumuter_kernels.triton.arithmetic import WARP, arithmetic
+from neumuter_kernels.reference import ACTIVATIONS, Layout
+from neumuter_kernels.triton.arithmetic import HAS_PTX, WARP, arithmetic
 from neumuter_kernels.triton.masked_ffn_kernels import (
     masked_ffn_backward_kernel,
     masked_ffn_forward_kernel,
@@ -40,9 +40,21 @@ class Tile:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.threads // warp}
 
 
+def all_registers(
+    tile: Tile, activation: str, dtype: torch.dtype, row_ids: bool, mask_grad: bool
+) -> dict[str, int]:
+    """Let a backward kernel on NVIDIA's GPUs take all registers, where ptxas would rather spill.
+
+    It does so where that lets more programs run at once. Others run more of them without a spill.
+    """
+    heavy = activation == "gelu" and dtype in (torch.float16, torch.float64)
+    return {"maxnreg": min(255, 2**16 // tile.threads)} if heavy or (row_ids and not mask_grad) else {}
+
+
 FORWARD = Tile(8, 256, 256)
-# For a mask row in one chunk: narrow, so that there are programs enough.
-ONE_CHUNK = Tile(64, 64, 512)
+# For a mask row in one chunk: narrow, so that there are programs enough. A thread has 16 bytes of each tensor
+# at a time; with more of float32 and float64 than that, its registers spill.
+ONE_CHUNK = {size: Tile(128 // size, 64, 512) for size in (2, 4, 8)}
 MANY_CHUNKS = Tile(8, 128, 128)
 # The most tokens of a mask row that are always one chunk.
 FEW = 1024
@@ -210,12 +222,14 @@ def backward(
     in_halves = x.layout == Layout.HALVES and input_grad
     p_grad_up = grad_gate.view(-1, 2 * F)[:, F:] if in_halves else grad_up
     few = x.tokens <= FEW
-    tile = ONE_CHUNK if few else MANY_CHUNKS
+    tile = ONE_CHUNK[gate.element_size()] if few else MANY_CHUNKS
     constants = {
         "ACTIVATION": activation, "LAYOUT": COMPILED_FOR[x.layout], "ROW_IDS": by_ids,
         "ARITHMETIC": arithmetic(gate.dtype), "INPUT_GRAD": input_grad, "MASK_GRAD": mask_grad,
         "WHOLE": F % tile.columns == 0, **tile.constants(),
     }  # fmt: skip
+    if HAS_PTX:
+        constants |= all_registers(tile, ACTIVATIONS[activation], gate.dtype, by_ids, mask_grad)
     strides = grad.stride(0), x.gate.stride(0), x.up.stride(0), x.mask.stride(0), x.gate.shape[1]
 
     def arguments(chunks: Sequence[Any], sums: Tensor, number: int, length: int) -> tuple[Any, ...]:

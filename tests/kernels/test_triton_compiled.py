@@ -49,6 +49,16 @@ def test_the_committed_table_is_of_these_kernels(fresh, committed):
     assert [row for row in fresh["rows"] if row != known.get(about(row))] == []
 
 
+def test_the_committed_table_is_whole(committed):
+    """It has every variant that the public functions can reach."""
+    from bench.static.cases import all_cases
+
+    known = {about(row) for row in compiled(committed)}
+    wanted = {(case.name, case.dtype, str(case.target.arch)) for case in all_cases()}
+    assert len(wanted) > 3000
+    assert wanted - known == set()
+
+
 def test_the_table_breaks_no_rule(table):
     """No spill; the whole traffic in accesses of 16 bytes, no more and no less of it than the budget."""
     from bench.static.table import violations
