@@ -197,9 +197,10 @@ class Queue:
         elif left < LEAST_SECONDS:
             status = "not run: no time left"
         else:
-            print(f"— {step.name}, at most {min(step.seconds, left):.0f} s —", flush=True)
+            limit = limit_of(step, left, self.options.rehearse)
+            print(f"— {step.name}, at most {limit:.0f} s —", flush=True)
             start = time.monotonic()
-            status = _run(self._command(step), min(step.seconds, left), os.environ | dict(step.environment))
+            status = _run(self._command(step), limit, os.environ | dict(step.environment))
             seconds = time.monotonic() - start
             if status == "done" and not unbuilt.is_built():
                 status = "done without the extension"
@@ -230,6 +231,14 @@ class Queue:
         for name, status in self.found.items():
             print(f"{name:12} {status}")
         return int(any(status.startswith("failed") for status in self.found.values()))
+
+
+def limit_of(step, left, rehearse):
+    """The seconds that a step may take of those that are ``left``.
+
+    Its own limit is for a GPU machine that has nothing else to do; a rehearsal is on any machine.
+    """
+    return left if rehearse else min(step.seconds, left)
 
 
 def _run(command, seconds, environment):

@@ -22,6 +22,7 @@ from neumuter.training.losses import token_losses
 SEEDS = (307, 311, 313)
 RECORDS, SHARE = 4, 0.01
 MOST_STEPS, LR, WINDOWS = 300, 4e-3, 8
+CHECK_EVERY, KEPT = 10, 0.97  # when planting ends: all planted records come out, and this share of the others
 METHODS = ("neumuter, modulate", "neumuter, trained support", "fisher", "attribution", "activation", "random")
 
 
@@ -66,7 +67,7 @@ class Planted(Setting):
             self.encode(self.same + self.other, "record"), self.text[:: len(self.text) // WINDOWS]
         )
         batches = [self.encode(self.forget, "record"), others]
-        for _ in range(MOST_STEPS):
+        for step in range(MOST_STEPS):
             optimizer.zero_grad()
             for batch in batches:
                 logits = self.full(batch["input_ids"], batch["attention_mask"]).logits
@@ -74,10 +75,17 @@ class Planted(Setting):
             for weight, frozen in parts:
                 weight.grad.masked_fill_(frozen, 0)
             optimizer.step()
-            if evaluation.extraction_rate(self.full, self.encode(self.forget, "continuation")) == 1:
+            if (
+                step % CHECK_EVERY == 0
+                and self._rate(self.forget) == 1
+                and self._rate(self.same + self.other) >= KEPT
+            ):
                 break
         self.full.requires_grad_(False)
         return planted
+
+    def _rate(self, records):
+        return evaluation.extraction_rate(self.full, self.encode(records, "continuation"))
 
     def find(self, method):
         """What the neurons that ``method`` chooses have in common with the planted ones, and what they do."""

@@ -87,8 +87,11 @@ def test_every_step_starts_in_the_order_of_its_worth_and_once(queue):
     assert list(statuses(queue.folder)) == names
     worth = ["check", "kernels", "step", "decode", "serve", "launch", "memcheck", "select"]
     assert [name for name in names if name in worth] == worth
-    limits = {step.name: step.seconds for step in gpu.STEPS}
-    assert [seconds for _, seconds, _ in queue.ran] == list(limits.values())
+    for step, (_, seconds, _) in zip(gpu.STEPS, queue.ran, strict=True):
+        assert gpu.limit_of(step, gpu.DEFAULT_SECONDS, False) == step.seconds
+        assert gpu.limit_of(step, 7, False) == 7
+        # A rehearsal has all the time that is left.
+        assert step.seconds < seconds <= gpu.DEFAULT_SECONDS
     assert queue() == 0
     assert queue.ran == []
     assert queue("--fresh") == 0
