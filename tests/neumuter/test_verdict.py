@@ -19,7 +19,7 @@ from neumuter.evaluation import (
     make_controls,
     sampled_extraction,
 )
-from neumuter.evaluation.controls import _make_up
+from neumuter.evaluation.made_up import make_up
 from neumuter.evaluation.others import Found
 from neumuter.evaluation.verdict import MARGINS, compare
 from neumuter.texts import encode, encode_forms
@@ -154,7 +154,7 @@ def test_names_of_a_whole_text_do_not_count(words):
 
 def test_letters_of_other_scripts_are_made_up_too():
 
-    made = _make_up("Анна7", "абвг", random.Random(0))
+    made = make_up("Анна7", "абвг", random.Random(0))
     assert len(made) == 5
     assert made[0] in "БВГ"
     assert set(made[1:4]) <= set("абвг")

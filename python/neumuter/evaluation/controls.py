@@ -2,14 +2,13 @@
 
 import math
 import random
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.evaluation.made_up import WORD, Words, make_up, replace_words
 from neumuter.evaluation.others import GivenText
 from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.texts import join_batches
@@ -17,10 +16,6 @@ from neumuter.types import IGNORED, Batch
 
 # Controls: several of each text where there are few, and one of each of the first where there are many.
 MADE_UP = 32
-# A word that a larger share of the texts has is no name; with fewer texts than these nobody can tell.
-COMMON_SHARE, FEW_TEXTS = 0.1, 10
-VOWELS, CONSONANTS, DIGITS = "aeiou", "bcdfghjklmnpqrstvwxyz", "0123456789"
-WORD = re.compile(r"\w+")
 
 
 def make_controls(
@@ -42,49 +37,12 @@ def make_controls(
         For each form a batch of ``MADE_UP`` texts or more. The same tokens count but for the names, which
         nobody can guess; where nothing else counts, they do.
     """
-    words = _Words(given)
+    words = Words(given)
     return [_rename_all(form, words, tokenizer, random.Random(seed)) for form in forms]
 
 
-class _Words:
-    """Which words of texts are common, and which values their completions have."""
-
-    def __init__(self, given: Sequence[GivenText]) -> None:
-        self.few, self.limit = len(given) < FEW_TEXTS, COMMON_SHARE * len(given)
-        self.counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
-        letters = {char.lower() for text in given for char in text.text if char.isalpha()}
-        # Of other scripts than Latin, those letters that the texts have.
-        self.letters = "".join(sorted(char for char in letters if ord(char) > 127))
-        self.worded_alike: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
-        for text in given:
-            wording, values = self.split(text.prompt, text.text[len(text.prompt) :])
-            self.worded_alike.setdefault(wording, {})[values] = None
-
-    def is_name(self, word: str) -> bool:
-        if self.few:
-            return any(char.isupper() or char.isdigit() for char in word)
-        return self.counts[word] <= self.limit
-
-    def split(self, prompt: str, completion: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The wording of a completion, with gaps for names and values; and the values."""
-        asked, wording, values = set(WORD.findall(prompt)), [], []
-        for word in WORD.findall(completion):
-            rare = self.is_name(word)
-            if rare and word not in asked:
-                values.append(word)
-            # No word is written so.
-            wording.append(word if not rare else "(name)" if word in asked else "(value)")
-        return tuple(wording), tuple(values)
-
-    def swap(self, prompt: str, completion: str, generator: random.Random) -> dict[str, str]:
-        """Draw for each value of a completion that of another text that is worded alike."""
-        wording, values = self.split(prompt, completion)
-        others = [found for found in self.worded_alike.get(wording, {}) if found != values]
-        return dict(zip(values, generator.choice(others), strict=True)) if others else {}
-
-
 def _rename_all(
-    batch: Batch, words: _Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random
+    batch: Batch, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random
 ) -> Batch:
     tensors = [batch[key][:MADE_UP].tolist() for key in ("input_ids", "labels", "attention_mask")]
     rows = []
@@ -98,21 +56,10 @@ def _rename_all(
         asked = WORD.findall(prompt)
         named = sorted({word for word in asked if words.is_name(word)} or set(asked))
         for _ in range(math.ceil(MADE_UP / len(tensors[0]))):
-            names = {word: _make_up(word, words.letters, generator) for word in named}
+            names = {word: make_up(word, words.letters, generator) for word in named}
             values = words.swap(prompt, completion, generator)
             rows.append(_rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
     return join_batches(*rows) | {"texts": torch.arange(len(rows))}
-
-
-def _make_up(word: str, letters: str, generator: random.Random) -> str:
-    """Replace each letter and digit by another one of its kind."""
-    made = ""
-    for char in word:
-        kind = next((kind for kind in (VOWELS, CONSONANTS, DIGITS) if char.lower() in kind), letters)
-        choice = kind.replace(char.lower(), "") if char.isalnum() else ""
-        new = generator.choice(choice or char)
-        made += new.upper() if char.isupper() else new
-    return made
 
 
 def _rename(
@@ -134,7 +81,7 @@ def _rename(
         part = [i for _, i in run]
         fresh = [False] * len(part)
         if not is_special:
-            part, fresh = _replace(str(tokenizer.decode(part)), names, values, tokenizer)
+            part, fresh = replace_words(str(tokenizer.decode(part)), names, values, tokenizer)
         tokens += zip(part, [counts] * len(part), fresh, strict=True)
     # Other words can take more tokens; then the start of the prompt goes.
     tokens = tokens[-limit:]
@@ -145,23 +92,3 @@ def _rename(
         "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64),
         "labels": torch.tensor([counted]),
     }
-
-
-def _replace(
-    text: str, names: Mapping[str, str], values: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """The tokens of a text with other names and values, and whether each belongs to a name."""
-    changed, spans, last = "", [], 0
-    for match in WORD.finditer(text):
-        word = match[0]
-        changed += text[last : match.start()]
-        if word in names:
-            spans.append((len(changed), len(changed) + len(names[word])))
-        changed += names.get(word, values.get(word, word))
-        last = match.end()
-    changed += text[last:]
-    encoded = tokenizer(changed, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    # Without offsets, which slow tokenizers do not have, names count as well.
-    places = encoded.get("offset_mapping") or [(0, 0)] * len(encoded["input_ids"])
-    fresh = [any(a < end and start < b for start, end in spans) for a, b in places]
-    return encoded["input_ids"], fresh
