@@ -2,13 +2,12 @@
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.evaluation.made_up import WORD, Words, make_up, replace_words
+from neumuter.evaluation.made_up import Words, make_up, rename
 from neumuter.evaluation.others import GivenText
 from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.texts import join_batches
@@ -53,42 +52,9 @@ def _rename_all(
             str(tokenizer.decode(part, skip_special_tokens=True))
             for part in ((ids, []) if whole else (ids[:start], ids[start:]))
         )
-        asked = WORD.findall(prompt)
-        named = sorted({word for word in asked if words.is_name(word)} or set(asked))
+        named = words.find_names(prompt)
         for _ in range(math.ceil(MADE_UP / len(tensors[0]))):
             names = {word: make_up(word, words.letters, generator) for word in named}
             values = words.swap(prompt, completion, generator)
-            rows.append(_rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
+            rows.append(rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
     return join_batches(*rows) | {"texts": torch.arange(len(rows))}
-
-
-def _rename(
-    ids: list[int],
-    labels: list[int],
-    names: Mapping[str, str],
-    values: Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-) -> Batch:
-    """The row with other names and values, as a batch of one.
-
-    Runs of tokens that count, and that do not, stay such.
-    """
-    special = set(tokenizer.all_special_ids)
-    tokens: list[tuple[int, bool, bool]] = []
-    keys = [(i in special, label != IGNORED) for i, label in zip(ids, labels, strict=True)]
-    for (is_special, counts), run in groupby(zip(keys, ids, strict=True), key=lambda pair: pair[0]):
-        part = [i for _, i in run]
-        fresh = [False] * len(part)
-        if not is_special:
-            part, fresh = replace_words(str(tokenizer.decode(part)), names, values, tokenizer)
-        tokens += zip(part, [counts] * len(part), fresh, strict=True)
-    # Other words can take more tokens; then the start of the prompt goes.
-    tokens = tokens[-limit:]
-    guessable = any(counts and not new for _, counts, new in tokens[1:])
-    counted = [i if counts and not (new and guessable) else IGNORED for i, counts, new in tokens]
-    return {
-        "input_ids": torch.tensor([[i for i, _, _ in tokens]]),
-        "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64),
-        "labels": torch.tensor([counted]),
-    }

@@ -4,10 +4,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.others import GivenText
+from neumuter.types import IGNORED, Batch
 
 # A word that a larger share of the texts has is no name; with fewer texts than these nobody can tell.
 COMMON_SHARE, FEW_TEXTS = 0.1, 10
@@ -33,6 +36,11 @@ class Words:
         if self.few:
             return any(char.isupper() or char.isdigit() for char in word)
         return self.counts[word] <= self.limit
+
+    def find_names(self, prompt: str) -> list[str]:
+        """The names in a prompt; all its words where it has none."""
+        asked = set(WORD.findall(prompt))
+        return sorted(set(filter(self.is_name, asked)) or asked)
 
     def split(self, prompt: str, completion: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The wording of a completion, with gaps for names and values; and the values."""
@@ -63,7 +71,39 @@ def make_up(word: str, letters: str, generator: random.Random) -> str:
     return made
 
 
-def replace_words(
+def rename(
+    ids: list[int],
+    labels: list[int],
+    names: Mapping[str, str],
+    values: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+) -> Batch:
+    """The row with other names and values, as a batch of one.
+
+    Runs of tokens that count, and that do not, stay such.
+    """
+    special = set(tokenizer.all_special_ids)
+    tokens: list[tuple[int, bool, bool]] = []
+    keys = [(i in special, label != IGNORED) for i, label in zip(ids, labels, strict=True)]
+    for (is_special, counts), run in groupby(zip(keys, ids, strict=True), key=lambda pair: pair[0]):
+        part = [i for _, i in run]
+        fresh = [False] * len(part)
+        if not is_special:
+            part, fresh = _replace(str(tokenizer.decode(part)), names, values, tokenizer)
+        tokens += zip(part, [counts] * len(part), fresh, strict=True)
+    # Other words can take more tokens; then the start of the prompt goes.
+    tokens = tokens[-limit:]
+    guessable = any(counts and not new for _, counts, new in tokens[1:])
+    counted = [i if counts and not (new and guessable) else IGNORED for i, counts, new in tokens]
+    return {
+        "input_ids": torch.tensor([[i for i, _, _ in tokens]]),
+        "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64),
+        "labels": torch.tensor([counted]),
+    }
+
+
+def _replace(
     text: str, names: Mapping[str, str], values: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """The tokens of a text with other names and values, and whether each belongs to a name."""
