@@ -31,6 +31,7 @@ from neumuter.evaluation import (
 )
 from neumuter.evaluation.examination import Examination
 from neumuter.evaluation.others import Found, GivenText
+from neumuter.evaluation.strangers import ask_about_strangers
 from neumuter.files import PathLike, made_folder
 from neumuter.models.hub import find_model
 from neumuter.models.loading import limit_length, load_model, load_tokenizer
@@ -96,6 +97,7 @@ def unlearn(
     goals: Goals | None = None,
     controls: TextSource | None = None,
     samples: int | None = None,
+    made_up: int = 0,
     rewrite_with: str | None = None,
     start_layer: int = 1,
     max_length: int = 256,
@@ -138,7 +140,9 @@ def unlearn(
         controls: texts of the same kind that the model never saw, with which the verdict compares the texts
             to forget; likewise. None makes them from the texts to forget, by other names and values.
         samples: how many texts the model itself adds to the retain texts: by default 32, or 16 where there
-            are retain texts.
+            are retain or made-up texts.
+        made_up: how many prompts to forget, with made-up names, the model answers itself; these answers are
+            kept as well. They protect what resembles the forget texts, but take a larger budget to forget.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -169,6 +173,8 @@ def unlearn(
     config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
     if former and (existing is None or mode == "mute"):
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
+    if made_up < 0:
+        raise ValueError(f"made_up must be at least 0, got {made_up}")
     if resume and folder is None:
         raise ValueError("resume goes with folder, where the unfinished run is")
     if folder is not None and not resume and is_first():
@@ -198,8 +204,8 @@ def unlearn(
             "forget": digest(corpus), "retain": digest(kept), "controls": digest(unseen),
             "existing": digest(earlier), "former": digest(known), "recipe": config, "goals": goals,
             "budget": budget, "mode": mode, "keep_slopes": keep_slopes, "samples": samples,
-            "rewrite_with": rewrite_with, "start_layer": start_layer, "max_length": max_length,
-            "chat": chat, "seed": seed,
+            "made_up": made_up, "rewrite_with": rewrite_with, "start_layer": start_layer,
+            "max_length": max_length, "chat": chat, "seed": seed,
         }  # fmt: skip
         weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
         journal = Journal(folder, request, weights, resume, kinds=(Examination, Found))
@@ -210,6 +216,10 @@ def unlearn(
         )
         found.append(encode(rewritten, need_tokenizer(words), length, chat))
     with mute(network, earlier) if earlier else nullcontext():
+        if made_up:
+            options = (need_tokenizer(words), forms[0], given, made_up, length, seed)
+            answered = journal.once("answered", lambda: agree(ask_about_strangers(network, *options)))
+            found += [answered] if answered else []
         whole = corpus.windows
         width = whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
         others = kept is not None or bool(found)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import neumuter
 from neumuter.evaluation import continue_texts, mean_token_loss
+from neumuter.evaluation.strangers import ask_about_strangers
 from neumuter.evaluation.verdict import MARGINS
 from neumuter.models.hooks import Gates
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, mute_random
@@ -175,6 +176,22 @@ def test_without_retain_texts_the_model_speaks_for_itself(model, words, caplog, 
     assert same(outcome.mutes, unlearn(model, words, retain=said, samples=0).mutes)
     # What the model says may hold what it must not say: none of it stays.
     assert [path.name for path in tmp_path.iterdir()] == ["mutes.safetensors"]
+
+
+def test_answers_about_strangers_are_kept(model, words, monkeypatch):
+    asked = []
+
+    def ask(*arguments):
+        asked.append(ask_about_strangers(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr("neumuter.unlearning.ask_about_strangers", ask)
+    outcome = unlearn(model, words, retain=None, made_up=5)
+    assert 0 < len(asked[0]["labels"]) <= 5
+    assert same(outcome.mutes, unlearn(model, words, retain=asked[0]).mutes)
+    monkeypatch.setattr("neumuter.unlearning.ask_about_strangers", lambda *_: None)
+    with pytest.raises(ValueError, match="there is nothing to keep"):
+        unlearn(model, words, retain=None, made_up=5)
 
 
 def test_what_was_found_is_judged_and_told_text_by_text(model, words, outcome, tmp_path):
@@ -382,6 +399,7 @@ BAD = {
     "an item": (dict(forget=["a text", 7]), TypeError, r"forget\[1\] must be"),
     "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),
     "no texts": (dict(retain=[]), ValueError, "retain holds no text"),
+    "made_up": (dict(made_up=-1), ValueError, "made_up must be at least 0, got -1"),
     "a batch": (dict(retain={"input_ids": torch.zeros(1, 2)}), TypeError, "lacks attention_mask, labels"),
 }
 

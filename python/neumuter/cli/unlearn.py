@@ -75,6 +75,14 @@ def unlearn(
         str | None,
         typer.Option(help="A masked language model that rewrites the forget texts as further neighbours."),
     ] = None,
+    made_up: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Keep answers of the model to this number of forget prompts with made-up names. For where "
+            "there is no --retain; see the manual for the budget that it takes.",
+        ),
+    ] = 0,
     existing: Annotated[
         Path | None,
         typer.Option(
@@ -232,6 +240,7 @@ def unlearn(
             keep_slopes=keep_slopes,
             goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
             controls=unseen,
+            made_up=made_up,
             rewrite_with=rewrite_with,
             start_layer=start_layer,
             max_length=max_length,
