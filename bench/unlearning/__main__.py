@@ -14,6 +14,7 @@ from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
 from bench.unlearning import (
     location,
+    nothing_to_keep,
     paper,
     planted,
     real,
@@ -35,6 +36,7 @@ CASES = {
     "rounded": lambda options: rounded.cases(options.quick),
     "requests": lambda options: requests.cases(options.quick),
     "slopes": lambda options: slopes.cases(options.quick),
+    "nothing_to_keep": lambda options: nothing_to_keep.cases(options.quick),
     "paper": paper.cases,
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
