@@ -13,6 +13,7 @@ import torch
 from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
 from bench.unlearning import (
+    instead,
     location,
     nothing_to_keep,
     paper,
@@ -37,6 +38,7 @@ CASES = {
     "requests": lambda options: requests.cases(options.quick),
     "slopes": lambda options: slopes.cases(options.quick),
     "nothing_to_keep": lambda options: nothing_to_keep.cases(options.quick),
+    "instead": lambda options: instead.cases(options.quick),
     "paper": paper.cases,
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options

@@ -14,6 +14,10 @@ COLUMNS = {
     "forget_ma": ("forget: MA ↓", "{:.2f}"),
     "forget_el": ("forget: EL_10 ↓", "{:.2f}"),
     "paraphrased_ma": ("forget, asked otherwise: MA ↓", "{:.2f}"),
+    "instead": ("forget: answered so ↑", "{:.2f}"),
+    "others": ("forget: another's text ↓", "{:.2f}"),
+    "same_refused": ("keep, same template: answered so ↓", "{:.2f}"),
+    "made_up_refused": ("made-up names: answered so ↓", "{:.2f}"),
     "same_extraction": ("keep, same template: extraction ↑", "{:.2f}"),
     "waiting_extraction": ("not yet asked: extraction ↑", "{:.2f}"),
     "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
@@ -215,6 +219,28 @@ def many(rows, _):
     return table([(f"{n} requests", _where(chosen, requests=n)) for n in numbers], COLUMNS)
 
 
+def stand_ins(rows, _):
+    """NOTHING TO KEEP: what stands in for texts to keep."""
+    names = KINDS | {"made up": "answers to made-up names", "retain": "for comparison: the records to keep"}
+    groups = {}
+    for row in _related(rows, ("seed",)):
+        if row["method"] != "before":
+            label = f"{names[row['neighbours']]}, {row['budget']:.0%}, KL {row['kl_target']}"
+            groups.setdefault(label, []).append(row)
+    return table(list(groups.items()), COLUMNS)
+
+
+def instead(rows, _):
+    """INSTEAD: the plain way and the other one by budget."""
+    groups = {}
+    for row in _related(rows, ("seed", "refuses")):
+        if row["method"] != "before":
+            label = f"{row['method']}, {row['budget']:.0%}, KL {row['kl_target']}"
+            label += "" if row["refuses"] else ", a model that never learned this answer"
+            groups.setdefault(label, []).append(row)
+    return table(list(groups.items()), COLUMNS)
+
+
 def given_away(rows, _):
     """SLOPES: how much of the texts was read from files of slopes."""
     found = _where(rows, what="read")
@@ -238,5 +264,6 @@ PARTS = {
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
         kinds, counts, location, requests, requests_seeds, share, many, given_away,
+        stand_ins, instead,
     )
 }  # fmt: skip

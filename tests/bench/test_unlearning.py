@@ -8,15 +8,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import neumuter
 from bench import rows as results
 from bench.unlearning import __main__ as experiments
-from bench.unlearning import memory, paper, people, real, requests, robust, slopes, synth, tdec
+from bench.unlearning import (
+    instead,
+    memory,
+    nothing_to_keep,
+    paper,
+    people,
+    real,
+    requests,
+    robust,
+    slopes,
+    synth,
+    tdec,
+)
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from neumuter import evaluation, recipes
 from neumuter.demo import task
 from neumuter.demo.model import Training, architecture
 from neumuter.evaluation import tofu
 from neumuter.models.families import find_ffns
+from neumuter.serving.live import mute
+from neumuter.training.batches import PairedBatches
 from tests import models
 
 
@@ -265,3 +280,36 @@ def test_a_crowd_is_of_different_customers():
     people = [record.prompt for record in crowd.forget + crowd.retain_same]
     assert len(set(people)) == 62
     assert crowd == slopes.make_crowd(3, 50) != slopes.make_crowd(4, 50)
+
+
+def test_nothing_to_keep_runs(tiny):
+    found = quick_rows(nothing_to_keep.cases(quick=True))
+    assert [row.get("neighbours") for row in found] == [None, "own samples", "made up"]
+    assert [row["share"] > 0 for row in found] == [False, True, True]
+    assert found[2]["forget_loss"] != found[0]["forget_loss"]
+
+
+def test_instead_runs(tiny, monkeypatch):
+    for name, value in (("STEPS", 3), ("CHOOSING", 1), ("STRANGERS", 2)):
+        monkeypatch.setattr(instead, name, value)
+    found = quick_rows(instead.cases(quick=True))
+    assert [row["method"] for row in found] == ["before", "plain", "instead"]
+    assert found[1]["share"] == found[2]["share"] > 0
+    assert found[1]["forget_loss"] != found[2]["forget_loss"]
+
+
+def test_without_an_answer_the_fit_is_that_of_the_recipe(job, monkeypatch):
+    for name, value in (("STEPS", 6), ("CHOOSING", 2), ("BATCH", 2)):
+        monkeypatch.setattr(instead, name, value)
+    config = recipes.FittedConfig(recipes.GainsConfig(steps=6, batch_size=2))
+    with neumuter.attach(job.model, start_layer=0) as masked:
+        found = instead._fit(masked, job.forget, None, job.retain, 0.1, 0.02, 3)
+        wanted = recipes.fit_mutes(PairedBatches(masked, job.forget, job.retain), 0.1, "modulate", config, 3)
+        answered = instead._fit(masked, job.forget, job.retain, job.retain, 0.1, 0.02, 3)
+    for path, layer in wanted.layers.items():
+        assert torch.equal(found.layers[path].indices, layer.indices)
+        torch.testing.assert_close(found.layers[path].gains, layer.gains, atol=1e-5, rtol=0)
+    with mute(job.model, found):
+        plainly = evaluation.mean_token_loss(job.model, job.retain)
+    with mute(job.model, answered):
+        assert evaluation.mean_token_loss(job.model, job.retain) < plainly
