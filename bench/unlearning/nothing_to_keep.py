@@ -17,9 +17,9 @@ MADE_UP = 48
 STEPS = {"steps": 60, "batch_size": 12}
 # What stands in, the share of the neurons, and the target of KL in nats.
 RUNS = (
-    ("own samples", 0.05, 0.02), ("own samples", 0.15, 0.02), ("own samples", 0.5, 0.02),
-    ("made up", 0.05, 0.02), ("made up", 0.15, 0.02), ("made up", 0.3, 0.04), ("made up", 0.5, 0.04),
-    ("retain", 0.05, 0.02),
+    *(("own samples", budget, 0.02) for budget in (0.05, 0.15, 0.5)),
+    *(("made up", budget, 0.02) for budget in (0.05, 0.15, 0.5)),
+    ("made up", 0.3, 0.04), ("made up", 0.5, 0.04), ("retain", 0.05, 0.02),
 )  # fmt: skip
 
 
