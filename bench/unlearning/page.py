@@ -221,12 +221,15 @@ def many(rows, _):
 
 def stand_ins(rows, _):
     """NOTHING TO KEEP: what stands in for texts to keep."""
-    names = KINDS | {"made up": "answers to made-up names", "retain": "for comparison: the records to keep"}
-    groups = {}
-    for row in _related(rows, ("seed",)):
-        if row["method"] != "before":
-            label = f"{names[row['neighbours']]}, {row['budget']:.0%}, KL {row['kl_target']}"
-            groups.setdefault(label, []).append(row)
+    names = {
+        "own samples": KINDS["own samples"], "made up": "answers to made-up names, and samples",
+        "retain": "for comparison: the records to keep",
+    }  # fmt: skip
+    order, groups = [*names], {}
+    found = [row for row in _related(rows, ("seed",)) if row["method"] != "before"]
+    for row in sorted(found, key=lambda r: (order.index(r["neighbours"]), r["kl_target"], r["budget"])):
+        label = f"{names[row['neighbours']]}, {row['budget']:.0%}, KL {row['kl_target']}"
+        groups.setdefault(label, []).append(row)
     return table(list(groups.items()), COLUMNS)
 
 

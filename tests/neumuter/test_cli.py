@@ -104,6 +104,12 @@ def test_mute_mode_without_a_retain_file(checkpoint, capsys):
     assert all((layer.gains == 0).all() for layer in mutes.layers.values())
 
 
+def test_answers_about_strangers_are_kept(checkpoint, capsys):
+    assert unlearn(checkpoint, "--steps", "2", "--made-up", "4") in DONE
+    # They are texts to keep, so samples do not stand in for all.
+    assert "There are no retain texts" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_smallest_budget_is_searched_and_shown(checkpoint, capsys):
     out = checkpoint / "auto"
     files = ("--forget", checkpoint / "forget.txt", "--retain", checkpoint / "retain.jsonl", "--out", out)
