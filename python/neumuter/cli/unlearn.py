@@ -80,7 +80,7 @@ def unlearn(
         typer.Option(
             min=0,
             help="Keep answers of the model to this number of forget prompts with made-up names. For where "
-            "there is no --retain; see the manual for the budget that it takes.",
+            "there is no --retain; forgetting then takes a larger budget.",
         ),
     ] = 0,
     existing: Annotated[
