@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+import neumuter
 from neumuter.models import head as module
 from neumuter.models.head import Head
 from tests import models
@@ -32,6 +33,18 @@ def case(request):
     hidden = head.hidden(ids).flatten(0, 1).detach()
     torch.testing.assert_close(head.logits(hidden), model(ids).logits.flatten(0, 1))
     return model, head, hidden.requires_grad_(), hidden.detach().roll(1, 0)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_the_head_of_a_masked_model_runs_alone(name):
+    """The handle, which sees that no FFN runs with it, takes that for what it is."""
+    model, ids = BUILD[name](), models.batch(samples=2, tokens=6)
+    with neumuter.attach(model, start_layer=0) as masked, torch.no_grad():
+        head = Head(model, ids)
+        mask = torch.full([masked.ffns[0].width], 0.5)
+        with masked.applying({masked.ffns[0].path: mask}):
+            found, expected = head.logits(head.hidden(ids).flatten(0, 1)), model(ids).logits.flatten(0, 1)
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture(params=[1, 4 * 97 * 4, 1 << 25], ids=["a token", "four tokens", "all"])

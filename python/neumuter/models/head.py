@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import neumuter_kernels as nk
 from neumuter.models.families import decoder_of, unwrapped
@@ -51,7 +52,7 @@ class Head:
         if input_ids is None:
             self.is_projection, self.vocabulary = True, self.projection.out_features
             return
-        output = self.base(input_ids=input_ids, use_cache=False)
+        output = self._run(input_ids)
         hidden = getattr(output, "last_hidden_state", None)
         expected = self.model(input_ids=input_ids, use_cache=False).logits
         self.output_type, self.vocabulary = type(output), expected.shape[-1]
@@ -59,10 +60,15 @@ class Head:
         self.state_bytes = 0 if hidden is None else hidden[0, 0].nbytes
         if hidden is not None:
             self.is_projection = self.projection is not None and torch.equal(
-                self.projection(hidden), expected
+                _without_gathering(self.projection)(hidden), expected
             )
             tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
             error = (self.logits(hidden.flatten(0, 1)) - expected.flatten(0, 1)).abs().max()
+            if not self.is_projection and isinstance(self.projection, FSDPModule):
+                raise ValueError(
+                    f"FSDP2 shards the head of {type(self.model).__name__} on its own, but the model does "
+                    "more than multiply by it: shard it with the rest of the model"
+                )
         if hidden is None or not error <= tolerance * expected.abs().max():
             raise ValueError(
                 f"the logits of {type(self.model).__name__} are not a function of the last hidden states of "
@@ -76,35 +82,45 @@ class Head:
         fastest path.
 
         Args:
-            through: the model as wrapped by something that must see its forward pass, such as DDP.
+            through: the model as wrapped by something that must see its forward pass, such as DDP. A model
+                that FSDP2 shards is its own wrapper.
         """
-        if through is None or through is self.model:
-            with one_sequence_a_row():
-                hidden: Tensor = self.base(input_ids=input_ids, use_cache=False).last_hidden_state
-            return hidden
-        found: list[Tensor] = []
-        handle = self.base.register_forward_hook(
-            lambda _, args, output: found.append(output.last_hidden_state)
-        )
+        with one_sequence_a_row():
+            hidden: Tensor = self._run(input_ids, through).last_hidden_state
+        return hidden
+
+    def _run(self, input_ids: Tensor, through: nn.Module | None = None) -> Any:
+        """The output of ``base``."""
+        sharded = isinstance(self.model, FSDPModule)
+        through = self.model if through is None else through
+        if through is self.model and not sharded:
+            return self.base(input_ids=input_ids, use_cache=False)
+        found: list[Any] = []
+        handle = self.base.register_forward_hook(lambda _, args, output: found.append(output))
         few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         try:
-            with one_sequence_a_row():
-                through(input_ids=input_ids, use_cache=False, **({"logits_to_keep": 1} if few else {}))
+            through(input_ids=input_ids, use_cache=False, **({"logits_to_keep": 1} if few else {}))
         finally:
             handle.remove()
+        # The head's weight is gathered here, where all processes are: one may have no tokens.
+        tied = getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
+        holders = [self.model, self.projection, *([self.model.get_input_embeddings()] if tied else [])]
+        for module in holders:
+            if isinstance(module, FSDPModule):
+                module.unshard()
         return found[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [N, V] for last hidden states [N, d]."""
         logits: Tensor
         if self.is_projection:
-            logits = self.projection(hidden)
+            logits = _without_gathering(self.projection)(hidden)
             return logits
         former = vars(self.base).get("forward")
-        self.base.forward = lambda *_, **__: self.output_type(last_hidden_state=hidden[None])
+        self.base.forward = GivenStates(self.output_type(last_hidden_state=hidden[None]))
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            logits = _without_gathering(self.model)(input_ids=ids, use_cache=False).logits[0]
             return logits
         finally:
             del self.base.forward
@@ -130,6 +146,21 @@ class Head:
         return losses
 
 
+class GivenStates:
+    """Stands in for a base's forward pass: it returns an output with given hidden states."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.output
+
+
+def _without_gathering(module: nn.Module) -> Callable[..., Any]:
+    """A module without FSDP2's hooks: they would gather for each chunk, and processes have their own."""
+    return module.forward if isinstance(module, FSDPModule) else module
+
+
 class _TokenLosses(torch.autograd.Function):
     """Saves each token's gradient with respect to its hidden state; what arrives scales it."""
 
@@ -149,8 +180,10 @@ class _TokenLosses(torch.autograd.Function):
             part = hidden[chunk].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head.logits(part)
-            # A product needs nothing of its output; what a model does after it (soft-capping) may.
-            slopes = logits.detach() if head.is_projection else logits.detach().clone()
+            # A product needs nothing of its output; what a model does after it (soft-capping) may, and what
+            # tensor parallelism gathers is a view.
+            own = head.is_projection and not logits._is_view()
+            slopes = logits.detach() if own else logits.detach().clone()
             losses[chunk] = loss(slopes, others[chunk])
             if gradients is not None:
                 (gradients[chunk],) = torch.autograd.grad(logits, part, slopes)
