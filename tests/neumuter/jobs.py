@@ -1,6 +1,6 @@
 """What the processes of a shared unlearning job do; the test itself does the same alone."""
 
-import copy
+import contextlib
 import dataclasses
 import os
 import sys
@@ -11,12 +11,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import neumuter
 from neumuter import recipes, unlearning
 from neumuter.cli import processes
 from neumuter.cli.app import main
-from neumuter.evaluation import controls, examination
+from neumuter.evaluation import continuations, controls, examination
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
 from neumuter.texts import encode, join_batches
 from neumuter.training import journal
@@ -60,7 +63,7 @@ def steps(pair):
     slopes = recipes.measure_slopes(
         pair, neurons.mute_set(support, gains.detach(), "mute", (0.0, 1.0), {}, 0)
     )
-    fit = recipes.fitted._Fit(neurons, pair, GainsConfig(), 0, None, [slopes])
+    fit = recipes.fitted._Fit(neurons, pair, GainsConfig(lr=1e-3), 0, None, [slopes])
     with torch.no_grad():
         for number, score in enumerate(pair.masked.scores.values()):
             noise = torch.randn(score.shape, generator=torch.Generator().manual_seed(number))
@@ -104,10 +107,35 @@ JOBS = {
 }
 
 
+@contextlib.contextmanager
+def shorter():
+    """Context: what is measured takes less time."""
+    limits = {controls: "MADE_UP", examination: "MAX_TOKENS", continuations: "MAX_TOKENS"}
+    with contextlib.ExitStack() as patched:
+        for module, name in limits.items():
+            patched.enter_context(mock.patch.object(module, name, 2))
+        yield
+
+
 def unlearn(model, job, **more):
-    options = {"budget": 30, "samples": 2, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
-    with mock.patch.object(controls, "MADE_UP", 2), mock.patch.object(examination, "MAX_TOKENS", 4):
+    options = {"budget": 30, "samples": 1, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
+    with shorter():
         return neumuter.unlearn(model, tokenizer(), PAIRS, KEPT, **options | JOBS[job] | more)
+
+
+@torch.no_grad()
+def logits(model, mutes):
+    """Of two rows, of which the first is muted: by a bank, and by ``mute`` and the model as it is."""
+    ids = texts("retain")["input_ids"][:2]
+    with neumuter.mute(model, mutes):
+        muted = model(ids).logits[0]
+    apart = torch.stack([muted, model(ids).logits[1]])
+    if hasattr(model.config, "num_experts_per_tok"):
+        return apart, apart  # banks refuse experts
+    with neumuter.MuteBank(model) as bank:
+        bank.add("one", mutes)
+        with bank.using(["one", None]):
+            return apart, model(ids).logits
 
 
 class Killed(Exception):
@@ -134,17 +162,33 @@ def run_anew(model, folder, rank):
     dataclasses.replace(outcome, seconds=0).save(folder / f"resumed-{rank}")
 
 
-def shared(model, jobs, folder):
+def placed(model, layout):
+    """The model of a folder in that layout."""
+    if layout in ("fsdp", "tp"):
+        config = DistributedConfig(**{"fsdp": dict(fsdp_size=2), "tp": dict(tp_plan="auto")}[layout])
+        return AutoModelForCausalLM.from_pretrained(model, distributed_config=config).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    if layout == "fully_shard":
+        for layer in max((m for m in loaded.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
+            fully_shard(layer)
+        fully_shard(loaded)
+    return loaded
+
+
+def shared(model, layout, jobs, folder):
     """What every process does. It writes what it found into FOLDER."""
     dist.init_process_group("gloo")
-    rank, model = dist.get_rank(), torch.load(model, weights_only=False)
-    # The second process takes its share in parts.
-    found = gradients(copy.deepcopy(model), at_once=1 if rank == 1 else None)
-    torch.save(found, Path(folder) / f"gradients-{rank}")
+    rank = dist.get_rank()
+    # The second process takes its share in parts, where it has a model of its own.
+    at_once = 1 if rank == 1 and layout == "ddp" else None
+    torch.save(gradients(placed(model, layout), at_once=at_once), Path(folder) / f"gradients-{rank}")
+    model = placed(model, layout)
     for job in jobs:
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
         outcome.save(Path(folder) / f"{job}-{rank}")
-    if "modulate" in jobs:
+        if job == "modulate":
+            torch.save(logits(model, outcome.mutes), Path(folder) / f"logits-{rank}")
+    if "modulate" in jobs and layout == "ddp":
         run_anew(model, Path(folder), rank)
     for name, value in {"seed": rank, "budget": 30 + rank}.items():
         with pytest.raises(ValueError, match=f"{name} must be the same in all processes, but is"):
@@ -152,13 +196,12 @@ def shared(model, jobs, folder):
     with pytest.raises(ValueError, match="forget_batch must be the same in all processes"):
         gradients(model, change=rank)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def command(*arguments):
     """A command, as torchrun starts it; {rank} in an argument is the number of the process."""
     unlearning.SAMPLES = 4
-    with mock.patch.object(controls, "MADE_UP", 2), mock.patch.object(examination, "MAX_TOKENS", 4):
+    with shorter():
         main([argument.format(rank=os.environ["RANK"]) for argument in arguments])
 
 

@@ -177,7 +177,7 @@ def test_more_neurons_than_offsets_can_tell_apart_are_refused(monkeypatch):
 def test_ten_thousand_sets_of_a_7b_model():
     """1 % of 32 layers of 11,008 neurons, 10,000 times, with the room for more, in less than 400 MB."""
     count = int(1.25 * 10_000)
-    pool = Pool(32, {torch.device("meta")})
+    pool = Pool([slice(0, 11008)] * 32, {torch.device("meta")})
     pool.tensors = {
         device: pool._make_room(device, count, count * int(0.01 * 32 * 11008)) for device in pool.tensors
     }

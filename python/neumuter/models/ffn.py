@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import activations
 from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.pytorch_utils import Conv1D
@@ -146,6 +147,14 @@ class FFN:
             )
         mesh: DeviceMesh = weight.device_mesh
         return mesh
+
+    def own_neurons(self, computed: int) -> slice:
+        """Find which neurons this process computes, of which there are ``computed``: tensor parallelism."""
+        if self.mesh is None or computed == self.width:
+            return slice(0, self.width)
+        every = DTensor.from_local(torch.arange(self.width, device=self.device), self.mesh, [Replicate()])
+        own = every.redistribute(placements=[Shard(0)]).to_local()
+        return slice(int(own[0]), int(own[-1]) + 1)
 
     @property
     def device(self) -> torch.device:

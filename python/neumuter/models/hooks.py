@@ -91,6 +91,8 @@ class Gates(nn.Module):
         self.former = None
         # For Installed: the token that is NaN, the number of eager calls, whether compiled code or any calls.
         self.probe: int | None = None
+        # The last dimension of what the seam was given while probing.
+        self.probed = self.width
         self.calls, self.compiled, self.called = 0, False, False
 
     def count_call(self) -> None:
@@ -103,6 +105,7 @@ class Gates(nn.Module):
     def probing(self, hidden_states: Tensor) -> Mask:
         """A mask of ones, but for NaN at the token ``probe``."""
         assert self.probe is not None
+        self.probed = hidden_states.shape[-1]
         values = torch.ones(2, self.width, device=hidden_states.device)
         values[1] = torch.nan
         tokens = torch.arange(hidden_states.shape[:-1].numel(), device=hidden_states.device)

@@ -54,7 +54,8 @@ class MuteBank:
     Keep the bank as long as the graph.
 
     For inference: without gradients, and a graph break in torch.compile. A model with a bank cannot be
-    pickled; copies of it share its contexts. As a context manager it undoes itself at the end.
+    pickled; copies of it share its contexts. As a context manager it undoes itself at the end. Under tensor
+    parallelism each process holds the neurons that it computes, and all must add the same sets.
 
     Args:
         model: a causal language model without experts, neither attached nor muted. It runs once, to prove
@@ -65,25 +66,24 @@ class MuteBank:
             own must open them there. False: such passes run unmuted.
 
     Raises:
-        ValueError: the model has experts or sharded neurons, or its down projections are not called as
-            modules, once each.
+        ValueError: the model has experts, or its down projections are not called as modules, once each.
         RuntimeError: the model is attached or muted.
     """
 
     def __init__(self, model: nn.Module, required: bool = True) -> None:
         refuse_wrapped(model)
         ffns = find_ffns(model)
-        for ffn in ffns:
-            if not ffn.is_dense or ffn.mesh is not None:
-                kind = "sharded" if ffn.is_dense else "of experts"
-                raise ValueError(f"{ffn.path} is {kind}: a MuteBank needs whole, dense FFNs")
+        if experts := [ffn.path for ffn in ffns if not ffn.is_dense]:
+            raise ValueError(f"{experts[0]} is of experts: a MuteBank needs dense FFNs")
         self.model, self._lock = model, threading.Lock()
         self._inner = unwrapped(model)
         self._paths = [ffn.path for ffn in ffns]
-        self._pool = Pool(len(ffns), {_indexed(ffn.device) for ffn in ffns})
-        self._current = _Current(required, [(_indexed(ffn.device), ffn.width) for ffn in ffns])
+        devices = [_indexed(ffn.device) for ffn in ffns]
+        self._current = _Current(required)
         gates = [_BankGates(ffn, number, self._current) for number, ffn in enumerate(ffns)]
         self._installed = Installed(model, gates, ffns)
+        self._pool = Pool([f.own_neurons(g.probed) for f, g in zip(ffns, gates, strict=True)], set(devices))
+        self._current.layers = list(zip(devices, self._pool.widths, strict=True))
         for one in gates:
             if one.calls > 1:
                 self._installed.remove()
@@ -241,8 +241,9 @@ def _indexed(device: torch.device) -> torch.device:
 class _Current:
     """Which rows are in force, in this thread, and the buffers of their gains."""
 
-    def __init__(self, required: bool, layers: Sequence[tuple[torch.device, int]]) -> None:
-        self.required, self.layers = required, layers
+    def __init__(self, required: bool) -> None:
+        self.required = required
+        self.layers: Sequence[tuple[torch.device, int]] = []
         self.variable: contextvars.ContextVar[_Rows | TokenRows | None] = contextvars.ContextVar(
             "rows", default=None
         )

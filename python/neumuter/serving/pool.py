@@ -22,28 +22,38 @@ class Pool:
 
     What a batch may be reading is never overwritten: new sets are appended. Where the room ends, the sets
     that are left move to new tensors.
+
+    Args:
+        own: of each layer the neurons that this process computes, which are counted from there on.
+        devices: where sets are held.
     """
 
-    def __init__(self, layers: int, devices: Iterable[torch.device]) -> None:
-        self.layers = layers
+    def __init__(self, own: Sequence[slice], devices: Iterable[torch.device]) -> None:
+        self.own = own
         self.sets: dict[str, Place] = {}
         self.tensors: Tensors = {device: self._make_room(device, 0, 0) for device in devices}
         # Behind the last set.
         self.row, self.end = 0, 0
 
     @property
+    def widths(self) -> list[int]:
+        """The number of neurons of each layer that this process computes."""
+        return [own.stop - own.start for own in self.own]
+
+    @property
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in next(iter(self.tensors.values())))
 
     def _make_room(self, device: torch.device, sets: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
-        indptr = torch.zeros(sets, self.layers + 1, dtype=torch.int32, device=device)
+        indptr = torch.zeros(sets, len(self.own) + 1, dtype=torch.int32, device=device)
         indices = torch.zeros(neurons, dtype=torch.int32, device=device)
         return indptr, indices, torch.zeros(neurons, device=device)
 
     def add(self, name: str, layers: Sequence[MutedLayer | None]) -> None:
         """Append a set: a ``MutedLayer`` or None for each layer. Nothing is changed on an error."""
-        muted = [layer for layer in layers if layer is not None]
-        counts = torch.tensor([0, *(0 if layer is None else len(layer.indices) for layer in layers)])
+        held = [layer and _cut(layer, own) for layer, own in zip(layers, self.own, strict=True)]
+        muted = [layer for layer in held if layer is not None]
+        counts = torch.tensor([0, *(0 if layer is None else len(layer.indices) for layer in held)])
         indices, gains = torch.cat([x.indices for x in muted]), torch.cat([x.gains for x in muted])
         rows, slots = (len(x) for x in next(iter(self.tensors.values()))[:2])
         found = dict(self.sets), self.tensors, self.row, self.end
@@ -79,6 +89,11 @@ class Pool:
             )
             end = sets[name][2]
         return sets, tensors, len(sets), end
+
+
+def _cut(layer: MutedLayer, own: slice) -> MutedLayer:
+    inside = (layer.indices >= own.start) & (layer.indices < own.stop)
+    return MutedLayer(layer.indices[inside] - own.start, layer.gains[inside])
 
 
 def _append(tensors: Tensors, row: int, end: int, indptr: Tensor, indices: Tensor, gains: Tensor) -> Place:

@@ -18,7 +18,7 @@ from neumuter.models.pieces import Pieces
 from neumuter.texts.store import Windows
 from neumuter.training.losses import predicting
 from neumuter.training.masked import Masked
-from neumuter.training.processes import find_processes
+from neumuter.training.processes import check_same, find_processes
 from neumuter.training.references import References
 from neumuter.training.sources import HardFirst, InTurn
 from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
@@ -386,9 +386,9 @@ def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
 def check_pair(pair: object, **given: object) -> None:
     """Raise TypeError unless ``pair`` is what recipes take.
 
-    Where several processes share it, raise ValueError unless they were all given the same texts, neurons and
-    other arguments, which are ``given``. All of them must call it.
+    In a process group, raise ValueError unless all processes were given the same texts, neurons and other
+    arguments, which are ``given``. All of them must call it.
     """
     check_kind("pair", pair, PairedBatches, "PairedBatches(masked, forget_batch, retain_batch)")
-    if isinstance(pair, PairedBatches) and pair.processes:
-        pair.processes.check_same(pair.describe() | given)
+    assert isinstance(pair, PairedBatches)
+    check_same(lambda: pair.describe() | given)

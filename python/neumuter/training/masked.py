@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from neumuter.models.devices import move
 from neumuter.models.experts import find_reached
@@ -213,12 +214,14 @@ class Masked:
             return hook
 
         handles = [f.module.register_forward_pre_hook(record(f.path), with_kwargs=True) for f in experts]
-        decoder, device = decoder_of(self.model), input_device(self.model)
+        # FSDP2 gathers weights where its root is called.
+        whole = self.model if isinstance(self.model, FSDPModule) else decoder_of(self.model)
+        device = input_device(self.model)
         try:
             with self.off(), without_dropout(self.model):
                 for batch in batches:
                     real = batch["attention_mask"].flatten() > 0
-                    decoder(input_ids=batch["input_ids"].to(device), use_cache=False)
+                    whole(input_ids=batch["input_ids"].to(device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

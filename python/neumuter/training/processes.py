@@ -4,12 +4,14 @@ All run the same program on the same texts. Each computes its share of the sampl
 tokens of all shares are reduced, so that it makes no difference how many processes there are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
 # Characters of a differing argument that an error shows.
@@ -43,23 +45,43 @@ class Processes:
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(one).to(one) for part, one in zip(parts, tensors, strict=True)]
 
-    def check_same(self, given: Mapping[str, object]) -> None:
-        """Raise ValueError, in all processes, if an argument is not the same in all of them."""
-        own = {name: repr(value) for name, value in given.items()}
-        found: list[dict[str, str]] = [{}] * self.count
-        dist.all_gather_object(found, own)
-        for rank, other in enumerate(found):
-            for name in given:
-                if other[name] != found[0][name]:
-                    raise ValueError(
-                        f"{name} must be the same in all processes, but is {found[0][name]:.{SHOWN}} in "
-                        f"process 0 and {other[name]:.{SHOWN}} in process {rank}"
-                    )
-
 
 def find_processes(model: nn.Module) -> Processes | None:
-    """Find the processes that share samples for ``model``: those of the process group; None if alone."""
-    return Processes() if _are_many() else None
+    """Find the processes that share samples for ``model``: those of the process group; None if alone.
+
+    Where tensor parallelism splits the layers, every process needs all samples, and none is shared.
+
+    Raises:
+        ValueError: the layers are split over some of the processes.
+    """
+    if not _are_many():
+        return None
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return Processes()
+    split = next((parameter for parameter in model.parameters() if isinstance(parameter, DTensor)), None)
+    if split is None:
+        return Processes()
+    if split.device_mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"tensor parallelism splits the model over {split.device_mesh.size()} processes, but the process "
+            f"group has {dist.get_world_size()}: split it over all of them"
+        )
+    return None
+
+
+def check_same(given: Callable[[], Mapping[str, object]]) -> None:
+    """Raise ValueError, in all processes, if something that is ``given`` is not the same in all of them."""
+    if not _are_many():
+        return
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, {name: repr(value) for name, value in given().items()})
+    for rank, other in enumerate(found):
+        for name, value in found[0].items():
+            if other[name] != value:
+                raise ValueError(
+                    f"{name} must be the same in all processes, but is {value:.{SHOWN}} in process 0 and "
+                    f"{other[name]:.{SHOWN}} in process {rank}"
+                )
 
 
 def is_first() -> bool:
