@@ -1,13 +1,19 @@
 """Commands in several processes: one prints and writes, and an error is one message."""
 
+import contextlib
 import json
 import re
+import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import neumuter
 from neumuter.cli import processes
-from tests.models import tokenizer
+from neumuter.models.layouts import check_layout, make_distributed_config
+from neumuter.training.plan import plan
+from tests.models import config, tokenizer
 from tests.neumuter import jobs
 from tests.neumuter.launching import end
 
@@ -29,8 +35,13 @@ def unlearn(folder, out, forget="forget.jsonl", **more):
     return ["unlearn", str(folder / "model"), *(str(x) for pair in (files | options).items() for x in pair)]
 
 
-def test_one_process_prints_and_writes(folder):
-    ended = end(jobs.command, 2, folder, *unlearn(folder, "two"))
+@pytest.fixture(scope="module")
+def two(folder):
+    return end(jobs.command, 2, folder, *unlearn(folder, "two"))
+
+
+def test_one_process_prints_and_writes(folder, two):
+    ended = two
     report = json.loads((folder / "two" / "report.json").read_text())
     # A launcher ends all as soon as one ends with another code than 0.
     assert [code for code, _ in ended] == [3 if report["leaks"] else 0, 0]
@@ -61,11 +72,71 @@ def test_other_commands_run_in_one_process(folder):
     assert not ended[1][1]
 
 
+@pytest.mark.usefixtures("two")
+def test_a_layout_splits_the_model(folder):
+    ended = end(jobs.command, 2, folder, *unlearn(folder, "split", **{"--layout": "fsdp"}))
+    assert ended[1] == (0, "")
+    assert ended[0][0] in (0, 3), ended[0][1]
+    whole, split = (
+        neumuter.MuteSet.load(folder / out / "mutes.safetensors").layers for out in ("two", "split")
+    )
+    assert whole.keys() == split.keys()
+    for path, layer in whole.items():
+        assert torch.equal(layer.indices, split[path].indices)
+        torch.testing.assert_close(layer.gains, split[path].gains, rtol=1e-4, atol=1e-4)
+
+
 def test_places_that_several_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(processes, "count_processes", lambda: 2)
     for options, message in (({"device_map": "auto"}, "device-map"), ({"device": "cuda:1"}, "must be cpu")):
         with pytest.raises(processes.typer.BadParameter, match=message):
             processes.check_place(**{"device": None, "device_map": None} | options)
+    with pytest.raises(processes.typer.BadParameter, match="tp goes without --quantize"):
+        processes.check_place(None, layout=processes.Layout.tp, **{"quantize": "4bit", "gguf-file": None})
+    monkeypatch.setattr(processes, "count_processes", lambda: 1)
+    with pytest.raises(processes.typer.BadParameter, match="fsdp splits the model over processes"):
+        processes.check_place(None, layout=processes.Layout.fsdp)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "count", "message"),
+    [
+        ("mixtral", "tp", 2, r"would split the experts of model.layers.0.mlp.experts"),
+        ("gpt_neo", "tp", 2, r"no plan for the layout 'tp' of GPTNeo"),
+        ("llama", "tp", 4, r"2 key-value heads cannot be divided by 4 processes"),
+        ("llama", "tp", 2, None), ("mixtral", "fsdp", 3, None), ("jetmoe", "ddp", 3, None),
+    ],
+)  # fmt: skip
+def test_layouts_are_refused_before_a_model_is_loaded(name, layout, count, message):
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config(name))
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_layout(layout, network, count)
+
+
+def test_an_older_transformers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.distributed.configuration_utils", None)
+    with pytest.raises(ImportError, match=r"needs transformers.distributed.DistributedConfig\(fsdp_size"):
+        make_distributed_config("fsdp", 2)
+
+
+@pytest.mark.parametrize(("free", "layout"), [(1e9, "ddp"), (None, "fsdp"), (1e3, None)])
+def test_auto_takes_a_copy_in_each_process_where_that_fits(free, layout, tmp_path, monkeypatch):
+    model = config("llama", num_hidden_layers=16)
+    model.save_pretrained(tmp_path)
+    found = plan(model, 2, 4, 32, torch.float32)
+    # Less than a copy takes, and more than a part of it.
+    free = free or sum(found.layouts["DDP"].values()) / 0.951
+    monkeypatch.setattr(processes, "count_processes", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 0))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32)
+    if layout is None:
+        with pytest.raises(ValueError, match="finds none that fits"):
+            processes.choose_layout(*given)
+    else:
+        assert processes.choose_layout(*given).value == layout
 
 
 def test_processes_end_after_the_one_that_writes(folder):

@@ -99,7 +99,7 @@ def test_command(tmp_path, capsys):
         main(["plan", str(tmp_path), "--gpus", "2", "--memory", "0.001"])
     assert not stop.value.code
     printed = capsys.readouterr().out
-    for part in ("LlamaForCausalLM", "time on one H100", "weights", "FSDP2", "no"):
+    for part in ("LlamaForCausalLM", "time on one H100", "weights", "FSDP2", "no", "No layout fits"):
         assert part in printed
     for arguments, message in (
         (["plan", str(tmp_path / "nowhere")], "is neither a config.json nor a folder"),
@@ -109,3 +109,31 @@ def test_command(tmp_path, capsys):
             main(arguments)
         assert stop.value.code
         assert message in capsys.readouterr().err
+
+
+def test_the_first_layout_that_fits_is_started(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
+    found = plan(config("llama"), devices=4, samples=2, tokens=16)
+    peaks = {name: sum(parts.values()) for name, parts in found.layouts.items()}
+    assert found.choose(max(peaks.values()) * 1.06) == "DDP"
+    assert found.choose(min(peaks.values()) * 1.04) is None
+    fitting = [name for name, peak in peaks.items() if peak <= peaks["tensor parallel"]]
+    assert found.choose(peaks["tensor parallel"] * 1.06) == fitting[0]
+    shape = ["--gpus", "4", "--samples", "2", "--tokens", "16"]
+    for memory, begin, end in (
+        (80, "torchrun --nproc-per-node 4 -m neumuter unlearn", "--batch-size 8 --max-length 16"),
+        (
+            peaks["device_map"] * 1.06e-9,
+            "neumuter unlearn",
+            "--batch-size 2 --max-length 16 --device-map auto",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", str(tmp_path), *shape, "--memory", str(memory)])
+        command = capsys.readouterr().out.strip().splitlines()[-1]
+        assert command.startswith(begin)
+        assert command.endswith(end)
+
+
+def test_experts_are_not_split_by_tensor_parallelism():
+    assert "tensor parallel" not in plan(config("mixtral"), devices=2, samples=1, tokens=16).layouts

@@ -51,7 +51,7 @@ def error(actual, expected):
 
 
 def test_gradients_are_those_of_one_process(about):
-    name, _, processes, _, folder = about
+    name, layout, processes, _, folder = about
     expected = alone(name)
     found = [torch.load(folder / f"gradients-{rank}") for rank in range(processes)]
     for what, value in expected.items():
@@ -59,8 +59,10 @@ def test_gradients_are_those_of_one_process(about):
         assert finite.any()
         for one in found:
             assert torch.equal(one[what].isfinite(), finite), what
-            # Ratios of squared gradients have several times the error of gradients.
-            assert error(one[what][finite], value[finite]) < (5e-5 if what == "fisher" else 1e-5), what
+            # Ratios of squared gradients have several times the error of gradients, and tensor parallelism
+            # rounds in other places: in float64 its gradients are the same to 1e-7.
+            limit = 5e-5 if what == "fisher" else 3e-5 if layout == "tp" else 1e-5
+            assert error(one[what][finite], value[finite]) < limit, what
             assert torch.equal(one[what][finite], found[0][what][finite]), what
 
 

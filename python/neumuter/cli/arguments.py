@@ -87,23 +87,34 @@ def check_sources(model: str, *files: Path | None) -> None:
     find_source(model)
 
 
-def check_size(model: str, start_layer: int, budget: int | float | str) -> None:
-    """Raise ValueError if a model has no such layer or fewer neurons, from its config alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(model: str) -> Any:
+    """Read the config of a model, or of the base of an adapter."""
+    from transformers import AutoConfig
 
     from neumuter.models.adapted import find_source
-    from neumuter.training.masked import neuron_count, split_ffns
 
     source = find_source(model)
-    config = AutoConfig.from_pretrained(
+    return AutoConfig.from_pretrained(
         source.base, trust_remote_code=False, local_files_only=source.cached, revision=source.revision
     )
+
+
+def check_size(
+    model: str, start_layer: int, budget: int | float | str, layout: str = "ddp", processes: int = 1
+) -> None:
+    """Raise ValueError if a model has no such layer, fewer neurons or no such layout, by its config alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from neumuter.models.layouts import check_layout
+    from neumuter.training.masked import neuron_count, split_ffns
+
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(read_config(model), trust_remote_code=False)
     _, ffns = split_ffns(network, start_layer)
     if not isinstance(budget, str):
         neuron_count(budget, sum(ffn.width for ffn in ffns))
+    check_layout(layout, network, processes)
 
 
 def check_results(out: Path, overwrite: bool) -> None:

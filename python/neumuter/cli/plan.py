@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from neumuter.cli.common import Dtype, console
@@ -39,11 +41,46 @@ def plan(
     with console.status("Counting"):
         found = planning.plan(loaded, gpus, samples, tokens, wanted, checkpointing)
     print_plan(found, gpus, memory, card, (samples, tokens), (sequences, context))
+    chosen = found.choose(1e9 * memory)
+    if chosen is None:
+        console.print(
+            "No layout fits: fewer --samples, --checkpointing, more devices or larger ones help.",
+        )
+    elif checkpointing:
+        console.print(
+            "NeuMuterTrainer recomputes activations (gradient_checkpointing=True); unlearn does not."
+        )
+    else:
+        folder = config if config.is_dir() else config.parent
+        command = write_command(chosen, str(folder), gpus, samples, tokens)
+        console.print(f"{chosen} fits. Start it so:\n{escape(command)}", highlight=False, soft_wrap=True)
+
+
+# How each layout is started, and whether each device has samples of its own.
+STARTS = {
+    "one device": ("neumuter", "", False),
+    "DDP": ("torchrun --nproc-per-node {gpus} -m neumuter", "", True),
+    "FSDP2, ZeRO-3": ("torchrun --nproc-per-node {gpus} -m neumuter", " --layout fsdp", True),
+    "tensor parallel": ("torchrun --nproc-per-node {gpus} -m neumuter", " --layout tp", False),
+    "device_map": ("neumuter", " --device-map auto", False),
+}
+
+
+def write_command(layout: str, model: str, gpus: int, samples: int, tokens: int) -> str:
+    """Write the command that unlearns in a layout, with as many texts in a step as were planned."""
+    start, option, divided = STARTS[layout]
+    size = samples * gpus if divided else samples
+    return (
+        f"{start.format(gpus=gpus)} unlearn {shlex.quote(model)} --forget FILE --retain FILE --out FOLDER "
+        f"--batch-size {size} --max-length {tokens}{option}"
+    )
 
 
 def print_plan(
     found: Plan, gpus: int, memory: float, card: str, batch: tuple[int, int], served: tuple[int, int]
 ) -> None:
+    from neumuter.training.plan import FILLED
+
     seconds, binds = found.step_seconds(card)
     facts = Table(show_header=False)
     rows = {
@@ -66,8 +103,5 @@ def print_plan(
         peak = sum(sizes.values())
         rest = peak - sizes["weights"] - sizes["activations"]
         numbers = (f"{x / 1e9:.3g}" for x in (sizes["weights"], sizes["activations"], rest, peak))
-        table.add_row(layout, *numbers, "yes" if peak <= 0.95e9 * memory else "no")
+        table.add_row(layout, *numbers, "yes" if peak <= FILLED * 1e9 * memory else "no")
     console.print(table)
-    console.print(
-        "It fits with 5 % to spare, or not: then fewer --samples, --checkpointing or more devices help."
-    )

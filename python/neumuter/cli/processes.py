@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import typer
@@ -16,6 +17,15 @@ import typer
 SHARED = ("unlearn", "refit")
 # Processes wait for each other so long: they may load a large model at different speeds.
 PATIENCE = datetime.timedelta(hours=2)
+
+
+class Layout(str, Enum):
+    """ddp: a copy of the model in each process. fsdp, tp: it is split, by FSDP2 or tensor parallelism."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    tp = "tp"
 
 
 def count_processes() -> int:
@@ -88,25 +98,71 @@ def _is_first_to_fail(store: Any) -> bool:
         return False
 
 
-def check_place(device: str | None, device_map: str | None = None) -> None:
-    """Raise BadParameter or ValueError if several processes cannot each have a place for the model."""
-    if count_processes() == 1:
+def choose_layout(layout: Layout, model: str, dtype: str, samples: int, tokens: int) -> Layout:
+    """Choose between ddp and fsdp where the layout is auto: a copy in each process if that fits its GPU.
+
+    Args:
+        samples: of each kind in a step. tokens: of a sample.
+
+    Raises:
+        ValueError: neither fits, or ``neumuter.training.plan`` cannot plan the model.
+    """
+    if layout is not Layout.auto:
+        return layout
+    import torch
+
+    if count_processes() == 1 or not torch.cuda.is_available():
+        return Layout.ddp
+    import torch.distributed as dist
+
+    from neumuter.cli.arguments import read_config
+    from neumuter.training.plan import plan
+
+    config = read_config(model)
+    wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    found = plan(config, count_processes(), -(-samples // count_processes()), tokens, wanted)
+    free = torch.tensor(torch.cuda.mem_get_info()[0])
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    by_name = {"DDP": Layout.ddp, "FSDP2, ZeRO-3": Layout.fsdp}
+    chosen = by_name.get(found.choose(int(free)) or "")
+    if chosen is None:
+        raise ValueError(
+            f"--layout auto finds none that fits the {int(free) / 1e9:.3g} GB free on each GPU: take "
+            "a smaller --batch-size or --max-length, or more GPUs"
+        )
+    return chosen
+
+
+def check_place(
+    device: str | None, device_map: str | None = None, layout: Layout = Layout.ddp, **others: object
+) -> None:
+    """Raise BadParameter or ValueError if the processes cannot have the model laid out so.
+
+    others: options that go with a copy of the model alone, by name.
+    """
+    processes = count_processes()
+    if layout is not Layout.ddp:
+        if processes == 1:
+            raise typer.BadParameter(f"--layout {layout.value} splits the model over processes: use torchrun")
+        if given := [f"--{name}" for name, value in others.items() if value]:
+            raise typer.BadParameter(f"--layout {layout.value} goes without {', '.join(given)}")
+    if processes == 1:
         return
     if device_map:
         raise typer.BadParameter(
-            f"--device-map spreads a model over the devices of one process, but {count_processes()} were "
-            "started"
+            f"--device-map spreads a model over the devices of one process, but {processes} were started"
         )
-    if device == "cpu":
-        return
-    if device:
+    if device not in (None, "cpu"):
         raise typer.BadParameter(
             "--device must be cpu in several processes, or left out: each has its own GPU"
         )
     import torch
 
-    here = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and here >= torch.cuda.device_count():
+    if device == "cpu" or not torch.cuda.is_available():
+        if layout is not Layout.ddp and torch.cuda.is_available():
+            raise typer.BadParameter(f"--layout {layout.value} takes the GPUs, and goes without --device cpu")
+        return
+    if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise ValueError(
             f"more processes were started than there are GPUs ({torch.cuda.device_count()}): start one for "
             "each, or use --device cpu"

@@ -36,7 +36,7 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
-from neumuter.cli.processes import check_place, is_first
+from neumuter.cli.processes import Layout, check_place, choose_layout, count_processes, is_first
 
 GOAL_MISSED = 3
 DEFAULT_BUDGET, DEFAULT_BATCH_SIZE = "0.01", 8
@@ -170,14 +170,21 @@ def unlearn(
     quantize: Quantized = None,
     attention: Attention = None,
     gguf_file: GgufFile = None,
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            help="In several processes: ddp, a copy of MODEL in each; fsdp or tp, MODEL is split; auto, fsdp "
+            "where a copy would not fit the GPUs."
+        ),
+    ] = Layout.ddp,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
 
     The last line says whether they are forgotten. If texts still come out, or there was nothing to forget,
     the exit code is 3.
 
-    torchrun --nproc-per-node N -m neumuter unlearn … shares the work among N processes, each with a copy of
-    MODEL: on as many GPUs, or with --device cpu.
+    torchrun --nproc-per-node N -m neumuter unlearn … shares the work among N processes: on as many GPUs, or
+    with --device cpu.
     """
     fitted_only = {
         "existing": existing, "former": former, "keep-slopes": keep_slopes or None, "budget": budget,
@@ -196,7 +203,10 @@ def unlearn(
     check_sources(model, forget, retain, controls, existing, *(former or []))
     if rewrite_with:
         check_sources(rewrite_with)
-    check_place(device, device_map)
+    if not gguf_file:
+        size = batch_size or DEFAULT_BATCH_SIZE
+        layout = choose_layout(layout, model, dtype.value, size, max_length)
+    check_place(device, device_map, layout, **{"quantize": quantize, "gguf-file": gguf_file})
     if is_first():
         check_run(out, overwrite, resume)
     with console.status("Importing transformers"):
@@ -218,8 +228,8 @@ def unlearn(
     earlier = neumuter.MuteSet.load(existing) if existing else None
     known = [neumuter.Slopes.load(file) for file in former or []]
     if not gguf_file:
-        check_size(model, start_layer, number)
-    network, tokenizer = open_model(model, dtype.value, **place)
+        check_size(model, start_layer, number, layout.value, count_processes())
+    network, tokenizer = open_model(model, dtype.value, layout=layout.value, **place)
     sizes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip

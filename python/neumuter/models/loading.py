@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neumuter.models.adapted import Source, find_folder, find_source, put_adapter
+from neumuter.models.layouts import make_distributed_config
 
 
 def load_model(
@@ -20,6 +22,7 @@ def load_model(
     quantize: str | None = None,
     attention: str | None = None,
     merge: bool = False,
+    layout: str = "ddp",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in evaluation mode, and its tokenizer.
 
@@ -35,16 +38,21 @@ def load_model(
         quantize: "4bit" or "8bit" quantises the weights with bitsandbytes.
         attention: transformers' attn_implementation, such as "eager" or "sdpa".
         merge: merge an adapter into the weights, so that an ordinary model comes out.
+        layout: in a process group, "ddp" loads a copy in each process; "fsdp" and "tp" split the model over
+            the processes; see ``neumuter.models.layouts``.
 
     Raises:
         FileNotFoundError: there is no such folder, or an adapter's base is not there.
         ImportError: an adapter, without the package peft.
         ValueError: a damaged or hostile checkpoint; a device that is not there; an adapter of a kind that
-            cannot be merged, one that does not fit its base, or one whose base would be a GGUF file.
+            cannot be merged, one that does not fit its base, or one whose base would be a GGUF file; or a
+            layout that does not fit the model.
     """
     source = find_source(model)
     if gguf_file and source.adapter:
         raise ValueError(f"gguf_file goes without an adapter, which {model} is")
+    if layout != "ddp" and source.adapter:
+        raise ValueError(f"the layout {layout!r} goes without an adapter, which {model} is: merge it first")
     where = _places(source)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(place)
@@ -60,6 +68,8 @@ def load_model(
             where["quantization_config"] = transformers.BitsAndBytesConfig(**{f"load_in_{quantize}": True})
         if quantize or device_map:
             where["device_map"] = device_map or place
+        if layout != "ddp":
+            where["distributed_config"] = make_distributed_config(layout, dist.get_world_size())
         if attention:
             where["attn_implementation"] = attention
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -68,7 +78,7 @@ def load_model(
         # The weights are ordinary ones now.
         if gguf_file and getattr(network, "hf_quantizer", None) is not None:
             network.hf_quantizer.remove_quantization_config(network)
-        if "device_map" not in where:
+        if layout == "ddp" and "device_map" not in where:
             network.to(place)
         if source.adapter:
             network = put_adapter(network, find_folder(source.adapter), merge)

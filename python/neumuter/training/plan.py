@@ -43,6 +43,8 @@ _FLOPS = flop_registry | {
         sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
     ),
 }
+# This share of a device's memory may be in use.
+FILLED = 0.95
 # A score, its gradient and the two moments of Adam, all float32.
 STATE_BYTES = 16
 
@@ -105,6 +107,14 @@ class Plan:
     # Of each layer, when serving: (bytes of a token's keys and values, window or None).
     cache: tuple[tuple[int, int | None], ...]
     layouts: dict[str, dict[str, int]]
+
+    def choose(self, memory: float) -> str | None:
+        """The layout to train in, which fits ``memory`` bytes a device with 5 % to spare; None if none does.
+
+        A copy in each process comes first, because nothing waits for weights there, and one process last.
+        """
+        peaks = {name: sum(parts.values()) for name, parts in self.layouts.items()}
+        return next((name for name, peak in peaks.items() if peak <= FILLED * memory), None)
 
     @property
     def training(self) -> int:
@@ -192,7 +202,7 @@ def plan(
         flops=counting.flops,
         moved=counting.moved,
         cache=cache,
-        layouts=_layouts(parts, layers, devices),
+        layouts=_layouts(parts, layers, devices, all(ffn.is_dense for ffn in masked.ffns)),
         **parts,
     )
 
@@ -260,13 +270,15 @@ def _cache(model: nn.Module) -> tuple[tuple[int, int | None], ...]:
     return tuple(found)
 
 
-def _layouts(parts: dict[str, int], layers: list[int], devices: int) -> dict[str, dict[str, int]]:
+def _layouts(
+    parts: dict[str, int], layers: list[int], devices: int, dense: bool
+) -> dict[str, dict[str, int]]:
     """Bytes per device: {layout: {part: bytes}}, for decoder layers of the given sizes.
 
     DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather the embeddings and the head, the layer at
-    work and the next. Tensor parallelism splits the layers; its activations are counted whole, which is too
-    much. device_map spreads the layers with their activations; the embeddings and the head are counted with
-    each.
+    work and the next. Tensor parallelism splits the layers, but no experts; its activations are counted
+    whole, which is too much. device_map spreads the layers with their activations; the embeddings and the
+    head are counted with each.
     """
     if devices == 1:
         return {"one device": parts}
@@ -277,7 +289,7 @@ def _layouts(parts: dict[str, int], layers: list[int], devices: int) -> dict[str
         "DDP": parts,
         "FSDP2, ZeRO-3": parts
         | {"weights": math.ceil(parts["weights"] / devices), "temporary": parts["temporary"] + gathered},
-        "tensor parallel": parts | spread,
+        **({"tensor parallel": parts | spread} if dense else {}),
         "device_map": parts
         | spread
         | {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")},
