@@ -40,6 +40,10 @@ class Tile:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.threads // warp}
 
 
+# Activations whose backward needs many registers, and the dtypes in which it does.
+HEAVY = {"gelu": (torch.float16, torch.float64), "gelu_tanh": (torch.float32,)}
+
+
 def all_registers(
     tile: Tile, activation: str, dtype: torch.dtype, row_ids: bool, mask_grad: bool
 ) -> dict[str, int]:
@@ -47,8 +51,8 @@ def all_registers(
 
     It does so where that lets more programs run at once. Others run more of them without a spill.
     """
-    heavy = activation == "gelu" and dtype in (torch.float16, torch.float64)
-    return {"maxnreg": min(255, 2**16 // tile.threads)} if heavy or (row_ids and not mask_grad) else {}
+    spills = dtype in HEAVY.get(activation, ()) or (row_ids and not mask_grad)
+    return {"maxnreg": min(255, 2**16 // tile.threads)} if spills else {}
 
 
 FORWARD = Tile(8, 256, 256)
