@@ -138,6 +138,16 @@ def logits(model, mutes):
             return apart, model(ids).logits
 
 
+def refit(model):
+    """One of two requests is undone; there are no texts to forget."""
+    first = unlearn(model, "modulate", keep_slopes=True)
+    options = {"samples": 1, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
+    return neumuter.refit(
+        model, tokenizer(), first.mutes, [first.slopes], [first.slopes], KEPT,
+        recipe=JOBS["modulate"]["recipe"], **options,
+    )  # fmt: skip
+
+
 class Killed(Exception):
     pass
 
@@ -183,13 +193,15 @@ def shared(model, layout, jobs, folder):
     at_once = 1 if rank == 1 and layout == "ddp" else None
     torch.save(gradients(placed(model, layout), at_once=at_once), Path(folder) / f"gradients-{rank}")
     model = placed(model, layout)
-    for job in jobs:
+    for job in set(jobs) & set(JOBS):
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
         outcome.save(Path(folder) / f"{job}-{rank}")
         if job == "modulate":
             torch.save(logits(model, outcome.mutes), Path(folder) / f"logits-{rank}")
     if "modulate" in jobs and layout == "ddp":
         run_anew(model, Path(folder), rank)
+    if "refit" in jobs:
+        refit(model).save(Path(folder) / f"refit-{rank}.safetensors")
     for name, value in {"seed": rank, "budget": 30 + rank}.items():
         with pytest.raises(ValueError, match=f"{name} must be the same in all processes, but is"):
             unlearn(model, "modulate", **{name: value})

@@ -14,7 +14,7 @@ from tests.neumuter.launching import run
 
 # The families, the layouts, the numbers of processes, and the jobs that run whole.
 SHARED = [
-    ("llama", "ddp", 2, ("modulate", "mute", "paper", "auto")), ("llama", "ddp", 4, ("modulate",)),
+    ("llama", "ddp", 2, ("modulate", "mute", "paper", "auto", "refit")), ("llama", "ddp", 4, ("modulate",)),
     ("mixtral", "ddp", 2, ("modulate",)), ("qwen3_moe", "ddp", 4, ("mute",)),
     ("gpt_neo", "ddp", 2, ("modulate",)), ("phi3", "ddp", 2, ()),
     ("llama", "fsdp", 2, ("modulate",)), ("llama", "fully_shard", 2, ("mute",)),
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_one_process(about):
 
 def test_whole_jobs_end_with_the_same(about):
     name, layout, processes, whole, folder = about
-    for job in whole:
+    for job in set(whole) & set(jobs.JOBS):
         expected = alone_job(name, job)
         files = {(folder / f"{job}-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)}
         assert len(files) == 1
@@ -102,3 +102,16 @@ def test_mutes_and_banks_serve_the_same(about):
     for rank in range(processes):
         for found in torch.load(folder / f"logits-{rank}"):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_refit_ends_with_the_same(about):
+    name, _, processes, whole, folder = about
+    if "refit" not in whole:
+        pytest.skip("this job is not run here")
+    files = {(folder / f"refit-{rank}.safetensors").read_bytes() for rank in range(processes)}
+    assert len(files) == 1
+    found = neumuter.MuteSet.load(folder / "refit-0.safetensors")
+    expected = jobs.refit(copy.deepcopy(trained(name)))
+    for path, layer in expected.layers.items():
+        assert torch.equal(found.layers[path].indices, layer.indices)
+        torch.testing.assert_close(found.layers[path].gains, layer.gains, rtol=1e-4, atol=1e-4)
