@@ -101,10 +101,11 @@ def test_places_that_several_processes_cannot_share(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "layout", "count", "message"),
     [
-        ("mixtral", "tp", 2, r"would split the experts of model.layers.0.mlp.experts"),
+        ("llama4", "tp", 2, r"would split the experts of model.layers.1.feed_forward.experts"),
         ("gpt_neo", "tp", 2, r"no plan for the layout 'tp' of GPTNeo"),
         ("llama", "tp", 4, r"2 key-value heads cannot be divided by 4 processes"),
-        ("llama", "tp", 2, None), ("mixtral", "fsdp", 3, None), ("jetmoe", "ddp", 3, None),
+        ("llama", "tp", 2, None), ("mixtral", "tp", 2, None), ("mixtral", "fsdp", 3, None),
+        ("jetmoe", "ddp", 3, None),
     ],
 )  # fmt: skip
 def test_layouts_are_refused_before_a_model_is_loaded(name, layout, count, message):

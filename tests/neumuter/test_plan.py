@@ -135,5 +135,9 @@ def test_the_first_layout_that_fits_is_started(tmp_path, capsys):
         assert command.endswith(end)
 
 
-def test_experts_are_not_split_by_tensor_parallelism():
-    assert "tensor parallel" not in plan(config("mixtral"), devices=2, samples=1, tokens=16).layouts
+def test_experts_that_masks_cannot_follow_are_not_split():
+    layouts = {
+        name: plan(config(name), devices=2, samples=1, tokens=16).layouts for name in ("mixtral", "llama4")
+    }
+    assert "tensor parallel" in layouts["mixtral"]
+    assert "tensor parallel" not in layouts["llama4"]

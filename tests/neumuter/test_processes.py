@@ -20,6 +20,7 @@ SHARED = [
     ("llama", "fsdp", 2, ("modulate",)), ("llama", "fully_shard", 2, ("mute",)),
     ("mixtral", "fsdp", 2, ("modulate",)), ("qwen3_moe", "fsdp", 2, ()),
     ("gpt_neo", "fully_shard", 2, ()), ("gemma2", "fully_shard", 2, ()),
+    ("mixtral", "tp", 2, ("modulate",)), ("qwen3_moe", "tp", 2, ()), ("gpt_oss", "tp", 2, ()),
     ("llama", "tp", 2, ("modulate", "mute")), ("phi3", "tp", 2, ("modulate",)), ("gemma2", "tp", 2, ()),
 ]  # fmt: skip
 

@@ -5,10 +5,12 @@
 - "routing_experts": JetMoE's; it gets the tokens and routes them itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.integrations.moe import _grouped_linear
 
 from neumuter.models.mask import Mask, masked_act_of, masked_packed_of
@@ -28,7 +30,7 @@ def masked_experts(
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     token = order // k
     ends = torch.searchsorted(expert, torch.arange(number, device=expert.device), right=True, out_int32=True)
-    mask = Mask(*_by_expert(mask, token, expert, tokens, number))
+    mask = _by_expert(mask, token, expert, tokens, number)
 
     def project(x: Tensor, name: str) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
@@ -58,7 +60,7 @@ def masked_repeated_experts(experts: Any, gates: Any, mask: Mask, hidden_states:
     tokens = gate_up.shape[1]
     expert = torch.arange(number, device=gate_up.device).repeat_interleave(tokens)
     token = torch.arange(tokens, device=gate_up.device).repeat(number)
-    mask = Mask(*_by_expert(mask, token, expert, tokens, number))
+    mask = _by_expert(mask, token, expert, tokens, number)
     hidden = masked_packed_of(gate_up.flatten(0, 1), gates.activation, mask)
     return torch.bmm(hidden.unflatten(0, (number, -1)), experts.down_proj).flatten(0, 1)
 
@@ -68,12 +70,27 @@ def masked_routing_experts(moe: Any, gates: Any, mask: Mask, hidden_states: Tens
     flat = hidden_states.flatten(0, -2)
     _, token, weights, counts, _ = moe.router(flat)
     expert = _experts_of(counts, token.device)
-    mask = Mask(*_by_expert(mask, token, expert, len(flat), len(counts)))
+    mask = _by_expert(mask, token, expert, len(flat), len(counts))
     hidden = masked_packed_of(moe.input_linear(flat[token], counts), gates.activation, mask)
     output = moe.output_linear(hidden, counts) * weights[:, None]
     summed = torch.zeros(len(flat), output.shape[1], dtype=output.dtype, device=output.device)
     result: Tensor = summed.index_add(0, token, output).view(hidden_states.shape) + moe.bias
     return result
+
+
+def run_split(
+    experts: Any, mesh: DeviceMesh, run: Callable[..., Tensor], *given: Any, **options: Any
+) -> Tensor:
+    """What transformers does around experts whose neurons tensor parallelism splits, with ``run`` inside."""
+    # Older versions of transformers do not have it.
+    from transformers.distributed.tensor_parallel import MoeExpertsParallel
+
+    style: Any = MoeExpertsParallel()
+    given, options = style.transform_inputs_pre_forward(experts, given, options, mesh)
+    with style.context_around_forward(experts, mesh):
+        output = run(*given, **options)
+    summed: Tensor = style.transform_output_post_forward(experts, output, mesh)
+    return summed
 
 
 def find_reached(
@@ -108,12 +125,13 @@ def _project(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_tr
     return product if bias is None else product + bias
 
 
-def _by_expert(mask: Mask, token: Tensor, expert: Tensor, tokens: int, number: int) -> tuple[Tensor, Tensor]:
-    """A mask [G, E·F] as [G·E, F], and the row of each pair of token and expert."""
-    values, row_ids, _ = mask
+def _by_expert(mask: Mask, token: Tensor, expert: Tensor, tokens: int, number: int) -> Mask:
+    """A mask [G, E·F] as [G·E, F], with the row of each pair of token and expert."""
+    values, row_ids, mesh = mask
     rows = len(values)
     if row_ids is not None:
         row = row_ids.reshape(-1).to(token.device)[token]
     else:
         row = token // max(tokens // rows, 1)
-    return values.reshape(rows * number, -1), torch.where(row < 0, -1, row * number + expert)
+    by_expert = values.reshape(rows * number, -1)
+    return Mask(by_expert, torch.where(row < 0, -1, row * number + expert), mesh)

@@ -94,6 +94,11 @@ class FFN:
         return isinstance(self.layout, Layout)
 
     @property
+    def can_be_split(self) -> bool:
+        """Whether masks follow its neurons where tensor parallelism splits them."""
+        return self.is_dense or cast(Experts, self.layout).seam == "experts"
+
+    @property
     def down_name(self) -> str:
         """The path in the module of the down projection's weight."""
         return f"{self.layout.down}.weight" if self.is_dense else self.layout.down
@@ -141,7 +146,7 @@ class FFN:
         # FSDP splits along dimension 0, and gathers before a forward.
         if not splits or splits == [0]:
             return None
-        if not self.is_dense or splits != [1]:
+        if not self.can_be_split or splits != [self.down_order[-1]]:
             raise ValueError(
                 f"the neurons of {self.path} are split along dimensions {splits}, which masks cannot follow"
             )

@@ -17,7 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.experts import masked_experts, masked_repeated_experts, masked_routing_experts
+from neumuter.models.experts import (
+    masked_experts,
+    masked_repeated_experts,
+    masked_routing_experts,
+    run_split,
+)
 from neumuter.models.ffn import FFN, Layout
 from neumuter.models.mask import Mask, masked_act_of, masked_glu_of, masked_packed_of
 
@@ -154,13 +159,16 @@ def run_seam(
 ) -> Any:
     """What that seam of ``module`` computes under a mask; with what Accelerate does before and after it."""
     mask = mask if gates.mesh is None else mask._replace(mesh=gates.mesh)
+    run = functools.partial(SEAMS[seam], module, gates, mask)
+    if seam == "experts" and gates.mesh is not None:
+        return run_split(module, gates.mesh, run, *arguments, **options)
     # At a down projection, Gates.unmasked runs the hook.
     hook = getattr(module, "_hf_hook", None) if seam != "down" else None
     if hook is None:
-        return SEAMS[seam](module, gates, mask, *arguments, **options)
+        return run(*arguments, **options)
     # The hook places inputs and loads weights.
     arguments, options = hook.pre_forward(module, *arguments, **options)
-    return hook.post_forward(module, SEAMS[seam](module, gates, mask, *arguments, **options))
+    return hook.post_forward(module, run(*arguments, **options))
 
 
 def forward_with_gates(module: nn.Module, *arguments: Any, **options: Any) -> Any:

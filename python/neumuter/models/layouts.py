@@ -32,11 +32,11 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
     sizes = {"heads": config.num_attention_heads}
     sizes["key-value heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for ffn in find_ffns(model):
-        if not ffn.is_dense:
+        if not ffn.can_be_split:
             raise ValueError(
                 f"the layout 'tp' would split the experts of {ffn.path}, and masks cannot follow: use 'fsdp'"
             )
-        sizes[f"neurons of {ffn.path}"] = ffn.width
+        sizes[f"neurons of {ffn.path}"] = ffn.width // ffn.experts
     for what, size in sizes.items():
         if size % processes:
             raise ValueError(

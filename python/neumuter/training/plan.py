@@ -202,7 +202,7 @@ def plan(
         flops=counting.flops,
         moved=counting.moved,
         cache=cache,
-        layouts=_layouts(parts, layers, devices, all(ffn.is_dense for ffn in masked.ffns)),
+        layouts=_layouts(parts, layers, devices, all(ffn.can_be_split for ffn in masked.ffns)),
         **parts,
     )
 
@@ -271,12 +271,12 @@ def _cache(model: nn.Module) -> tuple[tuple[int, int | None], ...]:
 
 
 def _layouts(
-    parts: dict[str, int], layers: list[int], devices: int, dense: bool
+    parts: dict[str, int], layers: list[int], devices: int, split: bool
 ) -> dict[str, dict[str, int]]:
     """Bytes per device: {layout: {part: bytes}}, for decoder layers of the given sizes.
 
     DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather the embeddings and the head, the layer at
-    work and the next. Tensor parallelism splits the layers, but no experts; its activations are counted
+    work and the next. Tensor parallelism splits the layers, if masks can follow; its activations are counted
     whole, which is too much. device_map spreads the layers with their activations; the embeddings and the
     head are counted with each.
     """
@@ -289,7 +289,7 @@ def _layouts(
         "DDP": parts,
         "FSDP2, ZeRO-3": parts
         | {"weights": math.ceil(parts["weights"] / devices), "temporary": parts["temporary"] + gathered},
-        **({"tensor parallel": parts | spread} if dense else {}),
+        **({"tensor parallel": parts | spread} if split else {}),
         "device_map": parts
         | spread
         | {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")},
