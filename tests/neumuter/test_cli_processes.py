@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import neumuter
 from neumuter.cli import processes
+from neumuter.cli.app import main
 from neumuter.models.layouts import check_layout, make_distributed_config
 from neumuter.training.plan import plan
 from tests.models import config, tokenizer
@@ -138,6 +139,18 @@ def test_auto_takes_a_copy_in_each_process_where_that_fits(free, layout, tmp_pat
             processes.choose_layout(*given)
     else:
         assert processes.choose_layout(*given).value == layout
+
+
+def test_what_a_launcher_did_not_set_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in processes.LAUNCHED[1:]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "absent"])
+    assert stop.value.code == 1
+    expected = "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"
+    assert expected in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 def test_processes_end_after_the_one_that_writes(folder):

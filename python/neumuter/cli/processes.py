@@ -15,6 +15,8 @@ import typer
 
 # Commands that share their work among processes; any other would do all of it in each.
 SHARED = ("unlearn", "refit")
+# What a launcher sets beside WORLD_SIZE.
+LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Processes wait for each other so long: they may load a large model at different speeds.
 PATIENCE = datetime.timedelta(hours=2)
 
@@ -57,6 +59,11 @@ def joined() -> Iterator[None]:
     if count_processes() == 1:
         yield
         return
+    if missing := [name for name in LAUNCHED if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {count_processes()}, but {', '.join(missing)} is not set: start several "
+            "processes with torchrun, or unset WORLD_SIZE for one"
+        )
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
