@@ -20,6 +20,7 @@ BENCHMARKS = {
     "serve": ("bench.models.serve", True),
     "launch": ("bench.kernels.launch", False),
     "select": ("bench.kernels.select", False),
+    "scale": ("bench.models.scale", True),
 }
 
 

@@ -184,10 +184,24 @@ def predictions(rows, _):
     return _table(["pass", "dtype", "card", "registers", "occupancy", "predicted, µs"], table)
 
 
+def scale(rows, op):
+    """What a text costs where there are many: "unlearn" or "read"."""
+    table = []
+    for row in _of(rows, "scale"):
+        if row["op"] != op:
+            continue
+        count, visits = row["texts"], row["visits_per_text"]
+        cells = [f"{count:,}", f"{row['seconds']:.0f}", f"{1e3 * row['seconds'] / count:.3g}"]
+        cells += [f"{visits:.2f}"] if op == "unlearn" else []
+        table.append([*cells, f"{row['before_mib']:.0f}", f"{row['peak_mib']:.0f}"])
+    visited = ["visits per text"] * (op == "unlearn")
+    return _table(["texts", "s", "ms per text", *visited, "MiB before", "peak MiB"], table)
+
+
 PARTS = {
     function.__name__: function
     for function in (
         machines, checks, activations, projections, losses, steps, selection, decoding, launching, serving,
-        compilers, count, spills, machine_code, predictions,
+        compilers, count, spills, machine_code, predictions, scale,
     )
 }  # fmt: skip

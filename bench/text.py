@@ -49,6 +49,8 @@ def row_text(row):
     """One row of results in lines: what it is, then each contender."""
     if "error" in row:
         return f"{row['op']:16} {row['error'] or 'right'}"
+    if "texts" in row:
+        return f"{row['op']}, {row['texts']} texts: {row['seconds']:.1f} s, peak {row['peak_mib']:.0f} MiB"
     what = [row["op"], row["pass"], shape(row), *(row.get(key) for key in ("dtype", "activation", "scores"))]
     if "mask_rows" in row:
         what.append(f"{row['mask_rows']} mask row" + "s" * (row["mask_rows"] > 1))
