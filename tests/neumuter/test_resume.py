@@ -10,8 +10,9 @@ import torch
 
 import neumuter
 from neumuter.evaluation import continuations, controls, examination
-from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig, mute_random
+from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig, fisher, mute_random
 from neumuter.training import journal, step
+from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import UNFINISHED, Journal, digest
 from tests.models import build, tokenizer
 from tests.neumuter.test_recipes import QUICK_GATES
@@ -104,6 +105,31 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     assert len(steps) < len(told) < 2 * len(steps) + 8
     outcome.save(tmp_path / "out")
     assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_the_pass_over_all_texts_goes_on_where_it_was(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(fisher, "SAMPLES_PER_PASS", 1)
+    whole = unlearn(llama)
+    passes = []
+
+    def count(self, ids):
+        passes.append(ids)
+        if len(passes) == 4:
+            raise Killed
+        return sample_losses(self, ids)
+
+    sample_losses = PairedBatches.sample_losses
+    monkeypatch.setattr(PairedBatches, "sample_losses", count)
+    with pytest.raises(Killed):
+        unlearn(llama, folder=tmp_path / "out")
+    resumed = unlearn(llama, folder=tmp_path / "out", resume=True)
+    # Each sample once, but for that in which the run was killed.
+    assert passes[4] == passes[3]
+    samples = [sample for ids in passes[:3] + passes[4:] for sample in ids]
+    assert samples == sorted(set(samples))
+    whole.mutes.save(tmp_path / "whole")
+    resumed.mutes.save(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_what_is_left_is_for_its_owner_and_goes_with_the_run(llama, unfinished):

@@ -1,5 +1,6 @@
 """Which neurons hold the texts, from two backward passes: squared gradients there against those elsewhere."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches, check_pair
+from neumuter.training.journal import Journal
 from neumuter.training.losses import odds_hinge
 from neumuter.training.neurons import Neurons
 from neumuter.training.processes import agree
@@ -49,7 +51,9 @@ def propose_by_fisher(
     return neurons.mute_set(ratios.topk(k).indices, torch.zeros(k), "mute", (0.0, 1.0), method, 0)
 
 
-def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tensor:
+def rank_by_fisher(
+    pair: PairedBatches, existing: MuteSet | None = None, journal: Journal | None = None
+) -> Tensor:
     """Compute g²/F of every neuron.
 
     g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
@@ -57,6 +61,10 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
     samples, at most ``MEASURED_RETAIN`` of them: their empirical Fisher information, which is the curvature
     of KL(reference ‖ masked) there. To first order g² is what a small change of a gate forgets, and F what
     it costs.
+
+    Args:
+        existing: a mute set that is in force meanwhile.
+        journal: see ``fit_mutes``. Of a pass that several processes share it has nothing before the end.
 
     Returns:
         float32 [neurons]; −∞ for neurons that may not be selected.
@@ -66,8 +74,9 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
     forget = range(pair.forget_count)
     order = torch.randperm(pair.retain_count, generator=torch.Generator().manual_seed(0))
     retain = (order[:MEASURED_RETAIN].sort().values + pair.forget_count).tolist()
-    gained = _mean_square_gradients(pair, neurons, forget, lambda losses: odds_hinge(losses, MARGIN).mean())
-    lost = _mean_square_gradients(pair, neurons, retain, torch.mean)
+    find = functools.partial(_mean_square_gradients, pair, neurons, journal or Journal())
+    gained = find("gained", forget, lambda losses: odds_hinge(losses, MARGIN).mean())
+    lost = find("lost", retain, torch.mean)
     ratios = gained / (lost + DAMPING * lost.mean())
     ratios[neurons.excluded] = -torch.inf
     return agree(ratios)
@@ -76,6 +85,8 @@ def rank_by_fisher(pair: PairedBatches, existing: MuteSet | None = None) -> Tens
 def _mean_square_gradients(
     pair: PairedBatches,
     neurons: Neurons,
+    journal: Journal,
+    name: str,
     sample_ids: Sequence[int],
     function: Callable[[Tensor], Tensor],
 ) -> Tensor:
@@ -93,17 +104,19 @@ def _mean_square_gradients(
         (gradient,) = torch.autograd.grad(loss, mask)
         return gradient.square().sum(0)
 
+    def run(start: int) -> Tensor:
+        ids = sample_ids[start : start + SAMPLES_PER_PASS]
+        return functools.reduce(torch.add, pair.pieces.run(sum_squares, ids))
+
     total = torch.zeros(neurons.count, device=neurons.device)
     starts: Sequence[int] = range(0, len(sample_ids), SAMPLES_PER_PASS)
-    own = len(starts)
-    if pair.processes:
-        starts, own = pair.processes.share(starts)
     with without_dropout(pair.masked.model):
+        if pair.processes is None:
+            return journal.sum(name, starts, run, total) / len(sample_ids)
+        starts, own = pair.processes.share(starts)
         for number, start in enumerate(starts):
-            ids = sample_ids[start : start + SAMPLES_PER_PASS]
-            for squares in pair.pieces.run(sum_squares, ids):
-                if number < own:
-                    total += squares
-    if pair.processes:
-        (total,) = pair.processes.sum([total])
+            squares = run(start)
+            if number < own:
+                total += squares
+    (total,) = pair.processes.sum([total])
     return total / len(sample_ids)

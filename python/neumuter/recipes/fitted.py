@@ -131,7 +131,7 @@ def fit_mutes(
         mutes = find_support(pair, budget, support, seed, report("support", 0), existing, journal)
     else:
         if ratios is None:
-            ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing))
+            ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing, journal))
         mutes = propose_by_fisher(pair, budget, existing, gains.candidates, ratios)
     if mode == "modulate":
         mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former, journal)

@@ -84,7 +84,7 @@ def search_budget(
     neurons.count_of(budgets[-1])
     by_fisher = mode != "mute" and not config.support
     # The ratios are the same for all budgets.
-    ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing)) if by_fisher else None
+    ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing, journal)) if by_fisher else None
     points: list[dict[str, Any]] = []
     best, failed = None, 0.0
 

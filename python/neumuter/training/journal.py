@@ -32,6 +32,7 @@ PACKAGES = ("neumuter-kernels", "torch", "transformers")
 HASHED = "sha256 "
 
 Value = TypeVar("Value")
+Item = TypeVar("Item")
 logger = logging.getLogger("neumuter")
 
 
@@ -101,6 +102,21 @@ class Journal:
                 self._write()
         value: Value = self._found[name]
         return value
+
+    def sum(self, name: str, items: Sequence[Item], work: Callable[[Item], Tensor], start: Tensor) -> Tensor:
+        """Add up what ``work`` returns for all items, or for those that are left of them, to ``start``.
+
+        To be called by one process alone.
+        """
+        name = self._prefix + name
+        done, found = self._found.get(name, (0, start))
+        total: Tensor = found.to(start.device)
+        for number in range(done, len(items)):
+            total = total + work(items[number])
+            if self._due():
+                self._found[name] = (number + 1, total)
+                self._write()
+        return total
 
     def take(
         self, name: str, step: Step, source: Iterator[Sequence[int]], steps: int, tell: Tell | None = None
