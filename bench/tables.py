@@ -191,7 +191,8 @@ def scale(rows, op):
         if row["op"] != op:
             continue
         count, visits = row["texts"], row["visits_per_text"]
-        cells = [f"{count:,}", f"{row['seconds']:.0f}", f"{1e3 * row['seconds'] / count:.3g}"]
+        each = 1e3 * row["seconds"] / count
+        cells = [f"{count:,}", f"{row['seconds']:.0f}", f"{each:,.0f}" if each >= 100 else f"{each:.3g}"]
         cells += [f"{visits:.2f}"] if op == "unlearn" else []
         table.append([*cells, f"{row['before_mib']:.0f}", f"{row['peak_mib']:.0f}"])
     visited = ["visits per text"] * (op == "unlearn")
