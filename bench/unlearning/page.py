@@ -23,6 +23,8 @@ COLUMNS = {
     "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
     "perplexity": ("perplexity over original", "{:+.1%}"),
     "share": ("neurons", "{:.2%}"),
+    "precision": ("precision", "{:.2f}"),
+    "recall": ("recall", "{:.2f}"),
     "outside": ("gains below 0 or above 1", "{:.0%}"),
     "seconds": ("s", "{:.0f}"),
     "peak_mib": ("peak, MiB", "{:.0f}"),
@@ -39,6 +41,10 @@ STATES = {
     "int8": "rounded to 8 bits", "int4": "rounded to 4 bits, groups of 32", "half": "half of the answers",
     "relearned 10": "the same, 10 steps on the other half", "relearned 30": "30 steps",
     "relearned 100": "100 steps",
+}  # fmt: skip
+FORMATS = {
+    "none": "as they are", "int8": "8 bits per channel", "q8_0": "GGUF Q8_0",
+    "int4": "4 bits, groups of 32", "nf4": "NF4, groups of 64", "q4_0": "GGUF Q4_0",
 }  # fmt: skip
 KINDS = {
     "retain": "the records to keep", "made up": "made-up records of the same kind",
@@ -192,6 +198,37 @@ def location(rows, _):
     return table([(m, _where(chosen, method=m)) for m in dict.fromkeys(r["method"] for r in chosen)], COLUMNS)
 
 
+def planted(rows, _):
+    """What each method finds of the planted neurons."""
+    return table(_methods(_related(rows, ("seed",))), COLUMNS)
+
+
+def rounded(rows, _):
+    """Each method in each format, beside the original in the same format."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for name in FORMATS:
+            found = _where(rows, method=method, format=name)
+            if found:
+                kept = [
+                    row["retain_extraction"]
+                    / _where(rows, method="before", format=name, seed=row["seed"])[0]["retain_extraction"]
+                    for row in found
+                ]
+                secrets = [row["forget_secrets"] for row in found]
+                extracted = [row["forget_extraction"] for row in found]
+                cells = (_cell(values, "{:.2f}") for values in (extracted, secrets, kept))
+                lines.append([NAMES[method] if name == "none" else "", FORMATS[name], *cells])
+    head = [
+        "",
+        "weights",
+        "forget: extraction ↓",
+        "forget: secrets ↓",
+        "keep, over the original's in this format ↑",
+    ]
+    return text.table(head, lines, "---:")
+
+
 def requests(rows, method):
     """MANY, with sets found by ``method``."""
     rows = _related(rows, ("seed",))
@@ -266,7 +303,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, requests, requests_seeds, share, many, given_away,
+        kinds, counts, location, planted, rounded, requests, requests_seeds, share, many, given_away,
         stand_ins, instead,
     )
 }  # fmt: skip
