@@ -13,6 +13,7 @@ import torch
 from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
 from bench.unlearning import (
+    calibrated,
     instead,
     location,
     nothing_to_keep,
@@ -33,6 +34,7 @@ CASES = {
     "tdec": lambda options: tdec.cases(options.data, options.quick),
     "robust": lambda options: robust.cases(options.quick),
     "location": lambda options: location.cases(options.quick),
+    "calibrated": lambda options: calibrated.cases(options.quick),
     "planted": lambda options: planted.cases(options.quick),
     "rounded": lambda options: rounded.cases(options.quick),
     "requests": lambda options: requests.cases(options.quick),

@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import (
     continue_texts,
+    estimate_unseen,
     examine,
+    find_ceilings,
     find_overlap,
     judge_texts,
     list_given,
@@ -55,7 +57,7 @@ from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, encode_forms
 from neumuter.texts.chat import TEMPLATE_USED
-from neumuter.texts.corpus import read_corpus
+from neumuter.texts.corpus import SAMPLED, read_corpus
 from neumuter.texts.encoding import count_rows, join_windows, sample_rows
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.texts.sources import TextSource
@@ -73,6 +75,8 @@ MEASURED_TEXTS = 512
 # Texts whose continuations the report shows, and that an error shows.
 SHOWN_TEXTS = 4
 
+# Nats by which log-odds may fall below 0 where ceilings say how far is enough.
+CALIBRATED_MARGIN = 3.0
 # A backward pass takes about twice as long as the forward pass.
 PASSES = 3
 # Of the texts to forget, the loss of the texts to keep, of the controls, what the model says, and the seconds
@@ -98,6 +102,7 @@ def unlearn(
     controls: TextSource | None = None,
     samples: int | None = None,
     made_up: int = 0,
+    calibrate: bool = False,
     rewrite_with: str | None = None,
     start_layer: int = 1,
     max_length: int = 256,
@@ -143,6 +148,9 @@ def unlearn(
             are retain or made-up texts.
         made_up: how many prompts to forget, with made-up names, the model answers itself; these answers are
             kept as well. They protect what resembles the forget texts, but take a larger budget to forget.
+        calibrate: forget each token no further than to the probability that a model which never saw the
+            texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), so that the
+            wording around names and values stays; with the fitted recipe and mode "modulate".
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -175,6 +183,11 @@ def unlearn(
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
     if made_up < 0:
         raise ValueError(f"made_up must be at least 0, got {made_up}")
+    if calibrate:
+        if not isinstance(config, FittedConfig) or config.support or mode == "mute":
+            raise ValueError('calibrate goes with the fitted recipe, mode "modulate" and no trained support')
+        margin = max(config.gains.margin, CALIBRATED_MARGIN)
+        config = dataclasses.replace(config, gains=dataclasses.replace(config.gains, margin=margin))
     if resume and folder is None:
         raise ValueError("resume goes with folder, where the unfinished run is")
     if folder is not None and not resume and is_first():
@@ -193,6 +206,8 @@ def unlearn(
     corpus = read_corpus("forget", forget, words, length, chat, seed)
     kept = None if retain is None else read_corpus("retain", retain, words, length, chat, seed)
     forms = corpus.forms
+    if calibrate and count_rows(corpus.windows) > len(forms[0]["labels"]):
+        raise ValueError(f"calibrate looks at every text to forget, and takes {SAMPLED} of them at most")
     given = list_given({"forget": forms[0]} | ({"retain": kept.forms[0]} if kept else {}), words)
     refuse_overlap(given)
     unseen = _make_controls(controls, forms, given, words, length, chat, seed)
@@ -204,8 +219,8 @@ def unlearn(
             "forget": digest(corpus), "retain": digest(kept), "controls": digest(unseen),
             "existing": digest(earlier), "former": digest(known), "recipe": config, "goals": goals,
             "budget": budget, "mode": mode, "keep_slopes": keep_slopes, "samples": samples,
-            "made_up": made_up, "rewrite_with": rewrite_with, "start_layer": start_layer,
-            "max_length": max_length, "chat": chat, "seed": seed,
+            "made_up": made_up, "calibrate": calibrate, "rewrite_with": rewrite_with,
+            "start_layer": start_layer, "max_length": max_length, "chat": chat, "seed": seed,
         }  # fmt: skip
         weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
         journal = Journal(folder, request, weights, resume, kinds=(Examination, Found))
@@ -242,6 +257,11 @@ def unlearn(
                 count_rows(retain_batch),
             )
         asked = journal.once("asked", lambda: most_known(network, forms))
+        ceilings = None
+        if calibrate:
+            looked_at = (forms[0], given, need_tokenizer(words), seed)
+            chances = journal.once("unseen", lambda: agree(estimate_unseen(network, *looked_at)))
+            ceilings = find_ceilings(chances)
 
         def measure() -> _Measured:
             found = examine(network, words, forms, given)
@@ -259,7 +279,7 @@ def unlearn(
         before, retain_before, controls_before, said_before, pace = journal.once("before", measure)
     curve = None
     with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
-        pair = PairedBatches(masked, whole, retain_batch)
+        pair = PairedBatches(masked, whole, retain_batch, ceilings)
         if isinstance(config, FittedConfig):
             every = " each budget tried" if isinstance(budget, str) else ""
             announce(f"Finding neurons takes{every}", pace * PASSES * estimate_tokens(pair, mode, config))
@@ -274,6 +294,8 @@ def unlearn(
             mutes = fit_mutes(
                 pair, budget, mode, config, seed, advance, earlier, former=known, journal=journal
             )
+        if calibrate:
+            mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
         measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
     if folder is not None and is_first():
         with made_folder(folder) as made:

@@ -83,6 +83,14 @@ def unlearn(
             "there is no --retain; forgetting then takes a larger budget.",
         ),
     ] = 0,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Forget each token no further than a model that never saw the texts would know it, by an "
+            "estimate, so that their wording stays.",
+        ),
+    ] = False,
     existing: Annotated[
         Path | None,
         typer.Option(
@@ -251,6 +259,7 @@ def unlearn(
             goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
             controls=unseen,
             made_up=made_up,
+            calibrate=calibrate,
             rewrite_with=rewrite_with,
             start_layer=start_layer,
             max_length=max_length,

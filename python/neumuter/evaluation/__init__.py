@@ -25,6 +25,7 @@ from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.others import find_others, find_overlap, list_given
 from neumuter.evaluation.server import Said, ask_server
 from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
+from neumuter.evaluation.unseen import estimate_unseen, find_ceilings
 from neumuter.evaluation.verdict import Comparison, Verdict, judge, judge_texts
 
 __all__ = [
@@ -41,11 +42,13 @@ __all__ = [
     "audit",
     "compare_texts",
     "continue_texts",
+    "estimate_unseen",
     "examine",
     "extracted",
     "extraction_likelihood",
     "extraction_rate",
     "extraction_strength",
+    "find_ceilings",
     "find_others",
     "find_overlap",
     "harness_metrics",

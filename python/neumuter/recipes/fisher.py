@@ -74,9 +74,13 @@ def rank_by_fisher(
     forget = range(pair.forget_count)
     order = torch.randperm(pair.retain_count, generator=torch.Generator().manual_seed(0))
     retain = (order[:MEASURED_RETAIN].sort().values + pair.forget_count).tolist()
+
+    def known(losses: Tensor, sample: int) -> Tensor:
+        return odds_hinge(losses, MARGIN, pair.ceilings_of(sample).to(losses.device)).mean()
+
     find = functools.partial(_mean_square_gradients, pair, neurons, journal or Journal())
-    gained = find("gained", forget, lambda losses: odds_hinge(losses, MARGIN).mean())
-    lost = find("lost", retain, torch.mean)
+    gained = find("gained", forget, known)
+    lost = find("lost", retain, lambda losses, _: losses.mean())
     ratios = gained / (lost + DAMPING * lost.mean())
     ratios[neurons.excluded] = -torch.inf
     return agree(ratios)
@@ -88,19 +92,20 @@ def _mean_square_gradients(
     journal: Journal,
     name: str,
     sample_ids: Sequence[int],
-    function: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
     """The mean over samples of the squared gradient of ``function``, float32 [neurons].
 
-    ``function`` maps the losses of a sample's counted tokens, float32 [N] in nats, to a scalar. Every sample
-    has a mask row of its own, so one backward pass gives the gradients of all samples apart.
+    ``function`` maps the losses of a sample's counted tokens, float32 [N] in nats, and its id to a scalar.
+    Every sample has a mask row of its own, so one backward pass gives the gradients of all samples apart.
     """
 
     def sum_squares(ids: Sequence[int]) -> Tensor:
         mask = neurons.start.repeat(len(ids), 1).requires_grad_()
         by_layer = mask.split(list(neurons.widths.values()), 1)
         with pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
-            loss = torch.stack([function(losses) for losses in pair.sample_losses(ids)]).sum()
+            found = zip(pair.sample_losses(ids), ids, strict=True)
+            loss = torch.stack([function(losses, i) for losses, i in found]).sum()
         (gradient,) = torch.autograd.grad(loss, mask)
         return gradient.square().sum(0)
 

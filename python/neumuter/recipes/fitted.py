@@ -284,7 +284,7 @@ class _Fit:
         neurons, config, masked = self.neurons, self.config, self.pair.masked
         share = torch.tensor(len(support) / neurons.count, dtype=torch.float64, device=neurons.device)
         terms: list[Callable[[Measured], Tensor]] = [
-            lambda found: found.mean(odds_hinge(found.losses, config.margin)),
+            lambda found: found.mean(odds_hinge(found.losses, config.margin, found.ceilings)),
             lambda found: self.weight.to(found.kl.device) * found.kl,
         ]
         if self.former:

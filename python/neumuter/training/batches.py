@@ -37,7 +37,8 @@ class Inputs(NamedTuple):
     ids: int64 [B, W], forget samples first. samples: their sample ids, int64 [B]. places: where the counted
     tokens are predicted, row·W + position, int64 [N + M], forget tokens first. targets: the forget tokens,
     int64 [N]. references: what ``References.lay_out`` gives for the retain tokens, [M] or [M, d]. weights:
-    float32 [N + M], 0 for padding and 1 for tokens that are there. split: the number of forget samples.
+    float32 [N + M], 0 for padding and 1 for tokens that are there. ceilings: of the forget tokens, float32
+    [N]; see ``PairedBatches``. split: the number of forget samples.
     """
 
     ids: torch.Tensor
@@ -46,6 +47,7 @@ class Inputs(NamedTuple):
     targets: torch.Tensor
     references: torch.Tensor
     weights: torch.Tensor
+    ceilings: torch.Tensor
     split: int
 
     @property
@@ -54,8 +56,8 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on ``device``, without waiting for it."""
-        ids, samples, places, targets, references, weights = (move(part, device) for part in self.tensors)
-        return Inputs(ids, samples, places, targets, references, weights, self.split)
+        parts = self._asdict().items()
+        return self._replace(**{name: move(x, device) for name, x in parts if isinstance(x, torch.Tensor)})
 
 
 class PairedBatches:
@@ -74,6 +76,8 @@ class PairedBatches:
         masked: the handle of the model; every recipe takes it from here.
         forget_batch, retain_batch: the texts to forget and those to keep, or ``Windows`` of more than fit
             into memory. None: no text is to be forgotten.
+        ceilings: the log-odds that each token of the forget batch may keep, float32 [B, T] like its labels;
+            None: −∞, so that each is forgotten as far as a recipe goes.
 
     Raises:
         ValueError: a batch, which the message names, is empty or malformed; or the model's logits are not a
@@ -81,7 +85,11 @@ class PairedBatches:
     """
 
     def __init__(
-        self, masked: Masked, forget_batch: Batch | Windows | None, retain_batch: Batch | Windows
+        self,
+        masked: Masked,
+        forget_batch: Batch | Windows | None,
+        retain_batch: Batch | Windows,
+        ceilings: Tensor | None = None,
     ) -> None:
         check_kind("masked", masked, Masked, "the handle that neumuter.attach(model) returns")
         _check("retain_batch", retain_batch)
@@ -89,7 +97,7 @@ class PairedBatches:
             forget_batch = {key: torch.zeros(0, 1, dtype=torch.int64) for key in KEYS}
         else:
             _check("forget_batch", forget_batch)
-        self.masked = masked
+        self.masked, self._ceilings = masked, _check_ceilings(forget_batch, ceilings)
         device = input_device(masked.model)
         self._batches = [
             batch if isinstance(batch, Windows) else {key: batch[key].cpu() for key in KEYS}
@@ -192,6 +200,7 @@ class PairedBatches:
             targets=fill([self._sample(i).targets for i in sample_ids[:split]]),
             references=kept.lay_out(fill(rows)),
             weights=torch.cat(weights),
+            ceilings=fill([self.ceilings_of(i) for i in sample_ids[:split]], torch.float32),
             split=split,
         )
 
@@ -215,6 +224,13 @@ class PairedBatches:
             reference = self._reference(ids, places.clamp(min=0), through)
         divergences = self.head.kl_divergences(retain, retain if reference is None else reference)
         return self.head.token_losses(forget, inputs.targets), divergences
+
+    def ceilings_of(self, sample_id: int) -> Tensor:
+        """The ceilings of a forget sample's counted tokens, float32 [N] on the CPU."""
+        places = self._sample(sample_id).positions + 1
+        if self._ceilings is None:
+            return torch.full([len(places)], -torch.inf)
+        return self._ceilings[sample_id, places]
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
         """Compute the losses in nats of each sample's counted tokens, forget or retain: float32 [N] each."""
@@ -245,6 +261,7 @@ class PairedBatches:
         return {
             "forget_batch": _digest(self._batches[0]),
             "retain_batch": _digest(self._batches[1]),
+            "ceilings": _digest({} if self._ceilings is None else {"ceilings": self._ceilings}),
             "which neurons may be selected": _digest({"closed": closed}),
         }
 
@@ -327,16 +344,16 @@ class _Sample(NamedTuple):
     targets: torch.Tensor
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """The parts, int64, one after the other; there may be none."""
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
+    """The parts one after the other; there may be none."""
+    return torch.cat([torch.zeros(0, dtype=dtype), *parts])
 
 
-def _pad(parts: Sequence[Tensor]) -> Tensor:
-    """The parts, int64, one after the other, filled with zeros up to a power of 2."""
+def _pad(parts: Sequence[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
+    """The parts one after the other, filled with zeros up to a power of 2."""
     length = sum(map(len, parts))
     size = max(BUCKET, 1 << (length - 1).bit_length())
-    return _join([*parts, torch.zeros(size - length, dtype=torch.int64)])
+    return _join([*parts, torch.zeros(size - length, dtype=dtype)], dtype)
 
 
 def _digest(batch: Mapping[str, Tensor] | Windows) -> str:
@@ -346,6 +363,18 @@ def _digest(batch: Mapping[str, Tensor] | Windows) -> str:
     for tensor in batch.values():
         found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _check_ceilings(batch: Batch | Windows, ceilings: Tensor | None) -> Tensor | None:
+    if ceilings is None:
+        return None
+    shape = [len(batch), batch.width] if isinstance(batch, Windows) else list(batch["labels"].shape)
+    if list(ceilings.shape) != shape or ceilings.isnan().any():
+        raise ValueError(
+            f"ceilings must be numbers {shape} like the labels of forget_batch, got {list(ceilings.shape)}"
+            f"{' with NaN' if ceilings.isnan().any() else ''}"
+        )
+    return ceilings.cpu().float()
 
 
 def _check(name: str, batch: Batch | Windows) -> None:

@@ -55,11 +55,16 @@ def log_odds(losses: Tensor) -> Tensor:
     return odds - beyond
 
 
-def odds_hinge(losses: Tensor, margin: float) -> Tensor:
+def odds_hinge(losses: Tensor, margin: float, ceilings: Tensor | None = None) -> Tensor:
     """Compute relu(margin + log-odds) of each token, given its loss: [N], of ``losses`` [N].
 
     Zero once the token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
     so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
     logit is 1 whatever p is.
+
+    Args:
+        ceilings: the log-odds that each token may keep where they are above −margin, [N]; None: none.
     """
-    return F.relu(margin + log_odds(losses))
+    if ceilings is None:
+        return F.relu(margin + log_odds(losses))
+    return F.relu(log_odds(losses) - ceilings.clamp(min=-margin))

@@ -31,7 +31,8 @@ class Measured(NamedTuple):
     """What a step's forward pass found.
 
     losses: of the forget tokens, float32 [N] in nats. weights: of these tokens, float32 [N]; 0 for padding.
-    kl: the mean of KL(reference ‖ masked) over the retain tokens, a scalar in nats.
+    ceilings: the log-odds that these tokens may keep, float32 [N]. kl: the mean of KL(reference ‖ masked)
+    over the retain tokens, a scalar in nats.
 
     Where several ``processes`` share the step, losses and weights are those of this process's tokens, and
     means are what these add to the mean of all ``tokens`` forget tokens. An update is given the whole kl.
@@ -39,6 +40,7 @@ class Measured(NamedTuple):
 
     losses: torch.Tensor
     weights: torch.Tensor
+    ceilings: torch.Tensor
     kl: torch.Tensor
     tokens: int | None = None
     processes: Processes | None = None
@@ -258,7 +260,10 @@ class Step:
         weights = [part.weights.split([len(part.targets), len(part.references)]) for part in parts]
         forget, retain = (torch.cat(kind) for kind in zip(*weights, strict=True))
         kl = _mean(divergences, retain, whole and whole.retain_tokens)
-        measured = Measured(losses, forget, kl, whole and whole.forget_tokens, whole and whole.processes)
+        ceilings = torch.cat([part.ceilings for part in parts]).to(losses.device)
+        measured = Measured(
+            losses, forget, ceilings, kl, whole and whole.forget_tokens, whole and whole.processes
+        )
         return measured, functools.reduce(torch.add, [term(measured) for term in self.terms])
 
     @torch.no_grad()

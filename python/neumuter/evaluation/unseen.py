@@ -1,0 +1,145 @@
+"""What a model that never saw a text would make of its tokens, estimated without any other model."""
+
+import difflib
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.evaluation.made_up import Words, make_up, rename
+from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.passes import find_prompt_ends, in_parts, predict
+from neumuter.models.modes import without_dropout
+from neumuter.types import IGNORED, Batch
+
+# Copies of each text, and how often they are continued.
+COPIES, ROUNDS = 4, 3
+# A token identifies the text if the copies give it less than this share of its probability.
+LESS = 0.5
+# Probabilities beyond these are taken for these: log-odds of ±6.9.
+LEAST, MOST = 1e-3, 0.999
+
+
+def estimate_unseen(
+    model: nn.Module,
+    batch: Batch,
+    given: Sequence[GivenText],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+) -> Tensor:
+    """Estimate the probability of each counted token under a model that never saw the text.
+
+    *Counterfactual decoding*: in copies of a text its names are made up (see ``make_controls``), and the
+    model tells what it expects along the copy. A token that is much less likely there identifies the text;
+    what follows it sees in its place what the model itself says there. The estimate is the median over
+    copies.
+
+    Args:
+        batch: the texts, on which the model is certain.
+        given: all texts that the user gave; they show which words are names.
+
+    Returns:
+        float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
+        never saw the text reads them off the prompt.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    texts = [_Copied(batch, row, start) for row, start in enumerate(find_prompt_ends(batch))]
+    words, names = Words(given), random.Random(seed)
+    for text in texts:
+        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(COPIES)]
+    with torch.no_grad(), without_dropout(model):
+        for text, (known, _) in zip(texts, _run(model, [text.ids for text in texts], generator), strict=True):
+            text.known = known
+        for _ in range(ROUNDS):
+            copies = [copy for text in texts for copy in text.copies]
+            for copy, (found, said) in zip(
+                copies, _run(model, [copy.ids for copy in copies], generator), strict=True
+            ):
+                copy.found, copy.said = found, said
+            for text in texts:
+                text.continue_copies()
+    estimate = torch.full(batch["labels"].shape, torch.nan)
+    for row, text in enumerate(texts):
+        estimate[row, : len(text.ids)] = text.estimate()
+    return estimate.masked_fill(batch["labels"].cpu() == IGNORED, torch.nan)
+
+
+def find_ceilings(estimate: Tensor) -> Tensor:
+    """The log-odds that tokens may keep, float32 [B, T], given what ``estimate_unseen`` returned.
+
+    +∞ where nothing is known, as of names.
+    """
+    chances = estimate.clamp(LEAST, MOST)
+    return (chances.log() - torch.log1p(-chances)).nan_to_num(torch.inf)
+
+
+class _Copy:
+    """A text with other names: its ids, and at which of its places each token of the text is; −1: nowhere."""
+
+    def __init__(self, text: list[int], ids: list[int]) -> None:
+        self.ids, self.places = ids, torch.full([len(text)], -1)
+        for start, other, size in difflib.SequenceMatcher(
+            None, text, ids, autojunk=False
+        ).get_matching_blocks():
+            self.places[start : start + size] = torch.arange(other, other + size)
+        # Of each of its places: the probability of the token there, and one that the model says instead.
+        self.found, self.said = torch.empty(0), torch.empty(0)
+
+
+class _Copied:
+    """A text and its copies."""
+
+    def __init__(self, batch: Batch, row: int, start: int) -> None:
+        shown = int(batch["attention_mask"][row].sum())
+        self.ids: list[int] = batch["input_ids"][row, :shown].tolist()
+        self.labels: list[int] = batch["labels"][row, :shown].tolist()
+        self.start = start
+        self.copies: list[_Copy] = []
+        self.known = torch.empty(0)
+        self.counted = torch.tensor(self.labels) != IGNORED
+
+    def rename(self, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> list[int]:
+        """The ids of a copy."""
+        prompt = str(tokenizer.decode(self.ids[: self.start], skip_special_tokens=True))
+        names = {word: make_up(word, words.letters, generator) for word in words.find_names(prompt)}
+        made = rename(self.ids, self.labels, names, {}, tokenizer, 2 * len(self.ids))
+        ids: list[int] = made["input_ids"][0].tolist()
+        return ids
+
+    def estimate(self) -> Tensor:
+        """The median over copies of each token's probability, float32 [T]; NaN where none has the token."""
+        found = [
+            copy.found[copy.places.clamp(min=0)].masked_fill(copy.places < 0, torch.nan)
+            for copy in self.copies
+        ]
+        return torch.stack(found).nanmedian(0).values
+
+    def continue_copies(self) -> None:
+        """Put what the model says in the place of tokens that identify the text."""
+        identifies = (self.estimate() < LESS * self.known) & self.counted
+        for copy in self.copies:
+            for place in copy.places[identifies & (copy.places >= 0)].tolist():
+                copy.ids[place] = int(copy.said[place])
+
+
+def _run(
+    model: nn.Module, rows: Sequence[list[int]], generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Per row, of each token: its probability given those before it, and a token drawn in its place."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    shown = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+    def run(part: Batch) -> list[tuple[Tensor, Tensor]]:
+        chances = predict(model, part)[:, :-1].float().softmax(-1).cpu()
+        here = part["input_ids"].cpu()
+        known = chances.gather(2, here[:, 1:, None])[..., 0]
+        said = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(known)
+        first = torch.ones(len(here), 1)
+        return [*zip(torch.cat([first, known], 1), torch.cat([here[:, :1], said], 1), strict=True)]
+
+    parts = in_parts(model, {"input_ids": ids, "attention_mask": shown, "labels": ids}, run)
+    found = [pair for part in parts for pair in part]
+    return [(known[: len(row)], said[: len(row)]) for row, (known, said) in zip(rows, found, strict=True)]
