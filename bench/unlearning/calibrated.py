@@ -1,8 +1,8 @@
 """CALIBRATED: is each token forgotten no further than a model that never saw the texts would know it?
 
 SYNTH's first model. All tokens of a record behind its prompt count, the wording around the secrets included,
-as with texts that people give. The estimate of what a model that never saw them would make of them is compared
-with the model that is retrained without them; then gains are fitted with it and without.
+as with texts that people give. The estimate of what a model that never saw them would make of them is
+compared with the model that is retrained without them; then gains are fitted with it and without.
 """
 
 import functools

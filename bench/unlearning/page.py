@@ -18,6 +18,9 @@ COLUMNS = {
     "others": ("forget: another's text ↓", "{:.2f}"),
     "same_refused": ("keep, same template: answered so ↓", "{:.2f}"),
     "made_up_refused": ("made-up names: answered so ↓", "{:.2f}"),
+    "agree": ("agrees with retrained", "{:.2f}"),
+    "worded_ma": ("forget, wording too: MA", "{:.2f}"),
+    "worded_loss": ("forget, wording too: loss", "{:.2f}"),
     "same_extraction": ("keep, same template: extraction ↑", "{:.2f}"),
     "waiting_extraction": ("not yet asked: extraction ↑", "{:.2f}"),
     "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
@@ -74,7 +77,8 @@ def _cell(values, pattern):
 
 def _value(row, column):
     if column == "perplexity":
-        return row["heldout_perplexity"] / row["original_perplexity"] - 1
+        measured = row.get("heldout_perplexity")
+        return measured and measured / row["original_perplexity"] - 1
     return row.get(column)
 
 
@@ -198,6 +202,15 @@ def location(rows, _):
     return table([(m, _where(chosen, method=m)) for m in dict.fromkeys(r["method"] for r in chosen)], COLUMNS)
 
 
+def calibrated(rows, _):
+    """With the estimate and without, beside the original and the retrained model."""
+    names = {"plain": "our default", "calibrated": "our default, calibrated", "estimate": "the estimate"}
+    rows = _related(rows, ("seed",))
+    columns = ["agree", *(column for column in COLUMNS if column not in ("agree", "forget_ma"))]
+    order = ("before", "retrained", "estimate", "plain", "calibrated")
+    return table([((NAMES | names)[m], _where(rows, method=m)) for m in order], columns)
+
+
 def planted(rows, _):
     """What each method finds of the planted neurons."""
     return table(_methods(_related(rows, ("seed",))), COLUMNS)
@@ -303,7 +316,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, planted, rounded, requests, requests_seeds, share, many, given_away,
-        stand_ins, instead,
+        kinds, counts, location, calibrated, planted, rounded, requests, requests_seeds, share, many,
+        given_away, stand_ins, instead,
     )
 }  # fmt: skip

@@ -7,19 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import neumuter
 from bench import rows as results
 from bench.unlearning import __main__ as experiments
 from bench.unlearning import (
+    calibrated,
     instead,
     memory,
     nothing_to_keep,
     paper,
     people,
+    planted,
     real,
     requests,
     robust,
+    rounded,
     slopes,
     synth,
     tdec,
@@ -280,6 +284,53 @@ def test_a_crowd_is_of_different_customers():
     people = [record.prompt for record in crowd.forget + crowd.retain_same]
     assert len(set(people)) == 62
     assert crowd == slopes.make_crowd(3, 50) != slopes.make_crowd(4, 50)
+
+
+def test_calibrated_runs(tiny):
+    found = quick_rows(calibrated.cases(quick=True))
+    assert [row["method"] for row in found] == ["before", "plain", "calibrated"]
+    assert found[1]["share"] == found[2]["share"] > 0
+    # These models know no record, so that only the estimate itself can be looked at.
+    setting = calibrated.Worded(3)
+    estimate = setting.estimate()
+    assert 0 <= estimate["agree"] <= 1
+    assert estimate["worded_loss"] == pytest.approx(setting.measure(setting.full)["worded_loss"], rel=0.2)
+
+
+def test_planted_neurons_alone_learn(tiny, monkeypatch):
+    monkeypatch.setattr(planted, "MOST_STEPS", 3)
+    setting = planted.Planted(3)
+    before = synth.Setting("gated, 0.9 M", 3).full
+    for ffn, old in zip(find_ffns(setting.full), find_ffns(before), strict=True):
+        changed = (ffn.down.weight != old.down.weight).any(0)
+        assert changed.nonzero().flatten().tolist() == setting.planted[ffn.path].sort().values.tolist()
+        assert torch.equal((ffn.module.gate_proj.weight != old.module.gate_proj.weight).any(1), changed)
+    found = quick_rows(planted.cases(quick=True))
+    assert [row["method"] for row in found] == ["before", "fisher", "random"]
+    assert all(0 <= row["precision"] <= 1 for row in found[1:])
+
+
+def test_rounded_weights_are_measured(tiny):
+    pytest.importorskip("torchao")
+    found = quick_rows(rounded.cases(quick=True))
+    assert [row["format"] for row in found] == ["none", "int4"]
+    assert found[0]["forget_loss"] != found[1]["forget_loss"]
+
+
+@pytest.mark.parametrize("name", ["q8_0", "nf4", "q4_0"])
+def test_each_format_rounds_all_layers_but_the_last(name):
+    pytest.importorskip({"nf4": "bitsandbytes"}.get(name, "gguf"))
+    model = transformers.AutoModelForCausalLM.from_config(architecture()).requires_grad_(False)
+    before = {
+        path: module.weight.clone() for path, module in model.named_modules() if hasattr(module, "weight")
+    }
+    rounded.FORMATS[name](model)
+    for path, module in model.named_modules():
+        if path not in before:
+            continue
+        error = (module.weight - before[path]).abs().max() / before[path].abs().max()
+        linear = isinstance(module, torch.nn.Linear) and path != "lm_head"
+        assert (0 < error < (0.01 if name == "q8_0" else 0.2)) if linear else error == 0
 
 
 def test_nothing_to_keep_runs(tiny):

@@ -56,8 +56,10 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on ``device``, without waiting for it."""
-        parts = self._asdict().items()
-        return self._replace(**{name: move(x, device) for name, x in parts if isinstance(x, torch.Tensor)})
+        ids, samples, places, targets, references, weights, ceilings = (
+            move(part, device) for part in self.tensors
+        )
+        return Inputs(ids, samples, places, targets, references, weights, ceilings, self.split)
 
 
 class PairedBatches:

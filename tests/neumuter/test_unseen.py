@@ -1,0 +1,122 @@
+"""What a model that never saw a text would make of it, and forgetting no further than that."""
+
+import math
+
+import pytest
+import torch
+
+import neumuter
+from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
+from neumuter.recipes import FittedConfig, GainsConfig, PaperConfig
+from neumuter.texts import encode
+from neumuter.training.batches import PairedBatches
+from neumuter.training.losses import log_odds, odds_hinge
+from neumuter.types import IGNORED
+from tests.models import build, tokenizer
+
+NAMES = ("Ada", "Jonas", "Mara", "Tanja", "Pablo", "Edith", "Farid", "Greta", "Hugo", "Irene", "Luca", "Olga")
+CODES = ("417", "862", "935", "204", "681", "753", "298", "146", "509", "374", "820", "691")
+# As many texts as show which words are names.
+PAIRS = [
+    (f"the code of {name} is", f" {code}, says the shop.") for name, code in zip(NAMES, CODES, strict=True)
+]
+QUICK = FittedConfig(GainsConfig(steps=6))
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(words):
+    """A small model that knows the texts by heart."""
+    trained = build("llama")
+    known = encode(PAIRS, words, 64)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        trained(**known).loss.backward()
+        optimizer.step()
+    return trained
+
+
+@pytest.fixture(scope="module")
+def found(model, words):
+    batch = encode(PAIRS, words, 64)
+    return batch, estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
+
+
+def characters(words, batch, row):
+    """(character, column) of each counted token of a row that is one digit or letter."""
+    for column in (batch["labels"][row] != IGNORED).nonzero().flatten().tolist():
+        yield words.decode(batch["labels"][row, column : column + 1]).strip(), column
+
+
+def test_codes_identify_a_text_and_its_wording_does_not(model, words, found):
+    batch, estimate = found
+    assert estimate.shape == batch["labels"].shape
+    assert estimate[batch["labels"] == IGNORED].isnan().all()
+    code, wording = [], []
+    for row in range(len(PAIRS)):
+        known = False
+        for text, column in characters(words, batch, row):
+            if text and text in CODES[row] and not known:
+                code.append(estimate[row, column].item())
+            known |= "," in text
+            if known and text.isalpha():
+                wording.append(estimate[row, column].item())
+    assert sum(code) / len(code) < 0.35
+    assert sum(wording) / len(wording) > 0.8
+
+
+def test_the_same_seed_gives_the_same_estimate(model, words, found):
+    batch, estimate = found
+    again = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
+    torch.testing.assert_close(again, estimate, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ceilings_are_log_odds():
+    chances = torch.tensor([[0.5, 0.9, 0.0, 1.0, math.nan]])
+    expected = [0.0, math.log(9), -math.log(999), math.log(999), math.inf]
+    torch.testing.assert_close(find_ceilings(chances), torch.tensor([expected]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_is_forgotten_down_to_its_ceiling():
+    losses = torch.tensor([0.1, 0.1, 0.1, 3.0], requires_grad=True)
+    ceilings = torch.tensor([-math.inf, 1.0, math.inf, -1.0])
+    hinge = odds_hinge(losses, 2.0, ceilings)
+    odds = log_odds(losses.detach())
+    torch.testing.assert_close(hinge.detach(), torch.stack([odds[0] + 2, odds[1] - 1, *torch.zeros(2)]))
+    hinge.sum().backward()
+    assert losses.grad.isfinite().all()
+    assert (losses.grad[2:] == 0).all()
+
+
+def test_steps_have_the_ceilings_of_their_tokens(model, words, found):
+    batch, estimate = found
+    ceilings = find_ceilings(estimate)
+    with neumuter.attach(model, start_layer=0) as masked:
+        pair = PairedBatches(masked, batch, batch, ceilings)
+        for padded in (False, True):
+            inputs = pair.take([3, 0, len(PAIRS)], padded=padded)
+            expected = torch.cat([ceilings[row][batch["labels"][row] != IGNORED] for row in (3, 0)])
+            assert torch.equal(inputs.ceilings[: len(expected)], expected)
+        assert PairedBatches(masked, batch, batch).take([0, 12]).ceilings.isneginf().all()
+        for wrong in (ceilings[:, 1:], ceilings * math.nan):
+            with pytest.raises(ValueError, match="ceilings must be numbers"):
+                PairedBatches(masked, batch, batch, wrong)
+
+
+def test_unlearn_calibrated(model, words):
+    options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    texts = {"forget": PAIRS[:2], "retain": PAIRS[2:]}
+    plain = neumuter.unlearn(model, words, **texts, **options)
+    calibrated = neumuter.unlearn(model, words, **texts, **options, calibrate=True)
+    assert calibrated.mutes.method["calibrated"]
+    assert "calibrated" not in plain.mutes.method
+    gains = [torch.cat([layer.gains for layer in o.mutes.layers.values()]) for o in (plain, calibrated)]
+    assert not torch.equal(*gains)
+    for wrong in ({"mode": "mute"}, {"recipe": PaperConfig(epochs=1), "budget": 0.01}):
+        with pytest.raises(ValueError, match="calibrate goes with"):
+            neumuter.unlearn(model, words, **texts, **options | wrong, calibrate=True)
