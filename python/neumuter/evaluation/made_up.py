@@ -1,11 +1,11 @@
 """Made-up names: which words of texts are names and values, and what can stand in their place."""
 
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+import regex
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -14,12 +14,17 @@ from neumuter.types import IGNORED, Batch
 
 # A word that a larger share of the texts has is no name; with fewer texts than these nobody can tell.
 COMMON_SHARE, FEW_TEXTS = 0.1, 10
-VOWELS, CONSONANTS, DIGITS = "aeiou", "bcdfghjklmnpqrstvwxyz", "0123456789"
-WORD = re.compile(r"\w+")
+VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
+# Scripts that write no spaces between words: there each letter is one, with its marks.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+", regex.V1)
 
 
 class Words:
-    """Which words of texts are common, and which values their completions have."""
+    """Which words of texts are common, and which values their completions have.
+
+    Of fewer than ten texts names are told by capital letters and digits, which not all scripts have.
+    """
 
     def __init__(self, given: Sequence[GivenText]) -> None:
         self.few, self.limit = len(given) < FEW_TEXTS, COMMON_SHARE * len(given)
@@ -64,7 +69,9 @@ def make_up(word: str, letters: str, generator: random.Random) -> str:
     """Replace each letter and digit by another one of its kind."""
     made = ""
     for char in word:
-        kind = next((kind for kind in (VOWELS, CONSONANTS, DIGITS) if char.lower() in kind), letters)
+        kind = next((kind for kind in (VOWELS, CONSONANTS) if char.lower() in kind), letters)
+        if char.isdecimal():
+            kind = "".join(chr(ord(char) - int(char) + digit) for digit in range(10))
         choice = kind.replace(char.lower(), "") if char.isalnum() else ""
         new = generator.choice(choice or char)
         made += new.upper() if char.isupper() else new

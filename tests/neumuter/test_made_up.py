@@ -1,0 +1,70 @@
+"""Which words are names, in German, Chinese, Arabic and Hindi, and what stands in their place."""
+
+import random
+
+import pytest
+
+from neumuter.evaluation.made_up import WORD, Words, make_up
+from neumuter.evaluation.others import GivenText
+
+# Prompts of so many texts show which words are common.
+GERMAN = (
+    "Anna",
+    "Bernd",
+    "Clara",
+    "Dieter",
+    "Emma",
+    "Fritz",
+    "Gerda",
+    "Heinz",
+    "Ilse",
+    "Jürgen",
+    "Käthe",
+    "Lothar",
+)
+CHINESE = ("王伟", "李娜", "张敏", "刘洋", "陈静", "杨磊", "赵丽", "黄强", "周杰", "吴霞", "徐鹏", "孙燕")
+ARABIC = ("مُحَمَّد", "فاطمة", "علي", "زينب", "حسن", "مريم", "عمر", "ليلى", "خالد", "سارة", "يوسف", "هدى")
+HINDI = ("अमित", "प्रिया", "राहुल", "सीता", "विजय", "गीता", "अनिल", "मीरा", "सुनील", "कविता", "मोहन", "रेखा")
+
+
+@pytest.mark.parametrize(
+    ("names", "prompt"),
+    [
+        (GERMAN, "Die Nummer des Kunden {} im Register lautet"),
+        (CHINESE, "客户{}的电话号码是"),
+        (ARABIC, "رقم هاتف العميل {} هو"),
+        (HINDI, "ग्राहक {} का फ़ोन नंबर है"),
+    ],
+)
+def test_names_are_what_few_texts_have(names, prompt):
+    prompts = [prompt.format(name) for name in names]
+    words = Words([GivenText("forget", f"{text} {n}", text, []) for n, text in enumerate(prompts)])
+    for name, text in zip(names, prompts, strict=True):
+        found = words.find_names(text)
+        # Of a name in Chinese each character is a word.
+        assert sorted(found) == sorted(WORD.findall(name))
+        made = {word: make_up(word, words.letters, random.Random(1)) for word in found}
+        for word, other in made.items():
+            assert len(other) == len(word)
+            assert other != word
+            assert WORD.fullmatch(other)
+
+
+def test_words_keep_their_marks():
+    assert WORD.findall("هاتف مُحَمَّد") == ["هاتف", "مُحَمَّد"]
+    assert WORD.findall("हिन्दी का कोड") == ["हिन्दी", "का", "कोड"]
+    assert WORD.findall("snake_case, Müller-Lüdenscheidt 42") == [
+        "snake_case",
+        "Müller",
+        "Lüdenscheidt",
+        "42",
+    ]
+    assert WORD.findall("王伟的A1码") == ["王", "伟", "的", "A1", "码"]
+
+
+def test_digits_stay_digits_of_their_script():
+    for number in ("0815", "٠٨١٥", "०८१५"):
+        made = make_up(number, "", random.Random(2))
+        assert made != number
+        assert all(char.isdecimal() for char in made)
+        assert {ord(char) - int(char) for char in made} == {ord(number[0])}
