@@ -193,17 +193,14 @@ def encode_values(made):
     batch = _encoded(made)
     labels = torch.full_like(batch["labels"], IGNORED)
     for line, row in enumerate(row for rows in made for row in rows):
-        counted = batch["labels"][line] != IGNORED
-        answer = batch["input_ids"][line][counted].tolist()
-        # A token belongs to the value if it ends behind its start and starts before its end.
-        ends = [len(tokenizer().decode(answer[: n + 1])) for n in range(len(answer))]
-        first = tokenizer().decode(answer).rindex(row["value"])
-        inside = [
-            end > first and start < first + len(row["value"])
-            for start, end in zip([0, *ends], ends, strict=False)
-        ]
-        places = counted.nonzero().flatten()[torch.tensor(inside)]
-        labels[line, places] = batch["input_ids"][line, places]
+        text = f"{tofu.TEMPLATE.format(question=row['question'])} {row['answer']}"
+        first = text.rindex(row["value"])
+        offsets = tokenizer()(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        # Start tokens come before.
+        behind = int(batch["attention_mask"][line].sum()) - len(offsets)
+        for place, (start, end) in enumerate(offsets, behind):
+            if start < first + len(row["value"]) and end > first:
+                labels[line, place] = batch["input_ids"][line, place]
     return batch | {"labels": labels}
 
 

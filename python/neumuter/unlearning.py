@@ -161,8 +161,8 @@ def unlearn(
         seed: seeds the search and the sampled neighbours. The same call on the same machine gives the same
             result.
         folder: where to write the mute file as soon as it is found, before the last measurements; and every
-            minute, for its owner alone, what is found so far (unfinished.pt), which ``outcome.save(folder)``
-            removes.
+            minute, for its owner alone, what is found so far (unfinished.safetensors), which
+            ``outcome.save(folder)`` removes.
         resume: go on from what an unfinished run with the same arguments left in ``folder``, to the same
             result on the same kind of machine. Where nothing was left, the run starts anew.
         callback: called as (step, total, info) after every step, instead of a progress bar.

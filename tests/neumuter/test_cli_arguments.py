@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     (folder / "texts.txt").write_text("Ada Brisk, ada@post.example\n\nJonas Vance, 555-7713")
     (folder / "out").mkdir()
     (folder / "unfinished").mkdir()
-    (folder / "unfinished" / "unfinished.pt").write_text("")
+    (folder / "unfinished" / "unfinished.safetensors").write_text("")
     with neumuter.attach(model, start_layer=0) as masked:
         mute_random(masked, 0.1).save(folder / "out" / "mutes.safetensors")
     return folder

@@ -212,7 +212,10 @@ def resume(commands, place, name, number, times):
 
     Returns how often it was killed.
     """
+    from neumuter.evaluation.examination import Examination
+    from neumuter.evaluation.others import Found
     from neumuter.training import journal
+    from neumuter.training.values import unpack
 
     out = place / "out"
 
@@ -232,7 +235,7 @@ def resume(commands, place, name, number, times):
         kills += 1
         if (out / journal.UNFINISHED).exists():
             assert stat.S_IMODE((out / journal.UNFINISHED).stat().st_mode) == 0o600
-            torch.load(out / journal.UNFINISHED, weights_only=False)
+            unpack((out / journal.UNFINISHED).read_bytes(), (Examination, Found))
     assert same_result("unlearn", out, contents(place / "whole"))
     left = {name for name in contents(out) if not TEMPORARY.fullmatch(name)}
     assert left == contents(place / "whole").keys()
@@ -308,7 +311,7 @@ def test_killed_at_any_moment(warm, command):
 
 def test_killed_again_and_again_and_resumed(warm):
     """Each process writes twice what it has found so far, and is killed before it renames what comes next."""
-    assert 3 <= warm(resume, "unfinished.pt", 5, 30) < 30
+    assert 3 <= warm(resume, "unfinished.safetensors", 5, 30) < 30
 
 
 @pytest.mark.parametrize("name", ["mutes.safetensors", "report.html"])

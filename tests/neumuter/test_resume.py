@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import math
 import re
 import stat
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, Supp
 from neumuter.training import journal, step
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import UNFINISHED, Journal, digest
+from neumuter.training.values import pack, unpack
 from tests.models import build, tokenizer
 from tests.neumuter.test_recipes import QUICK_GATES
 
@@ -205,7 +208,7 @@ def test_resume_needs_a_folder_and_says_where_there_is_nothing(llama, tmp_path, 
 def test_a_file_of_another_kind_is_refused(llama, unfinished, content):
     path = unfinished / UNFINISHED
     if content is None:
-        torch.save({"found": {}}, path)
+        path.write_bytes(pack({"found": {}}))
     else:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="is not what an unfinished run leaves"):
@@ -217,6 +220,34 @@ def test_nothing_is_written_before_the_time(llama, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         unlearn(llama, folder=tmp_path / "out", callback=kill_at(4))
     assert not (tmp_path / "out").exists()
+
+
+def test_values_are_read_as_they_were_written():
+    class Pair(NamedTuple):
+        first: str
+        second: torch.Tensor
+
+    shared = torch.arange(6.0)
+    value = {
+        "text": "Zoë\n", "numbers": [1, -2.5, math.inf, True, None, 0.1 + 0.2], "tuple": (1, (2,)), 3: {},
+        "tensors": [shared[1:3], shared, shared[::2], torch.tensor(7), torch.zeros(0, 2, dtype=torch.bool)],
+        "pair": Pair("a", torch.ones(1, dtype=torch.float64)), "json": {"tensor": "0"},
+    }  # fmt: skip
+    again = unpack(pack(value, [Pair]), [Pair])
+    for old, new in zip(
+        [*value.pop("tensors"), value["pair"].second],
+        [*again.pop("tensors"), again["pair"].second],
+        strict=True,
+    ):
+        assert torch.equal(old, new)
+        assert old.dtype == new.dtype
+    assert type(again["pair"]) is Pair
+    assert value.pop("pair").first == again.pop("pair").first
+    assert again == value
+    with pytest.raises(TypeError, match="a set cannot be written"):
+        pack([{1}])
+    with pytest.raises(KeyError):
+        unpack(pack(Pair("a", shared), [Pair]))
 
 
 def test_values_are_computed_once_in_all_processes(tmp_path):

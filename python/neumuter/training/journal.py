@@ -2,10 +2,8 @@
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import logging
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from neumuter.files import PathLike, made_folder, write_atomically
@@ -22,8 +21,9 @@ from neumuter.texts.store import Windows
 from neumuter.training.processes import agree, is_first
 from neumuter.training.sources import InTurn
 from neumuter.training.step import Step, Tell
+from neumuter.training.values import pack, unpack
 
-UNFINISHED = "unfinished.pt"
+UNFINISHED = "unfinished.safetensors"
 # The file is written after steps that end so long after it was last written.
 SAVE_SECONDS = 60.0
 # On them the bits of a result depend.
@@ -74,11 +74,11 @@ class Journal:
         self._found: dict[str, Any] = {}
         self._request = _flatten(request or {}) | {name: version(name) for name in PACKAGES}
         self._weights = {path: list(sketch) for path, sketch in (weights or {}).items()}
-        self._prefix = ""
+        self._prefix, self._kinds = "", kinds
         self._start = self._written = time.monotonic()
         if resume and self.path:
             if is_first():
-                self._go_on(self.path, kinds)
+                self._go_on(self.path)
             self.seconds, self.history, self._found = agree((self.seconds, self.history, self._found))
 
     @contextmanager
@@ -150,7 +150,6 @@ class Journal:
 
     def _write(self) -> None:
         assert self.path is not None
-        data = io.BytesIO()
         state = {
             "request": self._request,
             "weights": self._weights,
@@ -158,21 +157,20 @@ class Journal:
             "history": self.history,
             "found": self._found,
         }
-        torch.save(state, data)
+        data = pack(state, self._kinds)
         with made_folder(self.path.parent):
-            write_atomically(self.path, data.getvalue(), private=True)
+            write_atomically(self.path, data, private=True)
         self._written = time.monotonic()
 
-    def _go_on(self, path: Path, kinds: Sequence[type]) -> None:
+    def _go_on(self, path: Path) -> None:
         if not path.exists():
             logger.warning("There is no unfinished run in %s: this one starts anew.", path.parent)
             return
         try:
-            with torch.serialization.safe_globals([*kinds]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = unpack(path.read_bytes(), self._kinds)
             differences = _compare(state["request"], self._request, state["weights"], self._weights)
             self.seconds, self.history, self._found = (state[key] for key in ("seconds", "history", "found"))
-        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is not what an unfinished run leaves: {error}") from None
         if differences:
             raise ValueError(
