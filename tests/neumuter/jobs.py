@@ -24,7 +24,7 @@ from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, Supp
 from neumuter.texts import encode, join_batches
 from neumuter.training import journal
 from neumuter.training.batches import PairedBatches
-from tests.models import VOCABULARY, build, tokenizer
+from tests.models import VOCABULARY, build, learn, tokenizer
 
 LENGTHS = {"forget": (5, 9, 4, 12, 7), "retain": (6, 3, 11, 8, 10, 5, 7)}
 # Of a step, by id; the last has fewer samples of a kind than there are processes.
@@ -46,12 +46,7 @@ def trained(name):
     """A small model that knows the texts by heart."""
     model = build(name)
     known = join_batches(texts("forget"), texts("retain"), encode([*PAIRS, *KEPT], tokenizer(), 32))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(**known).loss.backward()
-        optimizer.step()
-    return model.requires_grad_(False)
+    return learn(model, known, 60).requires_grad_(False)
 
 
 def steps(pair):

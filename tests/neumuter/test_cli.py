@@ -13,20 +13,14 @@ from neumuter.cli.app import main
 from neumuter.models.loading import load_model
 from neumuter.serving.adapters import effect, largest_difference
 from neumuter.texts import encode
-from tests.models import build, tokenizer
+from tests.models import build, learn, tokenizer
 
 FORGET = ["Ada Brisk, ada@post.example, 555-0192", "Jonas Vance, jv77@mail.example, 555-7713"]
 RETAIN = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop."]
 
 
 def train(model):
-    batch = encode(FORGET + RETAIN, tokenizer(), 64)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    return model
+    return learn(model, encode(FORGET + RETAIN, tokenizer(), 64), 120)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neo"])

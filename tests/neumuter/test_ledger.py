@@ -11,7 +11,7 @@ import neumuter
 from neumuter.cli.app import main
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
 from neumuter.texts import encode
-from tests.models import build, tokenizer
+from tests.models import build, learn, tokenizer
 from tests.neumuter.test_server import serving
 
 ADA = [("Ada Brisk, mail", " ada@post.example"), ("Ada Brisk, call", " 555-0192")]
@@ -36,14 +36,7 @@ def write(path, texts):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = build("llama")
-    known = encode([*ADA, *JON, *KEPT], tokenizer(), 64)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(**known).loss.backward()
-        optimizer.step()
-    return model.eval()
+    return learn(build("llama"), encode([*ADA, *JON, *KEPT], tokenizer(), 64), 150).eval()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from neumuter.serving.adapters import export_ia3, export_lora
 from neumuter.serving.fold_checkpoint import fold_checkpoint
 from neumuter.texts import encode
 from neumuter.training.batches import PairedBatches
-from tests.models import build, tokenizer
+from tests.models import build, learn, tokenizer
 
 openai, peft = pytest.importorskip("openai"), pytest.importorskip("peft")
 for _package in ("accelerate", "fastapi", "uvicorn"):
@@ -49,12 +49,7 @@ def models(tmp_path_factory):
     torch.manual_seed(0)
     parent = tmp_path_factory.mktemp("models")
     folders = {form: parent / form for form in ("base", *FORMS)}
-    model, known = build("llama"), batch(FORGET + RETAIN)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(200):
-        optimizer.zero_grad()
-        model(**known).loss.backward()
-        optimizer.step()
+    model = learn(build("llama"), batch(FORGET + RETAIN), 200)
     model.save_pretrained(folders["base"])
     saved = tokenizer()
     saved.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"

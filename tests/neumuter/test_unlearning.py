@@ -18,7 +18,7 @@ from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, mute
 from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.types import IGNORED
-from tests.models import build, tokenizer
+from tests.models import build, learn, tokenizer
 from tests.neumuter.test_recipes import keep_references
 
 PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]
@@ -34,14 +34,7 @@ def words():
 @pytest.fixture(scope="module")
 def model(words):
     """A small model that knows the texts by heart."""
-    trained = build("llama")
-    known = encode([*PAIRS, *KEPT], words, 64)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        trained(**known).loss.backward()
-        optimizer.step()
-    return trained
+    return learn(build("llama"), encode([*PAIRS, *KEPT], words, 64), 100)
 
 
 def unlearn(model, words, forget=PAIRS, retain=KEPT, **options):

@@ -12,7 +12,7 @@ from neumuter.texts import encode
 from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import log_odds, odds_hinge
 from neumuter.types import IGNORED
-from tests.models import build, tokenizer
+from tests.models import build, learn, tokenizer
 
 NAMES = ("Ada", "Jonas", "Mara", "Tanja", "Pablo", "Edith", "Farid", "Greta", "Hugo", "Irene", "Luca", "Olga")
 CODES = ("417", "862", "935", "204", "681", "753", "298", "146", "509", "374", "820", "691")
@@ -31,14 +31,7 @@ def words():
 @pytest.fixture(scope="module")
 def model(words):
     """A small model that knows the texts by heart."""
-    trained = build("llama")
-    known = encode(PAIRS, words, 64)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
-    for _ in range(200):
-        optimizer.zero_grad()
-        trained(**known).loss.backward()
-        optimizer.step()
-    return trained
+    return learn(build("llama"), encode(PAIRS, words, 64), 200)
 
 
 @pytest.fixture(scope="module")
