@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from neumuter.models.devices import move
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches, check_pair
@@ -76,7 +77,7 @@ def rank_by_fisher(
     retain = (order[:MEASURED_RETAIN].sort().values + pair.forget_count).tolist()
 
     def known(losses: Tensor, sample: int) -> Tensor:
-        return odds_hinge(losses, MARGIN, pair.ceilings_of(sample).to(losses.device)).mean()
+        return odds_hinge(losses, MARGIN, move(pair.ceilings_of(sample), losses.device)).mean()
 
     find = functools.partial(_mean_square_gradients, pair, neurons, journal or Journal())
     gained = find("gained", forget, known)
