@@ -16,6 +16,13 @@ from neumuter.models.loading import limit_length
 from neumuter.mutes.matching import alike_ffns, matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
+from neumuter.preparing import (
+    encode_forms_of,
+    need_tokenizer,
+    open_network,
+    refuse_overlap,
+    sample_neighbours,
+)
 from neumuter.recipes import FittedConfig, refit_gains
 from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
@@ -24,13 +31,6 @@ from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from neumuter.types import Callback
-from neumuter.unlearning import (
-    encode_forms_of,
-    need_tokenizer,
-    open_network,
-    refuse_overlap,
-    sample_neighbours,
-)
 
 
 def refit(

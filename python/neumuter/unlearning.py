@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import transformers
@@ -36,13 +35,21 @@ from neumuter.evaluation.others import Found, GivenText
 from neumuter.evaluation.strangers import ask_about_strangers
 from neumuter.files import PathLike, made_folder
 from neumuter.models.hub import find_model
-from neumuter.models.loading import limit_length, load_model, load_tokenizer
+from neumuter.models.loading import limit_length, load_tokenizer
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome
+from neumuter.preparing import (
+    SHOWN_TEXTS,
+    encode_forms_of,
+    need_tokenizer,
+    open_network,
+    refuse_overlap,
+    sample_neighbours,
+)
 from neumuter.recipes import (
     FittedConfig,
     Goals,
@@ -55,26 +62,21 @@ from neumuter.recipes import (
 )
 from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
-from neumuter.texts import collect_texts, encode, encode_forms
+from neumuter.texts import collect_texts, encode
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import SAMPLED, read_corpus
 from neumuter.texts.encoding import count_rows, join_windows, sample_rows
-from neumuter.texts.neighbours import rewrite_texts, sample_texts
+from neumuter.texts.neighbours import rewrite_texts
 from neumuter.texts.sources import TextSource
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import attach, neuron_count, split_ffns
 from neumuter.training.processes import agree, is_first
-from neumuter.types import Batch, Callback, Text, check_kind, check_model
+from neumuter.types import Batch, Callback, Text
 
-# Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
-SAMPLES = 32
 # Retain texts whose loss is measured.
 MEASURED_TEXTS = 512
-# Texts whose continuations the report shows, and that an error shows.
-SHOWN_TEXTS = 4
-
 # Nats by which log-odds may fall below 0 where ceilings say how far is enough.
 CALIBRATED_MARGIN = 3.0
 # A backward pass takes about twice as long as the forward pass.
@@ -351,20 +353,6 @@ def _make_controls(
     return found
 
 
-def refuse_overlap(given: Sequence[GivenText]) -> None:
-    """Raise ValueError that shows them if texts are to be forgotten and to be kept."""
-    forget = [text for text in given if text.label.startswith("forget")]
-    retain = [text for text in given if text.label.startswith("retain")]
-    overlap = {text.label: (text, other) for text, other in find_overlap(forget, retain)}
-    if overlap:
-        shown = [f"{text.label} and {other}: {text.text!r:.80}" for text, other in overlap.values()]
-        count = len({text.label for text in forget})
-        raise ValueError(
-            f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
-            f"both: take it out of one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
-        )
-
-
 def _check_recipe(
     recipe: str | FittedConfig | PaperConfig,
     budget: int | float | str,
@@ -388,42 +376,6 @@ def _check_recipe(
     return config
 
 
-def open_network(
-    model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | str | None
-) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
-    own = None
-    if isinstance(model, str | Path):
-        model, own = load_model(str(model))
-    check_model(model)
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(str(tokenizer))
-    kinds = (PreTrainedTokenizerBase, type(None))
-    check_kind("tokenizer", tokenizer, kinds, "a tokenizer of transformers, its folder or name, or None")
-    return model, tokenizer if tokenizer is not None else own
-
-
-def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise ValueError("tokenizer must be given: texts, and texts that the model says, are encoded by it")
-    return tokenizer
-
-
-def encode_forms_of(
-    name: str,
-    texts: list[Text] | Batch,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    chat: bool | None,
-) -> list[Batch]:
-    """Encode the texts of the argument ``name`` in all their forms."""
-    if isinstance(texts, dict):
-        return [texts]
-    try:
-        return encode_forms(texts, need_tokenizer(tokenizer), max_length, chat)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
 def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: Watch) -> list[Text]:
     """Neighbours by a masked language model."""
     if isinstance(texts, dict):
@@ -434,33 +386,6 @@ def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: Watch) -> 
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     with watch("Rewriting texts") as advance:
         return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
-
-
-def sample_neighbours(
-    network: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    barred: Batch | None,
-    length: int,
-    have_others: bool,
-    samples: int | None,
-    seed: int,
-    watch: Watch,
-) -> list[Text]:
-    """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
-    count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
-    if count == 0:
-        return []
-    words = need_tokenizer(tokenizer)
-    if have_others and words.bos_token_id is None and words.eos_token_id is None:
-        logger.warning("This tokenizer has no start token, so the model is not sampled from.")
-        return []
-    if not have_others:
-        logger.warning(
-            "There are no retain texts: texts sampled from the model itself stand in for them. What else "
-            "the model knows is protected less well that way."
-        )
-    with watch("Sampling neighbours") as advance:
-        return agree([*sample_texts(network, words, count, length, seed, advance, barred=barred)])
 
 
 def _peak_memory() -> int:

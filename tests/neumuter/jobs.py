@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import neumuter
-from neumuter import recipes, unlearning
+from neumuter import preparing, recipes
 from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.evaluation import continuations, controls, examination
@@ -207,7 +207,7 @@ def shared(model, layout, jobs, folder):
 
 def command(*arguments):
     """A command, as torchrun starts it; {rank} in an argument is the number of the process."""
-    unlearning.SAMPLES = 4
+    preparing.SAMPLES = 4
     with shorter():
         main([argument.format(rank=os.environ["RANK"]) for argument in arguments])
 

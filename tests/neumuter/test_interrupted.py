@@ -44,7 +44,7 @@ class Commands:
         import neumuter
         import neumuter.report.html
         import neumuter.serving.adapters
-        from neumuter import unlearning
+        from neumuter import preparing
         from neumuter.evaluation import continuations, controls, examination
         from neumuter.models.loading import load_model
         from neumuter.recipes import mute_random
@@ -59,7 +59,7 @@ class Commands:
             mute_random(masked, 0.25).save(folder / "mutes.safetensors")
         (folder / "forget.txt").write_text("Ada Brisk, ada@post.example\n\nJonas Vance, 555-77")
         (folder / "retain.txt").write_text("The kettle is on the shelf.\n\nA lantern costs 12.40.")
-        unlearning.SAMPLES, continuations.MAX_TOKENS = 4, 4  # for speed
+        preparing.SAMPLES, continuations.MAX_TOKENS = 4, 4  # for speed
         examination.MAX_TOKENS, controls.MADE_UP = 4, 2
         load_model(str(folder / "model"))[0].generate(torch.tensor([[1, 5]]), max_new_tokens=2)
         gc.collect()

@@ -162,7 +162,7 @@ def test_without_retain_texts_the_model_speaks_for_itself(model, words, caplog, 
         said.extend(sample_texts(*arguments, **options))
         return said
 
-    monkeypatch.setattr("neumuter.unlearning.sample_texts", sample)
+    monkeypatch.setattr("neumuter.preparing.sample_texts", sample)
     outcome = unlearn(model, words, retain=None, samples=4, folder=tmp_path)
     assert "no retain texts" in caplog.text
     assert 0 < len(said) <= 4

@@ -1,0 +1,103 @@
+"""What comes before training: the model is opened, texts are encoded and compared, and others are sampled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.evaluation import find_overlap
+from neumuter.evaluation.others import GivenText
+from neumuter.models.loading import load_model, load_tokenizer
+from neumuter.report.progress import Watch
+from neumuter.texts import encode_forms
+from neumuter.texts.neighbours import sample_texts
+from neumuter.training.processes import agree
+from neumuter.types import Batch, Text, check_kind, check_model
+
+# Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
+SAMPLES = 32
+# Texts whose continuations the report shows, and that an error shows.
+SHOWN_TEXTS = 4
+
+logger = logging.getLogger("neumuter")
+
+
+def open_network(
+    model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | str | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    own = None
+    if isinstance(model, str | Path):
+        model, own = load_model(str(model))
+    check_model(model)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(str(tokenizer))
+    kinds = (PreTrainedTokenizerBase, type(None))
+    check_kind("tokenizer", tokenizer, kinds, "a tokenizer of transformers, its folder or name, or None")
+    return model, tokenizer if tokenizer is not None else own
+
+
+def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given: texts, and texts that the model says, are encoded by it")
+    return tokenizer
+
+
+def encode_forms_of(
+    name: str,
+    texts: list[Text] | Batch,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    chat: bool | None,
+) -> list[Batch]:
+    """Encode the texts of the argument ``name`` in all their forms."""
+    if isinstance(texts, dict):
+        return [texts]
+    try:
+        return encode_forms(texts, need_tokenizer(tokenizer), max_length, chat)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def refuse_overlap(given: Sequence[GivenText]) -> None:
+    """Raise ValueError that shows them if texts are to be forgotten and to be kept."""
+    forget = [text for text in given if text.label.startswith("forget")]
+    retain = [text for text in given if text.label.startswith("retain")]
+    overlap = {text.label: (text, other) for text, other in find_overlap(forget, retain)}
+    if overlap:
+        shown = [f"{text.label} and {other}: {text.text!r:.80}" for text, other in overlap.values()]
+        count = len({text.label for text in forget})
+        raise ValueError(
+            f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
+            f"both: take it out of one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
+        )
+
+
+def sample_neighbours(
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    barred: Batch | None,
+    length: int,
+    have_others: bool,
+    samples: int | None,
+    seed: int,
+    watch: Watch,
+) -> list[Text]:
+    """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
+    count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
+    if count == 0:
+        return []
+    words = need_tokenizer(tokenizer)
+    if have_others and words.bos_token_id is None and words.eos_token_id is None:
+        logger.warning("This tokenizer has no start token, so the model is not sampled from.")
+        return []
+    if not have_others:
+        logger.warning(
+            "There are no retain texts: texts sampled from the model itself stand in for them. What else "
+            "the model knows is protected less well that way."
+        )
+    with watch("Sampling neighbours") as advance:
+        return agree([*sample_texts(network, words, count, length, seed, advance, barred=barred)])
