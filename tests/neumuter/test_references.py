@@ -5,8 +5,8 @@ import torch
 
 import neumuter
 from neumuter.training.batches import PairedBatches
+from tests.neumuter.small_fits import FORGET, KEEP, RECIPES, run
 from tests.neumuter.test_recipes import KEPT, keep_references, memorised, same
-from tests.neumuter.test_training_step import FORGET, KEEP, RECIPES, run
 
 STEPS = [[0, 3, 5, 8], [1, 2, 6, 11], [4, 0, 7, 9]]
 

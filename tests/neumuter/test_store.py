@@ -10,8 +10,8 @@ from neumuter.texts import Windows, encode, store_windows
 from neumuter.training import references
 from neumuter.training.batches import PairedBatches
 from tests.models import tokenizer
+from tests.neumuter.small_fits import FORGET, KEEP, RECIPES
 from tests.neumuter.test_recipes import memorised, same
-from tests.neumuter.test_training_step import FORGET, KEEP, RECIPES
 
 TEXTS = ["Ada Brisk, ada@post.example", ("Who? ", "Jonas Vance"), "The kettle is on the shelf, " * 3, "Tea"]
 

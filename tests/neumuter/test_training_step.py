@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import threading
 
 import pytest
@@ -16,50 +15,8 @@ from neumuter.models.packing import one_sequence_a_row
 from neumuter.training import graphs, step
 from neumuter.training.batches import BUCKET, PairedBatches
 from tests import models
-from tests.neumuter.test_recipes import (
-    KEPT,
-    QUICK_GAINS,
-    QUICK_GATES,
-    QUICK_SUPPORT,
-    fit,
-    keep_references,
-    memorised,
-    ragged,
-    same,
-    samples,
-)
-
-FORGET, KEEP = ragged(samples(1, 5, 9), 9, 4, 6, 9, 3), ragged(samples(2, 7, 11), 11, 5, 4, 8, 11, 6, 7)
-GAINS = dataclasses.replace(QUICK_GAINS, steps=9, batch_size=2)
-SUPPORT = dataclasses.replace(QUICK_SUPPORT, steps=7, batch_size=3)
-GATES = dataclasses.replace(QUICK_GATES, epochs=3, batch_size=2, threshold=0.999)
-
-
-def after_another(pair, tell=None, undo=False):
-    """A second request after a first, whose slopes are known; or the first undone, without any text."""
-    masked, config = pair.masked, recipes.FittedConfig(GAINS)
-    first = recipes.mute_random(masked, 9, seed=5)
-    known = [recipes.measure_slopes(PairedBatches(masked, samples(7, 2), KEEP), first)]
-    if undo:
-        pair = PairedBatches(masked, None, KEEP)
-        return recipes.refit_gains(pair, first, [], known, GAINS, seed=3, callback=tell)
-    return recipes.fit_mutes(pair, 9, config=config, seed=3, callback=tell, existing=first, former=known)
-
-
-RECIPES = {
-    "former": after_another,
-    "undo": functools.partial(after_another, undo=True),
-    "fitted": lambda pair, tell=None: recipes.fit_mutes(
-        pair, 9, config=recipes.FittedConfig(GAINS), seed=3, callback=tell
-    ),
-    "support": lambda pair, tell=None: recipes.fit_mutes(
-        pair, 9, "mute", recipes.FittedConfig(GAINS, SUPPORT), seed=3, callback=tell
-    ),
-    "paper": lambda pair, tell=None: recipes.train_gates(pair, GATES, 3, tell),
-    "refined": lambda pair, tell=None: recipes.train_gates(
-        pair, dataclasses.replace(GATES, refined=True), 3, tell
-    ),
-}
+from tests.neumuter.small_fits import FORGET, GAINS, GATES, KEEP, RECIPES, fitted_neurons, run
+from tests.neumuter.test_recipes import KEPT, fit, keep_references, memorised, same
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +83,6 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(recipes.fitted.Adam, "apply", outside)
     return found
-
-
-def run(model, recipe, tell=None):
-    with neumuter.attach(model, start_layer=1) as masked:
-        return recipe(PairedBatches(masked, FORGET, KEEP), tell)
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -308,10 +260,6 @@ def test_graphs_of_an_earlier_state_are_not_used_again(llama, captured):
     assert captured.captures == 2
 
 
-def fitted_neurons(pair):
-    return recipes.fitted.Neurons(pair.masked)
-
-
 def test_a_stop_test_ends_the_steps(llama):
     with neumuter.attach(llama) as masked:
         pair = PairedBatches(masked, FORGET, KEEP)
@@ -319,90 +267,6 @@ def test_a_stop_test_ends_the_steps(llama):
         one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 8)
         one.take(fit_.ids, 8, stop=lambda info: one.done == 3)
         assert one.done == 3
-
-
-@pytest.fixture
-def small_memory(monkeypatch):
-    """Function: from now on no more than so many samples fit; returns how many each pass had that did."""
-
-    def limit(most):
-        def run(self, ids, *arguments):
-            if len(ids) > most:
-                raise torch.OutOfMemoryError(f"CUDA out of memory: {len(ids)} samples")
-            passes.append(len(ids))
-            return hidden(self, ids, *arguments)
-
-        passes, hidden = [], PairedBatches._hidden
-        monkeypatch.setattr(PairedBatches, "_hidden", run)
-        return passes
-
-    return limit
-
-
-@pytest.mark.parametrize(("references", "most"), [("kept", 3), ("computed", 1)])
-def test_a_step_that_does_not_fit_is_taken_in_parts(
-    llama, recipe, most, references, small_memory, monkeypatch, caplog
-):
-    if references == "computed":
-        monkeypatch.setattr("neumuter.training.references.HOST_BYTES", 0)
-        monkeypatch.setattr("neumuter.training.references.DEVICE_BYTES", 0)
-    results = []
-    for limit in (None, most):
-        passes = small_memory(limit) if limit else []
-        told = []
-        with neumuter.attach(llama, start_layer=1) as masked:
-            pair = PairedBatches(masked, FORGET, KEEP)
-            mutes = recipe(pair, lambda *info: told.append(info))  # noqa: B023
-        results.append((mutes, told))
-    (whole, all_told), (parts, part_told) = results
-    assert whole.layers.keys() == parts.layers.keys()
-    for path, layer in whole.layers.items():
-        assert torch.equal(layer.indices, parts.layers[path].indices)
-        torch.testing.assert_close(layer.gains, parts.layers[path].gains, rtol=1e-5, atol=1e-6)
-    for (*numbers, found), (*expected, info) in zip(part_told, all_told, strict=True):
-        assert numbers == expected
-        assert found.pop("phase", None) == info.pop("phase", None)
-        assert found == pytest.approx(info, rel=1e-4, abs=1e-5)
-    assert 0 < max(passes) <= most
-    lines = [record.message for record in caplog.records if "do not fit into memory" in record.message]
-    # Once for the passes over single samples, once for the steps, however many steps there are.
-    assert 1 <= len(lines) <= 8
-
-
-def test_one_sample_that_does_not_fit_ends_the_run(llama, small_memory):
-    with neumuter.attach(llama, start_layer=1) as masked:
-        pair = PairedBatches(masked, FORGET, KEEP)
-        small_memory(0)
-        with pytest.raises(torch.OutOfMemoryError, match="1 samples"):
-            RECIPES["fitted"](pair)
-
-
-def test_an_update_that_has_begun_is_not_taken_again(llama, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("in the update")
-
-    monkeypatch.setattr("neumuter.recipes.fitted._Update.apply", fail)
-    with neumuter.attach(llama, start_layer=1) as masked:
-        pair = PairedBatches(masked, FORGET, KEEP)
-        with pytest.raises(torch.OutOfMemoryError, match="in the update"):
-            RECIPES["fitted"](pair)
-
-
-def test_the_size_of_parts_goes_on_with_the_step(llama, small_memory):
-    small_memory(2)
-    with neumuter.attach(llama, start_layer=1) as masked:
-
-        def begin():
-            pair = PairedBatches(masked, FORGET, KEEP)
-            fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, None)
-            return fit_.ids, fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 12)
-
-        ids, first = begin()
-        assert first.pair.at_once.size == 12
-        first.take(ids, 1)
-        _, second = begin()
-        second.load(first.state())
-    assert second.pair.at_once.size == 2
 
 
 def test_only_our_own_thread_looks_for_no_packed_sequences():
