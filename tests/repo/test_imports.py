@@ -21,30 +21,48 @@ print(json.dumps([seconds, sorted(roots - sys.stdlib_module_names)]))
 """
 
 
-def cost(statement, before):
+FIRST = [
+    "import neumuter_kernels.{name}",
+    "from neumuter_kernels.{name} import {name}",
+    "import importlib; importlib.import_module('neumuter_kernels.{name}')",
+    "from neumuter_kernels import selftest",
+]
+# One process imports torch, and each statement runs in a fork of it.
+FORKS = """
+import os, sys, torch
+for statement in sys.argv[1:]:
+    if not (pid := os.fork()):
+        exec(statement, {})
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+def run(script, *arguments):
+    """What a new Python prints."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cost(statement, before, limit):
     """(CPU seconds of a statement in a new process, the packages that it imports beside Python's own)."""
-    script, found = SCRIPT.format(statement=statement, before=before), []
+    fastest = float("inf")
     for _ in range(RUNS):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout))
-    return min(seconds for seconds, _ in found), set(found[0][1])
+        seconds, packages = json.loads(run(SCRIPT.format(statement=statement, before=before)))
+        fastest = min(fastest, seconds)
+        if fastest < limit:
+            break
+    return fastest, set(packages)
 
 
-@pytest.mark.parametrize("name", ["select_muted", "hard_concrete"])
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import neumuter_kernels.{name}",
-        "from neumuter_kernels.{name} import {name}",
-        "import importlib; importlib.import_module('neumuter_kernels.{name}')",
-        "from neumuter_kernels import selftest",
-    ],
-)
-def test_functions_are_not_replaced_by_the_modules_of_their_names(name, statement):
+def test_functions_are_not_replaced_by_the_modules_of_their_names():
     """Whatever is imported first: the package imports all its modules before it binds the functions."""
-    script = f"{statement.format(name=name)}; import neumuter_kernels as nk; print(type(nk.{name}).__name__)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "function\n"
+    names = ["select_muted", "hard_concrete"]
+    told = "; import neumuter_kernels as nk; print(nk.{name})"
+    cases = [(statement + told).format(name=name) for statement in FIRST for name in names]
+    printed = run(FORKS, *cases).splitlines()
+    assert [line.split(" at ")[0] for line in printed] == [f"<function {name}" for name in names] * len(FIRST)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +79,7 @@ def test_functions_are_not_replaced_by_the_modules_of_their_names(name, statemen
     ],
 )
 def test_importing_is_cheap(statement, before, forbidden, limit):
-    seconds, packages = cost(statement, before)
+    seconds, packages = cost(statement, before, limit)
     assert "neumuter" in {name.removesuffix("_kernels") for name in packages}
     assert forbidden.isdisjoint(packages)
     assert seconds < limit
