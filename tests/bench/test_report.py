@@ -7,7 +7,7 @@ import torch
 
 from bench import ROOT, picture, report, rows, stub_gpu, tables
 from bench import __main__ as command
-from bench.models import step
+from bench.models import scale, step
 from bench.unlearning import page, synth
 
 MACHINE = {"gpu": None, "cpu": "some CPU", "threads": 2, "date": "2026-01-01"}
@@ -56,7 +56,10 @@ TEMPLATE = """# Performance
 
 
 def test_every_benchmark_gives_rows_and_the_page_shows_them(run, pages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step, "peak_mib", lambda *about: 1.0)  # tests/bench/test_step.py has it
+    # tests/bench/test_step.py and test_scale.py have these.
+    monkeypatch.setattr(step, "peak_mib", lambda *about: 1.0)
+    monkeypatch.setattr(scale, "SMALL_TEXTS", ())
+    monkeypatch.setattr(scale, "SMALL_READ", (8,))
     folder = tmp_path / "results/performance"
     for name in command.BENCHMARKS:
         assert run(name, "--quick", "--out", str(folder)) == 0
