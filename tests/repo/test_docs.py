@@ -6,6 +6,7 @@ one ended. ``<!-- not run: REASON -->`` in front of a block leaves it out. Pytho
 with ``<!-- hidden`` is run in its place without being shown: what a page assumes, and checks of its results.
 """
 
+import itertools
 import os
 import re
 import shlex
@@ -31,6 +32,8 @@ BLOCK = re.compile(
     r"|^<!-- hidden\n(?P<hidden>.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )
+# A line of bash, with those that continue it.
+LINE = re.compile(r"(?:[^\n]*\\\n)*[^\n]*\n")
 AFTER = re.compile(r"^<!-- after: (\S+) -->$", re.MULTILINE)
 
 
@@ -75,33 +78,44 @@ def run_page(page, folder):
     return Path.cwd()
 
 
-def _commands(code):
-    """Return the arguments of each line if all lines are plain ``neumuter`` commands, else None."""
-    lines = [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
-    plain = all(line.startswith("neumuter ") and not set("|&;<>$*`#") & set(line) for line in lines)
-    return [shlex.split(line)[1:] for line in lines] if plain else None
+def _is_plain(line):
+    """Whether a line is a ``neumuter`` command and nothing else; or empty."""
+    return not line.strip() or (line.startswith("neumuter ") and not set("|&;<>$*`#") & set(line))
 
 
 def _run_bash(page, block):
-    """Run plain ``neumuter`` commands in this process, which saves seconds of imports; run others by bash."""
-    if commands := _commands(block.code):
-        for arguments in commands:
+    """Run plain ``neumuter`` commands at its ends in this process, which has imported all; others by bash."""
+    lines = LINE.findall(block.code)
+    before = list(itertools.takewhile(_is_plain, lines))
+    others = lines[len(before) :]
+    after = list(itertools.takewhile(_is_plain, reversed(others)))[::-1]
+    _run_commands(page, block, before)
+    if others := others[: len(others) - len(after)]:
+        _run_lines(page, block, "".join(others))
+    _run_commands(page, block, after)
+
+
+def _run_commands(page, block, lines):
+    for line in lines:
+        if arguments := shlex.split(line.replace("\\\n", " "))[1:]:
             with pytest.raises(SystemExit) as stop:
                 main(arguments)
-            assert not stop.value.code, f"{page}, line {block.line}: neumuter {shlex.join(arguments)}"
-        return
+            assert not stop.value.code, f"{page}, line {block.line}: {line}"
+
+
+def _run_lines(page, block, code):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
     read, write = os.pipe()
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"{block.code}\npwd >&{write}"],
+        ["bash", "-euo", "pipefail", "-c", f"{code}\npwd >&{write}"],
         capture_output=True, text=True, env=environment, pass_fds=[write],
     )  # fmt: skip
     os.close(write)
     with os.fdopen(read) as pipe:
         last = pipe.read().strip()
     if done.returncode:
-        pytest.fail(f"{page}, line {block.line}:\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        pytest.fail(f"{page}, line {block.line}:\n{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     os.chdir(last)
 
 
