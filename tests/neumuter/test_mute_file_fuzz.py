@@ -1,6 +1,6 @@
 """Damaged and hostile mute files: each loads as a valid set or raises MuteFileError; nothing else happens.
 
-40,000 files in a process of its own, whose memory is limited, so that a crash, a hang and an allocation that
+16,000 files in a process of its own, whose memory is limited, so that a crash, a hang and an allocation that
 a file asks for all show. ``NEUMUTER_FUZZ_FILES`` and ``NEUMUTER_FUZZ_SEED`` ask for more, and for others.
 """
 
@@ -24,7 +24,7 @@ from neumuter import MuteFileError, MuteSet
 from neumuter.mutes.container import MAX_HEADER_BYTES
 from neumuter.mutes.mute_set import MutedLayer
 
-FILES = int(os.environ.get("NEUMUTER_FUZZ_FILES", 40_000))
+FILES = int(os.environ.get("NEUMUTER_FUZZ_FILES", 16_000))
 SEED = int(os.environ.get("NEUMUTER_FUZZ_SEED", 0))
 ROOM = 1 << 28  # bytes of address space for small files, beyond what is in use before
 HEADER_ROOM = 1 << 29  # for the largest header
