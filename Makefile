@@ -40,9 +40,9 @@ check: docs
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m bench report --check
-	$(MAKE) examples sanitize
+	$(MAKE) sanitize
 
-# Each script of examples/, as its user runs it.
+# Each script of examples/; make test has them, too.
 examples: $(VENV)/.built
 	$(BIN)/python -m pytest -q tests/repo/test_examples.py
 
