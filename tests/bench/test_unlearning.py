@@ -32,7 +32,7 @@ from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from neumuter import evaluation, recipes
 from neumuter.demo import task
 from neumuter.demo.model import Training, architecture
-from neumuter.evaluation import tofu
+from neumuter.evaluation import continuations, controls, examination, tofu
 from neumuter.models.families import find_ffns
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
@@ -220,7 +220,10 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(real.RECIPE, "steps", 10)  # so that bfloat16 shows a difference
     monkeypatch.setitem(tdec.Texts.recipe, "steps", 2)
     monkeypatch.setattr(synth, "Training", lambda: Training(steps=1))
-    monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
+    for module in (requests, calibrated):
+        monkeypatch.setattr(module, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
+    for module, name in ((continuations, "MAX_TOKENS"), (examination, "MAX_TOKENS"), (controls, "MADE_UP")):
+        monkeypatch.setattr(module, name, 2)
     return tmp_path
 
 
