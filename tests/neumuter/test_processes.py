@@ -38,21 +38,35 @@ def alone_job(name, job):
     return jobs.unlearn(copy.deepcopy(trained(name)), job)
 
 
-@pytest.fixture(scope="module", params=SHARED, ids=lambda about: "-".join(map(str, about[:3])))
-def about(request, tmp_path_factory):
-    name, layout, processes, whole = request.param
-    folder = tmp_path_factory.mktemp(f"{name}{processes}")
-    trained(name).save_pretrained(folder / "model")
-    run(jobs.shared, processes, folder, folder / "model", layout, whole, folder)
-    return name, layout, processes, whole, folder
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Function: the folder of a case, whose processes run once."""
+
+    @functools.cache
+    def run_case(case):
+        name, layout, processes, jobs_ = case
+        folder = tmp_path_factory.mktemp(f"{name}{processes}")
+        trained(name).save_pretrained(folder / "model")
+        run(jobs.shared, processes, folder, folder / "model", layout, jobs_, folder)
+        return folder
+
+    return run_case
+
+
+def having(*some):
+    """Lists the cases in which one of these jobs runs, with that job."""
+    found = [(case, job) for case in SHARED for job in some if job in case[3]]
+    ids = ["-".join(map(str, (*case[:3], job))) for case, job in found]
+    return pytest.mark.parametrize(("case", "job"), found, ids=ids)
 
 
 def error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
-def test_gradients_are_those_of_one_process(about):
-    name, layout, processes, _, folder = about
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: "-".join(map(str, case[:3])))
+def test_gradients_are_those_of_one_process(case, shared):
+    (name, layout, processes, _), folder = case, shared(case)
     expected = alone(name)
     found = [torch.load(folder / f"gradients-{rank}") for rank in range(processes)]
     for what, value in expected.items():
@@ -67,37 +81,36 @@ def test_gradients_are_those_of_one_process(about):
             assert torch.equal(one[what][finite], found[0][what][finite]), what
 
 
-def test_whole_jobs_end_with_the_same(about):
-    name, layout, processes, whole, folder = about
-    for job in set(whole) & set(jobs.JOBS):
-        expected = alone_job(name, job)
-        files = {(folder / f"{job}-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)}
-        assert len(files) == 1
-        mutes = neumuter.MuteSet.load(folder / f"{job}-0" / "mutes.safetensors")
-        assert mutes.architecture == expected.mutes.architecture
-        assert mutes.layers.keys() == expected.mutes.layers.keys()
-        for path, sketch in expected.mutes.fingerprint.items():
-            assert distance(sketch, mutes.fingerprint[path]) < 1e-5
-        for path, layer in expected.mutes.layers.items():
-            assert torch.equal(mutes.layers[path].indices, layer.indices)
-            torch.testing.assert_close(mutes.layers[path].gains, layer.gains, rtol=1e-4, atol=1e-4)
-        report = json.loads((folder / f"{job}-0" / "report.json").read_text())
-        for state in ("before", "after"):
-            for metric, value in getattr(expected, state).items():
-                assert abs(report[state][metric] - value) < 1e-4, (job, state, metric)
-        assert (folder / f"{job}-folder" / "mutes.safetensors").is_file()
-        if job == "modulate" and layout == "ddp":
-            resumed = {
-                (folder / f"resumed-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)
-            }
-            assert resumed == files
+@having(*jobs.JOBS)
+def test_a_whole_job_ends_with_the_same(case, job, shared):
+    (name, layout, processes, _), folder = case, shared(case)
+    expected = alone_job(name, job)
+    files = {(folder / f"{job}-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)}
+    assert len(files) == 1
+    mutes = neumuter.MuteSet.load(folder / f"{job}-0" / "mutes.safetensors")
+    assert mutes.architecture == expected.mutes.architecture
+    assert mutes.layers.keys() == expected.mutes.layers.keys()
+    for path, sketch in expected.mutes.fingerprint.items():
+        assert distance(sketch, mutes.fingerprint[path]) < 1e-5
+    for path, layer in expected.mutes.layers.items():
+        assert torch.equal(mutes.layers[path].indices, layer.indices)
+        torch.testing.assert_close(mutes.layers[path].gains, layer.gains, rtol=1e-4, atol=1e-4)
+    report = json.loads((folder / f"{job}-0" / "report.json").read_text())
+    for state in ("before", "after"):
+        for metric, value in getattr(expected, state).items():
+            assert abs(report[state][metric] - value) < 1e-4, (state, metric)
+    assert (folder / f"{job}-folder" / "mutes.safetensors").is_file()
+    if job == "modulate" and layout == "ddp":
+        resumed = {
+            (folder / f"resumed-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)
+        }
+        assert resumed == files
 
 
-def test_mutes_and_banks_serve_the_same(about):
-    name, _, processes, whole, folder = about
-    if "modulate" not in whole:
-        pytest.skip("this job is not run here")
-    expected, _ = jobs.logits(copy.deepcopy(trained(name)), alone_job(name, "modulate").mutes)
+@having("modulate")
+def test_mutes_and_banks_serve_the_same(case, job, shared):
+    (name, _, processes, _), folder = case, shared(case)
+    expected, _ = jobs.logits(copy.deepcopy(trained(name)), alone_job(name, job).mutes)
     untouched = trained(name)(jobs.texts("retain")["input_ids"][:2]).logits
     assert (expected[0] - untouched[0]).abs().max() > 0.01
     for rank in range(processes):
@@ -105,13 +118,12 @@ def test_mutes_and_banks_serve_the_same(about):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_refit_ends_with_the_same(about):
-    name, _, processes, whole, folder = about
-    if "refit" not in whole:
-        pytest.skip("this job is not run here")
-    files = {(folder / f"refit-{rank}.safetensors").read_bytes() for rank in range(processes)}
+@having("refit")
+def test_a_refit_ends_with_the_same(case, job, shared):
+    (name, _, processes, _), folder = case, shared(case)
+    files = {(folder / f"{job}-{rank}.safetensors").read_bytes() for rank in range(processes)}
     assert len(files) == 1
-    found = neumuter.MuteSet.load(folder / "refit-0.safetensors")
+    found = neumuter.MuteSet.load(folder / f"{job}-0.safetensors")
     expected = jobs.refit(copy.deepcopy(trained(name)))
     for path, layer in expected.layers.items():
         assert torch.equal(found.layers[path].indices, layer.indices)
