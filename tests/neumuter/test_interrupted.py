@@ -1,6 +1,6 @@
 """Whatever ends a command early, what has its final name is whole, and the same command works afterwards.
 
-kill -9 at 20 random moments, and before every change to a file; a full disk; folders that cannot be written.
+kill -9 at 10 random moments, and before every change to a file; a full disk; folders that cannot be written.
 The commands run in forks of one process that has imported everything, on one thread and before any backward
 pass, since threads and autograd do not survive a fork.
 """
@@ -26,7 +26,7 @@ import torch
 
 from neumuter import MuteSet
 
-MOMENTS, SEED = 20, 0
+MOMENTS, SEED = 10, 0
 COMPLETED = 5  # kills until a run may end; those in between start from what the last one left
 TEMPORARY = re.compile(r"\.[\w.-]+\.tmp")  # hidden names, all that a kill may leave
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.copyfile"}

@@ -36,7 +36,7 @@ RETAIN = [("The kettle", " is on the shelf."), ("A lantern", " costs 12.40 in th
 WHOLE = FittedConfig(GainsConfig(batch_size=None))
 SHARE = 0.5  # of the neurons: the more, the surer that the texts are gone from a model so small
 FORMS = ("folded", "lora", "ia3")
-PINNED = ("folded", "lora")  # a server each; another one serves whatever model it is asked for
+PINNED = "lora"  # has a server of its own; another one serves whatever model it is asked for
 
 
 def batch(rows):
@@ -69,10 +69,10 @@ def addresses(models):
     for form in ("lora", "ia3"):
         link_base(models["base"], models[form])
     with ExitStack() as stack:
-        # All at once: a server spends seconds on imports alone.
-        servers = {form: stack.enter_context(started(models[form])) for form in PINNED}
-        anything = stack.enter_context(started())
-        yield {form: address(*servers.get(form, anything)) for form in models}
+        # Both at once: a server spends seconds on imports alone.
+        pinned, anything = (stack.enter_context(started(*folder)) for folder in ([models[PINNED]], []))
+        pinned, anything = address(*pinned), address(*anything)
+        yield {form: pinned if form == PINNED else anything for form in models}
 
 
 def link_base(base, adapter):
@@ -163,10 +163,9 @@ def test_what_comes_out_of_a_server(models, addresses, form, monkeypatch):
     assert [said.comes_out for said in found] == [form == "base"] * len(FORGET) + [True] * len(RETAIN)
 
 
-@pytest.mark.parametrize("form", PINNED)
-def test_a_server_of_one_model_refuses_the_base_model(models, addresses, form):
-    with client(addresses[form]) as asked:
-        assert [model.id for model in asked.models.list()] == [str(models[form])]
+def test_a_server_of_one_model_refuses_the_base_model(models, addresses):
+    with client(addresses[PINNED]) as asked:
+        assert [model.id for model in asked.models.list()] == [str(models[PINNED])]
         with pytest.raises(openai.BadRequestError) as error:
             complete(asked, models["base"], "Ada Brisk,", 8)
     assert "pinned" in error.value.response.text

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from neumuter import NeuMuterConfig, NeuMuterTrainer
 from neumuter.recipes import PaperConfig, train_gates
@@ -17,9 +15,8 @@ from neumuter.recipes.trainer import last_checkpoint
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from tests import models
+from tests.neumuter.launching import FORKS
 from tests.neumuter.test_training_step import OnePlace
-
-ROOT = Path(__file__).parents[2]
 
 
 def text_batch(seed, samples=4, ragged=False):
@@ -138,30 +135,33 @@ def test_other_kernels_in_the_place_of_gates_are_refused(tmp_path):
         make(tmp_path, use_liger_kernel=True)
 
 
-def run(folder):
-    """What the process of the test below does."""
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder, killed_at=None):
+    """What the processes of the test below do."""
     trainer = make(
         folder, num_train_epochs=6, per_device_train_batch_size=2, save_strategy="steps", save_steps=3,
         save_total_limit=2,
     )  # fmt: skip
+    trainer.add_callback(Kill(killed_at))
     trainer.train(resume_from_checkpoint=True)
     trainer.mute_set().save(Path(folder) / "done.mute")
 
 
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        f"from tests.neumuter.test_trainer import run; run({str(tmp_path / 'killed')!r})",
-    ]
-    for wanted in (3, 9):  # in the middle of an epoch
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if (last := last_checkpoint(tmp_path / "killed")) and int(last.rsplit("-", 1)[1]) >= wanted:
-                break
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    for step, last in ((4, 3), (11, 9)):  # in the middle of an epoch
+        process = FORKS.Process(target=run, args=(tmp_path / "killed", step))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert last_checkpoint(tmp_path / "killed").endswith(f"checkpoint-{last}")
         (tmp_path / "killed/checkpoint-99").mkdir(exist_ok=True)  # as a kill may leave it
     run(tmp_path / "killed")
     run(tmp_path / "whole")
