@@ -17,9 +17,8 @@ def fast(monkeypatch):
         yield place
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), [("separate", HALVES[0]), ("plain", HALVES[1])])
 @pytest.mark.parametrize("activation", nk.ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["separate", "plain"])
 def test_rounds_where_eager_rounds(fast, layout, dtype, activation):
     test_masked_ffn.test_rounds_where_eager_rounds(fast, layout, dtype, activation)
 
