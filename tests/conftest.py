@@ -18,6 +18,11 @@ if not HAVE_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that no process works on one of them alone at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("repo", "bench"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
