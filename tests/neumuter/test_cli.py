@@ -23,14 +23,29 @@ def train(model):
     return learn(model, encode(FORGET + RETAIN, tokenizer(), 64), 120)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neo"])
-def checkpoint(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    train(build(request.param)).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "forget.txt").write_text("\n\n".join(FORGET))
-    (folder / "retain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in RETAIN))
-    return folder
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Function: the folder of a family's checkpoint and of texts, made the first time."""
+
+    @functools.cache
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        train(build(family)).save_pretrained(folder / "model")
+        tokenizer().save_pretrained(folder / "model")
+        (folder / "forget.txt").write_text("\n\n".join(FORGET))
+        (folder / "retain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in RETAIN))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(request, folder_of):
+    return folder_of(getattr(request, "param", "llama"))
+
+
+# Of commands that write models.
+each_family = pytest.mark.parametrize("checkpoint", ["llama", "gpt_neo"], indirect=True)
 
 
 README = Path(__file__).parents[2] / "README.md"
@@ -52,6 +67,7 @@ def unlearn(folder, *more):
     return run("unlearn", folder / "model", *files, *options, *more)
 
 
+@each_family
 def test_unlearn_inspect_fold(checkpoint, capsys):
     code = unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl")
     printed = capsys.readouterr()
@@ -240,6 +256,7 @@ def test_evaluate_on_a_task_of_the_harness(checkpoint, tasks, capsys):
     assert "no task no_such_task" in capsys.readouterr().err
 
 
+@each_family
 @pytest.mark.parametrize("to", ["ia3", "lora", "vllm-lora", "shrink"])
 def test_export_and_verify(checkpoint, capsys, to):
     assert unlearn(checkpoint, "--mode", "mute", "--budget", "80", "--steps", "2") in DONE
