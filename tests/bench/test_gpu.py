@@ -203,6 +203,8 @@ unbuilt.define()
 import json, torch
 from neumuter_kernels import _C, selftest
 from tests.kernels.backends import use
+# Of these, interpreted kernels round otherwise; and they would take most of the time.
+del selftest.TOLERANCE[torch.bfloat16], selftest.TOLERANCE[torch.float16]
 with use("triton") as device:
     found = {r.op: r.error for r in selftest.run(device) if r.op not in unbuilt.LEFT_OUT}
 print(json.dumps([_C.cpu_capability(), found]))
@@ -214,5 +216,4 @@ print(json.dumps([_C.cpu_capability(), found]))
     assert done.returncode == 0, done.stderr
     capability, found = json.loads(done.stdout)
     assert capability == "not built"
-    assert set(found) == {"masked_ffn", "hard_concrete", "cross_entropy_", "kl_divergence_"}
-    assert found["hard_concrete"] is None
+    assert found == dict.fromkeys(("masked_ffn", "hard_concrete", "cross_entropy_", "kl_divergence_"))
