@@ -15,11 +15,6 @@ def llama():
     return memorised("llama")
 
 
-@pytest.fixture(params=RECIPES)
-def recipe(request):
-    return RECIPES[request.param]
-
-
 @pytest.fixture
 def small_memory(monkeypatch):
     """Function: from now on no more than so many samples fit; returns how many each pass had that did."""
@@ -38,9 +33,12 @@ def small_memory(monkeypatch):
     return limit
 
 
-@pytest.mark.parametrize(("references", "most"), [("kept", 3), ("computed", 1)])
+@pytest.mark.parametrize(
+    ("name", "references", "most"),
+    [*((name, "kept", 3) for name in RECIPES), ("fitted", "computed", 1), ("paper", "computed", 1)],
+)
 def test_a_step_that_does_not_fit_is_taken_in_parts(
-    llama, recipe, most, references, small_memory, monkeypatch, caplog
+    llama, name, most, references, small_memory, monkeypatch, caplog
 ):
     if references == "computed":
         monkeypatch.setattr("neumuter.training.references.HOST_BYTES", 0)
@@ -51,7 +49,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(
         told = []
         with neumuter.attach(llama, start_layer=1) as masked:
             pair = PairedBatches(masked, FORGET, KEEP)
-            mutes = recipe(pair, lambda *info: told.append(info))  # noqa: B023
+            mutes = RECIPES[name](pair, lambda *info: told.append(info))  # noqa: B023
         results.append((mutes, told))
     (whole, all_told), (parts, part_told) = results
     assert whole.layers.keys() == parts.layers.keys()

@@ -24,11 +24,6 @@ def llama():
     return memorised("llama")
 
 
-@pytest.fixture(params=RECIPES)
-def recipe(request):
-    return RECIPES[request.param]
-
-
 class OnePlace(TorchDispatchMode):
     """Refuses what makes the processor wait for a GPU, and writes down the sizes that each op sees."""
 
@@ -85,11 +80,13 @@ def captured(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("kept", KEPT)
-def test_steps_wait_for_nothing_and_keep_their_sizes(llama, recipe, captured, kept, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "kept"), [*((name, "device") for name in RECIPES), ("fitted", "host"), ("paper", "nowhere")]
+)
+def test_steps_wait_for_nothing_and_keep_their_sizes(llama, name, captured, kept, monkeypatch):
     keep_references(kept, monkeypatch)
     told = []
-    run(llama, recipe, lambda *info: told.append(info))
+    run(llama, RECIPES[name], lambda *info: told.append(info))
     assert captured.captures >= 1
     assert captured.replays >= 3
     sizes = {tuple(seen) for seen in captured.modes}
@@ -98,6 +95,7 @@ def test_steps_wait_for_nothing_and_keep_their_sizes(llama, recipe, captured, ke
     assert [number for number, *_ in told] == list(range(1, len(told) + 1))
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_graphs_give_what_eager_steps_give(llama, recipe, monkeypatch, request):
     eager = []
     expected = run(llama, recipe, lambda *info: eager.append(info))
