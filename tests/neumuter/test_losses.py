@@ -61,3 +61,40 @@ def test_odds_hinge_is_that_of_the_log_odds_and_its_gradient_does_not_vanish():
     assert (logits.grad[:, 2] > 0).tolist() == [bool(x > 0) for x in plain]
     exact = losses.odds_hinge(torch.zeros(2, requires_grad=True), 1.0)
     assert exact.isfinite().all()
+
+
+PLACES = torch.tensor([3, 4, 5, 6, 9, 10, 40, 0])
+CEILINGS = torch.tensor([-torch.inf, -2.0, torch.inf, -1.0, -1.0, 0.0, -3.0, 0.0])
+
+
+def test_runs_are_neighbouring_tokens_that_identify_a_text():
+    assert losses.find_runs(PLACES, CEILINGS).tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert losses.find_runs(PLACES, torch.full([8], -torch.inf)).tolist() == [0, 0, 0, 0, 1, 1, 2, 3]
+    assert not len(losses.find_runs(PLACES[:0], CEILINGS[:0]))
+
+
+def test_a_run_is_as_near_to_being_forgotten_as_its_nearest_token():
+    odds = torch.tensor([2.0, -1.0, 3.0, 4.0])
+    assert losses.find_nearest(odds, torch.tensor([0, 0, 0, 1])).tolist() == [-1, -1, -1, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_tokens_of_a_run_that_are_nearest_count_most(dtype):
+    odds = torch.tensor([7.0, 2.0, -1.0, 3.0, 90.0, -90.0, 5.0, 0.0], dtype=dtype)
+    found = losses.weigh_runs(odds, PLACES, torch.full([8], -torch.inf))
+    parts = [torch.softmax(-part, 0) * len(part) for part in odds.double().split([4, 2, 1, 1])]
+    torch.testing.assert_close(found, torch.cat(parts).to(dtype), rtol=1e-5, atol=1e-8)
+    # Those that do not identify the text are not in any run.
+    assert losses.weigh_runs(odds, PLACES, CEILINGS)[2:].tolist() == [1.0] * 6
+    assert not len(losses.weigh_runs(odds[:0], PLACES[:0], CEILINGS[:0]))
+
+
+def test_weights_do_not_depend_on_the_order_of_texts():
+    odds = torch.randn(60) * 5
+    places = torch.arange(60) + 5 * (torch.arange(60) // 6)
+    texts = torch.randperm(10)
+    order = (texts[:, None] * 6 + torch.arange(6)).flatten()
+    known = torch.full([60], -torch.inf)
+    assert torch.equal(
+        losses.weigh_runs(odds, places, known)[order], losses.weigh_runs(odds[order], places, known)
+    )

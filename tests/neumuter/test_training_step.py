@@ -194,11 +194,16 @@ def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after, sou
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_log_odds_are_those_of_the_token_that_is_known_best(llama, padded, request, monkeypatch):
+def test_log_odds_are_those_of_the_run_that_is_known_best(llama, padded, request, monkeypatch):
     if padded:
         request.getfixturevalue("captured")
     with neumuter.attach(llama, start_layer=1) as masked:
-        pair, gains = PairedBatches(masked, FORGET, KEEP), torch.linspace(0, 1, models.WIDTH)
+        # A run ends where a token may be known; nothing identifies the last text.
+        ceilings = torch.full(FORGET["labels"].shape, -torch.inf)
+        ceilings[:, 6] = 0.0
+        ceilings[3] = 2.0
+        pair = PairedBatches(masked, FORGET, KEEP, ceilings)
+        gains = torch.linspace(0, 1, models.WIDTH)
         evaluate = pair.evaluate
 
         def knowing_padding(inputs, *options):
@@ -213,8 +218,16 @@ def test_log_odds_are_those_of_the_token_that_is_known_best(llama, padded, reque
         for samples_ in ([3, 0, 6, 7], [1, 3, 5, 9], [3, 1, 5, 8]):
             one.once(samples_)
         with torch.no_grad(), masked.applying({path: gains}):
-            p = [losses.neg().double().exp() for losses in pair.sample_losses([0, 1, 3])]
-    expected = torch.stack([(one / (1 - one)).log().max() for one in p]).float()
+            p = [losses.neg().double().exp() for losses in pair.sample_losses([0, 1])]
+    expected = []
+    for row, chances in enumerate(p):
+        odds, runs = iter((chances / (1 - chances)).log().tolist()), [[]]
+        for place in (FORGET["labels"][row, 1:] != -100).nonzero().flatten().tolist():
+            runs[-1].append(next(odds))
+            if place + 1 == 6:
+                runs[-1:] = [runs[-1][:-1], []]
+        expected.append(max(min(run) for run in runs if run))
+    expected = torch.tensor([*expected, step.NOTHING])
     torch.testing.assert_close(one.log_odds[[0, 1, 3]], expected, rtol=1e-3, atol=1e-3)
     assert one.log_odds[[2, 4]].isnan().all()
     assert not one.log_odds.requires_grad

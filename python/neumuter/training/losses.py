@@ -68,3 +68,43 @@ def odds_hinge(losses: Tensor, margin: float, ceilings: Tensor | None = None) ->
     if ceilings is None:
         return F.relu(margin + log_odds(losses))
     return F.relu(log_odds(losses) - ceilings.clamp(min=-margin))
+
+
+def weigh_runs(odds: Tensor, places: Tensor, ceilings: Tensor) -> Tensor:
+    """Weigh the tokens of each run so that those nearest to being forgotten count most: float32 [N].
+
+    A run cannot come out once one of its tokens does not, so forgetting all of them alike costs more than it
+    has to. The weights are softmax(−log-odds) over the run, times its length; other tokens weigh 1.
+
+    Args:
+        odds: the log-odds of the forget tokens, float [N].
+        places, ceilings: see ``find_runs``.
+    """
+    runs = find_runs(places, ceilings)
+    # As whole numbers, whose sum does not depend on the order in which a device adds them.
+    parts = ((find_nearest(odds, runs) - odds).exp() * 2**32).long()
+    sums = torch.zeros_like(parts).scatter_add(0, runs, parts)
+    sizes = torch.zeros_like(parts).scatter_add(0, runs, torch.ones_like(parts))
+    return (parts.double() / sums[runs] * sizes[runs]).to(odds.dtype)
+
+
+def find_nearest(odds: Tensor, runs: Tensor) -> Tensor:
+    """For each token the lowest log-odds of its run, [N], of ``odds`` [N] and what ``find_runs`` gave."""
+    lowest = torch.full_like(odds, torch.inf).scatter_reduce(0, runs, odds, "amin")
+    return lowest[runs]
+
+
+def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:
+    """Number the runs of tokens, int64 [N].
+
+    A run is a stretch of neighbouring tokens that identify a text: those that may keep log-odds below 0
+    alone. Every other token is numbered for itself.
+
+    Args:
+        places: where the tokens are predicted, int64 [N]: neighbours differ by 1, texts by more.
+        ceilings: the log-odds that each may keep, [N]; −∞ where nothing is known.
+    """
+    identifies = ceilings < 0
+    starts = torch.ones_like(identifies)
+    starts[1:] = ~(identifies[1:] & identifies[:-1] & (places.diff() == 1))
+    return starts.cumsum(0) - 1

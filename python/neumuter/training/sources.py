@@ -88,8 +88,8 @@ class HardFirst(InTurn):
     """Yields like ``InTurn``, but forget samples that are still known come more often than others.
 
     After one round of all forget samples, a step draws its own without replacement, with a probability
-    proportional to σ(1 + log-odds), at least ``LEAST_WEIGHT``. The log-odds are the largest of a sample's
-    counted tokens when it was last in a step that ``Step.take`` has read: on a GPU, which is read every 16
+    proportional to σ(1 + log-odds), at least ``LEAST_WEIGHT``. The log-odds (see ``Step.log_odds``) are those
+    of when a sample was last in a step that ``Step.take`` has read: on a GPU, which is read every 16
     steps, they are up to 16 steps old, in addition to the steps in which the sample was not drawn. A sample
     that was not read yet counts as known by heart.
 

@@ -6,6 +6,7 @@ between nothing waits for the device.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, cast
@@ -16,7 +17,7 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
-from neumuter.training.losses import log_odds
+from neumuter.training.losses import find_nearest, find_runs, log_odds
 from neumuter.training.processes import Processes
 from neumuter.training.sources import Watching
 
@@ -24,6 +25,8 @@ from neumuter.training.sources import Watching
 READ_EVERY = {"cpu": 1, "cuda": 16}
 # Told of a step, counted from 1: (step, info).
 Tell = Callable[[int, dict[str, float]], object]
+# The log-odds of a text that nothing is left of.
+NOTHING = -100.0
 READINGS = ("loss", "forget_loss", "kl", "muted")
 
 
@@ -31,7 +34,8 @@ class Measured(NamedTuple):
     """What a step's forward pass found.
 
     losses: of the forget tokens, float32 [N] in nats. weights: of these tokens, float32 [N]; 0 for padding.
-    ceilings: the log-odds that these tokens may keep, float32 [N]. kl: the mean of KL(reference ‖ masked)
+    places: where they are predicted, int64 [N]; neighbours in a text differ by 1. ceilings: the log-odds that
+    these tokens may keep, float32 [N]; 0 for padding. kl: the mean of KL(reference ‖ masked)
     over the retain tokens, a scalar in nats.
 
     Where several ``processes`` share the step, losses and weights are those of this process's tokens, and
@@ -40,6 +44,7 @@ class Measured(NamedTuple):
 
     losses: torch.Tensor
     weights: torch.Tensor
+    places: torch.Tensor
     ceilings: torch.Tensor
     kl: torch.Tensor
     tokens: int | None = None
@@ -83,8 +88,10 @@ class Step:
     A step that does not fit into memory is taken in parts from then on, which the log says. The loss is still
     that of the whole step, for which the parts run twice forward; and no graph is captured any more.
 
-    ``log_odds``, float32 [forget samples] on the device: ln(p / (1 − p)) of the counted token that is known
-    best of each forget sample when a step last had it, under that step's masks; NaN if none had it.
+    ``log_odds``, float32 [forget samples] on the device, NaN where no step had the sample: how well each was
+    known when a step last had it, under that step's masks. A run of tokens (see ``losses.find_runs``) is
+    known as well as the token of it with the lowest ln(p / (1 − p)), and a sample as well as the run that is
+    known best; where no token identifies the text, ``NOTHING``.
 
     Args:
         pair: the texts, and the model under its masks.
@@ -242,7 +249,7 @@ class Step:
             self._pass_back(parts, losses, divergences)
         with torch.no_grad():
             found: Sequence[Tensor] = [loss, measured.mean(losses), measured.kl]
-            seen = self._find_log_odds(parts, losses) if self.pair.forget_count else self.log_odds
+            seen = self._find_log_odds(parts, measured) if self.pair.forget_count else self.log_odds
             if whole:
                 found, seen = self._reduce(whole, found, seen)
             self._irrevocable = True
@@ -261,8 +268,12 @@ class Step:
         forget, retain = (torch.cat(kind) for kind in zip(*weights, strict=True))
         kl = _mean(divergences, retain, whole and whole.retain_tokens)
         ceilings = torch.cat([part.ceilings for part in parts]).to(losses.device)
+        behind = itertools.accumulate((part.ids.numel() for part in parts), initial=0)
+        places = torch.cat(
+            [part.places[: len(part.targets)] + first for part, first in zip(parts, behind, strict=False)]
+        ).to(losses.device)
         measured = Measured(
-            losses, forget, ceilings, kl, whole and whole.forget_tokens, whole and whole.processes
+            losses, forget, places, ceilings, kl, whole and whole.forget_tokens, whole and whole.processes
         )
         return measured, functools.reduce(torch.add, [term(measured) for term in self.terms])
 
@@ -291,15 +302,19 @@ class Step:
             with self.masks(part, self._counter):
                 torch.autograd.backward(self.pair.evaluate(part, self.everywhere), of_part)
 
-    def _find_log_odds(self, parts: Sequence[Inputs], losses: Tensor) -> Tensor:
+    def _find_log_odds(self, parts: Sequence[Inputs], measured: Measured) -> Tensor:
         """``log_odds`` of the samples of these parts, and −∞ of others."""
-        padding = torch.cat([part.weights[: len(part.targets)] for part in parts]) == 0
-        odds = log_odds(losses.to(self.log_odds)).masked_fill(padding, -torch.inf)
+        odds = log_odds(measured.losses.to(self.log_odds))
+        places, ceilings, weights = (
+            value.to(odds.device) for value in (measured.places, measured.ceilings, measured.weights)
+        )
+        nearest = find_nearest(odds, find_runs(places, ceilings)).clamp(min=NOTHING)
+        known = nearest.masked_fill(ceilings >= 0, NOTHING).masked_fill(weights == 0, -torch.inf)
         ids = [
             part.samples.index_select(0, part.places[: len(part.targets)] // part.ids.shape[1])
             for part in parts
         ]
-        return self._by_sample(torch.cat(ids), odds)
+        return self._by_sample(torch.cat(ids), known)
 
     def _by_sample(self, ids: Tensor, odds: Tensor) -> Tensor:
         return torch.full_like(self.log_odds, -torch.inf).scatter_reduce(0, ids, odds, "amax")
