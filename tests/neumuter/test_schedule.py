@@ -36,15 +36,17 @@ class Pair:
     ("count", "steps", "batch_size", "expected", "source"),
     [
         (24, None, 8, 80, "in turn"),
-        (640, None, 8, 80, "in turn"),
-        (641, None, 8, 101, "hard first"),
+        (32, None, 8, 80, "in turn"),
+        (33, None, 8, 83, "hard first"),
+        (240, None, 8, 600, "hard first"),
+        (4_000, None, 8, 640, "hard first"),
         (10_000, None, 8, 1563, "hard first"),
-        (10_000, None, 64, 196, "hard first"),
+        (10_000, None, 64, 640, "hard first"),
         (10_000, 80, 8, 80, "in turn"),
         (10_000, None, None, 80, "in turn"),
     ],
 )
-def test_steps_grow_until_every_text_is_visited(count, steps, batch_size, expected, source):
+def test_steps_grow_with_the_texts(count, steps, batch_size, expected, source):
     pair = Pair(count)
     assert count_steps(pair, steps, batch_size) == expected
     assert choose_samples(pair, steps, batch_size, 0) == source
@@ -57,8 +59,10 @@ def llama():
 
 @pytest.fixture
 def few(monkeypatch):
-    """Three steps are enough for six samples."""
-    monkeypatch.setattr(schedule, "STEPS", 3)
+    """Four steps are enough for six samples."""
+    monkeypatch.setattr(schedule, "VISITS", 1)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 4)
+    monkeypatch.setattr(schedule, "MOST_STEPS", 4)
 
 
 def run(model, forget_count, mode="modulate", config=None, watch=None):
@@ -90,7 +94,7 @@ def test_a_large_request_visits_every_text(llama, few, mode):
 @pytest.mark.parametrize("mode", ["modulate", "mute"])
 def test_a_small_request_is_as_it_was(llama, few, mode, tmp_path):
     explicit = recipes.FittedConfig(
-        dataclasses.replace(GAINS, steps=3), dataclasses.replace(SUPPORT, steps=3) if mode == "mute" else None
+        dataclasses.replace(GAINS, steps=4), dataclasses.replace(SUPPORT, steps=4) if mode == "mute" else None
     )
     for name, config in (("default", None), ("explicit", explicit)):
         run(llama, 6, mode, config)[0].save(tmp_path / name)
