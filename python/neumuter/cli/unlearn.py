@@ -145,8 +145,8 @@ def unlearn(
         int | None,
         typer.Option(
             min=1,
-            help="Optimisation steps; with --budget auto, of each try. Default: 80, or as many as it takes "
-            "to visit every text.",
+            help="Optimisation steps; with --budget auto, of each try. Default: from 80 to 640, which visit "
+            "each text 20 times; more where these do not visit every text.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -291,5 +291,10 @@ def unlearn(
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
+    if outcome.verdict.leaks:
+        advice = f"{out / 'report.csv'} says which."
+        if not outcome.curve and recipe is Recipe.fitted:
+            advice += " --budget auto finds how many neurons would do."
+        console.print(escape(advice), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)

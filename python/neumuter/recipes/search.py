@@ -17,7 +17,7 @@ from neumuter.training.neurons import Neurons
 from neumuter.training.processes import agree
 from neumuter.types import Batch, Callback
 
-BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
+BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
 # How often the gap between the last budget that fails and the first that does not is halved.
 HALVINGS = 1
 
