@@ -113,6 +113,9 @@ def _tune(model, batch, seed):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+        # A text whose tokens cost more than this on average is not known by heart.
+        if loss.item() > 0.5:
+            continue
         model.eval()
         rate = evaluation.extraction_rate(model, batch)
         model.train()
