@@ -14,6 +14,7 @@ from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
 from bench.unlearning import (
     calibrated,
+    capacity,
     instead,
     location,
     nothing_to_keep,
@@ -35,6 +36,7 @@ CASES = {
     "robust": lambda options: robust.cases(options.quick),
     "location": lambda options: location.cases(options.quick),
     "calibrated": lambda options: calibrated.cases(options.quick),
+    "capacity": lambda options: capacity.cases(options.quick),
     "planted": lambda options: planted.cases(options.quick),
     "rounded": lambda options: rounded.cases(options.quick),
     "requests": lambda options: requests.cases(options.quick),

@@ -2,50 +2,45 @@
 
 SYNTH's first model. All tokens of a record behind its prompt count, the wording around the secrets included,
 as with texts that people give. The estimate of what a model that never saw them would make of them is
-compared with the model that is retrained without them; then gains are fitted with it and without.
+compared with the model that is retrained without them; then gains are fitted with it, without it, and
+without it where all tokens count alike, instead of the nearest of each run the most.
 """
 
 import functools
+from contextlib import nullcontext
+from unittest import mock
 
 import torch
 
 import neumuter
-from bench.unlearning.synth import RECIPE, Setting
+from bench.unlearning import real, synth
 from neumuter import evaluation
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
-from neumuter.recipes import FittedConfig, GainsConfig
+from neumuter.recipes import FittedConfig, GainsConfig, fitted
 from neumuter.serving.live import mute
+from neumuter.texts import join_batches
 from neumuter.types import IGNORED
 
 # The method was chosen on seeds 5, 6 and 7. Nobody has tuned anything on these.
 SEEDS = (307, 311, 313)
-SHARE = 0.05
-GAINS = GainsConfig(steps=RECIPE["steps"], batch_size=RECIPE["batch_size"])
-METHODS = {"plain": False, "calibrated": True}
+METHODS = ("alike", "plain", "calibrated")
 
 
-class Worded(Setting):
-    """SYNTH with all tokens behind the prompts to forget."""
+class Compared:
+    """What is the same of both models.
 
-    def __init__(self, seed):
-        super().__init__("gated, 0.9 M", seed)
-        self.texts = [(record.prompt, record.continuation) for record in self.forget]
-        self.batch = self.encode(self.forget, "continuation")
+    A subclass is a ``Setting`` and says ``share``, ``recipe``, ``batch``, the texts to forget, and ``kept``,
+    those to keep.
+    """
 
-    def measure(self, model):
-        worded = {
-            "worded_ma": evaluation.memorization_accuracy(model, self.batch),
-            "worded_loss": evaluation.mean_token_loss(model, self.batch),
-            "worded_min_k": evaluation.min_k_scores(model, self.batch).mean().item(),
-        }
-        return super().measure(model) | worded
-
-    def find(self, calibrate):
-        outcome = neumuter.unlearn(
-            self.full, self.tokenizer, self.batch, self.neighbours("retain"), budget=SHARE,
-            recipe=FittedConfig(GAINS), calibrate=calibrate, samples=0, start_layer=0, seed=self.seed,
-            callback=lambda *_: None,
-        )  # fmt: skip
+    def find(self, method):
+        gains = GainsConfig(steps=self.recipe["steps"], batch_size=self.recipe["batch_size"])
+        with _all_alike() if method == "alike" else nullcontext():
+            outcome = neumuter.unlearn(
+                self.full, self.tokenizer, self.batch, self.kept, budget=self.share,
+                recipe=FittedConfig(gains), calibrate=method == "calibrated", samples=0, start_layer=0,
+                seed=self.seed, callback=lambda *_: None,
+            )  # fmt: skip
         with mute(self.full, outcome.mutes):
             return {"share": outcome.mutes.share} | self.measure(self.full)
 
@@ -62,33 +57,68 @@ class Worded(Setting):
         loss = -find_ceilings(estimate)[:, 1:][counted].sigmoid().log().mean().item()
         return {"agree": agree, "worded_loss": loss}
 
+    def measure(self, model):
+        worded = {
+            "worded_ma": evaluation.memorization_accuracy(model, self.batch),
+            "worded_loss": evaluation.mean_token_loss(model, self.batch),
+            "worded_min_k": evaluation.min_k_scores(model, self.batch).mean().item(),
+        }
+        return super().measure(model) | worded
+
+
+class Worded(Compared, synth.Setting):
+    """SYNTH with all tokens behind the prompts to forget."""
+
+    share, recipe = 0.05, synth.RECIPE
+
+    def __init__(self, seed):
+        super().__init__("gated, 0.9 M", seed)
+        self.batch, self.kept = self.encode(self.forget, "continuation"), self.neighbours("retain")
+
+
+class Asked(Compared, real.People):
+    """REAL."""
+
+    share = 0.01
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.tokenizer, self.batch = real.tokenizer(), self.forget
+        self.kept = join_batches(self.retain, self.samples)
+
+
+def _all_alike():
+    """Context: all tokens of a run count alike."""
+    return mock.patch.object(fitted, "weigh_runs", lambda odds, *_: torch.ones_like(odds))
+
 
 def _chances(model, batch):
     """The probability of each token given those before it, [B, T]; 1 of the first."""
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    found = logits[:, :-1].softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    found = logits[:, :-1].float().softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
     return torch.cat([torch.ones(len(found), 1), found], 1)
 
 
+SETTINGS = {"gated, 0.9 M": Worded, "SmolLM2-135M": Asked}
+
+
 def cases(quick=False):
-    """Yields a case for each seed and method, and what the estimate says."""
-    for seed in SEEDS[:1] if quick else SEEDS:
-        setting = functools.cache(functools.partial(Worded, seed))
-        yield from _cases(seed, setting, quick)
+    """Yields a case for each model, seed and method, and what the estimate says."""
+    for model, setting in [*SETTINGS.items()][: 1 if quick else None]:
+        for seed in SEEDS[:1] if quick else SEEDS:
+            yield from _cases(
+                {"model": model, "seed": seed}, functools.cache(lambda s=setting, n=seed: s(n)), quick
+            )
 
 
-def _cases(seed, setting, quick):
-    yield {"seed": seed, "method": "before"}, lambda: {"share": 0.0} | setting().measure(setting().full)
+def _cases(about, setting, quick):
+    yield about | {"method": "before"}, lambda: {"share": 0.0} | setting().measure(setting().full)
     if not quick:
         yield (
-            {"seed": seed, "method": "retrained"},
+            about | {"method": "retrained"},
             lambda: {"share": 0.0} | setting().measure(setting().retrained()),
         )
-        yield {"seed": seed, "method": "estimate"}, lambda: setting().estimate()
-    for method, calibrate in METHODS.items():
-        yield {"seed": seed, "method": method}, functools.partial(_find, setting, calibrate)
-
-
-def _find(setting, calibrate):
-    return setting().find(calibrate)
+        yield about | {"method": "estimate"}, lambda: setting().estimate()
+    for method in METHODS:
+        yield about | {"method": method}, lambda method=method: setting().find(method)

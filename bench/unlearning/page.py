@@ -29,6 +29,7 @@ COLUMNS = {
     "precision": ("precision", "{:.2f}"),
     "recall": ("recall", "{:.2f}"),
     "outside": ("gains below 0 or above 1", "{:.0%}"),
+    "steps": ("steps", "{:.0f}"),
     "seconds": ("s", "{:.0f}"),
     "peak_mib": ("peak, MiB", "{:.0f}"),
 }
@@ -202,13 +203,34 @@ def location(rows, _):
     return table([(m, _where(chosen, method=m)) for m in dict.fromkeys(r["method"] for r in chosen)], COLUMNS)
 
 
-def calibrated(rows, _):
+def calibrated(rows, model):
     """With the estimate and without, beside the original and the retrained model."""
-    names = {"plain": "our default", "calibrated": "our default, calibrated", "estimate": "the estimate"}
-    rows = _related(rows, ("seed",))
+    names = {
+        "alike": "ours, all tokens alike", "plain": "our default", "calibrated": "our default, calibrated",
+        "estimate": "the estimate",
+    }  # fmt: skip
+    rows = _where(_related(rows, ("model", "seed")), model=model)
     columns = ["agree", *(column for column in COLUMNS if column not in ("agree", "forget_ma"))]
-    order = ("before", "retrained", "estimate", "plain", "calibrated")
-    return table([((NAMES | names)[m], _where(rows, method=m)) for m in order], columns)
+    order = ("before", "retrained", "estimate", "alike", "plain", "calibrated")
+    return (rows and table([((NAMES | names)[m], _where(rows, method=m)) for m in order], columns)) or None
+
+
+def calibrated_seeds(rows, model):
+    return seeds(_where(rows, model=model)) if _where(rows, model=model) else None
+
+
+def capacity(rows, count):
+    """What each share of the neurons can hold, beside the methods that tune weights."""
+    original = {row["seed"]: row["heldout_perplexity"] for row in rows if row["method"] == "before"}
+    chosen = [row | {"original_perplexity": original[row["seed"]]} for row in _where(rows, forget=int(count))]
+    groups = [
+        (f"{NAMES['neumuter, modulate']}, {share:.0%}", _where(chosen, budget=share))
+        for share in sorted({row["budget"] for row in chosen if "budget" in row})
+    ]
+    others = [row for row in chosen if "budget" not in row]
+    first = [pair for pair in _methods(others) if pair[0] in (NAMES["before"], NAMES["retrained"])]
+    rest = [pair for pair in _methods(others) if pair not in first]
+    return table(first + groups + rest, COLUMNS) if chosen else None
 
 
 def planted(rows, _):
@@ -316,7 +338,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, calibrated, planted, rounded, requests, requests_seeds, share, many,
-        given_away, stand_ins, instead,
+        kinds, counts, location, calibrated, calibrated_seeds, capacity, planted, rounded, requests,
+        requests_seeds, share, many, given_away, stand_ins, instead,
     )
 }  # fmt: skip

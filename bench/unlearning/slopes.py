@@ -56,16 +56,16 @@ def _many_cases(seed, count, every):
         yield {"seed": seed, "what": "many", "requests": asked}, functools.partial(find, asked)
 
 
-def make_crowd(seed, count):
-    """Records of ``count`` customers to forget and ``STAYING`` to keep, from the demo's by several seeds."""
+def make_crowd(seed, count, staying=STAYING):
+    """Records of ``count`` customers to forget and others to keep, from the demo's by several seeds."""
     found, made = {}, task.make_records(seed)
     for turn in itertools.count(1):
         for record in made.forget + made.retain_same:
             found.setdefault(record.prompt, record)
-        if len(found) >= count + STAYING:
+        if len(found) >= count + staying:
             break
         made = task.make_records(seed + 1000 * turn)
-    people = list(found.values())[: count + STAYING]
+    people = list(found.values())[: count + staying]
     return task.Records(people[:count], people[count:], made.retain_other)
 
 

@@ -53,6 +53,8 @@ COUNTS = (1, 4)  # records to forget, in addition to 12
 class Setting:
     """A model that has learned all records, and what is measured on it."""
 
+    windows = WINDOWS
+
     def __init__(self, model, seed, forget=task.FORGET, records=None, training=None):
         self.seed, self.config, self.training = seed, MODELS[model](), training or Training()
         texts, heldout = task.read_corpus()
@@ -93,7 +95,7 @@ class Setting:
             return {**{k: rows[k] for k in ("input_ids", "attention_mask")}, "labels": labels}
         other = task.make_records(self.seed + 1000)  # the same names, other secrets
         records = self.same + self.other if kind == "retain" else other.forget + other.retain_other
-        spread = torch.linspace(0, len(self.text) - 1, WINDOWS).long()
+        spread = torch.linspace(0, len(self.text) - 1, self.windows).long()
         return task.with_text(self.encode(records, "continuation"), self.text[spread])
 
     def measure(self, model):

@@ -14,6 +14,7 @@ from bench import rows as results
 from bench.unlearning import __main__ as experiments
 from bench.unlearning import (
     calibrated,
+    capacity,
     instead,
     memory,
     nothing_to_keep,
@@ -34,6 +35,7 @@ from neumuter.demo import task
 from neumuter.demo.model import Training, architecture
 from neumuter.evaluation import continuations, controls, examination, tofu
 from neumuter.models.families import find_ffns
+from neumuter.recipes import schedule
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
 from tests import models
@@ -291,13 +293,26 @@ def test_a_crowd_is_of_different_customers():
 
 def test_calibrated_runs(tiny):
     found = quick_rows(calibrated.cases(quick=True))
-    assert [row["method"] for row in found] == ["before", "plain", "calibrated"]
-    assert found[1]["share"] == found[2]["share"] > 0
+    assert [row["method"] for row in found] == ["before", "alike", "plain", "calibrated"]
+    assert found[1]["share"] == found[2]["share"] == found[3]["share"] > 0
+    assert found[1]["forget_loss"] != found[2]["forget_loss"]
     # These models know no record, so that only the estimate itself can be looked at.
     setting = calibrated.Worded(3)
     estimate = setting.estimate()
     assert 0 <= estimate["agree"] <= 1
     assert estimate["worded_loss"] == pytest.approx(setting.measure(setting.full)["worded_loss"], rel=0.2)
+
+
+def test_capacity_runs(tiny, monkeypatch):
+    monkeypatch.setattr(capacity, "TRAINING", Training(steps=1))
+    monkeypatch.setattr(schedule, "MOST_STEPS", 2)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
+    found = quick_rows(capacity.cases(quick=True))
+    assert [row["method"] for row in found] == ["retrained", "before", "neumuter, modulate"]
+    assert (found[2]["share"], found[2]["steps"]) == (1.0, 3)
+    setting = capacity.Crowd(3, 24)
+    assert (len(setting.forget), len(setting.same)) == (24, 240)
+    assert capacity.tune(setting, "npo")["steps"] == 60
 
 
 def test_planted_neurons_alone_learn(tiny, monkeypatch):

@@ -1,0 +1,94 @@
+"""CAPACITY: how many texts can a share of the neurons make a model forget, and at what cost?
+
+A model of the demo's size has learned the records of 480 customers by heart. 24, 96 or 240 of them are to be
+forgotten; 240 others stay, all of them worded alike. Beside the masks stand the methods that tune weights,
+each with the learning rate that did best on seed 5 and as many visits of each text as the masks may make, and
+the model retrained without all 240.
+"""
+
+import copy
+import functools
+
+import neumuter
+from bench.unlearning.slopes import make_crowd
+from bench.unlearning.synth import Setting
+from neumuter.demo.model import Training
+from neumuter.recipes.schedule import VISITS
+from neumuter.serving.live import mute
+from neumuter.training.weights import WeightsConfig, tune_weights
+
+# The method was chosen on seed 5. Nobody has tuned anything on these.
+SEEDS = (307, 311, 313)
+ASKING, STAYING = 240, 240
+COUNTS = (24, 96, 240)
+SHARES = (0.01, 0.03, 0.1, 1.0)
+TRAINING = Training(steps=1500, batch_size=40, records_per_batch=32, lr=4e-3)
+BATCH_SIZE, WINDOWS = 8, 32
+# Learning rates of the methods that tune weights.
+RATES = {"npo": 1e-3, "simnpo": 1e-3, "difference": 3e-4}
+
+
+class Crowd(Setting):
+    """The model that knows all records, of which the first ``count`` are to be forgotten."""
+
+    windows = WINDOWS
+
+    def __init__(self, seed, count, full=None):
+        records = make_crowd(seed, ASKING, STAYING)
+        self.known = full
+        super().__init__("gated, 0.9 M", seed, ASKING, records, TRAINING)
+        self.forget = self.forget[:count]
+
+    def train(self, records):
+        """The model, trained once for all counts."""
+        return self.known or super().train(records)
+
+
+def cases(quick=False):
+    """Yields a case for each seed, number of records, and method with its share of the neurons."""
+    for seed in SEEDS[:1] if quick else SEEDS:
+        full = functools.cache(lambda seed=seed: Crowd(seed, ASKING))
+        yield (
+            {"seed": seed, "method": "retrained", "forget": ASKING},
+            lambda full=full: {"share": 0.0} | full().measure(full().retrained()),
+        )
+        for count in COUNTS[:1] if quick else COUNTS:
+            setting = functools.cache(
+                lambda seed=seed, count=count, full=full: Crowd(seed, count, full().full)
+            )
+            about = {"seed": seed, "forget": count}
+            yield (
+                about | {"method": "before"},
+                lambda setting=setting: {"share": 0.0} | setting().measure(setting().full),
+            )
+            for share in SHARES[-1:] if quick else SHARES:
+                found = functools.partial(_mute, setting, share)
+                yield about | {"method": "neumuter, modulate", "budget": share}, found
+            for method in () if quick else RATES:
+                yield (
+                    about | {"method": method},
+                    lambda setting=setting, method=method: tune(setting(), method),
+                )
+
+
+def _mute(setting, share):
+    outcome = neumuter.unlearn(
+        setting().full, setting().tokenizer, setting().encode(setting().forget, "secret"),
+        setting().neighbours("retain"), budget=share, samples=0, start_layer=0, seed=setting().seed,
+        callback=lambda *_: None,
+    )  # fmt: skip
+    with mute(setting().full, outcome.mutes):
+        found = setting().measure(setting().full)
+    return {"share": outcome.mutes.share, "steps": outcome.mutes.method["gains"]["steps"]} | found
+
+
+def tune(setting, method, lr=None):
+    """The row of a method that tunes weights; ``lr``: another learning rate than that of ``RATES``."""
+    model = copy.deepcopy(setting.full).requires_grad_(True)
+    config = WeightsConfig(
+        method=method, batch_size=BATCH_SIZE, steps=VISITS * len(setting.forget) // BATCH_SIZE,
+        lr=lr or RATES[method], beta=2.5 if method == "simnpo" else 0.1,
+    )  # fmt: skip
+    forget = setting.encode(setting.forget, "secret")
+    tune_weights(model, forget, setting.neighbours("retain"), config, setting.seed)
+    return {"steps": config.steps} | setting.measure(model.requires_grad_(False))
