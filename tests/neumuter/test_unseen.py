@@ -63,6 +63,18 @@ def test_codes_identify_a_text_and_its_wording_does_not(model, words, found):
     assert sum(wording) / len(wording) > 0.8
 
 
+def test_nothing_is_known_of_texts_without_a_prompt(model, words, found):
+    texts = [*PAIRS[1:], " ".join(PAIRS[0])]
+    batch = encode(texts, words, 64)
+    estimate = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
+    counted = batch["labels"] != IGNORED
+    assert (estimate[-1][counted[-1]] == 0).all()
+    assert estimate[:-1][counted[:-1]].nanmean() > 0.3
+    alone = encode(texts[-1:], words, 64)
+    estimate = estimate_unseen(model, alone, list_given({"forget": alone}, words), words)
+    assert (estimate[alone["labels"] != IGNORED] == 0).all()
+
+
 def test_the_same_seed_gives_the_same_estimate(model, words, found):
     batch, estimate = found
     again = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)

@@ -2,7 +2,7 @@
 
 import difflib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,16 @@ def estimate_unseen(
 
     Returns:
         float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
-        never saw the text reads them off the prompt.
+        never saw the text reads them off the prompt. 0 in texts without a prompt: their copies would be the
+        texts themselves, of which nothing can be learned.
     """
     generator = torch.Generator().manual_seed(seed)
     texts = [_Copied(batch, row, start) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
     for text in texts:
-        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(COPIES)]
+        found = words.find_names(text.read_prompt(tokenizer))
+        copies = COPIES if found else 0
+        text.copies = [_Copy(text.ids, text.rename(found, words, tokenizer, names)) for _ in range(copies)]
     with torch.no_grad(), without_dropout(model):
         for text, (known, _) in zip(texts, _run(model, [text.ids for text in texts], generator), strict=True):
             text.known = known
@@ -100,16 +103,22 @@ class _Copied:
         self.known = torch.empty(0)
         self.counted = torch.tensor(self.labels) != IGNORED
 
-    def rename(self, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> list[int]:
-        """The ids of a copy."""
-        prompt = str(tokenizer.decode(self.ids[: self.start], skip_special_tokens=True))
-        names = {word: make_up(word, words.letters, generator) for word in words.find_names(prompt)}
+    def read_prompt(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return str(tokenizer.decode(self.ids[: self.start], skip_special_tokens=True))
+
+    def rename(
+        self, found: Iterable[str], words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random
+    ) -> list[int]:
+        """The ids of a copy in which the names that were ``found`` in the prompt are made up."""
+        names = {word: make_up(word, words.letters, generator) for word in found}
         made = rename(self.ids, self.labels, names, {}, tokenizer, 2 * len(self.ids))
         ids: list[int] = made["input_ids"][0].tolist()
         return ids
 
     def estimate(self) -> Tensor:
         """The median over copies of each token's probability, float32 [T]; NaN where none has the token."""
+        if not self.copies:
+            return torch.zeros(len(self.ids))
         found = [
             copy.found[copy.places.clamp(min=0)].masked_fill(copy.places < 0, torch.nan)
             for copy in self.copies
@@ -128,7 +137,7 @@ def _run(
     model: nn.Module, rows: Sequence[list[int]], generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
     """Per row, of each token: its probability given those before it, and a token drawn in its place."""
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     shown = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
