@@ -25,7 +25,7 @@ SHARES = (0.01, 0.03, 0.1, 1.0)
 TRAINING = Training(steps=1500, batch_size=40, records_per_batch=32, lr=4e-3)
 BATCH_SIZE, WINDOWS = 8, 32
 # Learning rates of the methods that tune weights.
-RATES = {"npo": 1e-3, "simnpo": 1e-3, "difference": 3e-4}
+RATES = {"npo": 1e-3, "simnpo": 1e-4, "difference": 1e-5}
 
 
 class Crowd(Setting):
@@ -46,34 +46,41 @@ class Crowd(Setting):
 
 def cases(quick=False):
     """Yields a case for each seed, number of records, and method with its share of the neurons."""
+    whole = functools.cache(lambda seed: Crowd(seed, ASKING))
     for seed in SEEDS[:1] if quick else SEEDS:
-        full = functools.cache(lambda seed=seed: Crowd(seed, ASKING))
-        yield (
-            {"seed": seed, "method": "retrained", "forget": ASKING},
-            lambda full=full: {"share": 0.0} | full().measure(full().retrained()),
-        )
         for count in COUNTS[:1] if quick else COUNTS:
-            setting = functools.cache(
-                lambda seed=seed, count=count, full=full: Crowd(seed, count, full().full)
-            )
+            setting = functools.cache(functools.partial(_begin, whole, seed, count))
             about = {"seed": seed, "forget": count}
-            yield (
-                about | {"method": "before"},
-                lambda setting=setting: {"share": 0.0} | setting().measure(setting().full),
-            )
+            yield about | {"method": "before"}, functools.partial(_look_at, setting)
             for share in SHARES[-1:] if quick else SHARES:
                 found = functools.partial(_mute, setting, share)
                 yield about | {"method": "neumuter, modulate", "budget": share}, found
             for method in () if quick else RATES:
-                yield (
-                    about | {"method": method},
-                    lambda setting=setting, method=method: tune(setting(), method),
-                )
+                yield about | {"method": method}, functools.partial(_tune, setting, method)
+    for seed in SEEDS[:1] if quick else SEEDS:
+        found = functools.partial(_retrain, whole, seed)
+        yield {"seed": seed, "forget": ASKING, "method": "retrained"}, found
+
+
+def _begin(whole, seed, count):
+    return Crowd(seed, count, whole(seed).full)
+
+
+def _look_at(setting):
+    return {"share": 0.0} | setting().measure(setting().full)
+
+
+def _retrain(whole, seed):
+    return {"share": 0.0} | whole(seed).measure(whole(seed).retrained())
+
+
+def _tune(setting, method):
+    return tune(setting(), method)
 
 
 def _mute(setting, share):
     outcome = neumuter.unlearn(
-        setting().full, setting().tokenizer, setting().encode(setting().forget, "secret"),
+        setting().full, None, setting().encode(setting().forget, "secret"),
         setting().neighbours("retain"), budget=share, samples=0, start_layer=0, seed=setting().seed,
         callback=lambda *_: None,
     )  # fmt: skip

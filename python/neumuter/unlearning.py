@@ -152,7 +152,8 @@ def unlearn(
             kept as well. They protect what resembles the forget texts, but take a larger budget to forget.
         calibrate: forget each token no further than to the probability that a model which never saw the
             texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), so that the
-            wording around names and values stays; with the fitted recipe and mode "modulate".
+            wording around names and values stays. For prompts with short completions, not for prose known
+            word for word; with the fitted recipe and mode "modulate".
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -264,6 +265,12 @@ def unlearn(
             looked_at = (forms[0], given, need_tokenizer(words), seed)
             chances = journal.once("unseen", lambda: agree(estimate_unseen(network, *looked_at)))
             ceilings = find_ceilings(chances)
+            if blind := int((chances.nan_to_num() == 0).all(1).sum()):
+                logger.warning(
+                    "%d of %d texts to forget have no prompt: they are forgotten as without calibrate.",
+                    blind,
+                    len(chances),
+                )
 
         def measure() -> _Measured:
             found = examine(network, words, forms, given)

@@ -113,7 +113,7 @@ def test_steps_have_the_ceilings_of_their_tokens(model, words, found):
                 PairedBatches(masked, batch, batch, wrong)
 
 
-def test_unlearn_calibrated(model, words):
+def test_unlearn_calibrated(model, words, caplog):
     options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
     texts = {"forget": PAIRS[:2], "retain": PAIRS[2:]}
     plain = neumuter.unlearn(model, words, **texts, **options)
@@ -122,6 +122,10 @@ def test_unlearn_calibrated(model, words):
     assert "calibrated" not in plain.mutes.method
     gains = [torch.cat([layer.gains for layer in o.mutes.layers.values()]) for o in (plain, calibrated)]
     assert not torch.equal(*gains)
+    assert "have no prompt" not in caplog.text
+    whole = [PAIRS[0], " ".join(PAIRS[1])]
+    neumuter.unlearn(model, words, whole, PAIRS[2:], **options, calibrate=True)
+    assert "1 of 2 texts to forget have no prompt" in caplog.text
     for wrong in ({"mode": "mute"}, {"recipe": PaperConfig(epochs=1), "budget": 0.01}):
         with pytest.raises(ValueError, match="calibrate goes with"):
             neumuter.unlearn(model, words, **texts, **options | wrong, calibrate=True)

@@ -88,7 +88,7 @@ def unlearn(
         typer.Option(
             "--calibrate",
             help="Forget each token no further than a model that never saw the texts would know it, by an "
-            "estimate, so that their wording stays.",
+            "estimate, so that their wording stays. For prompts with short completions.",
         ),
     ] = False,
     existing: Annotated[

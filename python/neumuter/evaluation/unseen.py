@@ -2,7 +2,7 @@
 
 import difflib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.made_up import Words, make_up, rename
 from neumuter.evaluation.others import GivenText
-from neumuter.evaluation.passes import find_prompt_ends, in_parts, predict
+from neumuter.evaluation.passes import START_TOKENS, find_prompt_ends, in_parts, predict
 from neumuter.models.modes import without_dropout
 from neumuter.types import IGNORED, Batch
 
@@ -42,16 +42,15 @@ def estimate_unseen(
 
     Returns:
         float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
-        never saw the text reads them off the prompt. 0 in texts without a prompt: their copies would be the
-        texts themselves, of which nothing can be learned.
+        never saw the text reads them off the prompt. 0 in texts without a prompt: the model goes on with
+        what it knows by heart, whatever the names are.
     """
     generator = torch.Generator().manual_seed(seed)
     texts = [_Copied(batch, row, start) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
     for text in texts:
-        found = words.find_names(text.read_prompt(tokenizer))
-        copies = COPIES if found else 0
-        text.copies = [_Copy(text.ids, text.rename(found, words, tokenizer, names)) for _ in range(copies)]
+        copies = COPIES if text.has_prompt else 0
+        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(copies)]
     with torch.no_grad(), without_dropout(model):
         for text, (known, _) in zip(texts, _run(model, [text.ids for text in texts], generator), strict=True):
             text.known = known
@@ -103,14 +102,15 @@ class _Copied:
         self.known = torch.empty(0)
         self.counted = torch.tensor(self.labels) != IGNORED
 
-    def read_prompt(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        return str(tokenizer.decode(self.ids[: self.start], skip_special_tokens=True))
+    @property
+    def has_prompt(self) -> bool:
+        """Whether tokens before those that count ask for them."""
+        return self.start > START_TOKENS and not bool(self.counted[: self.start].any())
 
-    def rename(
-        self, found: Iterable[str], words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random
-    ) -> list[int]:
-        """The ids of a copy in which the names that were ``found`` in the prompt are made up."""
-        names = {word: make_up(word, words.letters, generator) for word in found}
+    def rename(self, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> list[int]:
+        """The ids of a copy."""
+        prompt = str(tokenizer.decode(self.ids[: self.start], skip_special_tokens=True))
+        names = {word: make_up(word, words.letters, generator) for word in words.find_names(prompt)}
         made = rename(self.ids, self.labels, names, {}, tokenizer, 2 * len(self.ids))
         ids: list[int] = made["input_ids"][0].tolist()
         return ids
