@@ -137,7 +137,9 @@ def _run(
     model: nn.Module, rows: Sequence[list[int]], generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
     """Per row, of each token: its probability given those before it, and a token drawn in its place."""
-    width = max(map(len, rows), default=0)
+    if not rows:
+        return []
+    width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     shown = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
