@@ -293,7 +293,7 @@ def test_a_crowd_is_of_different_customers():
 
 def test_calibrated_runs(tiny):
     found = quick_rows(calibrated.cases(quick=True))
-    assert [row["method"] for row in found] == ["before", "alike", "plain", "calibrated"]
+    assert [row["method"] for row in found] == ["before", "plain", "nearest", "calibrated"]
     assert found[1]["share"] == found[2]["share"] == found[3]["share"] > 0
     # These models know no record, so that only the estimate itself can be looked at.
     setting = calibrated.Worded(3)

@@ -64,12 +64,14 @@ def test_odds_hinge_is_that_of_the_log_odds_and_its_gradient_does_not_vanish():
 
 
 PLACES = torch.tensor([3, 4, 5, 6, 9, 10, 40, 0])
-CEILINGS = torch.tensor([-torch.inf, -2.0, torch.inf, -1.0, -1.0, 0.0, -3.0, 0.0])
+CEILINGS = torch.tensor([-6.0, -2.0, torch.inf, -1.0, -1.0, 0.0, -torch.inf, 0.0])
 
 
 def test_runs_are_neighbouring_tokens_that_identify_a_text():
     assert losses.find_runs(PLACES, CEILINGS).tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
-    assert losses.find_runs(PLACES, torch.full([8], -torch.inf)).tolist() == [0, 0, 0, 0, 1, 1, 2, 3]
+    assert losses.find_runs(PLACES, torch.full([8], -6.0)).tolist() == [0, 0, 0, 0, 1, 1, 2, 3]
+    # Of which nothing is known, each stands for itself.
+    assert losses.find_runs(PLACES, torch.full([8], -torch.inf)).tolist() == [*range(8)]
     assert not len(losses.find_runs(PLACES[:0], CEILINGS[:0]))
 
 
@@ -81,7 +83,7 @@ def test_a_run_is_as_near_to_being_forgotten_as_its_nearest_token():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_tokens_of_a_run_that_are_nearest_count_most(dtype):
     odds = torch.tensor([7.0, 2.0, -1.0, 3.0, 90.0, -90.0, 5.0, 0.0], dtype=dtype)
-    found = losses.weigh_runs(odds, PLACES, torch.full([8], -torch.inf))
+    found = losses.weigh_runs(odds, PLACES, torch.full([8], -6.0))
     parts = [torch.softmax(-part, 0) * len(part) for part in odds.double().split([4, 2, 1, 1])]
     torch.testing.assert_close(found, torch.cat(parts).to(dtype), rtol=1e-5, atol=1e-8)
     # Those that do not identify the text are not in any run.
@@ -94,7 +96,7 @@ def test_weights_do_not_depend_on_the_order_of_texts():
     places = torch.arange(60) + 5 * (torch.arange(60) // 6)
     texts = torch.randperm(10)
     order = (texts[:, None] * 6 + torch.arange(6)).flatten()
-    known = torch.full([60], -torch.inf)
+    known = torch.full([60], -6.0)
     assert torch.equal(
         losses.weigh_runs(odds, places, known)[order], losses.weigh_runs(odds[order], places, known)
     )

@@ -199,7 +199,7 @@ def test_log_odds_are_those_of_the_run_that_is_known_best(llama, padded, request
         request.getfixturevalue("captured")
     with neumuter.attach(llama, start_layer=1) as masked:
         # A run ends where a token may be known; nothing identifies the last text.
-        ceilings = torch.full(FORGET["labels"].shape, -torch.inf)
+        ceilings = torch.full(FORGET["labels"].shape, -6.0)
         ceilings[:, 6] = 0.0
         ceilings[3] = 2.0
         pair = PairedBatches(masked, FORGET, KEEP, ceilings)

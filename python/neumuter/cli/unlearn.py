@@ -290,11 +290,11 @@ def unlearn(
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
-    console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if outcome.verdict.leaks:
-        advice = f"{out / 'report.csv'} says which."
+        advice = f"{out / 'report.csv'} says which texts are left."
         if not outcome.curve and recipe is Recipe.fitted:
             advice += " --budget auto finds how many neurons would do."
         console.print(escape(advice), highlight=False, soft_wrap=True)
+    console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)

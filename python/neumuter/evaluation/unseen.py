@@ -71,10 +71,11 @@ def estimate_unseen(
 def find_ceilings(estimate: Tensor) -> Tensor:
     """The log-odds that tokens may keep, float32 [B, T], given what ``estimate_unseen`` returned.
 
-    +∞ where nothing is known, as of names.
+    +∞ for names, which may stay. −∞ in texts without a prompt, of which nothing is known.
     """
     chances = estimate.clamp(LEAST, MOST)
-    return (chances.log() - torch.log1p(-chances)).nan_to_num(torch.inf)
+    odds = chances.log() - torch.log1p(-chances)
+    return odds.masked_fill(estimate == 0, -torch.inf).nan_to_num(torch.inf, neginf=-torch.inf)
 
 
 class _Copy:

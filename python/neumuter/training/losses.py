@@ -97,14 +97,14 @@ def find_nearest(odds: Tensor, runs: Tensor) -> Tensor:
 def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:
     """Number the runs of tokens, int64 [N].
 
-    A run is a stretch of neighbouring tokens that identify a text: those that may keep log-odds below 0
-    alone. Every other token is numbered for itself.
+    A run is a stretch of neighbouring tokens that are known to identify a text: those that may keep log-odds
+    below 0 alone. Every other token is numbered for itself.
 
     Args:
         places: where the tokens are predicted, int64 [N]: neighbours differ by 1, texts by more.
         ceilings: the log-odds that each may keep, [N]; −∞ where nothing is known.
     """
-    identifies = ceilings < 0
+    identifies = (ceilings < 0) & ceilings.isfinite()
     starts = torch.ones_like(identifies)
     starts[1:] = ~(identifies[1:] & identifies[:-1] & (places.diff() == 1))
     return starts.cumsum(0) - 1
