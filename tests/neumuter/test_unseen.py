@@ -82,8 +82,8 @@ def test_the_same_seed_gives_the_same_estimate(model, words, found):
 
 
 def test_ceilings_are_log_odds():
-    chances = torch.tensor([[0.5, 0.9, 0.0, 1.0, math.nan]])
-    expected = [0.0, math.log(9), -math.log(999), math.log(999), math.inf]
+    chances = torch.tensor([[0.5, 0.9, 1e-9, 1.0, math.nan, 0.0]])
+    expected = [0.0, math.log(9), -math.log(999), math.log(999), math.inf, -math.inf]
     torch.testing.assert_close(find_ceilings(chances), torch.tensor([expected]), rtol=1e-4, atol=1e-4)
 
 

@@ -124,7 +124,8 @@ class _Copied:
             copy.found[copy.places.clamp(min=0)].masked_fill(copy.places < 0, torch.nan)
             for copy in self.copies
         ]
-        return torch.stack(found).nanmedian(0).values
+        # No other text has 0.
+        return torch.stack(found).nanmedian(0).values.clamp(min=LEAST)
 
     def continue_copies(self) -> None:
         """Put what the model says in the place of tokens that identify the text."""
