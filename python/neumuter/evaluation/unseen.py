@@ -49,8 +49,8 @@ def estimate_unseen(
     texts = [_Copied(batch, row, start) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
     for text in texts:
-        copies = COPIES if text.has_prompt else 0
-        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(copies)]
+        count = COPIES if text.has_prompt else 0
+        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(count)]
     with torch.no_grad(), without_dropout(model):
         for text, (known, _) in zip(texts, _run(model, [text.ids for text in texts], generator), strict=True):
             text.known = known
