@@ -22,7 +22,7 @@ def test_a_lack_of_memory_ends_with_advice(work, monkeypatch, capsys):
     assert stop.value.code == 1
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
-    for word in ("--batch-size", "--max-length", "gradient_checkpointing", "neumuter plan"):
+    for word in ("--max-length", "--layout fsdp", "--recompute", "neumuter plan"):
         assert word in printed
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from neumuter.cli.common import Dtype, console
 
 if TYPE_CHECKING:
-    from neumuter.training.plan import Plan
+    from neumuter.training.plan import Fitting
 
 
 def plan(
@@ -21,14 +21,18 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
     memory: Annotated[float, typer.Option(min=1e-6, help="Of each device, in GB (10^9 bytes).")] = 80.0,
     card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
-    samples: Annotated[int, typer.Option(min=1, help="Texts of each kind per step and device.")] = 8,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Texts of each kind per step and device; 4 at least are planned for.")
+    ] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
     sequences: Annotated[int, typer.Option(min=1, help="Served at a time.")] = 8,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a served sequence.")] = 8192,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
 ) -> None:
-    """What mask training and serving of a model would cost, and how it fits, from its config alone."""
+    """What mask training and serving of a model would cost, and how it fits, from its config alone.
+
+    If nothing fits as asked, activations are recomputed in the backward pass, then texts are halved.
+    """
     import torch
 
     from neumuter.training import plan as planning
@@ -39,21 +43,19 @@ def plan(
     wanted = (getattr(loaded, "dtype", None) or "bfloat16") if dtype is Dtype.auto else dtype.value
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     with console.status("Counting"):
-        found = planning.plan(loaded, gpus, samples, tokens, wanted, checkpointing)
-    print_plan(found, gpus, memory, card, (samples, tokens), (sequences, context))
-    chosen = found.choose(1e9 * memory)
-    if chosen is None:
-        console.print(
-            "No layout fits: fewer --samples, --checkpointing, more devices or larger ones help.",
-        )
-    elif checkpointing:
-        console.print(
-            "NeuMuterTrainer recomputes activations (gradient_checkpointing=True); unlearn does not."
-        )
-    else:
-        folder = config if config.is_dir() else config.parent
-        command = write_command(chosen, str(folder), gpus, samples, tokens)
-        console.print(f"{chosen} fits. Start it so:\n{escape(command)}", highlight=False, soft_wrap=True)
+        found = planning.find_fitting(loaded, 1e9 * memory, gpus, samples, tokens, wanted)
+    print_plan(found, gpus, memory, card, tokens, (sequences, context))
+    if found.layout is None:
+        console.print("No layout fits: fewer --tokens, more devices or larger ones help.")
+        return
+    fewer = min(samples, found.samples)
+    how = f" with {fewer} texts of each kind a device" * (fewer < samples)
+    how += " and" * bool(how and found.recompute) + " with recomputed activations" * found.recompute
+    folder = config if config.is_dir() else config.parent
+    command = write_command(found, str(folder), gpus, fewer, tokens)
+    console.print(
+        f"{found.layout} fits{how}. Start it so:\n{escape(command)}", highlight=False, soft_wrap=True
+    )
 
 
 # How each layout is started, and whether each device has samples of its own.
@@ -66,10 +68,11 @@ STARTS = {
 }
 
 
-def write_command(layout: str, model: str, gpus: int, samples: int, tokens: int) -> str:
-    """Write the command that unlearns in a layout, with as many texts in a step as were planned."""
-    start, option, divided = STARTS[layout]
+def write_command(found: Fitting, model: str, gpus: int, samples: int, tokens: int) -> str:
+    """Write the command that unlearns in the layout that fits, with so many texts a device in a step."""
+    start, option, divided = STARTS[found.layout or ""]
     size = samples * gpus if divided else samples
+    option += " --recompute" * found.recompute
     return (
         f"{start.format(gpus=gpus)} unlearn {shlex.quote(model)} --forget FILE --retain FILE --out FOLDER "
         f"--batch-size {size} --max-length {tokens}{option}"
@@ -77,17 +80,20 @@ def write_command(layout: str, model: str, gpus: int, samples: int, tokens: int)
 
 
 def print_plan(
-    found: Plan, gpus: int, memory: float, card: str, batch: tuple[int, int], served: tuple[int, int]
+    fitting: Fitting, gpus: int, memory: float, card: str, tokens: int, served: tuple[int, int]
 ) -> None:
     from neumuter.training.plan import FILLED
 
+    found = fitting.plan
     seconds, binds = found.step_seconds(card)
     facts = Table(show_header=False)
     rows = {
         "model": f"{found.model}, {found.parameters / 1e9:.3g} billion parameters",
         "neurons under masks": f"{found.neurons} ({found.masks / 1e6:.3g} MB with gradients and Adam)",
-        "a training step": f"{2 * batch[0]} texts of {batch[1]} tokens a device: {found.flops / 1e12:.3g} "
-        f"TFLOP, {found.moved / 1e9:.3g} GB moved",
+        "a training step": f"{2 * fitting.samples} texts of {tokens} tokens a device: "
+        f"{found.flops / 1e12:.3g} TFLOP, {found.moved / 1e9:.3g} GB moved"
+        + ", activations recomputed"
+        * fitting.recompute,
         f"time on one {card}": f"at least {seconds * 1e3:.3g} ms by the data sheet, bound by {binds}",
         "serving": f"{found.serving(*served) / 1e9:.3g} GB for {served[0]} sequences of {served[1]} tokens "
         f"with one mute set ({4 * found.neurons / 1e6:.3g} MB); a decoded token reads up to "
@@ -105,3 +111,5 @@ def print_plan(
         numbers = (f"{x / 1e9:.3g}" for x in (sizes["weights"], sizes["activations"], rest, peak))
         table.add_row(layout, *numbers, "yes" if peak <= FILLED * 1e9 * memory else "no")
     console.print(table)
+    for layout, reason in found.refused.items():
+        console.print(f"No {layout}: {escape(reason)}", highlight=False)

@@ -105,39 +105,46 @@ def _is_first_to_fail(store: Any) -> bool:
         return False
 
 
-def choose_layout(layout: Layout, model: str, dtype: str, samples: int, tokens: int) -> Layout:
+def choose_layout(
+    layout: Layout, model: str, dtype: str, samples: int, tokens: int, recompute: bool
+) -> tuple[Layout, bool]:
     """Choose between ddp and fsdp where the layout is auto: a copy in each process if that fits its GPU.
 
     Args:
         samples: of each kind in a step. tokens: of a sample.
+        recompute: whether activations are recomputed in any case.
+
+    Returns:
+        The layout, and whether it fits only with activations recomputed.
 
     Raises:
         ValueError: neither fits, or ``neumuter.training.plan`` cannot plan the model.
     """
     if layout is not Layout.auto:
-        return layout
+        return layout, recompute
     import torch
 
     if count_processes() == 1 or not torch.cuda.is_available():
-        return Layout.ddp
+        return Layout.ddp, recompute
     import torch.distributed as dist
 
     from neumuter.cli.arguments import read_config
-    from neumuter.training.plan import plan
+    from neumuter.training.plan import LEAST_SAMPLES, plan
 
-    config = read_config(model)
+    config, count = read_config(model), count_processes()
     wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    found = plan(config, count_processes(), -(-samples // count_processes()), tokens, wanted)
     free = torch.tensor(torch.cuda.mem_get_info()[0])
     dist.all_reduce(free, dist.ReduceOp.MIN)
     by_name = {"DDP": Layout.ddp, "FSDP2, ZeRO-3": Layout.fsdp}
-    chosen = by_name.get(found.choose(int(free)) or "")
-    if chosen is None:
-        raise ValueError(
-            f"--layout auto finds none that fits the {int(free) / 1e9:.3g} GB free on each GPU: take "
-            "a smaller --batch-size or --max-length, or more GPUs"
-        )
-    return chosen
+    each = max(-(-samples // count), LEAST_SAMPLES)
+    for saving in (True,) if recompute else (False, True):
+        found = plan(config, count, each, tokens, wanted, saving)
+        if chosen := by_name.get(found.choose(int(free)) or ""):
+            return chosen, saving
+    raise ValueError(
+        f"--layout auto finds none that fits the {int(free) / 1e9:.3g} GB free on each GPU: take "
+        "a smaller --batch-size or --max-length, or more GPUs"
+    )
 
 
 def check_place(

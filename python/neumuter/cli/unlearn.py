@@ -185,6 +185,14 @@ def unlearn(
             "where a copy would not fit the GPUs."
         ),
     ] = Layout.ddp,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Compute activations again in the backward pass, instead of keeping them: a third more time "
+            "for less memory. A MODEL that is not split does so by itself where memory runs out.",
+        ),
+    ] = False,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
 
@@ -213,7 +221,7 @@ def unlearn(
         check_sources(rewrite_with)
     if not gguf_file:
         size = batch_size or DEFAULT_BATCH_SIZE
-        layout = choose_layout(layout, model, dtype.value, size, max_length)
+        layout, recompute = choose_layout(layout, model, dtype.value, size, max_length, recompute)
     check_place(device, device_map, layout, **{"quantize": quantize, "gguf-file": gguf_file})
     if is_first():
         check_run(out, overwrite, resume)
@@ -238,6 +246,8 @@ def unlearn(
     if not gguf_file:
         check_size(model, start_layer, number, layout.value, count_processes())
     network, tokenizer = open_model(model, dtype.value, layout=layout.value, **place)
+    if recompute:
+        network.gradient_checkpointing_enable()
     sizes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
     }  # fmt: skip

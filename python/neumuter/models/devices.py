@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -17,6 +18,11 @@ def overwrite(place: Tensor, tensor: Tensor) -> None:
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split a parameter of ``module``."""
     return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor, or this process's part of it, has a shape and no values."""
+    return isinstance(getattr(tensor, "_local_tensor", tensor), FakeTensor)
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import neumuter_kernels as nk
+from neumuter.models.devices import is_fake
 from neumuter.models.families import decoder_of, unwrapped
 from neumuter.models.packing import one_sequence_a_row
 from neumuter_kernels.registration import final
@@ -36,21 +37,22 @@ class Head:
 
     Args:
         input_ids: int64 [B, T], a few real tokens on which logits are compared to see which kind this is.
-            Without them the model is taken to do no more than multiply.
+            Fake ones have none: there the model is taken to do no more than multiply.
 
     Raises:
         ValueError: neither way reproduces the model's logits.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, input_ids: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, input_ids: Tensor) -> None:
         self.model = cast("PreTrainedModel", unwrapped(model))
         # Some models name a base that they do not have.
         base = self.model.base_model
         self.base = decoder_of(self.model) if base is self.model else base
         self.projection = self.model.get_output_embeddings()
-        if input_ids is None:
+        if is_fake(input_ids):
             self.is_projection, self.vocabulary = True, self.projection.out_features
+            self.state_bytes = self.projection.in_features * self.model.dtype.itemsize
             return
         output = self._run(input_ids)
         hidden = getattr(output, "last_hidden_state", None)

@@ -4,6 +4,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from neumuter.models.families import find_ffns
 
@@ -56,3 +57,20 @@ def make_distributed_config(layout: str, processes: int) -> Any:
             f"the layout {layout!r} needs transformers.distributed.DistributedConfig({layout}_size=...), "
             f"which transformers {transformers.__version__} does not have; install a newer one"
         ) from None
+
+
+def split(model: Any, layout: str, processes: int) -> None:
+    """Split a model on the meta device over the process group, on CPUs, as transformers does when it loads.
+
+    Args:
+        layout, processes: see ``check_layout``.
+    """
+    from transformers.distributed.utils import TransformersDeviceMesh
+
+    config = make_distributed_config(layout, processes)
+    sizes = (1, 1, config.fsdp_size, config.tp_size)
+    meshes = [
+        init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp_replicate", *names))
+        for names in (("fsdp", "tp"), ("efsdp", "ep"))
+    ]
+    model.maybe_distribute_model(model, config, TransformersDeviceMesh(*meshes))

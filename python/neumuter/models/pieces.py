@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from neumuter.models.devices import is_sharded
+from neumuter.models.recomputation import Recomputation
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -18,11 +19,12 @@ logger = logging.getLogger("neumuter")
 class Pieces:
     """Samples go through ``model`` ``size`` at a time; where memory runs out, half of them from then on.
 
-    Not so a model that several processes share: they have to run the same passes.
+    Where one alone does not fit, ``recomputation`` begins, if there is one. Not so a model that several
+    processes share: they have to run the same passes.
     """
 
-    def __init__(self, model: nn.Module, size: int) -> None:
-        self.model, self.size = model, size
+    def __init__(self, model: nn.Module, size: int, recomputation: Recomputation | None = None) -> None:
+        self.model, self.size, self.recomputation = model, size, recomputation
 
     def run(self, work: Callable[[Sequence[Item]], Found], items: Sequence[Item]) -> Iterator[Found]:
         """Yield what ``work`` returns for the pieces of ``items``, in their order.
@@ -41,27 +43,35 @@ class Pieces:
             try:
                 found.append(work(piece))
             except torch.OutOfMemoryError:
-                if not self.may_halve(len(piece)):
+                if not self.may_shrink(len(piece)):
                     raise
             # Here, because the handler holds the frames of what failed, and these hold their tensors.
             if found:
                 start += len(piece)
                 yield found.pop()
             else:
-                self.halve(len(piece))
+                self.shrink(len(piece))
 
-    def may_halve(self, size: int) -> bool:
-        """Whether fewer samples than ``size`` can go through the model at a time."""
-        return size > 1 and not is_sharded(self.model)
+    def may_shrink(self, size: int) -> bool:
+        """Whether ``size`` samples can go through the model in less memory."""
+        is_left = size > 1 or (self.recomputation is not None and not self.recomputation.runs)
+        return is_left and not is_sharded(self.model)
 
-    def halve(self, size: int) -> None:
-        """From now on take half of ``size`` samples, which did not fit; say so, and free what can be."""
-        self.size = -(-size // 2)
-        logger.warning(
-            "%d samples at a time do not fit into memory: from now on there are %d, which gives the same "
-            "result.",
-            size, self.size,
-        )  # fmt: skip
+    def shrink(self, size: int) -> None:
+        """From now on take less memory than ``size`` samples did; say so, and free what can be."""
+        if size > 1:
+            self.size = -(-size // 2)
+            logger.warning(
+                "%d samples at a time do not fit into memory: from now on there are %d, which gives the same "
+                "result.",
+                size, self.size,
+            )  # fmt: skip
+        elif self.recomputation:
+            self.recomputation.begin()
+            logger.warning(
+                "One sample alone does not fit into memory: from now on activations are computed again in "
+                "the backward pass, which takes longer and gives the same result."
+            )
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

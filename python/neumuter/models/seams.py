@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
+from neumuter.models.devices import is_fake
 from neumuter.models.families import input_device, unwrapped
 from neumuter.models.ffn import FFN, Experts, Layout
 from neumuter.models.hooks import run_seam
@@ -34,7 +34,7 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
         ValueError: experts that compute something else; a dense FFN without a fused seam that does not call
             its down projection.
     """
-    if isinstance(next(model.parameters()), FakeTensor):
+    if is_fake(next(model.parameters())):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not can_run(model):
         return {f.path: "down" if isinstance(f.layout, Layout) else f.layout.seam for f in ffns}
@@ -107,7 +107,7 @@ def can_run(model: nn.Module) -> bool:
     """Whether a forward pass is possible now: a model of transformers whose weights are all there."""
     embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
     return embeddings is not None and all(
-        parameter.numel() and not isinstance(parameter, FakeTensor) for parameter in model.parameters()
+        parameter.numel() and not is_fake(parameter) for parameter in model.parameters()
     )
 
 

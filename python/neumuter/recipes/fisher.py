@@ -107,7 +107,7 @@ def _mean_square_gradients(
         with pair.masked.applying(dict(zip(neurons.widths, by_layer, strict=True))):
             found = zip(pair.sample_losses(ids), ids, strict=True)
             loss = torch.stack([function(losses, i) for losses, i in found]).sum()
-        (gradient,) = torch.autograd.grad(loss, mask)
+            (gradient,) = torch.autograd.grad(loss, mask)
         return gradient.square().sum(0)
 
     def run(start: int) -> Tensor:

@@ -74,7 +74,7 @@ def find_slopes(
         ):
             rows = pair.sample_losses([sample] * len(tokens))
             odds = log_odds(torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)]))
-        (slopes,) = torch.autograd.grad(odds.sum(), mask)
+            (slopes,) = torch.autograd.grad(odds.sum(), mask)
         return odds.detach(), slopes
 
     yield from pair.pieces.run(find, range(sum(pair.count_tokens([sample]))))

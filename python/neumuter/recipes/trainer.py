@@ -209,6 +209,9 @@ class NeuMuterTrainer(Trainer):
             model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=_collate,
             callbacks=[_Goals(), *callbacks], **options,
         )  # fmt: skip
+        # In evaluation mode transformers does nothing of it.
+        if args.gradient_checkpointing:
+            self.masked.recomputation.begin()
         # Or the Trainer would divide by the number of batches, which may have unequally many tokens.
         self.model_accepts_loss_kwargs = True
 
@@ -269,9 +272,8 @@ class NeuMuterTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         step: _Step = num_items_in_batch
-        # Dropout is off, but checkpoints need training mode. The Trainer switches back in every step.
-        for module in model.modules():
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        # Dropout is off, also that of a layer itself. The Trainer switches back in every step.
+        model.eval()
         # The Trainer leaves this to the model's own forward, which is called only where something wraps it.
         with self.accelerator.autocast():
             losses = self.pair.token_losses(inputs["sample_ids"], model, not self.args.refined)

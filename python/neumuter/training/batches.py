@@ -111,8 +111,9 @@ class PairedBatches:
         self.device, self._samples = device, dict[int, _Sample]()
         self.processes = find_processes(masked.model)
         # Of single samples, and of those of a step.
-        self.pieces = Pieces(masked.model, SAMPLES_PER_PASS)
-        self.at_once = Pieces(masked.model, self.forget_count + self.retain_count)
+        self.pieces = Pieces(masked.model, SAMPLES_PER_PASS, masked.recomputation)
+        every = self.forget_count + self.retain_count
+        self.at_once = Pieces(masked.model, every, masked.recomputation)
         # By whether they are those of all tokens.
         self._references: dict[bool, References] = {}
         with torch.no_grad(), without_dropout(masked.model), masked.off():

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from neumuter.models.devices import move
+from neumuter.models.devices import is_fake, move
 from neumuter.models.experts import find_reached
 from neumuter.models.families import decoder_of, find_ffns, input_device
 from neumuter.models.ffn import FFN
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
+from neumuter.models.recomputation import Recomputation
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import architecture
@@ -57,6 +58,10 @@ class Masked:
             if name in self._trainable:
                 parameter.requires_grad_(False)
         self._attached = True
+        self.recomputation = Recomputation(model)
+        # transformers itself does it in training mode alone.
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.recomputation.begin()
 
     def __repr__(self) -> str:
         neurons = sum(ffn.width for ffn in self.ffns)
@@ -201,7 +206,8 @@ class Masked:
                 Where padding is routed to does not matter.
         """
         experts = [ffn for ffn in self.ffns if not ffn.is_dense]
-        if not experts:
+        # Where there are no values, nobody knows.
+        if not experts or is_fake(next(self.model.parameters())):
             return
         reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
         real = torch.empty(0, dtype=torch.bool)
@@ -344,6 +350,7 @@ class Masked:
     def detach(self) -> None:
         """Put the very original modules and requires_grad flags back. Harmless when called again."""
         if self._attached:
+            self.recomputation.end()
             self._installed.remove()
             if self._open:
                 self._open.remove()

@@ -86,7 +86,8 @@ class Step:
     gradients and what is told of the step, so that all processes make the same update.
 
     A step that does not fit into memory is taken in parts from then on, which the log says. The loss is still
-    that of the whole step, for which the parts run twice forward; and no graph is captured any more.
+    that of the whole step, for which the parts run twice forward; and no graph is captured any more. Where
+    one sample alone does not fit, its activations are computed again in the backward pass.
 
     ``log_odds``, float32 [forget samples] on the device, NaN where no step had the sample: how well each was
     known when a step last had it, under that step's masks. A run of tokens (see ``losses.find_runs``) is
@@ -175,7 +176,7 @@ class Step:
         while not self._fits(ids, counts, whole):
             # A graph is of a whole step.
             self.run_eagerly()
-            self.pair.at_once.halve(min(self.pair.at_once.size, len(ids)))
+            self.pair.at_once.shrink(min(self.pair.at_once.size, len(ids)))
         self.done += 1
 
     def _fits(self, ids: Sequence[int], counts: Sequence[bool], whole: "_Whole | None") -> bool:
@@ -197,7 +198,7 @@ class Step:
         except torch.OutOfMemoryError:
             # Nor can it begin anew where other processes have taken something of it already.
             told = whole and whole.processes.transfers != transfers
-            if self._irrevocable or told or not at_once.may_halve(size):
+            if self._irrevocable or told or not at_once.may_shrink(size):
                 raise
             return False
         return True
