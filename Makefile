@@ -12,7 +12,7 @@ VLLM := $(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-vllm test-llamacpp check examples sanitize docs links format bench bench-vllm gpu models clean
+.PHONY: demo test test-vllm test-llamacpp check examples sanitize docs links format bench bench-vllm plan-traces gpu models clean
 
 demo: $(VENV)/.built
 	$(BIN)/neumuter demo --out demo-out
@@ -70,6 +70,11 @@ bench: $(VENV)/.built
 # vLLM with mute sets, with LoRA and without, in the environment of test-vllm.
 bench-vllm: build/vllm/.installed
 	$(BIN)/python -m bench.engines $(VLLM)
+
+# Plans of models with up to 671 billion parameters, held to traces of them. Continuous integration leaves it out.
+plan-traces: $(VENV)/.built
+	$(BIN)/python -m bench plans
+	$(BIN)/python -m bench report
 
 # The GPU queue, by PYTHON as it is: no virtual environment, no network. A second run goes on.
 #   WHEELS   a folder of wheels to use; RESULTS  the folder of the results

@@ -37,7 +37,8 @@ def main():
     failed = False
     for name in names:
         print(f"— {name} —", flush=True)
-        failed |= static(options.out) if name == "static" else measured(name, options)
+        apart = {"static": static, "plans": plans}.get(name)
+        failed |= apart(options) if apart else measured(name, options)
     return int(failed)
 
 
@@ -45,7 +46,7 @@ def parse():
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measure, or make the pages of results."
     )
-    parser.add_argument("benchmark", choices=(*BENCHMARKS, "static", "all", "report"))
+    parser.add_argument("benchmark", choices=(*BENCHMARKS, "static", "plans", "all", "report"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: does it run at all?")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the results already")
@@ -85,7 +86,21 @@ def measured(name, options):
     return failed
 
 
-def static(folder):
+def plans(options):
+    """Holds the plans of large models to traces of them; returns whether one failed."""
+    from bench import text
+    from bench.models import plans
+
+    cases = ((about | {"benchmark": "plans"}, find) for about, find in plans.cases())
+    failed = False
+    for row in rows.measure(cases, options.out / "plans.jsonl", plans.describe(), options.fresh):
+        failed |= row is None
+        if row:
+            print(text.row_text(row), flush=True)
+    return failed
+
+
+def static(options):
     """Compiles all kernels and writes the table; returns whether one breaks the rules."""
     from bench.static import table
 
@@ -95,7 +110,7 @@ def static(folder):
     print("\n".join(broken) or "No kernel breaks the rules.")
     compilers = table.compilers()
     named = [{"benchmark": "static"} | row | {"machine": compilers} for row in table.by_kernel(found)]
-    rows.write(folder / "compiled.jsonl", named)
+    rows.write(options.out / "compiled.jsonl", named)
     return bool(broken)
 
 

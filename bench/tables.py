@@ -199,10 +199,23 @@ def scale(rows, op):
     return _table(["texts", "s", "ms per text", *visited, "MiB before", "peak MiB"], table)
 
 
+def plans(rows, _):
+    """Peaks of a device, traced and planned."""
+    table = []
+    for row in _of(rows, "plans"):
+        gb = [f"{row[what] / 1e9:.1f}" for what in ("traced", "planned")]
+        table.append([
+            row["model"], f"{row['parameters'] / 1e9:.0f}", row["layout"], str(row["devices"]),
+            "yes" if row["recompute"] else "no", *gb, f"{row['planned'] / row['traced'] - 1:+.1%}",
+        ])  # fmt: skip
+    head = ["model", "10^9 parameters", "layout", "devices", "recomputed", "traced, GB", "planned, GB", ""]
+    return _table(head, table)
+
+
 PARTS = {
     function.__name__: function
     for function in (
         machines, checks, activations, projections, losses, steps, selection, decoding, launching, serving,
-        compilers, count, spills, machine_code, predictions, scale,
+        compilers, count, spills, machine_code, predictions, scale, plans,
     )
 }  # fmt: skip

@@ -49,6 +49,9 @@ def row_text(row):
     """One row of results in lines: what it is, then each contender."""
     if "error" in row:
         return f"{row['op']:16} {row['error'] or 'right'}"
+    if "traced" in row:
+        what = f"{row['model']}, {row['layout']} on {row['devices']}" + ", recomputed" * row["recompute"]
+        return f"{what}: {row['traced'] / 1e9:.2f} GB traced, {row['planned'] / 1e9:.2f} GB planned"
     if "texts" in row:
         return f"{row['op']}, {row['texts']} texts: {row['seconds']:.1f} s, peak {row['peak_mib']:.0f} MiB"
     what = [row["op"], row["pass"], shape(row), *(row.get(key) for key in ("dtype", "activation", "scores"))]
