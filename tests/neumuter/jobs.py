@@ -186,7 +186,11 @@ def shared(model, layout, jobs, folder):
     rank = dist.get_rank()
     # The second process takes its share in parts, where it has a model of its own.
     at_once = 1 if rank == 1 and layout == "ddp" else None
-    torch.save(gradients(placed(model, layout), at_once=at_once), Path(folder) / f"gradients-{rank}")
+    split = placed(model, layout)
+    # Those that run nothing else compute activations again in the backward pass.
+    if not jobs:
+        split.gradient_checkpointing_enable()
+    torch.save(gradients(split, at_once=at_once), Path(folder) / f"gradients-{rank}")
     model = placed(model, layout)
     for job in set(jobs) & set(JOBS):
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")

@@ -14,6 +14,7 @@ from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.models.layouts import check_layout, make_distributed_config
 from neumuter.training.plan import plan
+from neumuter.training.tracing import _imagined as imagined
 from tests.models import config, tokenizer
 from tests.neumuter import jobs
 from tests.neumuter.launching import end
@@ -75,7 +76,7 @@ def test_other_commands_run_in_one_process(folder):
 
 @pytest.mark.usefixtures("two")
 def test_a_layout_splits_the_model(folder):
-    ended = end(jobs.command, 2, folder, *unlearn(folder, "split", **{"--layout": "fsdp"}))
+    ended = end(jobs.command, 2, folder, *unlearn(folder, "split", **{"--layout": "fsdp"}), "--recompute")
     assert ended[1] == (0, "")
     assert ended[0][0] in (0, 3), ended[0][1]
     whole, split = (
@@ -122,23 +123,28 @@ def test_an_older_transformers_is_named(monkeypatch):
         make_distributed_config("fsdp", 2)
 
 
-@pytest.mark.parametrize(("free", "layout"), [(1e9, "ddp"), (None, "fsdp"), (1e3, None)])
-def test_auto_takes_a_copy_in_each_process_where_that_fits(free, layout, tmp_path, monkeypatch):
-    model = config("llama", num_hidden_layers=16)
+@pytest.mark.parametrize("wanted", [("ddp", False), ("fsdp", False), ("fsdp", True), None])
+def test_auto_takes_a_copy_in_each_process_where_that_fits(wanted, tmp_path, monkeypatch):
+    model = config("llama", num_hidden_layers=8)
     model.save_pretrained(tmp_path)
-    found = plan(model, 2, 4, 32, torch.float32)
-    # Less than a copy takes, and more than a part of it.
-    free = free or sum(found.layouts["DDP"].values()) / 0.951
     monkeypatch.setattr(processes, "count_processes", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 0))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
-    given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32)
-    if layout is None:
-        with pytest.raises(ValueError, match="finds none that fits"):
-            processes.choose_layout(*given)
-    else:
-        assert processes.choose_layout(*given).value == layout
+    given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
+    with imagined(2):
+        free = 1e3
+        if wanted:
+            found = plan(model, 2, 4, 32, torch.float32, wanted[1])
+            assert list(found.layouts) == ["DDP", "FSDP2, ZeRO-3", "device_map"]
+            # Enough for this, and for nothing that comes before.
+            name = {"ddp": "DDP", "fsdp": "FSDP2, ZeRO-3"}[wanted[0]]
+            free = sum(found.layouts[name].values()) / 0.949
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 0))
+        if wanted is None:
+            with pytest.raises(ValueError, match="finds none that fits"):
+                processes.choose_layout(*given)
+        else:
+            layout, recompute = processes.choose_layout(*given)
+            assert (layout.value, recompute) == wanted
 
 
 def test_what_a_launcher_did_not_set_is_named(monkeypatch, capsys):

@@ -137,7 +137,8 @@ def test_fewer_texts_are_planned_where_as_many_do_not_fit():
         (
             ("tensor parallel", 4, True),
             "tensor parallel fits with 4 texts of each kind a device and with recomputed activations. ",
-            "torchrun --nproc-per-node 2 -m neumuter ", "--batch-size 4 --max-length 16 --layout tp --recompute",
+            "torchrun --nproc-per-node 2 -m neumuter ",
+            "--batch-size 4 --max-length 16 --layout tp --recompute",
         ),
         (
             ("device_map", 8, True), "device_map fits with recomputed activations. ", "neumuter ",

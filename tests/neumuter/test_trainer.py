@@ -110,7 +110,8 @@ def test_bf16_computes_in_bfloat16(batches, tmp_path):
     assert all(score.dtype == torch.float32 for score in trainer.masked.scores.values())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+# The layers of OPT have dropout of their own.
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt"])
 def test_other_families_and_checkpointing(name, tmp_path):
     plain = make(tmp_path, name, num_train_epochs=1)
     saving = make(tmp_path, name, num_train_epochs=1, gradient_checkpointing=True)
