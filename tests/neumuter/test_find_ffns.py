@@ -5,8 +5,13 @@ import re
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
+import neumuter
 from neumuter.models.families import find_ffns
+from neumuter.models.layouts import split
+from neumuter.training.tracing import _imagined as imagined
+from tests.models import config
 
 
 def found_in(model_type, **options):
@@ -36,3 +41,21 @@ def test_the_decoder_is_not_the_head():
 def test_shared_experts_of_one_weight_are_refused(number):
     with pytest.raises(ValueError, match=r"mlp.shared_experts, a InklingSharedExperts, holds the 3-dim"):
         found_in("inkling_text", n_shared_experts=number)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("mixtral", {"tp_size": 2, "ep_size": 2}, "expert parallelism has given processes whole experts"),
+        ("qwen3_moe", {"fsdp_size": 2, "ep_size": 2}, "expert parallelism has given processes whole experts"),
+        ("mixtral", {"fsdp_size": 2, "tp_size": 2}, r"are split along dimensions \[0, 2\]"),
+        ("llama", {"fsdp_size": 2, "tp_size": 2}, r"are split along dimensions \[0, 1\]"),
+    ],
+)
+def test_splits_that_masks_cannot_follow_are_refused(name, sizes, message):
+    wanted = DistributedConfig(**sizes)
+    with imagined(wanted.fsdp_size * wanted.tp_size), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(name))
+        split(model, wanted)
+        with pytest.raises(ValueError, match=message):
+            neumuter.attach(model)

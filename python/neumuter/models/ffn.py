@@ -142,6 +142,12 @@ class FFN:
     def mesh(self) -> DeviceMesh | None:
         """The device mesh over which tensor parallelism splits the neurons, or None."""
         weight: Any = getattr(self.down, "weight", None) if self.is_dense else self.down_parameter
+        if "ep" in (getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()):
+            raise ValueError(
+                f"expert parallelism has given processes whole experts of {self.path}, and sends them tokens "
+                "without the samples that these belong to: masks cannot follow; use FSDP2 or tensor "
+                "parallelism"
+            )
         splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
         # FSDP splits along dimension 0, and gathers before a forward.
         if not splits or splits == [0]:

@@ -59,18 +59,20 @@ def make_distributed_config(layout: str, processes: int) -> Any:
         ) from None
 
 
-def split(model: Any, layout: str, processes: int) -> None:
+def split(model: Any, config: Any) -> None:
     """Split a model on the meta device over the process group, on CPUs, as transformers does when it loads.
 
     Args:
-        layout, processes: see ``check_layout``.
+        config: what ``make_distributed_config`` returns.
     """
     from transformers.distributed.utils import TransformersDeviceMesh
 
-    config = make_distributed_config(layout, processes)
-    sizes = (1, 1, config.fsdp_size, config.tp_size)
+    sizes = (
+        {"fsdp": config.fsdp_size, "tp": config.tp_size},
+        {"efsdp": config.efsdp_size, "ep": config.ep_size},
+    )
     meshes = [
-        init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp_replicate", *names))
-        for names in (("fsdp", "tp"), ("efsdp", "ep"))
+        init_device_mesh("cpu", (1, 1, *found.values()), mesh_dim_names=("pp", "dp_replicate", *found))
+        for found in sizes
     ]
     model.maybe_distribute_model(model, config, TransformersDeviceMesh(*meshes))

@@ -31,9 +31,12 @@ def choose_seams(model: nn.Module, ffns: Sequence[FFN], constant: bool = False) 
             projection is called as a module.
 
     Raises:
-        ValueError: experts that compute something else; a dense FFN without a fused seam that does not call
-            its down projection.
+        ValueError: a split that masks cannot follow; experts that compute something else; a dense FFN
+            without a fused seam that does not call its down projection.
     """
+    # How it is split is looked at before the model runs.
+    for ffn in ffns:
+        _ = ffn.mesh
     if is_fake(next(model.parameters())):
         return {ffn.path: _by_structure(ffn) for ffn in ffns}
     if not can_run(model):

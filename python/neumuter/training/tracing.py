@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_tie_weights
 
-from neumuter.models.layouts import check_layout, split
+from neumuter.models.layouts import check_layout, make_distributed_config, split
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import Masked, attach
@@ -167,7 +167,7 @@ def trace(
         model.eval().requires_grad_(False)
         if layout != "ddp":
             check_layout(layout, model, processes)
-            split(model, layout, processes)
+            split(model, make_distributed_config(layout, processes))
         with FakeTensorMode(allow_non_fake_inputs=True), Counting() as counting:
             model.to_empty(device="cpu")
             model.tie_weights()
