@@ -36,10 +36,6 @@ MODELS = {
         hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
         num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, vocab_size=50304,
     )),
-    "Mixtral 47B": ("mixtral", dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, vocab_size=32000,
-    )),
     "DeepSeek-V3 671B": ("deepseek_v3", dict(
         hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
         num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, n_shared_experts=1,
@@ -55,7 +51,7 @@ CASES = [
     ("Llama 3 8B", "tp", 8, (False, True)), ("OLMoE 7B", "ddp", 1, (False, True)),
     ("OLMoE 7B", "fsdp", 8, (False, True)), ("OLMoE 7B", "tp", 8, (False, True)),
     ("Llama 3 70B", "fsdp", 8, (False, True)), ("DeepSeek-V3 671B", "fsdp", 64, (False,)),
-    ("Llama 3 405B", "fsdp", 64, (False,)), ("Llama 3 70B", "tp", 8, (False,)),
+    ("Llama 3 405B", "fsdp", 64, (False,)),
 ]  # fmt: skip
 
 

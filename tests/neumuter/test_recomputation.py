@@ -8,8 +8,8 @@ from neumuter.models.recomputation import decoder_layers
 from neumuter.training.batches import PairedBatches
 from tests.models import build
 from tests.neumuter import jobs
+from tests.neumuter.small_fits import FORGET, KEEP, RECIPES
 from tests.neumuter.test_recipes import memorised
-from tests.neumuter.test_training_step import FORGET, KEEP, RECIPES
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "gemma2", "mixtral"])
@@ -51,13 +51,3 @@ def test_it_begins_where_one_sample_does_not_fit(monkeypatch, caplog):
         torch.testing.assert_close(layer.gains, parts.layers[path].gains, rtol=1e-5, atol=1e-6)
     assert caplog.text.count("from now on activations are computed again") == 1
     assert not any("forward" in vars(layer) for layer in decoder_layers(model))
-
-
-def test_layers_in_training_mode_are_left_to_transformers():
-    model = build("llama")
-    model.gradient_checkpointing_enable()
-    calls = []
-    with neumuter.attach(model.train()) as masked, masked.sampling(0, 0, torch.arange(2)):
-        decoder_layers(model)[1].mlp.register_forward_hook(lambda *_: calls.append(1))
-        model(torch.arange(8).view(2, 4)).logits.sum().backward()
-    assert len(calls) == 2
