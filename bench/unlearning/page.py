@@ -223,9 +223,10 @@ def capacity(rows, count):
     """What each share of the neurons can hold, beside the methods that tune weights."""
     original = {row["seed"]: row["heldout_perplexity"] for row in rows if row["method"] == "before"}
     chosen = [row | {"original_perplexity": original[row["seed"]]} for row in _where(rows, forget=int(count))]
+    ours = [row for row in chosen if "budget" in row]
     groups = [
-        (f"{NAMES['neumuter, modulate']}, {share:.0%}", _where(chosen, budget=share))
-        for share in sorted({row["budget"] for row in chosen if "budget" in row})
+        (f"{NAMES['neumuter, modulate']}, {share:.0%}", _where(ours, budget=share))
+        for share in sorted({row["budget"] for row in ours})
     ]
     others = [row for row in chosen if "budget" not in row]
     first = [pair for pair in _methods(others) if pair[0] in (NAMES["before"], NAMES["retrained"])]

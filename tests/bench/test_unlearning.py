@@ -18,6 +18,7 @@ from bench.unlearning import (
     instead,
     memory,
     nothing_to_keep,
+    page,
     paper,
     people,
     planted,
@@ -222,8 +223,8 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(real.RECIPE, "steps", 10)  # so that bfloat16 shows a difference
     monkeypatch.setitem(tdec.Texts.recipe, "steps", 2)
     monkeypatch.setattr(synth, "Training", lambda: Training(steps=1))
-    for module in (requests, calibrated):
-        monkeypatch.setattr(module, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
+    monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
+    monkeypatch.setitem(synth.RECIPE, "steps", 2)
     for module, name in ((continuations, "MAX_TOKENS"), (examination, "MAX_TOKENS"), (controls, "MADE_UP")):
         monkeypatch.setattr(module, name, 2)
     return tmp_path
@@ -312,6 +313,19 @@ def test_capacity_runs(tiny, monkeypatch):
     setting = capacity.Crowd(3, 24)
     assert (len(setting.forget), len(setting.same)) == (24, 240)
     assert capacity.tune(setting, "npo")["steps"] == 60
+
+
+def test_the_curve_of_capacity_shows_each_share_alone():
+    row = {"seed": 3, "forget": 24, "heldout_perplexity": 2.0}
+    rows = [
+        row | {"method": "before", "forget_extraction": 1.0},
+        row | {"method": "neumuter, modulate", "budget": 0.01, "forget_extraction": 0.5},
+        row | {"method": "neumuter, modulate", "budget": 1.0, "forget_extraction": 0.25},
+        row | {"method": "npo", "forget_extraction": 0.75},
+    ]
+    lines = page.capacity(rows, "24").splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["1.00", "0.50", "0.25", "0.75"]
+    assert page.capacity(rows, "96") is None
 
 
 def test_planted_neurons_alone_learn(tiny, monkeypatch):
