@@ -16,10 +16,11 @@ import neumuter
 from bench.unlearning import real, synth
 from neumuter import evaluation
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
-from neumuter.recipes import FittedConfig, GainsConfig, fitted
+from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.serving.live import mute
 from neumuter.texts import join_batches
-from neumuter.training.losses import weigh_runs
+from neumuter.training import step
+from neumuter.training.losses import find_runs
 from neumuter.types import IGNORED
 
 # The method was chosen on seeds 5, 6 and 7. Nobody has tuned anything on these.
@@ -92,10 +93,10 @@ class Asked(Compared, real.People):
 def _all_identify():
     """Context: all forget tokens are taken for such that identify their text."""
 
-    def weigh(odds, places, ceilings):
-        return weigh_runs(odds, places, torch.full_like(ceilings, -1.0))
+    def find(places, ceilings):
+        return find_runs(places, torch.full_like(ceilings, -1.0))
 
-    return mock.patch.object(fitted, "weigh_runs", weigh)
+    return mock.patch.object(step, "find_runs", find)
 
 
 def _chances(model, batch):

@@ -265,7 +265,7 @@ def unlearn(
             looked_at = (forms[0], given, need_tokenizer(words), seed)
             chances = journal.once("unseen", lambda: agree(estimate_unseen(network, *looked_at)))
             ceilings = find_ceilings(chances)
-            if blind := int((chances.nan_to_num() == 0).all(1).sum()):
+            if blind := int((chances == 0).any(1).sum()):
                 logger.warning(
                     "%d of %d texts to forget have no prompt: they are forgotten as without calibrate.",
                     blind,

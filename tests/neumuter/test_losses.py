@@ -83,12 +83,12 @@ def test_a_run_is_as_near_to_being_forgotten_as_its_nearest_token():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_tokens_of_a_run_that_are_nearest_count_most(dtype):
     odds = torch.tensor([7.0, 2.0, -1.0, 3.0, 90.0, -90.0, 5.0, 0.0], dtype=dtype)
-    found = losses.weigh_runs(odds, PLACES, torch.full([8], -6.0))
+    found = losses.weigh_runs(odds, losses.find_runs(PLACES, torch.full([8], -6.0)))
     parts = [torch.softmax(-part, 0) * len(part) for part in odds.double().split([4, 2, 1, 1])]
     torch.testing.assert_close(found, torch.cat(parts).to(dtype), rtol=1e-5, atol=1e-8)
     # Those that do not identify the text are not in any run.
-    assert losses.weigh_runs(odds, PLACES, CEILINGS)[2:].tolist() == [1.0] * 6
-    assert not len(losses.weigh_runs(odds[:0], PLACES[:0], CEILINGS[:0]))
+    assert losses.weigh_runs(odds, losses.find_runs(PLACES, CEILINGS))[2:].tolist() == [1.0] * 6
+    assert not len(losses.weigh_runs(odds[:0], PLACES[:0]))
 
 
 def test_weights_do_not_depend_on_the_order_of_texts():
@@ -96,7 +96,5 @@ def test_weights_do_not_depend_on_the_order_of_texts():
     places = torch.arange(60) + 5 * (torch.arange(60) // 6)
     texts = torch.randperm(10)
     order = (texts[:, None] * 6 + torch.arange(6)).flatten()
-    known = torch.full([60], -6.0)
-    assert torch.equal(
-        losses.weigh_runs(odds, places, known)[order], losses.weigh_runs(odds[order], places, known)
-    )
+    runs = losses.find_runs(places, torch.full([60], -6.0))
+    assert torch.equal(losses.weigh_runs(odds, runs)[order], losses.weigh_runs(odds[order], runs))

@@ -307,7 +307,7 @@ class _Fit:
 
 def _hinge(found: Measured, margin: float) -> Tensor:
     """What is left to forget of each forget token, and how much it counts: float32 [N]."""
-    weights = weigh_runs(log_odds(found.losses.detach()), found.places, found.ceilings)
+    weights = weigh_runs(log_odds(found.losses.detach()), found.runs)
     return weights * odds_hinge(found.losses, margin, found.ceilings)
 
 

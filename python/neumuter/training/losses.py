@@ -70,17 +70,16 @@ def odds_hinge(losses: Tensor, margin: float, ceilings: Tensor | None = None) ->
     return F.relu(log_odds(losses) - ceilings.clamp(min=-margin))
 
 
-def weigh_runs(odds: Tensor, places: Tensor, ceilings: Tensor) -> Tensor:
+def weigh_runs(odds: Tensor, runs: Tensor) -> Tensor:
     """Weigh the tokens of each run so that those nearest to being forgotten count most: float32 [N].
 
     A run cannot come out once one of its tokens does not, so forgetting all of them alike costs more than it
-    has to. The weights are softmax(−log-odds) over the run, times its length; other tokens weigh 1.
+    has to. The weights are softmax(−log-odds) over the run, times its length: 1 of a token for itself.
 
     Args:
         odds: the log-odds of the forget tokens, float [N].
-        places, ceilings: see ``find_runs``.
+        runs: what ``find_runs`` gave, int64 [N].
     """
-    runs = find_runs(places, ceilings)
     # As whole numbers, whose sum does not depend on the order in which a device adds them.
     parts = ((find_nearest(odds, runs) - odds).exp() * 2**32).long()
     sums = torch.zeros_like(parts).scatter_add(0, runs, parts)

@@ -34,9 +34,9 @@ class Measured(NamedTuple):
     """What a step's forward pass found.
 
     losses: of the forget tokens, float32 [N] in nats. weights: of these tokens, float32 [N]; 0 for padding.
-    places: where they are predicted, int64 [N]; neighbours in a text differ by 1. ceilings: the log-odds that
-    these tokens may keep, float32 [N]; 0 for padding. kl: the mean of KL(reference ‖ masked)
-    over the retain tokens, a scalar in nats.
+    ceilings: the log-odds that these tokens may keep, float32 [N]; 0 for padding. runs: what
+    ``losses.find_runs`` gives for these tokens, int64 [N]. kl: the mean of KL(reference ‖ masked) over the
+    retain tokens, a scalar in nats.
 
     Where several ``processes`` share the step, losses and weights are those of this process's tokens, and
     means are what these add to the mean of all ``tokens`` forget tokens. An update is given the whole kl.
@@ -44,8 +44,8 @@ class Measured(NamedTuple):
 
     losses: torch.Tensor
     weights: torch.Tensor
-    places: torch.Tensor
     ceilings: torch.Tensor
+    runs: torch.Tensor
     kl: torch.Tensor
     tokens: int | None = None
     processes: Processes | None = None
@@ -272,9 +272,10 @@ class Step:
         behind = itertools.accumulate((part.ids.numel() for part in parts), initial=0)
         places = torch.cat(
             [part.places[: len(part.targets)] + first for part, first in zip(parts, behind, strict=False)]
-        ).to(losses.device)
+        )
+        runs = find_runs(places.to(losses.device), ceilings)
         measured = Measured(
-            losses, forget, places, ceilings, kl, whole and whole.forget_tokens, whole and whole.processes
+            losses, forget, ceilings, runs, kl, whole and whole.forget_tokens, whole and whole.processes
         )
         return measured, functools.reduce(torch.add, [term(measured) for term in self.terms])
 
@@ -306,10 +307,10 @@ class Step:
     def _find_log_odds(self, parts: Sequence[Inputs], measured: Measured) -> Tensor:
         """``log_odds`` of the samples of these parts, and −∞ of others."""
         odds = log_odds(measured.losses.to(self.log_odds))
-        places, ceilings, weights = (
-            value.to(odds.device) for value in (measured.places, measured.ceilings, measured.weights)
+        runs, ceilings, weights = (
+            value.to(odds.device) for value in (measured.runs, measured.ceilings, measured.weights)
         )
-        nearest = find_nearest(odds, find_runs(places, ceilings)).clamp(min=NOTHING)
+        nearest = find_nearest(odds, runs).clamp(min=NOTHING)
         known = nearest.masked_fill(ceilings >= 0, NOTHING).masked_fill(weights == 0, -torch.inf)
         ids = [
             part.samples.index_select(0, part.places[: len(part.targets)] // part.ids.shape[1])
