@@ -19,7 +19,7 @@ if not HAVE_GPU:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files come first, so that no process works on one of them alone at the end."""
+    """Files of repo and bench, which take long, come first, so that none runs alone at the end."""
     items.sort(key=lambda item: item.path.parent.name not in ("repo", "bench"))
 
 
