@@ -28,6 +28,7 @@ LOADING = {
     "test_sixteen_bits": "float16 and bfloat16",
     "test_torchao": "torchao int8 and int4 weights",
     "test_bitsandbytes": "bitsandbytes 8 and 4 bit (on a CPU with AVX-512, 4 bit has no gradient)",
+    "test_quantised_by_device_map": "`unlearn` on quantised weights that Accelerate places (`device_map`)",
     "test_foreign_quantised_linears": "quantised linears of others, as GPTQ and AWQ have them",
     "test_lora_on_top_and_merged": "PEFT LoRA on top, and merged",
     "test_offloaded": "offloaded to memory or disk by Accelerate (`device_map`)",

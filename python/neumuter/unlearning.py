@@ -72,7 +72,7 @@ from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import attach, neuron_count, split_ffns
-from neumuter.training.processes import agree, is_first
+from neumuter.training.processes import agree, find_processes, is_first
 from neumuter.types import Batch, Callback, Text
 
 # Retain texts whose loss is measured.
@@ -201,6 +201,7 @@ def unlearn(
     for slopes in known:
         matching_ffns(network, slopes.at)
     # What the search would refuse after the texts were measured.
+    find_processes(network)
     _, ffns = split_ffns(network, start_layer)
     if not isinstance(budget, str):
         neuron_count(budget, sum(ffn.width for ffn in ffns))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.distributed import DistributedConfig
 
 import neumuter
@@ -94,6 +94,9 @@ def gradients(model, change=0, at_once=None):
     return found
 
 
+# The layouts in which each process has a copy of the model.
+QUANTISED = ("4bit", "8bit", "int8", "int4")
+COPIES = ("ddp", *QUANTISED)
 JOBS = {
     "modulate": dict(recipe=FittedConfig(GainsConfig(steps=6, batch_size=3))),
     "mute": dict(recipe=FittedConfig(support=SupportConfig(steps=6, batch_size=2)), mode="mute"),
@@ -167,8 +170,36 @@ def run_anew(model, folder, rank):
     dataclasses.replace(outcome, seconds=0).save(folder / f"resumed-{rank}")
 
 
+def need_library(kind):
+    """Skips a test that needs a library which is not here, or which has no gradients here."""
+    if kind in ("int8", "int4"):
+        pytest.importorskip("torchao")
+    elif kind in ("4bit", "8bit"):
+        pytest.importorskip("bitsandbytes")
+        from bitsandbytes.nn.modules import has_avx512bf16
+
+        if kind == "4bit" and has_avx512bf16():
+            pytest.skip("bitsandbytes has no gradient of 4 bits on a CPU with AVX-512")
+
+
+def quantised(model, kind):
+    """The model of a folder with weights of bitsandbytes ("4bit", "8bit") or torchao ("int8", "int4")."""
+    if kind in ("4bit", "8bit"):
+        # From a threshold on, samples of 8 bits that run together change each other.
+        config = BitsAndBytesConfig(**{f"load_in_{kind}": True}, llm_int8_threshold=0.0)
+    else:
+        from torchao.quantization import IntxWeightOnlyConfig
+        from torchao.quantization.granularity import PerAxis
+
+        config = TorchAoConfig(IntxWeightOnlyConfig(getattr(torch, kind), PerAxis(0)))
+    loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, device_map="cpu")
+    return loaded.eval()
+
+
 def placed(model, layout):
     """The model of a folder in that layout."""
+    if layout in QUANTISED:
+        return quantised(model, layout)
     if layout in ("fsdp", "tp"):
         config = DistributedConfig(**{"fsdp": dict(fsdp_size=2), "tp": dict(tp_plan="auto")}[layout])
         return AutoModelForCausalLM.from_pretrained(model, distributed_config=config).eval()
@@ -185,7 +216,7 @@ def shared(model, layout, jobs, folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     # The second process takes its share in parts, where it has a model of its own.
-    at_once = 1 if rank == 1 and layout == "ddp" else None
+    at_once = 1 if rank == 1 and layout in COPIES else None
     split = placed(model, layout)
     # Those that run nothing else compute activations again in the backward pass.
     if not jobs:
@@ -197,7 +228,7 @@ def shared(model, layout, jobs, folder):
         outcome.save(Path(folder) / f"{job}-{rank}")
         if job == "modulate":
             torch.save(logits(model, outcome.mutes), Path(folder) / f"logits-{rank}")
-    if "modulate" in jobs and layout == "ddp":
+    if "modulate" in jobs and layout in COPIES:
         run_anew(model, Path(folder), rank)
     if "refit" in jobs:
         refit(model).save(Path(folder) / f"refit-{rank}.safetensors")

@@ -7,15 +7,20 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 from transformers import AutoModelForCausalLM
 
 import neumuter
 from neumuter.cli import processes
 from neumuter.cli.app import main
+from neumuter.cli.arguments import check_size
 from neumuter.models.layouts import check_layout, make_distributed_config
 from neumuter.training.plan import plan
+from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
-from tests.models import config, tokenizer
+from tests.models import build, config, tokenizer
 from tests.neumuter import jobs
 from tests.neumuter.launching import end
 
@@ -115,6 +120,61 @@ def test_layouts_are_refused_before_a_model_is_loaded(name, layout, count, messa
         network = AutoModelForCausalLM.from_config(config(name))
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         check_layout(layout, network, count)
+
+
+EIGHT = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
+TORCHAO = {
+    "quant_method": "torchao",
+    "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}},
+}
+QUANTISED = [
+    ("fsdp", EIGHT, "by bitsandbytes, and are not split"), ("tp", TORCHAO, "by torchao, and are not split"),
+    ("ddp", EIGHT, "the result would depend on the number of processes"),
+    ("ddp", EIGHT | {"llm_int8_threshold": 0.0}, None), ("ddp", TORCHAO, None),
+    ("fsdp", {"quant_method": "mxfp4"}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "quantisation", "message"), QUANTISED)
+def test_quantised_weights_are_refused_before_they_are_loaded(layout, quantisation, message, tmp_path):
+    """A checkpoint that was saved quantised is refused by its config."""
+    config("llama", quantization_config=quantisation).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_size(str(tmp_path), 0, 30, layout, 2)
+    check_size(str(tmp_path), 0, 30)
+
+
+@pytest.mark.parametrize(("layout", "quantisation", "message"), QUANTISED)
+def test_quantised_weights_are_refused_in_a_process_group(layout, quantisation, message):
+    model = build("llama")
+    model.config.quantization_config = quantisation
+    with imagined(2):
+        if layout == "fsdp":
+            fully_shard(model)
+        elif layout == "tp":
+            distribute_module(model, init_device_mesh("cpu", (2,)))
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            assert find_processes(model).count == 2
+    assert find_processes(model) is None
+
+
+@pytest.mark.parametrize(("quantize", "message"), [("8bit", "the result would depend"), ("4bit", None)])
+def test_what_is_quantised_while_it_loads_is_refused_before(quantize, message, folder):
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_size(str(folder / "model"), 0, 30, "ddp", 2, quantize)
+
+
+def test_auto_takes_a_copy_of_quantised_weights(tmp_path, monkeypatch):
+    """How large they are is not planned, and they are never split."""
+    monkeypatch.setattr(processes, "count_processes", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 0))
+    with imagined(2):
+        config("llama").save_pretrained(tmp_path)
+        given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
+        assert processes.choose_layout(*given, quantize=True) == (processes.Layout.ddp, False)
+        config("llama", quantization_config=TORCHAO).save_pretrained(tmp_path)
+        assert processes.choose_layout(*given) == (processes.Layout.ddp, False)
 
 
 def test_an_older_transformers_is_named(monkeypatch):

@@ -1,18 +1,21 @@
 """Models as people load them: quantised, adapted, offloaded, compiled, checkpointed, padded and packed."""
 
+import contextlib
+
 import accelerate
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import neumuter
 from neumuter.models.families import find_ffns
 from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig, fit_mutes
 from neumuter.training.batches import PairedBatches
-from tests.models import SMALL, batch, build, build_double, randomise
+from tests.models import LAYERS, SMALL, batch, build, build_double, randomise
+from tests.neumuter import jobs
 
 KINDS = ("llama", "gpt2", "phi3", "opt", "mixtral")
 
@@ -97,6 +100,52 @@ def test_bitsandbytes(bits, tmp_path):
     mutes = check(model, tolerance=0.1, trains=trains)
     with pytest.raises(ValueError, match="it is quantised"):
         neumuter.fold(model, mutes)
+
+
+@pytest.mark.parametrize("kind", jobs.QUANTISED)
+def test_quantised_by_device_map(kind, tmp_path):
+    """Accelerate's hooks, which place inputs on the device of each layer, change nothing."""
+    jobs.need_library(kind)
+    build("llama").save_pretrained(tmp_path)
+    plain, spread = (jobs.quantised(tmp_path, kind) for _ in range(2))
+    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(LAYERS)), "model.norm", "lm_head"]
+    places = dict.fromkeys([*names, "model.rotary_emb"], "cpu")
+    accelerate.dispatch_model(spread, places, force_hooks=True)
+    assert hasattr(spread.model.layers[1].mlp.down_proj, "_hf_hook")
+    outcomes = [jobs.unlearn(model, "modulate") for model in (plain, spread)]
+    for path, layer in outcomes[0].mutes.layers.items():
+        assert torch.equal(layer.indices, outcomes[1].mutes.layers[path].indices)
+        assert torch.equal(layer.gains, outcomes[1].mutes.layers[path].gains)
+    # What 4 bits are found to hold is too far from the weights that they were made from.
+    fits = contextlib.nullcontext() if kind in ("8bit", "int8") else pytest.raises(neumuter.MuteMismatchError)
+    with fits:
+        neumuter.mute(build("llama"), outcomes[1].mutes).undo()
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_outliers_at_8_bits_change_other_samples(threshold):
+    """Why several processes refuse 8 bits of bitsandbytes with a threshold, and take them without one."""
+    jobs.need_library("8bit")
+    from bitsandbytes.nn import Linear8bitLt
+
+    layer = Linear8bitLt(64, 8, bias=False, has_fp16_weights=False, threshold=threshold).to("cpu").eval()
+    rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    alone = layer(rows[:1])
+    rows[1, 3] = 50.0
+    assert torch.equal(layer(rows)[:1], alone) == (threshold == 0)
+
+
+def test_quantised_weights_without_a_backward_pass_are_named(tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    build("llama").save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu"
+    ).eval()
+    with pytest.raises(ValueError, match="the quantised weights pass no gradient back"):
+        jobs.unlearn(model, "modulate")
 
 
 class Packed(nn.Module):

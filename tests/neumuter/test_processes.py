@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import tempfile
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ SHARED = [
     ("mixtral", "fsdp", 2, ("modulate",)), ("qwen3_moe", "fsdp", 2, ()),
     ("gpt_neo", "fully_shard", 2, ()), ("gemma2", "fully_shard", 2, ()),
     ("mixtral", "tp", 2, ("modulate",)), ("qwen3_moe", "tp", 2, ()), ("gpt_oss", "tp", 2, ()),
+    ("llama", "4bit", 2, ("modulate",)), ("llama", "8bit", 2, ()), ("phi3", "int8", 2, ("modulate",)),
+    ("llama", "int4", 2, ()),
     ("llama", "tp", 2, ("modulate", "mute")), ("phi3", "tp", 2, ("modulate",)), ("gemma2", "tp", 2, ()),
 ]  # fmt: skip
 
@@ -28,14 +31,28 @@ SHARED = [
 trained = functools.cache(jobs.trained)
 
 
-@functools.cache
-def alone(name):
-    return jobs.gradients(copy.deepcopy(trained(name)))
+def whole(name, layout):
+    """The model that one process has."""
+    if layout not in jobs.QUANTISED:
+        return copy.deepcopy(trained(name))
+    with tempfile.TemporaryDirectory() as folder:
+        trained(name).save_pretrained(folder)
+        return jobs.quantised(folder, layout)
+
+
+def kind(layout):
+    """The layout where it changes what one process computes."""
+    return layout if layout in jobs.QUANTISED else "ddp"
 
 
 @functools.cache
-def alone_job(name, job):
-    return jobs.unlearn(copy.deepcopy(trained(name)), job)
+def alone(name, layout):
+    return jobs.gradients(whole(name, layout))
+
+
+@functools.cache
+def alone_job(name, layout, job):
+    return jobs.unlearn(whole(name, layout), job)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +62,7 @@ def shared(tmp_path_factory):
     @functools.cache
     def run_case(case):
         name, layout, processes, jobs_ = case
+        jobs.need_library(layout)
         folder = tmp_path_factory.mktemp(f"{name}{processes}")
         trained(name).save_pretrained(folder / "model")
         run(jobs.shared, processes, folder, folder / "model", layout, jobs_, folder)
@@ -67,7 +85,7 @@ def error(actual, expected):
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: "-".join(map(str, case[:3])))
 def test_gradients_are_those_of_one_process(case, shared):
     (name, layout, processes, _), folder = case, shared(case)
-    expected = alone(name)
+    expected = alone(name, kind(layout))
     found = [torch.load(folder / f"gradients-{rank}") for rank in range(processes)]
     for what, value in expected.items():
         finite = value.isfinite()
@@ -84,7 +102,7 @@ def test_gradients_are_those_of_one_process(case, shared):
 @having(*jobs.JOBS)
 def test_a_whole_job_ends_with_the_same(case, job, shared):
     (name, layout, processes, _), folder = case, shared(case)
-    expected = alone_job(name, job)
+    expected = alone_job(name, kind(layout), job)
     files = {(folder / f"{job}-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)}
     assert len(files) == 1
     mutes = neumuter.MuteSet.load(folder / f"{job}-0" / "mutes.safetensors")
@@ -100,7 +118,7 @@ def test_a_whole_job_ends_with_the_same(case, job, shared):
         for metric, value in getattr(expected, state).items():
             assert abs(report[state][metric] - value) < 1e-4, (state, metric)
     assert (folder / f"{job}-folder" / "mutes.safetensors").is_file()
-    if job == "modulate" and layout == "ddp":
+    if job == "modulate" and layout in jobs.COPIES:
         resumed = {
             (folder / f"resumed-{rank}" / "mutes.safetensors").read_bytes() for rank in range(processes)
         }
@@ -109,9 +127,9 @@ def test_a_whole_job_ends_with_the_same(case, job, shared):
 
 @having("modulate")
 def test_mutes_and_banks_serve_the_same(case, job, shared):
-    (name, _, processes, _), folder = case, shared(case)
-    expected, _ = jobs.logits(copy.deepcopy(trained(name)), alone_job(name, job).mutes)
-    untouched = trained(name)(jobs.texts("retain")["input_ids"][:2]).logits
+    (name, layout, processes, _), folder = case, shared(case)
+    expected, _ = jobs.logits(whole(name, layout), alone_job(name, kind(layout), job).mutes)
+    untouched = whole(name, layout)(jobs.texts("retain")["input_ids"][:2]).logits
     assert (expected[0] - untouched[0]).abs().max() > 0.01
     for rank in range(processes):
         for found in torch.load(folder / f"logits-{rank}"):

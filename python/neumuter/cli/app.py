@@ -29,8 +29,9 @@ OUT_OF_MEMORY = (
     "unlearn --layout fsdp), where --recompute and fewer texts in a step (--batch-size) need less, too. "
     "neumuter plan CONFIG finds what fits."
 )
-# Loggers that warn of what the user of a command can do nothing about: how torchao registers its types.
-NOISY = ("torch.utils._pytree",)
+# Loggers that warn of what the user of a command can do nothing about: how torchao registers its types, and,
+# at each product, how bitsandbytes rounds.
+NOISY = ("torch.utils._pytree", "bitsandbytes.autograd._functions")
 COMMANDS = (demo, audit, unlearn, refit, evaluate, verify, inspect, fold, export, plan, doctor)
 
 app = typer.Typer(

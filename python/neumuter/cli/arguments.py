@@ -100,17 +100,26 @@ def read_config(model: str) -> Any:
 
 
 def check_size(
-    model: str, start_layer: int, budget: int | float | str, layout: str = "ddp", processes: int = 1
+    model: str,
+    start_layer: int,
+    budget: int | float | str,
+    layout: str = "ddp",
+    processes: int = 1,
+    quantize: str | None = None,
 ) -> None:
     """Raise ValueError if a model has no such layer, fewer neurons or no such layout, by its config alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from neumuter.models.layouts import check_layout
+    from neumuter.models.quantised import make_quantisation
     from neumuter.training.masked import neuron_count, split_ffns
 
+    config = read_config(model)
+    if quantize:
+        config.quantization_config = make_quantisation(quantize)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(read_config(model), trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     _, ffns = split_ffns(network, start_layer)
     if not isinstance(budget, str):
         neuron_count(budget, sum(ffn.width for ffn in ffns))

@@ -106,13 +106,14 @@ def _is_first_to_fail(store: Any) -> bool:
 
 
 def choose_layout(
-    layout: Layout, model: str, dtype: str, samples: int, tokens: int, recompute: bool
+    layout: Layout, model: str, dtype: str, samples: int, tokens: int, recompute: bool, quantize: bool = False
 ) -> tuple[Layout, bool]:
     """Choose between ddp and fsdp where the layout is auto: a copy in each process if that fits its GPU.
 
     Args:
         samples: of each kind in a step. tokens: of a sample.
         recompute: whether activations are recomputed in any case.
+        quantize: whether weights will be quantised while they load. Those that are, are never split.
 
     Returns:
         The layout, and whether it fits only with activations recomputed.
@@ -124,14 +125,17 @@ def choose_layout(
         return layout, recompute
     import torch
 
-    if count_processes() == 1 or not torch.cuda.is_available():
+    if count_processes() == 1 or not torch.cuda.is_available() or quantize:
         return Layout.ddp, recompute
     import torch.distributed as dist
 
     from neumuter.cli.arguments import read_config
+    from neumuter.models.quantised import find_quantisation
     from neumuter.training.plan import LEAST_SAMPLES, plan
 
     config, count = read_config(model), count_processes()
+    if find_quantisation(config):
+        return Layout.ddp, recompute
     wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     free = torch.tensor(torch.cuda.mem_get_info()[0])
     dist.all_reduce(free, dist.ReduceOp.MIN)

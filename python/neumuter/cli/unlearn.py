@@ -221,7 +221,8 @@ def unlearn(
         check_sources(rewrite_with)
     if not gguf_file:
         size = batch_size or DEFAULT_BATCH_SIZE
-        layout, recompute = choose_layout(layout, model, dtype.value, size, max_length, recompute)
+        planned = (model, dtype.value, size, max_length, recompute, bool(quantize))
+        layout, recompute = choose_layout(layout, *planned)
     check_place(device, device_map, layout, **{"quantize": quantize, "gguf-file": gguf_file})
     if is_first():
         check_run(out, overwrite, resume)
@@ -244,7 +245,7 @@ def unlearn(
     earlier = neumuter.MuteSet.load(existing) if existing else None
     known = [neumuter.Slopes.load(file) for file in former or []]
     if not gguf_file:
-        check_size(model, start_layer, number, layout.value, count_processes())
+        check_size(model, start_layer, number, layout.value, count_processes(), place["quantize"])
     network, tokenizer = open_model(model, dtype.value, layout=layout.value, **place)
     if recompute:
         network.gradient_checkpointing_enable()

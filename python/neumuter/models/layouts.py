@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from neumuter.models.families import find_ffns
+from neumuter.models.quantised import refuse_quantised
 
 
 def check_layout(layout: str, network: nn.Module, processes: int) -> None:
@@ -21,10 +22,12 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
     Raises:
         ImportError: the installed transformers cannot split models so.
     """
+    model: Any = network
+    if processes > 1:
+        refuse_quantised(model.config, split=layout != "ddp")
     if layout == "ddp":
         return
     make_distributed_config(layout, processes)
-    model: Any = network
     if not getattr(model, f"{layout}_plan"):
         raise ValueError(f"transformers has no plan for the layout {layout!r} of {type(model).__name__}")
     if layout == "fsdp":

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neumuter.models.adapted import Source, find_folder, find_source, put_adapter
 from neumuter.models.layouts import make_distributed_config
+from neumuter.models.quantised import make_quantisation
 
 
 def load_model(
@@ -65,7 +66,7 @@ def load_model(
             if hasattr(transformers, "GgufConfig"):
                 where["quantization_config"] = transformers.GgufConfig(dequantize=True)
         if quantize:
-            where["quantization_config"] = transformers.BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+            where["quantization_config"] = make_quantisation(quantize)
         if quantize or device_map:
             where["device_map"] = device_map or place
         if layout != "ddp":

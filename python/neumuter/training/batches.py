@@ -121,6 +121,8 @@ class PairedBatches:
             if self.forget_count:
                 parts = torch.arange(self.forget_count).split(SAMPLES_PER_PASS)
                 masked.keep_unreached_open(self.forget_rows(part) for part in parts)
+        if getattr(self.head.model.config, "quantization_config", None):
+            self._refuse_without_gradient()
 
     def forget_rows(self, numbers: Tensor) -> Batch:
         """The forget samples ``numbers``, int64 [B], as a batch."""
@@ -279,6 +281,18 @@ class PairedBatches:
             positions = predicting(labels[None])[0].nonzero().flatten()
             self._samples[sample_id] = _Sample(ids[: int(mask.sum())], positions, labels[positions + 1])
         return self._samples[sample_id]
+
+    def _refuse_without_gradient(self) -> None:
+        """Raise ValueError if what multiplies by quantised weights has no backward pass."""
+        masks = {path: torch.ones_like(score).requires_grad_() for path, score in self.masked.scores.items()}
+        with torch.enable_grad(), self.masked.applying(masks):
+            hidden = self.head.hidden(self._sample(0).ids[None, :PROBE_TOKENS].to(self.device))
+        if not hidden.requires_grad:
+            raise ValueError(
+                "the quantised weights pass no gradient back, so no neuron can be found: their library has "
+                "no backward pass here (torchao where it rounds activations, bitsandbytes at 4 bits on a CPU "
+                "with AVX-512). Quantise otherwise, or find the neurons on the model that it was made from"
+            )
 
     def _find(self, sample_id: int) -> tuple[Batch | Windows, int]:
         """Where a sample is, and its number there."""

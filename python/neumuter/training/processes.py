@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from neumuter.models.families import unwrapped
+from neumuter.models.quantised import refuse_quantised
+
 Value = TypeVar("Value")
 # Characters of a differing argument that an error shows.
 SHOWN = 60
@@ -52,14 +55,15 @@ def find_processes(model: nn.Module) -> Processes | None:
     Where tensor parallelism splits the layers, every process needs all samples, and none is shared.
 
     Raises:
-        ValueError: the layers are split over some of the processes.
+        ValueError: the layers are split over some of the processes; or the weights are quantised so that
+            several processes cannot have them.
     """
     if not _are_many():
         return None
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return Processes()
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     split = next((parameter for parameter in model.parameters() if isinstance(parameter, DTensor)), None)
-    if split is None:
+    refuse_quantised(getattr(unwrapped(model), "config", None), split=sharded or split is not None)
+    if sharded or split is None:
         return Processes()
     if split.device_mesh.size() != dist.get_world_size():
         raise ValueError(

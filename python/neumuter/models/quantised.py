@@ -1,0 +1,39 @@
+"""How the weights of a model are quantised, by its config, and what several processes cannot do with them."""
+
+from typing import Any
+
+from transformers import BitsAndBytesConfig
+
+# Formats that become plain weights while they load, where nothing can compute with them.
+UNPACKED = ("mxfp4", "fp8")
+
+
+def make_quantisation(quantize: str) -> BitsAndBytesConfig:
+    """Make what transformers' from_pretrained takes to quantise weights to "4bit" or "8bit"."""
+    return BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+
+
+def find_quantisation(config: Any) -> dict[str, Any]:
+    """Describe how the weights of a model with this config are quantised; empty if they may load as plain."""
+    given = getattr(config, "quantization_config", None) or {}
+    found: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    return {} if found.get("dequantize") or found.get("quant_method") in UNPACKED else found
+
+
+def refuse_quantised(config: Any, split: bool) -> None:
+    """Raise ValueError, which names the library, if several processes cannot have a model with this config.
+
+    split: whether they share one model, or have a copy each.
+    """
+    found = find_quantisation(config)
+    if found and split:
+        raise ValueError(
+            f"the weights are quantised by {found.get('quant_method')}, and are not split over processes: "
+            "give each process a copy, or split the model that they were made from"
+        )
+    if found.get("load_in_8bit") and found.get("llm_int8_threshold", 0.0) > 0:
+        raise ValueError(
+            "bitsandbytes at 8 bits computes samples that run together otherwise than alone, because an "
+            "outlier of one changes how all are rounded: the result would depend on the number of processes. "
+            "Use one process, 4 bits, int8 weights of torchao, or llm_int8_threshold=0.0"
+        )
