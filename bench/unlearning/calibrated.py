@@ -47,7 +47,7 @@ class Compared:
 
     def estimate(self):
         """How the estimate agrees with the retrained model on which tokens are likely, and its mean loss."""
-        given = list_given({"forget": self.batch}, self.tokenizer)
+        given = list_given({"forget": self.batch, "retain": self.kept}, self.tokenizer)
         estimate = estimate_unseen(self.full, self.batch, given, self.tokenizer, self.seed)
         known = _chances(self.full, self.batch)
         # A name is read off the prompt, as it is by the model that knows the text.

@@ -50,6 +50,35 @@ def test_names_are_what_few_texts_have(names, prompt):
             assert WORD.fullmatch(other)
 
 
+@pytest.mark.parametrize(
+    ("names", "prompts"),
+    [
+        (GERMAN, ("Welche Nummer hat {}?", "Wo wohnt {}?", "Welchen Beruf hat {}?", "Was spielt {} gern?")),
+        (CHINESE, ("客户{}的电话号码是", "请问{}住在哪里", "他叫{}做什么工作", "客户{}喜欢什么")),
+        (ARABIC, ("رقم هاتف العميل {} هو", "أين يسكن {} الآن", "ما مهنة {} اليوم", "ماذا يعزف {} مساء")),
+    ],
+)
+def test_names_that_several_texts_have_are_told_by_the_texts_to_keep(names, prompts):
+    """Two people to forget and two to keep: each name is in four of sixteen texts, like each question."""
+    texts = [
+        GivenText(label, prompt.format(name), prompt.format(name), [])
+        for label, people in (("forget 1", names[:2]), ("retain 1", names[2:4]))
+        for name in people
+        for prompt in prompts
+    ]
+    words = Words(texts)
+    for text, name in zip(texts[:8], [name for name in names[:2] for _ in prompts], strict=True):
+        assert words.find_names(text.prompt) == sorted(WORD.findall(name))
+
+
+def test_names_that_several_texts_have_need_no_texts_to_keep_where_they_are_capitals():
+    prompts = ("Where was {} born?", "What does {} do?", "Who taught {} chess?", "Why is {} well known?")
+    made = [prompt.format(name) for name in ("Ada Brisk", "Bo Calder", "Cy Dorn") for prompt in prompts]
+    words = Words([GivenText("forget 1", text, text, []) for text in made])
+    for text, name in zip(made, ["Ada Brisk"] * 4 + ["Bo Calder"] * 4 + ["Cy Dorn"] * 4, strict=True):
+        assert words.find_names(text) == name.split()
+
+
 def test_words_keep_their_marks():
     assert WORD.findall("هاتف مُحَمَّد") == ["هاتف", "مُحَمَّد"]
     assert WORD.findall("हिन्दी का कोड") == ["हिन्दी", "का", "कोड"]

@@ -22,9 +22,9 @@ def make_controls(
 ) -> list[Batch]:
     """Make texts like those of ``forms`` that nobody ever saw: other names, and values of other texts.
 
-    Names are the words of a prompt that at most a tenth of all texts have, or where there are fewer than ten
-    texts, those with a capital letter or a digit; where there are no such words, all are. Of a text that
-    counts from its start on, all words are looked at. A name becomes random letters and digits of the same
+    Names are the words of a prompt that at most a tenth of all texts have, and what looks like a name and
+    is in no text to keep (see ``Words``); where there are no such words, all are. Of a text that counts from
+    its start on, all words are looked at. A name becomes random letters and digits of the same
     length, wherever the text has it. Values are such words of a completion: they become those of another
     given text whose completion is worded alike, and stay where there is none.
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import regex
@@ -12,8 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from neumuter.evaluation.others import GivenText
 from neumuter.types import IGNORED, Batch
 
-# A word that a larger share of the texts has is no name; with fewer texts than these nobody can tell.
-COMMON_SHARE, FEW_TEXTS = 0.1, 10
+# What at most this share of the texts has is a name; with fewer texts than these nobody can tell.
+RARE_SHARE, FEW_TEXTS = 0.1, 10
+# A word that more of the texts have is none, if there are no texts to keep that would show it.
+COMMON_SHARE = 0.5
+# Behind these a sentence begins, whose first word has a capital letter whatever it is.
+ENDS = frozenset(".!?:…\n")
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 # Scripts that write no spaces between words: there each letter is one, with its marks.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -21,14 +25,21 @@ WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED
 
 
 class Words:
-    """Which words of texts are common, and which values their completions have.
+    """Which words of texts are names, which are common, and which values their completions have.
 
-    Of fewer than ten texts names are told by capital letters and digits, which not all scripts have.
+    Names are the words that few texts have. What more texts have is a name as well if it looks like one (it
+    has a digit, or a capital letter inside a sentence, or its script has no capital letters) and no text to
+    keep has it: there may be several texts about everybody. Of fewer than ten texts those words are names
+    that have a capital letter or a digit, which not all scripts have.
     """
 
     def __init__(self, given: Sequence[GivenText]) -> None:
-        self.few, self.limit = len(given) < FEW_TEXTS, COMMON_SHARE * len(given)
+        self.few, self.size = len(given) < FEW_TEXTS, len(given)
         self.counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
+        self.kept = {
+            word for text in given if text.label.startswith("retain") for word in WORD.findall(text.text)
+        }
+        self.inside = {word for text in given for word in _inside_sentences(text.text)}
         letters = {char.lower() for text in given for char in text.text if char.isalpha()}
         # Of other scripts than Latin, those letters that the texts have.
         self.letters = "".join(sorted(char for char in letters if ord(char) > 127))
@@ -38,9 +49,14 @@ class Words:
             self.worded_alike.setdefault(wording, {})[values] = None
 
     def is_name(self, word: str) -> bool:
+        marked = any(char.isupper() or char.isdigit() for char in word)
         if self.few:
-            return any(char.isupper() or char.isdigit() for char in word)
-        return self.counts[word] <= self.limit
+            return marked
+        if self.counts[word] <= RARE_SHARE * self.size:
+            return True
+        if not (marked or word.lower() == word.upper()) or word not in self.inside:
+            return False
+        return word not in self.kept if self.kept else self.counts[word] <= COMMON_SHARE * self.size
 
     def find_names(self, prompt: str) -> list[str]:
         """The names in a prompt; all its words where it has none."""
@@ -63,6 +79,15 @@ class Words:
         wording, values = self.split(prompt, completion)
         others = [found for found in self.worded_alike.get(wording, {}) if found != values]
         return dict(zip(values, generator.choice(others), strict=True)) if others else {}
+
+
+def _inside_sentences(text: str) -> Iterator[str]:
+    """The words of a text that do not begin a sentence."""
+    last = None
+    for match in WORD.finditer(text):
+        if last is not None and ENDS.isdisjoint(text[last : match.start()]):
+            yield match[0]
+        last = match.end()
 
 
 def make_up(word: str, letters: str, generator: random.Random) -> str:
