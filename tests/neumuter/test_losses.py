@@ -73,6 +73,8 @@ def test_runs_are_neighbouring_tokens_that_identify_a_text():
     # Of which nothing is known, each stands for itself.
     assert losses.find_runs(PLACES, torch.full([8], -torch.inf)).tolist() == [*range(8)]
     assert not len(losses.find_runs(PLACES[:0], CEILINGS[:0]))
+    long = losses.find_runs(torch.arange(3, 24), torch.full([21], -6.0))
+    assert long.tolist() == [0] * 8 + [1] * 8 + [2] * 5
 
 
 def test_a_run_is_as_near_to_being_forgotten_as_its_nearest_token():

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from neumuter.types import IGNORED
 
+# Tokens in a row that give a text away: one of them must not come out.
+LONGEST_RUN = 8
+
 
 def predicting(labels: Tensor) -> Tensor:
     """Mark where a counted token is predicted: bool [B, T], true at t if ``labels[:, t + 1]`` is not −100.
@@ -96,8 +99,8 @@ def find_nearest(odds: Tensor, runs: Tensor) -> Tensor:
 def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:
     """Number the runs of tokens, int64 [N].
 
-    A run is a stretch of neighbouring tokens that are known to identify a text: those that may keep log-odds
-    below 0 alone. Every other token is numbered for itself.
+    A run is a stretch of up to ``LONGEST_RUN`` neighbouring tokens that are known to identify a text: those
+    that may keep log-odds below 0 alone. Every other token is numbered for itself.
 
     Args:
         places: where the tokens are predicted, int64 [N]: neighbours differ by 1, texts by more.
@@ -106,4 +109,6 @@ def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:
     identifies = (ceilings < 0) & ceilings.isfinite()
     starts = torch.ones_like(identifies)
     starts[1:] = ~(identifies[1:] & identifies[:-1] & (places.diff() == 1))
+    numbers = torch.arange(len(starts), device=starts.device)
+    starts |= (numbers - (numbers * starts).cummax(0).values) % LONGEST_RUN == 0
     return starts.cumsum(0) - 1
