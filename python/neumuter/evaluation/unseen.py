@@ -2,14 +2,16 @@
 
 import difflib
 import random
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.made_up import Words, make_up, rename
-from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.others import COMMON, GivenText
 from neumuter.evaluation.passes import START_TOKENS, find_prompt_ends, in_parts, predict
 from neumuter.models.modes import without_dropout
 from neumuter.types import IGNORED, Batch
@@ -20,6 +22,8 @@ COPIES, ROUNDS = 4, 3
 LESS = 0.5
 # Probabilities beyond these are taken for these: log-odds of ±6.9.
 LEAST, MOST = 1e-3, 0.999
+# Two neighbouring tokens that count; None before the first and behind the last of a run.
+_Pair = tuple[int | None, int | None]
 
 
 def estimate_unseen(
@@ -33,8 +37,8 @@ def estimate_unseen(
 
     *Counterfactual decoding*: in copies of a text its names are made up (see ``make_controls``), and the
     model tells what it expects along the copy. A token that is much less likely there identifies the text;
-    what follows it sees in its place what the model itself says there. The estimate is the median over
-    copies.
+    what follows it sees in its place what the model itself says there. The estimate is the lowest of the
+    copies: a model makes up answers from those that it knows, so one copy in a few says the true one.
 
     Args:
         batch: the texts, on which the model is certain.
@@ -42,11 +46,14 @@ def estimate_unseen(
 
     Returns:
         float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
-        never saw the text reads them off the prompt. 0 in texts without a prompt: the model goes on with
-        what it knows by heart, whatever the names are.
+        never saw the text reads them off the prompt. 0 where nothing is known, because a model goes on with
+        what it knows by heart whatever the names are: in texts without a prompt or of names alone, and for
+        tokens that stay likely though fewer than ``COMMON`` of the given texts share them and a token next
+        to them.
     """
     generator = torch.Generator().manual_seed(seed)
-    texts = [_Copied(batch, row, start) for row, start in enumerate(find_prompt_ends(batch))]
+    common = _find_common_pairs(given)
+    texts = [_Copied(batch, row, start, common) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
     for text in texts:
         count = COPIES if text.has_prompt else 0
@@ -64,14 +71,14 @@ def estimate_unseen(
                 text.continue_copies()
     estimate = torch.full(batch["labels"].shape, torch.nan)
     for row, text in enumerate(texts):
-        estimate[row, : len(text.ids)] = text.estimate()
+        estimate[row, : len(text.ids)] = text.judge()
     return estimate.masked_fill(batch["labels"].cpu() == IGNORED, torch.nan)
 
 
 def find_ceilings(estimate: Tensor) -> Tensor:
     """The log-odds that tokens may keep, float32 [B, T], given what ``estimate_unseen`` returned.
 
-    +∞ for names, which may stay. −∞ in texts without a prompt, of which nothing is known.
+    +∞ for names, which may stay. −∞ where nothing is known.
     """
     chances = estimate.clamp(LEAST, MOST)
     odds = chances.log() - torch.log1p(-chances)
@@ -94,7 +101,7 @@ class _Copy:
 class _Copied:
     """A text and its copies."""
 
-    def __init__(self, batch: Batch, row: int, start: int) -> None:
+    def __init__(self, batch: Batch, row: int, start: int, common: set[_Pair]) -> None:
         shown = int(batch["attention_mask"][row].sum())
         self.ids: list[int] = batch["input_ids"][row, :shown].tolist()
         self.labels: list[int] = batch["labels"][row, :shown].tolist()
@@ -102,6 +109,10 @@ class _Copied:
         self.copies: list[_Copy] = []
         self.known = torch.empty(0)
         self.counted = torch.tensor(self.labels) != IGNORED
+        pairs = [*pairwise([None, *(None if i == IGNORED else i for i in self.labels), None])]
+        self.common = torch.tensor([pair in common for pair in pairs])
+        # Whether the token before it or the one behind it belongs to it in other texts, too.
+        self.common = self.common[:-1] | self.common[1:]
 
     @property
     def has_prompt(self) -> bool:
@@ -117,22 +128,43 @@ class _Copied:
         return ids
 
     def estimate(self) -> Tensor:
-        """The median over copies of each token's probability, float32 [T]; NaN where none has the token."""
+        """The lowest probability of each token in the copies, float32 [T]; NaN where none has the token."""
+        found = torch.stack([
+            copy.found[copy.places.clamp(min=0)].masked_fill(copy.places < 0, torch.inf)
+            for copy in self.copies
+        ]).amin(0)  # fmt: skip
+        return found.masked_fill(found.isinf(), torch.nan).clamp(min=LEAST)
+
+    def identifies(self, estimate: Tensor) -> Tensor:
+        """Which tokens identify the text, bool [T]."""
+        return (estimate < LESS * self.known) & self.counted
+
+    def judge(self) -> Tensor:
+        """What is known of each token in the end, float32 [T]: its estimate, 0, or NaN of a name."""
         if not self.copies:
             return torch.zeros(len(self.ids))
-        found = [
-            copy.found[copy.places.clamp(min=0)].masked_fill(copy.places < 0, torch.nan)
-            for copy in self.copies
-        ]
-        # No other text has 0.
-        return torch.stack(found).nanmedian(0).values.clamp(min=LEAST)
+        estimate = self.estimate()
+        identifies, read_off = self.identifies(estimate), estimate.isnan()
+        known = identifies | (self.common & ~read_off)
+        # What a text has to say can be a name of its prompt, if nothing else in it identifies it.
+        return estimate.masked_fill(~(known | (read_off & identifies.any())), 0.0)
 
     def continue_copies(self) -> None:
         """Put what the model says in the place of tokens that identify the text."""
-        identifies = (self.estimate() < LESS * self.known) & self.counted
+        if not self.copies:
+            return
+        identifies = self.identifies(self.estimate())
         for copy in self.copies:
             for place in copy.places[identifies & (copy.places >= 0)].tolist():
                 copy.ids[place] = int(copy.said[place])
+
+
+def _find_common_pairs(given: Sequence[GivenText]) -> set[_Pair]:
+    """The pairs of neighbouring tokens that ``COMMON`` of the texts or more have."""
+    seen: Counter[_Pair] = Counter()
+    for text in given:
+        seen.update({pair for piece in text.pieces for pair in pairwise([None, *piece, None])})
+    return {pair for pair, count in seen.items() if count >= COMMON}
 
 
 def _run(
