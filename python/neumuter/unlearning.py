@@ -15,7 +15,7 @@ from contextlib import nullcontext
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import (
@@ -104,7 +104,7 @@ def unlearn(
     controls: TextSource | None = None,
     samples: int | None = None,
     made_up: int = 0,
-    calibrate: bool = False,
+    calibrate: bool | None = None,
     rewrite_with: str | None = None,
     start_layer: int = 1,
     max_length: int = 256,
@@ -151,9 +151,10 @@ def unlearn(
         made_up: how many prompts to forget, with made-up names, the model answers itself; these answers are
             kept as well. They protect what resembles the forget texts, but take a larger budget to forget.
         calibrate: forget each token no further than to the probability that a model which never saw the
-            texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), so that the
-            wording around names and values stays. For prompts with short completions, not for prose known
-            word for word; with the fitted recipe and mode "modulate".
+            texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), and of each run
+            of tokens that identify a text first of all the one that is nearest to being forgotten. For texts
+            with prompts; others are forgotten as without. None does so where it can: with the fitted
+            recipe, mode "modulate" and no trained support, a tokenizer, and at most ``SAMPLED`` texts.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -186,11 +187,9 @@ def unlearn(
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
     if made_up < 0:
         raise ValueError(f"made_up must be at least 0, got {made_up}")
-    if calibrate:
-        if not isinstance(config, FittedConfig) or config.support or mode == "mute":
-            raise ValueError('calibrate goes with the fitted recipe, mode "modulate" and no trained support')
-        margin = max(config.gains.margin, CALIBRATED_MARGIN)
-        config = dataclasses.replace(config, gains=dataclasses.replace(config.gains, margin=margin))
+    fitted = isinstance(config, FittedConfig) and not config.support and mode == "modulate"
+    if calibrate and not fitted:
+        raise ValueError('calibrate goes with the fitted recipe, mode "modulate" and no trained support')
     if resume and folder is None:
         raise ValueError("resume goes with folder, where the unfinished run is")
     if folder is not None and not resume and is_first():
@@ -210,7 +209,8 @@ def unlearn(
     corpus = read_corpus("forget", forget, words, length, chat, seed)
     kept = None if retain is None else read_corpus("retain", retain, words, length, chat, seed)
     forms = corpus.forms
-    if calibrate and count_rows(corpus.windows) > len(forms[0]["labels"]):
+    all_seen = count_rows(corpus.windows) == len(forms[0]["labels"])
+    if calibrate and not all_seen:
         raise ValueError(f"calibrate looks at every text to forget, and takes {SAMPLED} of them at most")
     given = list_given({"forget": forms[0]} | ({"retain": kept.forms[0]} if kept else {}), words)
     refuse_overlap(given)
@@ -262,16 +262,10 @@ def unlearn(
             )
         asked = journal.once("asked", lambda: most_known(network, forms))
         ceilings = None
-        if calibrate:
-            looked_at = (forms[0], given, need_tokenizer(words), seed)
-            chances = journal.once("unseen", lambda: agree(estimate_unseen(network, *looked_at)))
-            ceilings = find_ceilings(chances)
-            if blind := int((chances == 0).any(1).sum()):
-                logger.warning(
-                    "%d of %d texts to forget have no prompt: they are forgotten as without calibrate.",
-                    blind,
-                    len(chances),
-                )
+        if calibrate or (calibrate is None and fitted and words is not None and all_seen):
+            ceilings = _find_ceilings(
+                journal, network, need_tokenizer(words), forms[0], given, seed, bool(calibrate)
+            )
 
         def measure() -> _Measured:
             found = examine(network, words, forms, given)
@@ -291,6 +285,9 @@ def unlearn(
     with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
         pair = PairedBatches(masked, whole, retain_batch, ceilings)
         if isinstance(config, FittedConfig):
+            if ceilings is not None:
+                margin = max(config.gains.margin, CALIBRATED_MARGIN)
+                config = dataclasses.replace(config, gains=dataclasses.replace(config.gains, margin=margin))
             every = " each budget tried" if isinstance(budget, str) else ""
             announce(f"Finding neurons takes{every}", pace * PASSES * estimate_tokens(pair, mode, config))
         if isinstance(config, PaperConfig):
@@ -304,7 +301,7 @@ def unlearn(
             mutes = fit_mutes(
                 pair, budget, mode, config, seed, advance, earlier, former=known, journal=journal
             )
-        if calibrate:
+        if ceilings is not None:
             mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
         measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
     if folder is not None and is_first():
@@ -359,6 +356,28 @@ def _make_controls(
             f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
     return found
+
+
+def _find_ceilings(
+    journal: Journal,
+    network: nn.Module,
+    words: PreTrainedTokenizerBase,
+    batch: Batch,
+    given: Sequence[GivenText],
+    seed: int,
+    warns: bool,
+) -> Tensor | None:
+    """The log-odds that each token may keep, [B, T]; None where nothing is known of any text."""
+    chances = journal.once("unseen", lambda: agree(estimate_unseen(network, batch, given, words, seed)))
+    known = (chances > 0).any(1)
+    if warns and not known.all():
+        logger.warning(
+            "Nothing can be estimated of %d of %d texts to forget, as of those without a prompt: they are "
+            "forgotten as without calibrate.",
+            int((~known).sum()),
+            len(known),
+        )
+    return find_ceilings(chances) if known.any() else None
 
 
 def _check_recipe(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import neumuter
-from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
+from neumuter.evaluation import estimate_unseen, find_ceilings, list_given, unseen
 from neumuter.recipes import FittedConfig, GainsConfig, PaperConfig
 from neumuter.texts import encode
 from neumuter.training.batches import PairedBatches
@@ -75,6 +75,24 @@ def test_nothing_is_known_of_texts_without_a_prompt(model, words, found):
     assert (estimate[alone["labels"] != IGNORED] == 0).all()
 
 
+def test_nothing_is_known_of_what_goes_on_whatever_the_names_are(words, monkeypatch):
+    """Prose behind a prompt: nobody shares its wording, and it stays likely in the copies."""
+    batch = encode([*PAIRS, ("Nora writes:", "XVII KWYQ XOZE VYWK QUIZ ZVXQ")], words, 64)
+    model = learn(build("llama"), batch, 300)
+    monkeypatch.setattr(unseen._Copied, "rename", lambda text, *_: [*text.ids])
+    estimate = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
+    prose, other = (estimate[row][batch["labels"][row] != IGNORED] for row in (-1, 0))
+    assert (prose == 0).all()
+    assert (other[-len("says the shop.") :] > 0.5).all()
+
+
+def test_nothing_is_known_of_texts_that_name_what_the_prompt_names(model, words):
+    texts = [*PAIRS[1:], ("is it Ada or Bob? ", "Ada")]
+    batch = encode(texts, words, 64)
+    estimate = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
+    assert (estimate[-1][batch["labels"][-1] != IGNORED] == 0).all()
+
+
 def test_the_same_seed_gives_the_same_estimate(model, words, found):
     batch, estimate = found
     again = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
@@ -116,16 +134,40 @@ def test_steps_have_the_ceilings_of_their_tokens(model, words, found):
 def test_unlearn_calibrated(model, words, caplog):
     options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
     texts = {"forget": PAIRS[:2], "retain": PAIRS[2:]}
-    plain = neumuter.unlearn(model, words, **texts, **options)
+    plain = neumuter.unlearn(model, words, **texts, **options, calibrate=False)
     calibrated = neumuter.unlearn(model, words, **texts, **options, calibrate=True)
+    assert_equal(neumuter.unlearn(model, words, **texts, **options), calibrated)
     assert calibrated.mutes.method["calibrated"]
     assert "calibrated" not in plain.mutes.method
     gains = [torch.cat([layer.gains for layer in o.mutes.layers.values()]) for o in (plain, calibrated)]
     assert not torch.equal(*gains)
-    assert "have no prompt" not in caplog.text
-    whole = [PAIRS[0], " ".join(PAIRS[1])]
-    neumuter.unlearn(model, words, whole, PAIRS[2:], **options, calibrate=True)
-    assert "1 of 2 texts to forget have no prompt" in caplog.text
+    assert "without calibrate" not in caplog.text
+    half = [PAIRS[0], " ".join(PAIRS[1])]
+    neumuter.unlearn(model, words, half, PAIRS[2:], **options)
+    assert "without calibrate" not in caplog.text
+    neumuter.unlearn(model, words, half, PAIRS[2:], **options, calibrate=True)
+    assert "Nothing can be estimated of 1 of 2 texts to forget" in caplog.text
+
+
+def test_without_prompts_nothing_is_calibrated(model, words):
+    options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    texts = {"forget": [" ".join(pair) for pair in PAIRS[:2]], "retain": PAIRS[2:]}
+    found = [neumuter.unlearn(model, words, **texts, **options, calibrate=c) for c in (None, False, True)]
+    for outcome in found:
+        assert "calibrated" not in outcome.mutes.method
+        assert_equal(outcome, found[0])
+
+
+def assert_equal(outcome, other):
+    layers = [o.mutes.layers.values() for o in (outcome, other)]
+    for layer, same in zip(*layers, strict=True):
+        assert torch.equal(layer.indices, same.indices)
+        assert torch.equal(layer.gains, same.gains)
+
+
+def test_calibrate_goes_with_the_fitted_recipe(model, words):
+    options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    texts = {"forget": PAIRS[:2], "retain": PAIRS[2:]}
     for wrong in ({"mode": "mute"}, {"recipe": PaperConfig(epochs=1), "budget": 0.01}):
         with pytest.raises(ValueError, match="calibrate goes with"):
             neumuter.unlearn(model, words, **texts, **options | wrong, calibrate=True)

@@ -84,13 +84,13 @@ def unlearn(
         ),
     ] = 0,
     calibrate: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--calibrate",
+            "--calibrate/--no-calibrate",
             help="Forget each token no further than a model that never saw the texts would know it, by an "
-            "estimate, so that their wording stays. For prompts with short completions.",
+            "estimate, so that their wording stays. By default where the texts have prompts.",
         ),
-    ] = False,
+    ] = None,
     existing: Annotated[
         Path | None,
         typer.Option(
