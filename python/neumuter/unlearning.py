@@ -15,14 +15,13 @@ from contextlib import nullcontext
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.calibrating import choose_calibration, estimate_ceilings, widen_margin
 from neumuter.evaluation import (
     continue_texts,
-    estimate_unseen,
     examine,
-    find_ceilings,
     find_overlap,
     judge_texts,
     list_given,
@@ -64,7 +63,7 @@ from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode
 from neumuter.texts.chat import TEMPLATE_USED
-from neumuter.texts.corpus import SAMPLED, read_corpus
+from neumuter.texts.corpus import read_corpus
 from neumuter.texts.encoding import count_rows, join_windows, sample_rows
 from neumuter.texts.neighbours import rewrite_texts
 from neumuter.texts.sources import TextSource
@@ -77,8 +76,6 @@ from neumuter.types import Batch, Callback, Text
 
 # Retain texts whose loss is measured.
 MEASURED_TEXTS = 512
-# Nats by which log-odds may fall below 0 where ceilings say how far is enough.
-CALIBRATED_MARGIN = 3.0
 # A backward pass takes about twice as long as the forward pass.
 PASSES = 3
 # Of the texts to forget, the loss of the texts to keep, of the controls, what the model says, and the seconds
@@ -153,8 +150,8 @@ def unlearn(
         calibrate: forget each token no further than to the probability that a model which never saw the
             texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), and of each run
             of tokens that identify a text first of all the one that is nearest to being forgotten. For texts
-            with prompts; others are forgotten as without. None does so where it can: with the fitted
-            recipe, mode "modulate" and no trained support, a tokenizer, and at most ``SAMPLED`` texts.
+            with prompts; others are forgotten as without. None does so where it can be done: with the
+            fitted recipe, mode "modulate" and no trained support, a tokenizer, and up to 1,024 texts.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -187,9 +184,6 @@ def unlearn(
         raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
     if made_up < 0:
         raise ValueError(f"made_up must be at least 0, got {made_up}")
-    fitted = isinstance(config, FittedConfig) and not config.support and mode == "modulate"
-    if calibrate and not fitted:
-        raise ValueError('calibrate goes with the fitted recipe, mode "modulate" and no trained support')
     if resume and folder is None:
         raise ValueError("resume goes with folder, where the unfinished run is")
     if folder is not None and not resume and is_first():
@@ -209,9 +203,7 @@ def unlearn(
     corpus = read_corpus("forget", forget, words, length, chat, seed)
     kept = None if retain is None else read_corpus("retain", retain, words, length, chat, seed)
     forms = corpus.forms
-    all_seen = count_rows(corpus.windows) == len(forms[0]["labels"])
-    if calibrate and not all_seen:
-        raise ValueError(f"calibrate looks at every text to forget, and takes {SAMPLED} of them at most")
+    calibrates = choose_calibration(calibrate, config, mode, words, corpus)
     given = list_given({"forget": forms[0]} | ({"retain": kept.forms[0]} if kept else {}), words)
     refuse_overlap(given)
     unseen = _make_controls(controls, forms, given, words, length, chat, seed)
@@ -261,11 +253,7 @@ def unlearn(
                 count_rows(retain_batch),
             )
         asked = journal.once("asked", lambda: most_known(network, forms))
-        ceilings = None
-        if calibrate or (calibrate is None and fitted and words is not None and all_seen):
-            ceilings = _find_ceilings(
-                journal, network, need_tokenizer(words), forms[0], given, seed, bool(calibrate)
-            )
+        ceilings = estimate_ceilings(journal, network, words, corpus, given, seed) if calibrates else None
 
         def measure() -> _Measured:
             found = examine(network, words, forms, given)
@@ -286,8 +274,7 @@ def unlearn(
         pair = PairedBatches(masked, whole, retain_batch, ceilings)
         if isinstance(config, FittedConfig):
             if ceilings is not None:
-                margin = max(config.gains.margin, CALIBRATED_MARGIN)
-                config = dataclasses.replace(config, gains=dataclasses.replace(config.gains, margin=margin))
+                config = widen_margin(config)
             every = " each budget tried" if isinstance(budget, str) else ""
             announce(f"Finding neurons takes{every}", pace * PASSES * estimate_tokens(pair, mode, config))
         if isinstance(config, PaperConfig):
@@ -356,28 +343,6 @@ def _make_controls(
             f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
     return found
-
-
-def _find_ceilings(
-    journal: Journal,
-    network: nn.Module,
-    words: PreTrainedTokenizerBase,
-    batch: Batch,
-    given: Sequence[GivenText],
-    seed: int,
-    warns: bool,
-) -> Tensor | None:
-    """The log-odds that each token may keep, [B, T]; None where nothing is known of any text."""
-    chances = journal.once("unseen", lambda: agree(estimate_unseen(network, batch, given, words, seed)))
-    known = (chances > 0).any(1)
-    if warns and not known.all():
-        logger.warning(
-            "Nothing can be estimated of %d of %d texts to forget, as of those without a prompt: they are "
-            "forgotten as without calibrate.",
-            int((~known).sum()),
-            len(known),
-        )
-    return find_ceilings(chances) if known.any() else None
 
 
 def _check_recipe(

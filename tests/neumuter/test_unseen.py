@@ -141,11 +141,9 @@ def test_unlearn_calibrated(model, words, caplog):
     assert "calibrated" not in plain.mutes.method
     gains = [torch.cat([layer.gains for layer in o.mutes.layers.values()]) for o in (plain, calibrated)]
     assert not torch.equal(*gains)
-    assert "without calibrate" not in caplog.text
+    assert "be estimated" not in caplog.text
     half = [PAIRS[0], " ".join(PAIRS[1])]
-    neumuter.unlearn(model, words, half, PAIRS[2:], **options)
-    assert "without calibrate" not in caplog.text
-    neumuter.unlearn(model, words, half, PAIRS[2:], **options, calibrate=True)
+    assert neumuter.unlearn(model, words, half, PAIRS[2:], **options).mutes.method["calibrated"]
     assert "Nothing can be estimated of 1 of 2 texts to forget" in caplog.text
 
 
@@ -163,6 +161,16 @@ def assert_equal(outcome, other):
     for layer, same in zip(*layers, strict=True):
         assert torch.equal(layer.indices, same.indices)
         assert torch.equal(layer.gains, same.gains)
+
+
+def test_what_cannot_be_calibrated_is_said(model, words, caplog):
+    options = {"samples": 0, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    batches = [encode(texts, words, 64) for texts in (PAIRS[:2], PAIRS[2:])]
+    outcome = neumuter.unlearn(model, None, *batches, **options)
+    assert "calibrated" not in outcome.mutes.method
+    assert "Which tokens identify a text cannot be estimated without a tokenizer" in caplog.text
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        neumuter.unlearn(model, None, *batches, **options, calibrate=True)
 
 
 def test_calibrate_goes_with_the_fitted_recipe(model, words):

@@ -55,24 +55,34 @@ def estimate_unseen(
     common = _find_common_pairs(given)
     texts = [_Copied(batch, row, start, common) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
-    for text in texts:
-        count = COPIES if text.has_prompt else 0
-        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(count)]
+    asked = [text for text, prompted in zip(texts, has_prompt(batch), strict=True) if prompted]
+    for text in asked:
+        text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(COPIES)]
+    copies = [copy for text in asked for copy in text.copies]
     with torch.no_grad(), without_dropout(model):
-        for text, (known, _) in zip(texts, _run(model, [text.ids for text in texts], generator), strict=True):
+        for text, (known, _) in zip(asked, _run(model, [text.ids for text in asked], generator), strict=True):
             text.known = known
         for _ in range(ROUNDS):
-            copies = [copy for text in texts for copy in text.copies]
             for copy, (found, said) in zip(
                 copies, _run(model, [copy.ids for copy in copies], generator), strict=True
             ):
                 copy.found, copy.said = found, said
-            for text in texts:
+            for text in asked:
                 text.continue_copies()
     estimate = torch.full(batch["labels"].shape, torch.nan)
     for row, text in enumerate(texts):
         estimate[row, : len(text.ids)] = text.judge()
     return estimate.masked_fill(batch["labels"].cpu() == IGNORED, torch.nan)
+
+
+def has_prompt(batch: Batch) -> list[bool]:
+    """Whether tokens before those that count ask for them, for each text."""
+    counted = batch["labels"].cpu() != IGNORED
+    starts = find_prompt_ends(batch)
+    return [
+        start > START_TOKENS and not bool(row[:start].any())
+        for start, row in zip(starts, counted, strict=True)
+    ]
 
 
 def find_ceilings(estimate: Tensor) -> Tensor:
@@ -114,11 +124,6 @@ class _Copied:
         # Whether the token before it or the one behind it belongs to it in other texts, too.
         self.common = self.common[:-1] | self.common[1:]
 
-    @property
-    def has_prompt(self) -> bool:
-        """Whether tokens before those that count ask for them."""
-        return self.start > START_TOKENS and not bool(self.counted[: self.start].any())
-
     def rename(self, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> list[int]:
         """The ids of a copy."""
         prompt = str(tokenizer.decode(self.ids[: self.start], skip_special_tokens=True))
@@ -151,8 +156,6 @@ class _Copied:
 
     def continue_copies(self) -> None:
         """Put what the model says in the place of tokens that identify the text."""
-        if not self.copies:
-            return
         identifies = self.identifies(self.estimate())
         for copy in self.copies:
             for place in copy.places[identifies & (copy.places >= 0)].tolist():

@@ -1,0 +1,84 @@
+"""How far each token of a request is to be forgotten: no further than a model that never saw the texts."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.evaluation import estimate_unseen, find_ceilings
+from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.unseen import has_prompt
+from neumuter.preparing import need_tokenizer
+from neumuter.recipes import FittedConfig, PaperConfig
+from neumuter.texts.corpus import SAMPLED, Corpus
+from neumuter.texts.encoding import count_rows
+from neumuter.training.journal import Journal
+from neumuter.training.processes import agree
+
+# Nats by which log-odds may fall below 0 where ceilings say how far is enough.
+MARGIN = 3.0
+
+logger = logging.getLogger("neumuter")
+
+
+def choose_calibration(
+    calibrate: bool | None,
+    recipe: FittedConfig | PaperConfig,
+    mode: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: Corpus,
+) -> bool:
+    """Whether the texts to forget are calibrated; says why not where it would help.
+
+    Args:
+        calibrate: what the user asks for; None calibrates where it can be done.
+
+    Raises:
+        ValueError: it is asked for and cannot be done.
+    """
+    all_seen = count_rows(corpus.windows) == len(corpus.forms[0]["labels"])
+    if not isinstance(recipe, FittedConfig) or recipe.support or mode == "mute":
+        if calibrate:
+            raise ValueError('calibrate goes with the fitted recipe, mode "modulate" and no trained support')
+        return False
+    if calibrate is not None:
+        if calibrate and not all_seen:
+            raise ValueError(f"calibrate looks at every text to forget, and takes {SAMPLED} of them at most")
+        return calibrate
+    if not any(has_prompt(corpus.forms[0])):
+        return False
+    if tokenizer is None or not all_seen:
+        reason = "without a tokenizer" if tokenizer is None else f"of more than {SAMPLED} texts"
+        logger.warning("Which tokens identify a text cannot be estimated %s: all count alike.", reason)
+        return False
+    return True
+
+
+def estimate_ceilings(
+    journal: Journal,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: Corpus,
+    given: Sequence[GivenText],
+    seed: int,
+) -> Tensor | None:
+    """The log-odds that each token may keep, [B, T]; None where nothing is known of any text."""
+    options = (corpus.forms[0], given, need_tokenizer(tokenizer), seed)
+    chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options)))
+    known = (chances > 0).any(1)
+    if not known.all():
+        logger.warning(
+            "Nothing can be estimated of %d of %d texts to forget, as of those without a prompt: all their "
+            "tokens count alike.",
+            int((~known).sum()),
+            len(known),
+        )
+    return find_ceilings(chances) if known.any() else None
+
+
+def widen_margin(recipe: FittedConfig) -> FittedConfig:
+    """The recipe for texts whose ceilings are known."""
+    margin = max(recipe.gains.margin, MARGIN)
+    return dataclasses.replace(recipe, gains=dataclasses.replace(recipe.gains, margin=margin))
