@@ -17,7 +17,6 @@ from bench.unlearning.synth import Setting
 from neumuter.demo import task
 from neumuter.evaluation import list_given
 from neumuter.evaluation.examination import continue_prompts
-from neumuter.evaluation.others import find_others
 from neumuter.evaluation.strangers import ask_about_strangers
 from neumuter.recipes import propose_by_fisher
 from neumuter.serving.live import mute
@@ -97,10 +96,8 @@ class Refusing(Setting):
     def measure(self, model):
         batches = {"same": self.encode(self.same, "continuation"), "made_up": self.strangers}
         said = continue_prompts(model, self.tokenizer, self.asked, LENGTH)
-        others = find_others(self.given[: len(said)], said, self.given, self.tokenizer)
         return super().measure(model) | {
             "instead": self._count_refusals(said),
-            "others": sum(other is not None for other in others) / len(others),
             **{
                 f"{name}_refused": self._count_refusals(
                     continue_prompts(model, self.tokenizer, batch, LENGTH)

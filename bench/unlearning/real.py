@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 
 from bench.unlearning import people
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from bench.unlearning.others import others_rate
 from neumuter import evaluation
 from neumuter.demo import task
 from neumuter.demo.model import cache_folder
@@ -146,6 +147,7 @@ class Setting:
             "forget_ma": evaluation.memorization_accuracy(model, forget),
             "forget_sampled": evaluation.sampled_extraction(model, forget),
             "forget_loss": evaluation.mean_token_loss(model, forget),
+            "others": others_rate(model, tokenizer(), forget, self.retain),
             "retain_extraction": evaluation.extraction_rate(model, self.retain),
             "retain_loss": evaluation.mean_token_loss(model, self.retain),
             "heldout_perplexity": evaluation.perplexity(model, self.heldout),

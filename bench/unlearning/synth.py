@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2Config
 
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from bench.unlearning.others import others_rate
 from neumuter import evaluation
 from neumuter.demo import task
 from neumuter.demo.model import Training, architecture, build, load_or_train
@@ -100,13 +101,15 @@ class Setting:
 
     def measure(self, model):
         keep = self.same + self.other
+        asked, kept = (self.encode(records, "continuation") for records in (self.forget, keep))
         return {
-            "forget_extraction": evaluation.extraction_rate(model, self.encode(self.forget, "continuation")),
+            "forget_extraction": evaluation.extraction_rate(model, asked),
+            "others": others_rate(model, self.tokenizer, asked, kept),
             "forget_ma": evaluation.memorization_accuracy(model, self.encode(self.forget, "secret")),
             "forget_secrets": evaluation.secret_extraction(model, self.encode(self.forget, "secret")),
             "forget_loss": evaluation.mean_token_loss(model, self.encode(self.forget, "secret")),
             "same_extraction": evaluation.extraction_rate(model, self.encode(self.same, "continuation")),
-            "retain_extraction": evaluation.extraction_rate(model, self.encode(keep, "continuation")),
+            "retain_extraction": evaluation.extraction_rate(model, kept),
             "heldout_perplexity": evaluation.perplexity(model, self.heldout),
         }
 
