@@ -9,13 +9,15 @@ import functools
 
 import torch
 
-import neumuter
 from bench.unlearning import real, synth
 from neumuter import evaluation
+from neumuter.calibrating import widen_margin
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
-from neumuter.recipes import FittedConfig, GainsConfig
+from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
 from neumuter.serving.live import mute
 from neumuter.texts import join_batches
+from neumuter.training.batches import PairedBatches
+from neumuter.training.masked import attach
 from neumuter.types import IGNORED
 
 
@@ -27,22 +29,29 @@ class Compared:
     """
 
     def find(self, method):
-        gains = GainsConfig(steps=self.recipe["steps"], batch_size=self.recipe["batch_size"])
-        outcome = neumuter.unlearn(
-            self.full, self.tokenizer, self.batch, self.kept, budget=self.share, recipe=FittedConfig(gains),
-            calibrate=method == "calibrated", samples=0, start_layer=0, seed=self.seed,
-            callback=lambda *_: None,
-        )  # fmt: skip
-        with mute(self.full, outcome.mutes):
-            return {"share": outcome.mutes.share} | self.measure(self.full)
+        """What is left with a mute set found as ``unlearn`` finds it, with the estimate or without."""
+        recipe = FittedConfig(GainsConfig(steps=self.recipe["steps"], batch_size=self.recipe["batch_size"]))
+        ceilings = None
+        if method == "calibrated":
+            recipe, ceilings = widen_margin(recipe), find_ceilings(self.estimate)
+        with attach(self.full, start_layer=0) as masked:
+            pair = PairedBatches(masked, self.batch, self.kept, ceilings)
+            mutes = fit_mutes(pair, self.share, config=recipe, seed=self.seed)
+        with mute(self.full, mutes):
+            return {"share": mutes.share} | self.measure(self.full)
 
+    @functools.cached_property
     def estimate(self):
-        """How the estimate agrees with the retrained model on which tokens are likely, and its mean loss."""
         given = list_given({"forget": self.batch, "retain": self.kept}, self.tokenizer)
-        estimate = estimate_unseen(self.full, self.batch, given, self.tokenizer, self.seed)
+        return estimate_unseen(self.full, self.batch, given, self.tokenizer, self.seed)
+
+    def compare(self):
+        """How the estimate agrees with the retrained model on which tokens are likely, and its mean loss.
+
+        Where nothing is estimated, as of names, which are read off the prompt, the model stands for itself.
+        """
         known = _chances(self.full, self.batch)
-        # A name is read off the prompt, as it is by the model that knows the text.
-        estimate = torch.where(estimate.isnan(), known, estimate)
+        estimate = torch.where(self.estimate > 0, self.estimate, known)
         true = _chances(self.retrained(), self.batch)
         counted = self.batch["labels"][:, 1:] != IGNORED
         agree = ((estimate > 0.5) == (true > 0.5))[:, 1:][counted].float().mean().item()
@@ -107,6 +116,6 @@ def _cases(about, setting, quick):
             about | {"method": "retrained"},
             lambda: {"share": 0.0} | setting().measure(setting().retrained()),
         )
-        yield about | {"method": "estimate"}, lambda: setting().estimate()
+        yield about | {"method": "estimate"}, lambda: setting().compare()
     for method in ("calibrated", "plain"):
         yield about | {"method": method}, lambda method=method: setting().find(method)
