@@ -13,7 +13,7 @@ from bench.unlearning import real, synth
 from neumuter import evaluation
 from neumuter.calibrating import widen_margin
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
-from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
+from neumuter.recipes import FittedConfig, fit_mutes
 from neumuter.serving.live import mute
 from neumuter.texts import join_batches
 from neumuter.training.batches import PairedBatches
@@ -24,14 +24,13 @@ from neumuter.types import IGNORED
 class Compared:
     """What is the same of both models.
 
-    A subclass is a ``Setting`` and says ``seeds``, ``share``, ``recipe``, ``batch``, the texts to forget, and
-    ``kept``, those to keep.
+    A subclass is a ``Setting`` and says ``seeds``, ``share``, ``batch``, the texts to forget, and ``kept``,
+    those to keep.
     """
 
     def find(self, method):
         """What is left with a mute set found as ``unlearn`` finds it, with the estimate or without."""
-        recipe = FittedConfig(GainsConfig(steps=self.recipe["steps"], batch_size=self.recipe["batch_size"]))
-        ceilings = None
+        recipe, ceilings = FittedConfig(), None
         if method == "calibrated":
             recipe, ceilings = widen_margin(recipe), find_ceilings(self.estimate)
         with attach(self.full, start_layer=0) as masked:
@@ -71,7 +70,7 @@ class Worded(Compared, synth.Setting):
     """SYNTH with all tokens behind the prompts to forget."""
 
     # The method was chosen on seeds 5, 6 and 7. Nobody has tuned anything on these.
-    seeds, share, recipe = (307, 311, 313), 0.05, synth.RECIPE
+    seeds, share = (307, 311, 313), 0.05
 
     def __init__(self, seed):
         super().__init__("gated, 0.9 M", seed)
