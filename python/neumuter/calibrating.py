@@ -12,6 +12,7 @@ from neumuter.evaluation.others import GivenText
 from neumuter.evaluation.unseen import has_prompt
 from neumuter.preparing import need_tokenizer
 from neumuter.recipes import FittedConfig, PaperConfig
+from neumuter.report.progress import Watch
 from neumuter.texts.corpus import SAMPLED, Corpus
 from neumuter.texts.encoding import count_rows
 from neumuter.training.journal import Journal
@@ -63,10 +64,12 @@ def estimate_ceilings(
     corpus: Corpus,
     given: Sequence[GivenText],
     seed: int,
+    watch: Watch,
 ) -> Tensor | None:
     """The log-odds that each token may keep, [B, T]; None where nothing is known of any text."""
     options = (corpus.forms[0], given, need_tokenizer(tokenizer), seed)
-    chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options)))
+    with watch("Estimating what identifies the texts") as advance:
+        chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options, advance)))
     known = (chances > 0).any(1)
     if not known.all():
         logger.warning(

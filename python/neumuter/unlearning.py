@@ -253,7 +253,9 @@ def unlearn(
                 count_rows(retain_batch),
             )
         asked = journal.once("asked", lambda: most_known(network, forms))
-        ceilings = estimate_ceilings(journal, network, words, corpus, given, seed) if calibrates else None
+        ceilings = None
+        if calibrates:
+            ceilings = estimate_ceilings(journal, network, words, corpus, given, seed, watch)
 
         def measure() -> _Measured:
             found = examine(network, words, forms, given)

@@ -3,7 +3,7 @@
 import difflib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -32,6 +32,7 @@ def estimate_unseen(
     given: Sequence[GivenText],
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
+    callback: Callable[[int, int], object] | None = None,
 ) -> Tensor:
     """Estimate the probability of each counted token under a model that never saw the text.
 
@@ -43,6 +44,7 @@ def estimate_unseen(
     Args:
         batch: the texts, on which the model is certain.
         given: all texts that the user gave; they show which words are names.
+        callback: called as (done, total) after each pass over all texts or copies.
 
     Returns:
         float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
@@ -62,13 +64,17 @@ def estimate_unseen(
     with torch.no_grad(), without_dropout(model):
         for text, (known, _) in zip(asked, _run(model, [text.ids for text in asked], generator), strict=True):
             text.known = known
-        for _ in range(ROUNDS):
+        for done in range(1, ROUNDS + 1):
+            if callback:
+                callback(done, ROUNDS + 1)
             for copy, (found, said) in zip(
                 copies, _run(model, [copy.ids for copy in copies], generator), strict=True
             ):
                 copy.found, copy.said = found, said
             for text in asked:
                 text.continue_copies()
+    if callback:
+        callback(ROUNDS + 1, ROUNDS + 1)
     estimate = torch.full(batch["labels"].shape, torch.nan)
     for row, text in enumerate(texts):
         estimate[row, : len(text.ids)] = text.judge()
@@ -181,10 +187,14 @@ def _run(
     shown = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
     def run(part: Batch) -> list[tuple[Tensor, Tensor]]:
-        chances = predict(model, part)[:, :-1].float().softmax(-1).cpu()
-        here = part["input_ids"].cpu()
+        chances = predict(model, part)[:, :-1].float().softmax(-1)
+        here = part["input_ids"].to(chances.device)
         known = chances.gather(2, here[:, 1:, None])[..., 0]
-        said = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(known)
+        # Drawn on the CPU, so that every device draws the same.
+        draws = torch.rand(known.shape, generator=generator).to(chances.device)
+        said = torch.searchsorted(chances.cumsum(-1), draws[..., None])[..., 0]
+        said = said.clamp(max=chances.shape[-1] - 1)
+        known, said, here = known.cpu(), said.cpu(), here.cpu()
         first = torch.ones(len(here), 1)
         return [*zip(torch.cat([first, known], 1), torch.cat([here[:, :1], said], 1), strict=True)]
 
