@@ -206,12 +206,11 @@ def location(rows, _):
 def calibrated(rows, model):
     """With the estimate and without, beside the original and the retrained model."""
     names = {
-        "plain": "our default", "nearest": "ours, as if all tokens identified",
-        "calibrated": "our default, calibrated", "estimate": "the estimate",
+        "plain": "ours, all tokens alike", "calibrated": "**our default**", "estimate": "the estimate",
     }  # fmt: skip
     rows = _where(_related(rows, ("model", "seed")), model=model)
     columns = ["agree", *(c for c in COLUMNS if c not in ("agree", "forget_ma", "steps"))]
-    order = ("before", "retrained", "estimate", "plain", "nearest", "calibrated")
+    order = ("before", "retrained", "estimate", "plain", "calibrated")
     return (rows and table([((NAMES | names)[m], _where(rows, method=m)) for m in order], columns)) or None
 
 
