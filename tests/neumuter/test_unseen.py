@@ -106,14 +106,17 @@ def test_ceilings_are_log_odds():
 
 
 def test_a_token_is_forgotten_down_to_its_ceiling():
-    losses = torch.tensor([0.1, 0.1, 0.1, 3.0], requires_grad=True)
-    ceilings = torch.tensor([-math.inf, 1.0, math.inf, -1.0])
+    losses = torch.tensor([0.1, 0.1, 0.1, 3.0, 3.0, 3.0, 0.1], requires_grad=True)
+    ceilings = torch.tensor([-math.inf, 1.0, math.inf, -1.0, -math.inf, -5.0, -5.0])
     hinge = odds_hinge(losses, 2.0, ceilings)
     odds = log_odds(losses.detach())
-    torch.testing.assert_close(hinge.detach(), torch.stack([odds[0] + 2, odds[1] - 1, *torch.zeros(2)]))
+    beyond = 0.3 * torch.stack([odds[5] + 5, torch.tensor(3.0)])
+    expected = [odds[0] + 2, odds[1] - 1, *torch.zeros(3), beyond[0], odds[6] + 2 + beyond[1]]
+    torch.testing.assert_close(hinge.detach(), torch.stack(expected))
     hinge.sum().backward()
     assert losses.grad.isfinite().all()
-    assert (losses.grad[2:] == 0).all()
+    assert (losses.grad[2:5] == 0).all()
+    torch.testing.assert_close(losses.grad[6], losses.grad[0])
 
 
 def test_steps_have_the_ceilings_of_their_tokens(model, words, found):

@@ -10,6 +10,8 @@ from neumuter.types import IGNORED
 
 # Tokens in a row that give a text away: one of them must not come out.
 LONGEST_RUN = 8
+# What a token that is forgotten as far as the margin still weighs, on its way to its ceiling.
+BEYOND = 0.3
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -66,11 +68,15 @@ def odds_hinge(losses: Tensor, margin: float, ceilings: Tensor | None = None) ->
     logit is 1 whatever p is.
 
     Args:
-        ceilings: the log-odds that each token may keep where they are above −margin, [N]; None: none.
+        ceilings: the log-odds that each token may keep, [N]; −∞ where nothing is known; None: nowhere. Above
+            −margin the hinge ends there. Below, it goes on to there with the slope ``BEYOND``.
     """
+    odds = log_odds(losses)
     if ceilings is None:
-        return F.relu(margin + log_odds(losses))
-    return F.relu(log_odds(losses) - ceilings.clamp(min=-margin))
+        return F.relu(margin + odds)
+    floors = ceilings.clamp(min=-margin)
+    further = torch.minimum(odds, floors) - torch.where(ceilings.isfinite(), ceilings, floors)
+    return F.relu(odds - floors) + BEYOND * F.relu(further)
 
 
 def weigh_runs(odds: Tensor, runs: Tensor) -> Tensor:
