@@ -49,7 +49,8 @@ NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
 RESULTS = ALL_RESULTS / "unlearning"
 CODE = (
     "python/neumuter/recipes/*.py", "python/neumuter/training/*.py", "python/neumuter/unlearning.py",
-    "bench/unlearning/methods.py",
+    "python/neumuter/calibrating.py", "python/neumuter/evaluation/unseen.py",
+    "python/neumuter/evaluation/made_up.py", "bench/unlearning/methods.py",
 )  # fmt: skip
 
 
