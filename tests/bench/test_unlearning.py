@@ -292,13 +292,14 @@ def test_a_crowd_is_of_different_customers():
     assert crowd == slopes.make_crowd(3, 50) != slopes.make_crowd(4, 50)
 
 
-def test_calibrated_runs(tiny):
+def test_calibrated_runs(tiny, monkeypatch):
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
     found = quick_rows(calibrated.cases(quick=True))
-    assert [row["method"] for row in found] == ["before", "plain", "nearest", "calibrated"]
-    assert found[1]["share"] == found[2]["share"] == found[3]["share"] > 0
+    assert [row["method"] for row in found] == ["before", "calibrated", "plain"]
+    assert found[1]["share"] == found[2]["share"] > 0
     # These models know no record, so that only the estimate itself can be looked at.
     setting = calibrated.Worded(3)
-    estimate = setting.estimate()
+    estimate = setting.compare()
     assert 0 <= estimate["agree"] <= 1
     assert estimate["worded_loss"] == pytest.approx(setting.measure(setting.full)["worded_loss"], rel=0.2)
 
