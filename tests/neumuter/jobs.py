@@ -97,6 +97,10 @@ def gradients(model, change=0, at_once=None):
 # The layouts in which each process has a copy of the model.
 QUANTISED = ("4bit", "8bit", "int8", "int4")
 COPIES = ("ddp", *QUANTISED)
+# Those in which transformers splits it.
+SPLIT = {
+    "fsdp": dict(fsdp_size=2), "tp": dict(tp_plan="auto"), "fsdp+tp": dict(fsdp_size=2, tp_size=2),
+}  # fmt: skip
 JOBS = {
     "modulate": dict(recipe=FittedConfig(GainsConfig(steps=6, batch_size=3))),
     "mute": dict(recipe=FittedConfig(support=SupportConfig(steps=6, batch_size=2)), mode="mute"),
@@ -200,8 +204,8 @@ def placed(model, layout):
     """The model of a folder in that layout."""
     if layout in QUANTISED:
         return quantised(model, layout)
-    if layout in ("fsdp", "tp"):
-        config = DistributedConfig(**{"fsdp": dict(fsdp_size=2), "tp": dict(tp_plan="auto")}[layout])
+    if layout in SPLIT:
+        config = DistributedConfig(**SPLIT[layout])
         return AutoModelForCausalLM.from_pretrained(model, distributed_config=config).eval()
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     if layout == "fully_shard":

@@ -16,7 +16,7 @@ import neumuter
 from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.cli.arguments import check_size
-from neumuter.models.layouts import check_layout, make_distributed_config
+from neumuter.models.layouts import check_layout, divide, make_distributed_config
 from neumuter.training.plan import plan
 from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
@@ -111,7 +111,11 @@ def test_places_that_several_processes_cannot_share(monkeypatch):
         ("llama4", "tp", 2, r"would split the experts of model.layers.1.feed_forward.experts"),
         ("gpt_neo", "tp", 2, r"no plan for the layout 'tp' of GPTNeo"),
         ("llama", "tp", 4, r"2 key-value heads cannot be divided by 4 processes"),
-        ("llama", "tp", 2, None), ("mixtral", "tp", 2, None), ("mixtral", "fsdp", 3, None),
+        ("llama4", "fsdp+tp", 4, r"'fsdp\+tp' would split the experts"),
+    ("gpt_neo", "fsdp+tp", 4, r"no plan for the layout 'tp' of GPTNeo"),
+    ("llama", "fsdp+tp", 8, r"2 key-value heads cannot be divided by 4 processes"),
+    ("llama", "fsdp+tp", 2, r"takes 4 processes or more"), ("llama", "fsdp+tp", 4, None),
+    ("llama", "tp", 2, None), ("mixtral", "tp", 2, None), ("mixtral", "fsdp", 3, None),
         ("jetmoe", "ddp", 3, None),
     ],
 )  # fmt: skip
@@ -120,6 +124,16 @@ def test_layouts_are_refused_before_a_model_is_loaded(name, layout, count, messa
         network = AutoModelForCausalLM.from_config(config(name))
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         check_layout(layout, network, count)
+
+
+def test_tensor_parallelism_stays_in_a_machine(monkeypatch):
+    assert divide("fsdp+tp", 6) == {"fsdp": 2, "tp": 3}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert divide("fsdp+tp", 6) == {"fsdp": 3, "tp": 2}
+    assert divide("fsdp", 6) == {"fsdp": 6}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="got 6, of which this machine has 4"):
+        divide("fsdp+tp", 6)
 
 
 EIGHT = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}

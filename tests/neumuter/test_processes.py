@@ -7,9 +7,16 @@ import tempfile
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import neumuter
+from neumuter.models.families import find_ffns
 from neumuter.mutes.fingerprint import distance
+from neumuter.training.processes import find_processes
+from neumuter.training.tracing import _imagined as imagined
+from tests.models import build
 from tests.neumuter import jobs
 from tests.neumuter.launching import run
 
@@ -24,6 +31,7 @@ SHARED = [
     ("mixtral", "tp", 2, ("modulate",)), ("qwen3_moe", "tp", 2, ()), ("gpt_oss", "tp", 2, ()),
     ("llama", "4bit", 2, ("modulate",)), ("llama", "8bit", 2, ()), ("phi3", "int8", 2, ("modulate",)),
     ("llama", "int4", 2, ()),
+    ("llama", "fsdp+tp", 4, ("modulate",)), ("mixtral", "fsdp+tp", 4, ()),
     ("llama", "tp", 2, ("modulate", "mute")), ("phi3", "tp", 2, ("modulate",)), ("gemma2", "tp", 2, ()),
 ]  # fmt: skip
 
@@ -94,9 +102,50 @@ def test_gradients_are_those_of_one_process(case, shared):
             assert torch.equal(one[what].isfinite(), finite), what
             # Ratios of squared gradients have several times the error of gradients, and tensor parallelism
             # rounds in other places: in float64 its gradients are the same to 1e-7.
-            limit = 5e-5 if what == "fisher" else 3e-5 if layout == "tp" else 1e-5
+            limit = 5e-5 if what == "fisher" else 3e-5 if "tp" in layout else 1e-5
             assert error(one[what][finite], value[finite]) < limit, what
             assert torch.equal(one[what][finite], found[0][what][finite]), what
+
+
+def split_by_hand(model, mesh):
+    """Tensor parallelism of the down projections."""
+    for layer in model.model.layers:
+        down = layer.mlp.down_proj
+        down.weight = torch.nn.Parameter(distribute_tensor(down.weight, mesh, [Shard(1)]), False)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "sharded", "expected"),
+    [
+        (("fsdp", "tp"), True, True, 2), (("replicate", "shard"), False, True, 4),
+        (("fsdp", "tp"), True, False, r"over a mesh of \(2,\) processes, but the process group has 4"),
+    ],
+)  # fmt: skip
+def test_samples_are_shared_where_layers_are_not_split(names, split, sharded, expected):
+    """Without FSDP2, nobody knows what those beyond tensor parallelism do."""
+    model = build("llama").requires_grad_(False)
+    with imagined(4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        if split:
+            split_by_hand(model, mesh["tp"])
+        if sharded:
+            fully_shard(model, mesh=mesh["fsdp"] if split else mesh)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                find_processes(model)
+        else:
+            assert find_processes(model).count == expected
+        assert [ffn.mesh is not None for ffn in find_ffns(model)] == [split] * 3
+
+
+def test_a_dimension_of_another_name_is_refused():
+    model = build("llama").requires_grad_(False)
+    with imagined(4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        split_by_hand(model, mesh["model"])
+        fully_shard(model, mesh=mesh["data"])
+        with pytest.raises(ValueError, match=r"along dimensions \[1\] over \['model'\], which masks"):
+            neumuter.attach(model)
 
 
 @having(*jobs.JOBS)

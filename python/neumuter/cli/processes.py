@@ -22,12 +22,13 @@ PATIENCE = datetime.timedelta(hours=2)
 
 
 class Layout(str, Enum):
-    """ddp: a copy of the model in each process. fsdp, tp: it is split, by FSDP2 or tensor parallelism."""
+    """ddp: a copy of the model in each process. Else it is split: by FSDP2, tensor parallelism, or both."""
 
     auto = "auto"
     ddp = "ddp"
     fsdp = "fsdp"
     tp = "tp"
+    both = "fsdp+tp"
 
 
 def count_processes() -> int:

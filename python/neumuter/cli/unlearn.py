@@ -181,8 +181,8 @@ def unlearn(
     layout: Annotated[
         Layout,
         typer.Option(
-            help="In several processes: ddp, a copy of MODEL in each; fsdp or tp, MODEL is split; auto, fsdp "
-            "where a copy would not fit the GPUs."
+            help="In several processes: ddp, a copy of MODEL in each; fsdp, tp or fsdp+tp, MODEL is split; "
+            "auto, fsdp where a copy would not fit the GPUs."
         ),
     ] = Layout.ddp,
     recompute: Annotated[

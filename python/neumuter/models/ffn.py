@@ -148,16 +148,21 @@ class FFN:
                 "without the samples that these belong to: masks cannot follow; use FSDP2 or tensor "
                 "parallelism"
             )
-        splits = [p.dim for p in getattr(weight, "placements", ()) if p.is_shard()]
+        placements = getattr(weight, "placements", ())
         # FSDP splits along dimension 0, and gathers before a forward.
-        if not splits or splits == [0]:
+        splits = {number: p.dim for number, p in enumerate(placements) if p.is_shard() and p.dim != 0}
+        if not splits:
             return None
-        if not self.can_be_split or splits != [self.down_order[-1]]:
-            raise ValueError(
-                f"the neurons of {self.path} are split along dimensions {splits}, which masks cannot follow"
-            )
         mesh: DeviceMesh = weight.device_mesh
-        return mesh
+        names, dimensions = mesh.mesh_dim_names or ("",) * mesh.ndim, [*splits.values()]
+        over = [names[number] for number in splits]
+        known = mesh.ndim == 1 or over == ["tp"]
+        if not self.can_be_split or dimensions != [self.down_order[-1]] or not known:
+            raise ValueError(
+                f"the neurons of {self.path} are split along dimensions {dimensions} over {over}, which "
+                "masks cannot follow"
+            )
+        return mesh if mesh.ndim == 1 else mesh["tp"]
 
     def own_neurons(self, computed: int) -> slice:
         """Find which neurons this process computes, of which there are ``computed``: tensor parallelism."""

@@ -1,5 +1,6 @@
 """How a model is laid out over the processes of a group: a copy in each, or split by transformers."""
 
+import os
 from typing import Any
 
 import transformers
@@ -15,7 +16,7 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
 
     Args:
         layout: "ddp", a copy in each process; "fsdp", FSDP2: layers are gathered when they run; "tp", tensor
-            parallelism: each process computes its part of each layer.
+            parallelism: each process computes its part of each layer; "fsdp+tp", both: see ``divide``.
         network: the model on the meta device.
         processes: how many there are.
 
@@ -28,37 +29,63 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
     if layout == "ddp":
         return
     make_distributed_config(layout, processes)
-    if not getattr(model, f"{layout}_plan"):
-        raise ValueError(f"transformers has no plan for the layout {layout!r} of {type(model).__name__}")
-    if layout == "fsdp":
+    sizes_of = divide(layout, processes)
+    for part in sizes_of:
+        if not getattr(model, f"{part}_plan"):
+            raise ValueError(f"transformers has no plan for the layout {part!r} of {type(model).__name__}")
+    if "tp" not in sizes_of:
         return
+    together = sizes_of["tp"]
     config = model.config.get_text_config()
     sizes = {"heads": config.num_attention_heads}
     sizes["key-value heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for ffn in find_ffns(model):
         if not ffn.can_be_split:
             raise ValueError(
-                f"the layout 'tp' would split the experts of {ffn.path}, and masks cannot follow: use 'fsdp'"
+                f"the layout {layout!r} would split the experts of {ffn.path}, and masks cannot follow: use "
+                "'fsdp'"
             )
         sizes[f"neurons of {ffn.path}"] = ffn.width // ffn.experts
     for what, size in sizes.items():
-        if size % processes:
+        if size % together:
             raise ValueError(
-                f"the layout 'tp' splits evenly, but {size} {what} cannot be divided by {processes} processes"
+                f"the layout {layout!r} splits evenly, but {size} {what} cannot be divided by {together} "
+                "processes"
             )
+
+
+def divide(layout: str, processes: int) -> dict[str, int]:
+    """Divide processes among what a layout splits the model by: {"fsdp" or "tp": number}.
+
+    Of both together, tensor parallelism goes over those of a machine, which a launcher tells by
+    LOCAL_WORLD_SIZE, or over half of them if there is one machine; FSDP2 goes over the rest.
+
+    Raises:
+        ValueError: there are too few processes, or they do not divide.
+    """
+    if layout != "fsdp+tp":
+        return {layout: processes}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    together = local if local < processes else processes // 2
+    if together < 2 or processes % together:
+        raise ValueError(
+            f"the layout 'fsdp+tp' takes 4 processes or more, equally many on each machine; got {processes}, "
+            f"of which this machine has {local}"
+        )
+    return {"fsdp": processes // together, "tp": together}
 
 
 def make_distributed_config(layout: str, processes: int) -> Any:
     """Make what transformers' from_pretrained takes to split a model over processes."""
-    size: Any = {f"{layout}_size": processes}
+    sizes: Any = {f"{part}_size": number for part, number in divide(layout, processes).items()}
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        return DistributedConfig(**size)
+        return DistributedConfig(**sizes)
     except (ImportError, TypeError):
         raise ImportError(
-            f"the layout {layout!r} needs transformers.distributed.DistributedConfig({layout}_size=...), "
-            f"which transformers {transformers.__version__} does not have; install a newer one"
+            f"the layout {layout!r} needs transformers.distributed.DistributedConfig({'=..., '.join(sizes)}"
+            f"=...), which transformers {transformers.__version__} does not have; install a newer one"
         ) from None
 
 

@@ -39,7 +39,7 @@ def load_model(
         quantize: "4bit" or "8bit" quantises the weights with bitsandbytes.
         attention: transformers' attn_implementation, such as "eager" or "sdpa".
         merge: merge an adapter into the weights, so that an ordinary model comes out.
-        layout: in a process group, "ddp" loads a copy in each process; "fsdp" and "tp" split the model over
+        layout: in a process group, "ddp" loads a copy in each process; the others split the model over
             the processes; see ``neumuter.models.layouts``.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -22,10 +23,14 @@ SHOWN = 60
 
 
 class Processes:
-    """The processes that share the samples of a step: ``count`` of them, of which this one is ``rank``."""
+    """The processes that share the samples of a step: ``count`` of them, of which this one is ``rank``.
 
-    def __init__(self) -> None:
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+    mesh: has one dimension, and these processes; None: all of the process group.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        self._group = mesh.get_group() if mesh else None
+        self.rank, self.count = dist.get_rank(self._group), dist.get_world_size(self._group)
         # How many sums there were.
         self.transfers = 0
 
@@ -44,7 +49,7 @@ class Processes:
         """Sum float tensors over the processes, in one transfer; the results are new tensors."""
         flat = torch.cat([tensor.detach().flatten().to(tensors[0]) for tensor in tensors])
         self.transfers += 1
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self._group)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(one).to(one) for part, one in zip(parts, tensors, strict=True)]
 
@@ -52,7 +57,8 @@ class Processes:
 def find_processes(model: nn.Module) -> Processes | None:
     """Find the processes that share samples for ``model``: those of the process group; None if alone.
 
-    Where tensor parallelism splits the layers, every process needs all samples, and none is shared.
+    Where tensor parallelism splits the layers, its processes need the same samples. They are shared among
+    those that FSDP2 splits over, if there are any.
 
     Raises:
         ValueError: the layers are split over some of the processes; or the weights are quantised so that
@@ -61,16 +67,23 @@ def find_processes(model: nn.Module) -> Processes | None:
     if not _are_many():
         return None
     sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    split = next((parameter for parameter in model.parameters() if isinstance(parameter, DTensor)), None)
+    # Of FSDP2 with tensor parallelism, some are split by FSDP2 alone.
+    parts = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    split = max(parts, key=lambda parameter: parameter.device_mesh.ndim, default=None)
     refuse_quantised(getattr(unwrapped(model), "config", None), split=sharded or split is not None)
-    if sharded or split is None:
+    if split is None:
         return Processes()
-    if split.device_mesh.size() != dist.get_world_size():
+    mesh = split.device_mesh
+    names = mesh.mesh_dim_names or ()
+    if sharded and "tp" not in names:
+        return Processes()
+    if mesh.size() != dist.get_world_size() or mesh.ndim != 1 + sharded:
         raise ValueError(
-            f"tensor parallelism splits the model over {split.device_mesh.size()} processes, but the process "
-            f"group has {dist.get_world_size()}: split it over all of them"
+            f"tensor parallelism splits the model over a mesh of {tuple(mesh.shape)} processes, but the "
+            f"process group has {dist.get_world_size()}: split it over all of them, by tensor parallelism "
+            "alone or with FSDP2 in one more dimension"
         )
-    return None
+    return Processes(mesh[next(name for name in names if name != "tp")]) if sharded else None
 
 
 def check_same(given: Callable[[], Mapping[str, object]]) -> None:
