@@ -18,7 +18,7 @@ from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts import read_texts
 
 # All texts in each step, because they are few; and half of the default KL, so that all others stay.
-RECIPE = FittedConfig(GainsConfig(steps=40, batch_size=None, kl_target=0.01))
+RECIPE = FittedConfig(GainsConfig(batch_size=None, kl_target=0.01))
 
 folder = Path(sys.argv[1])
 disable_progress_bar()
