@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -64,11 +65,14 @@ def estimate_ceilings(
     corpus: Corpus,
     given: Sequence[GivenText],
     seed: int,
-    watch: Watch,
+    watch: Watch | None,
 ) -> Tensor | None:
-    """The log-odds that each token may keep, [B, T]; None where nothing is known of any text."""
+    """The log-odds that each token may keep, [B, T]; None where nothing is known of any text.
+
+    watch: shows progress, if it is given.
+    """
     options = (corpus.forms[0], given, need_tokenizer(tokenizer), seed)
-    with watch("Estimating what identifies the texts") as advance:
+    with watch("Estimating what identifies the texts") if watch else nullcontext() as advance:
         chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options, advance)))
     known = (chances > 0).any(1)
     if not known.all():

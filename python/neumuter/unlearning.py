@@ -255,7 +255,9 @@ def unlearn(
         asked = journal.once("asked", lambda: most_known(network, forms))
         ceilings = None
         if calibrates:
-            ceilings = estimate_ceilings(journal, network, words, corpus, given, seed, watch)
+            # A callback is told of steps.
+            shown = watch if callback is None else None
+            ceilings = estimate_ceilings(journal, network, words, corpus, given, seed, shown)
 
         def measure() -> _Measured:
             found = examine(network, words, forms, given)

@@ -66,9 +66,7 @@ def test_it_forgets_and_leaves_the_model_as_it_is(model, words):
     assert outcome.mutes.count == 60
     assert outcome.after["forget_loss"] > outcome.before["forget_loss"] + 0.1
     assert outcome.mutes.metrics == {"before": outcome.before, "after": outcome.after}
-    estimating = "Estimating what identifies the texts"
-    assert seen[:4] == [(step, 4, estimating) for step in range(1, 5)]
-    assert seen[4:] == [(step, 40, "gains") for step in range(1, 41)]
+    assert seen == [(step, 40, "gains") for step in range(1, 41)]
     assert [point["step"] for point in outcome.history] == list(range(1, 41))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
