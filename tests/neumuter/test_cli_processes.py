@@ -60,9 +60,9 @@ def test_one_process_prints_and_writes(folder, two):
     assert len(list((folder / "two").iterdir())) == 4
 
 
-@pytest.mark.parametrize("forget", ["absent.jsonl", "forget.jsonl{rank}"])
+@pytest.mark.parametrize("forget", ["absent.jsonl", "forget{rank}.jsonl"])
 def test_an_error_of_all_or_of_one_is_one_message(folder, forget):
-    (folder / "forget.jsonl0").write_bytes((folder / "forget.jsonl").read_bytes())
+    (folder / "forget0.jsonl").write_bytes((folder / "forget.jsonl").read_bytes())
     ended = end(jobs.command, 2, folder, *unlearn(folder, "failed", forget))
     assert {code for code, _ in ended} == {1}
     told = "".join(log for _, log in ended)
