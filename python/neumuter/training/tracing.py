@@ -39,7 +39,7 @@ _FLOPS = flop_registry | {
     ),
 }
 # In the first step DTensor works out layouts on tensors of its own.
-STEPS = {"ddp": 1, "fsdp": 1, "tp": 2, "fsdp+tp": 2}
+STEPS = {"ddp": 1, "fsdp": 1, "tp": 2}
 
 
 @dataclass(frozen=True)
