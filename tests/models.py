@@ -136,3 +136,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="?"
     )
+
+
+def same(first, second):
+    """Whether two mute sets have the same neurons and gains."""
+    return first.layers.keys() == second.layers.keys() and all(
+        torch.equal(x, y)
+        for path in first.layers
+        for x, y in zip(first.layers[path], second.layers[path], strict=True)
+    )

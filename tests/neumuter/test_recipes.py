@@ -12,6 +12,7 @@ from neumuter.training.losses import odds_hinge, token_losses
 from neumuter.training.neurons import Neurons
 from neumuter.types import IGNORED
 from tests import models
+from tests.models import same
 
 QUICK_SUPPORT = recipes.SupportConfig(steps=30, kl_weight=1.0, batch_size=None)
 QUICK_GAINS = recipes.GainsConfig(steps=20, kl_target=0.1, batch_size=None)
@@ -64,14 +65,6 @@ def fit(masked, forget, retain, budget, mode="modulate", support=None, gains=QUI
 def losses_under(model, mutes):
     with neumuter.mute(model, mutes):
         return tuple(evaluation.mean_token_loss(model, batch) for batch in (FORGET, KEEP))
-
-
-def same(first, second):
-    return first.layers.keys() == second.layers.keys() and all(
-        torch.equal(first.layers[path].indices, second.layers[path].indices)
-        and torch.equal(first.layers[path].gains, second.layers[path].gains)
-        for path in first.layers
-    )
 
 
 @pytest.mark.parametrize("mode", ["mute", "modulate"])

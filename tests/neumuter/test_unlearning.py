@@ -18,7 +18,7 @@ from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, mute
 from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.types import IGNORED
-from tests.models import build, learn, tokenizer
+from tests.models import build, learn, same, tokenizer
 from tests.neumuter.test_recipes import keep_references
 
 PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example")]
@@ -40,14 +40,6 @@ def model(words):
 def unlearn(model, words, forget=PAIRS, retain=KEPT, **options):
     given = {"budget": 30, "recipe": QUICK, "samples": 0, "start_layer": 0, "callback": lambda *_: None}
     return neumuter.unlearn(model, words, forget, retain, **given | options)
-
-
-def same(first, second):
-    return first.layers.keys() == second.layers.keys() and all(
-        torch.equal(x, y)
-        for path in first.layers
-        for x, y in zip(first.layers[path], second.layers[path], strict=True)
-    )
 
 
 @pytest.fixture(scope="module")
