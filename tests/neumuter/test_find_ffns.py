@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -48,8 +50,6 @@ def test_shared_experts_of_one_weight_are_refused(number):
     [
         ("mixtral", {"tp_size": 2, "ep_size": 2}, "expert parallelism has given processes whole experts"),
         ("qwen3_moe", {"fsdp_size": 2, "ep_size": 2}, "expert parallelism has given processes whole experts"),
-        ("mixtral", {"fsdp_size": 2, "tp_size": 2}, r"are split along dimensions \[0, 2\]"),
-        ("llama", {"fsdp_size": 2, "tp_size": 2}, r"are split along dimensions \[0, 1\]"),
     ],
 )
 def test_splits_that_masks_cannot_follow_are_refused(name, sizes, message):
@@ -58,4 +58,16 @@ def test_splits_that_masks_cannot_follow_are_refused(name, sizes, message):
         model = AutoModelForCausalLM.from_config(config(name))
         split(model, wanted)
         with pytest.raises(ValueError, match=message):
+            neumuter.attach(model)
+
+
+@pytest.mark.parametrize("dimensions", [(1, 1), (0, 1)])
+def test_a_split_over_two_unknown_meshes_is_refused(dimensions):
+    with imagined(4), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config("llama"))
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+        down = model.model.layers[-1].mlp.down_proj
+        weight = DTensor.from_local(down.weight.detach(), mesh, [Shard(d) for d in dimensions])
+        down.weight = torch.nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(ValueError, match=r"split along dimensions .* which masks cannot follow"):
             neumuter.attach(model)
