@@ -1,11 +1,11 @@
 """What ``neumuter plan`` says a device needs, beside a trace of the step that ``unlearn`` takes there.
 
 The step of the default recipe runs on tensors without values (``neumuter.training.tracing``), under the FSDP2
-and the tensor parallelism that transformers applies, in a process group that communicates with nobody. All
-storages that are alive are counted. The configs have the published sizes; nothing is downloaded.
+and the tensor parallelism that transformers applies, in a process group that communicates with nobody.
+Machines have 8 devices. All storages that are alive are counted. The configs have the published sizes;
+nothing is downloaded.
 """
 
-import contextlib
 import datetime
 import functools
 import time
@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from bench import machine
 from neumuter.recipes.fitted import GainsConfig, _Fit
 from neumuter.training.neurons import Neurons
-from neumuter.training.plan import plan
+from neumuter.training.plan import MACHINE, plan, plan_tensor_parallel
 from neumuter.training.tracing import _imagined as imagined
 from neumuter.training.tracing import trace
 
@@ -36,22 +36,35 @@ MODELS = {
         hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
         num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, vocab_size=50304,
     )),
+    "Mixtral 8x7B": ("mixtral", dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, vocab_size=32000,
+    )),
+    "Qwen3 30B-A3B": ("qwen3_moe", dict(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        vocab_size=151936,
+    )),
     "DeepSeek-V3 671B": ("deepseek_v3", dict(
         hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
         num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, n_shared_experts=1,
         num_experts_per_tok=8, first_k_dense_replace=3, vocab_size=129280,
     )),
 }  # fmt: skip
-# Of a plan, what transformers calls it.
-NAMES = {"ddp": "one device", "fsdp": "FSDP2, ZeRO-3", "tp": "tensor parallel"}
+# Layouts without tensor parallelism, as a plan calls them.
+NAMES = {"ddp": "one device", "fsdp": "FSDP2, ZeRO-3"}
 SAMPLES, TOKENS = 8, 256
 # Models, layouts, devices, whether activations are recomputed.
 CASES = [
     ("Llama 3 8B", "ddp", 1, (False, True)), ("Llama 3 8B", "fsdp", 8, (False, True)),
     ("Llama 3 8B", "tp", 8, (False, True)), ("OLMoE 7B", "ddp", 1, (False, True)),
     ("OLMoE 7B", "fsdp", 8, (False, True)), ("OLMoE 7B", "tp", 8, (False, True)),
-    ("Llama 3 70B", "fsdp", 8, (False, True)), ("DeepSeek-V3 671B", "fsdp", 64, (False,)),
-    ("Llama 3 405B", "fsdp", 64, (False,)),
+    ("Mixtral 8x7B", "fsdp", 8, (False, True)), ("Mixtral 8x7B", "tp", 8, (False, True)),
+    ("Mixtral 8x7B", "fsdp+tp", 16, (False, True)), ("Qwen3 30B-A3B", "fsdp", 8, (False, True)),
+    ("Qwen3 30B-A3B", "tp", 4, (False, True)), ("Qwen3 30B-A3B", "fsdp+tp", 8, (False, True)),
+    ("Llama 3 70B", "fsdp", 8, (False, True)), ("Llama 3 70B", "tp", 8, (False,)),
+    ("Llama 3 70B", "fsdp+tp", 16, (False,)), ("Llama 3 405B", "fsdp", 64, (False,)),
+    ("Llama 3 405B", "fsdp+tp", 64, (False,)), ("DeepSeek-V3 671B", "fsdp", 64, (False,)),
 ]  # fmt: skip
 
 
@@ -70,16 +83,21 @@ def compare(about):
     """The peaks of a device in bytes, traced and planned."""
     model_type, sizes = MODELS[about["model"]]
     config = AutoConfig.for_model(model_type, **sizes)
+    layout, devices = about["layout"], about["devices"]
     size = {name: about[name] for name in ("samples", "tokens", "recompute")}
     start = time.perf_counter()
-    traced = trace(config, fit, about["layout"], about["devices"], **size).peak
+    traced = trace(config, fit, layout, devices, **size, local=min(devices, MACHINE))
     seconds = time.perf_counter() - start
-    # Inside a process group tensor parallelism is left out of a plan, which takes as long as all the rest.
-    with contextlib.nullcontext() if about["layout"] == "tp" else imagined(about["devices"]):
-        found = plan(config, about["devices"], **size)
-    planned = sum(found.layouts[NAMES[about["layout"]]].values())
+    if layout in NAMES:
+        # Inside a process group a plan has no layouts with tensor parallelism, which take long.
+        with imagined(devices):
+            parts = plan(config, devices, **size).layouts[NAMES[layout]]
+    else:
+        parts = plan_tensor_parallel(config, layout, devices, **size)
+    traced.masked.detach()
     return {
-        "parameters": found.parameters, "traced": traced, "planned": planned, "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in traced.masked.model.parameters()), "traced": traced.peak,
+        "planned": sum(parts.values()), "seconds": round(seconds, 1),
     }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def test_tensor_parallelism_stays_in_a_machine(monkeypatch):
     assert divide("fsdp+tp", 6) == {"fsdp": 3, "tp": 2}
     assert divide("fsdp", 6) == {"fsdp": 6}
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="got 6, of which this machine has 4"):
+    with pytest.raises(ValueError, match="got 6, of which a machine has 4"):
         divide("fsdp+tp", 6)
 
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 from bench.models.step import SHAPES, peak_mib
 from neumuter.cli.app import main
 from neumuter.training import plan as planning
-from neumuter.training.plan import find_fitting, load_config, plan
+from neumuter.training.plan import find_fitting, load_config, plan, plan_tensor_parallel
+from neumuter.training.tracing import trace
 from tests.models import EXPERTS, FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
 
 
@@ -79,6 +80,27 @@ def test_layouts():
     assert list(plan(config("llama"), samples=2, tokens=16).layouts) == ["one device"]
     held = 3 * 100 * 2 * LAYERS * 2 * 8 * 2  # keys and values of two heads of eight in 16 bits
     assert found.serving(3, 100) == found.weights + 4 * found.neurons + held
+
+
+# Layers that are large beside what a step makes of them.
+LARGER = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
+LARGER |= dict(num_key_value_heads=4, vocab_size=8192)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "machine", "recompute"),
+    [("llama", 8, 8, False), ("llama", 16, 4, True), ("mixtral", 8, 8, True), ("mixtral", 16, 4, False)],
+)
+def test_both_ways_to_split_take_what_was_planned(name, devices, machine, recompute):
+    """By a trace of the step under FSDP2 and tensor parallelism: within 10 %."""
+    sizes = dict(samples=8, tokens=128, recompute=recompute)
+    model = config(name, **LARGER)
+    traced = trace(model, planning._make_step, "fsdp+tp", devices, **sizes, local=machine)
+    parts = plan_tensor_parallel(model, "fsdp+tp", devices, **sizes, machine=machine)
+    assert sum(parts.values()) == pytest.approx(traced.peak, rel=0.1)
+    assert parts["weights"] == pytest.approx(traced.weights, rel=0.01)
+    whole = plan_tensor_parallel(model, "tp", 4, **sizes)
+    assert parts["weights"] == pytest.approx(whole["weights"] * 4 / devices, rel=0.01)
 
 
 def test_windows_bound_the_cache():

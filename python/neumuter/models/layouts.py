@@ -11,7 +11,7 @@ from neumuter.models.families import find_ffns
 from neumuter.models.quantised import refuse_quantised
 
 
-def check_layout(layout: str, network: nn.Module, processes: int) -> None:
+def check_layout(layout: str, network: nn.Module, processes: int, local: int | None = None) -> None:
     """Raise ValueError, before anything is loaded, if a model cannot be laid out so.
 
     Args:
@@ -19,6 +19,7 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
             parallelism: each process computes its part of each layer; "fsdp+tp", both: see ``divide``.
         network: the model on the meta device.
         processes: how many there are.
+        local: see ``divide``.
 
     Raises:
         ImportError: the installed transformers cannot split models so.
@@ -28,8 +29,8 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
         refuse_quantised(model.config, split=layout != "ddp")
     if layout == "ddp":
         return
-    make_distributed_config(layout, processes)
-    sizes_of = divide(layout, processes)
+    make_distributed_config(layout, processes, local)
+    sizes_of = divide(layout, processes, local)
     for part in sizes_of:
         if not getattr(model, f"{part}_plan"):
             raise ValueError(f"transformers has no plan for the layout {part!r} of {type(model).__name__}")
@@ -54,30 +55,33 @@ def check_layout(layout: str, network: nn.Module, processes: int) -> None:
             )
 
 
-def divide(layout: str, processes: int) -> dict[str, int]:
+def divide(layout: str, processes: int, local: int | None = None) -> dict[str, int]:
     """Divide processes among what a layout splits the model by: {"fsdp" or "tp": number}.
 
-    Of both together, tensor parallelism goes over those of a machine, which a launcher tells by
-    LOCAL_WORLD_SIZE, or over half of them if there is one machine; FSDP2 goes over the rest.
+    Of both together, tensor parallelism goes over those of a machine, or over half of them if there is one
+    machine; FSDP2 goes over the rest.
+
+    Args:
+        local: the processes of each machine. Default: as a launcher says in LOCAL_WORLD_SIZE, else all.
 
     Raises:
         ValueError: there are too few processes, or they do not divide.
     """
     if layout != "fsdp+tp":
         return {layout: processes}
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    local = local or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     together = local if local < processes else processes // 2
     if together < 2 or processes % together:
         raise ValueError(
             f"the layout 'fsdp+tp' takes 4 processes or more, equally many on each machine; got {processes}, "
-            f"of which this machine has {local}"
+            f"of which a machine has {local}"
         )
     return {"fsdp": processes // together, "tp": together}
 
 
-def make_distributed_config(layout: str, processes: int) -> Any:
-    """Make what transformers' from_pretrained takes to split a model over processes."""
-    sizes: Any = {f"{part}_size": number for part, number in divide(layout, processes).items()}
+def make_distributed_config(layout: str, processes: int, local: int | None = None) -> Any:
+    """Make what transformers' from_pretrained takes to split a model over processes; see ``divide``."""
+    sizes: Any = {f"{part}_size": number for part, number in divide(layout, processes, local).items()}
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 

@@ -1,7 +1,7 @@
 """What mask training and serving cost, computed from a config.json alone: nothing is loaded or downloaded.
 
-One training step of NeuMuter's objective is traced on the model as one device holds it, and once more as one
-device of several holds it under tensor parallelism. The other layouts follow from the first by arithmetic.
+One training step of NeuMuter's objective is traced on the model as one device holds it, and as one device of
+several holds it under tensor parallelism. What FSDP2 and device_map save follows by arithmetic.
 """
 
 import math
@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoConfig, PreTrainedConfig
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from neumuter.files import PathLike
+from neumuter.models.layouts import check_layout, divide
 from neumuter.models.recomputation import decoder_layers
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches
 from neumuter.training.step import Step
@@ -33,6 +35,10 @@ CARDS = {
 FILLED = 0.95
 # A score, its gradient and the two moments of Adam, all float32.
 STATE_BYTES = 16
+# GPUs of a machine, unless it is said how many.
+MACHINE = 8
+# The layouts with tensor parallelism, which are traced, those first that are faster.
+TRACED = {"FSDP2 and tensor parallel": "fsdp+tp", "tensor parallel": "tp"}
 # Fewer samples of each kind take no less memory, because the neurons are ranked on so many at a time.
 LEAST_SAMPLES = SAMPLES_PER_PASS // 2
 
@@ -121,16 +127,19 @@ def plan(
     tokens: int = 256,
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
+    machine: int = MACHINE,
 ) -> Plan:
     """Plan mask training and serving for a config of transformers.
 
-    Tensor parallelism is left out inside a process group, where it cannot be traced.
+    Layouts with tensor parallelism are left out inside a process group, where they cannot be traced.
 
     Args:
-        samples: of each kind, forget and retain, per step and device.
+        samples: of each kind, forget and retain, that a device has in a step. Devices that compute layers
+            together, by tensor parallelism, have the same samples.
         tokens: of each sample.
         dtype: of the weights.
         recompute: whether activations are computed again in the backward pass.
+        machine: devices of each machine.
 
     Raises:
         ValueError: a model that ``attach`` refuses; experts in another dtype than bfloat16, which fake
@@ -145,15 +154,20 @@ def plan(
     parts = _parts(found, neurons)
     layouts, refused = {"one device": parts}, {}
     if devices > 1:
-        layouts = _layouts(parts, model, devices)
-        if not dist.is_initialized():
+        # DDP copies the weights.
+        layouts = {"DDP": parts, "FSDP2, ZeRO-3": _gather(found, parts, devices)}
+        for name, layout in {} if dist.is_initialized() else TRACED.items():
             try:
-                split = trace(config, _make_step, "tp", devices, samples, tokens, dtype, recompute)
-                layouts["tensor parallel"] = _parts(split, neurons)
+                layouts[name] = plan_tensor_parallel(
+                    config, layout, devices, samples, tokens, dtype, recompute, machine
+                )
             except (ImportError, ValueError, RuntimeError) as error:
-                refused["tensor parallel"] = str(error)
+                refused[name] = str(error)
         # One process comes last.
-        layouts["device_map"] = layouts.pop("device_map")
+        if devices <= machine:
+            layouts["device_map"] = _spread(parts, model, devices)
+        else:
+            refused["device_map"] = f"one process has the devices of one machine, which are {machine}"
     return Plan(
         model=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -167,6 +181,35 @@ def plan(
     )
 
 
+def plan_tensor_parallel(
+    config: PreTrainedConfig,
+    layout: str,
+    devices: int,
+    samples: int = 8,
+    tokens: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    recompute: bool = False,
+    machine: int = MACHINE,
+) -> dict[str, int]:
+    """Plan mask training under "tp" or "fsdp+tp": {part: bytes per device}.
+
+    Args:
+        devices, samples, tokens, dtype, recompute, machine: as of ``plan``.
+
+    Raises:
+        ImportError, ValueError: the model cannot be laid out so; see ``plan``, too.
+        RuntimeError: called inside a process group.
+    """
+    config = config.get_text_config()
+    local = min(devices, machine)
+    with torch.device("meta"):
+        check_layout(layout, AutoModelForCausalLM.from_config(config, dtype=dtype), devices, local)
+    sizes = divide(layout, devices, local)
+    found = trace(config, _make_step, "tp", sizes["tp"], samples, tokens, dtype, recompute)
+    parts = _parts(found, sum(len(score) for score in found.masked.scores.values()))
+    return _gather(found, parts, sizes["fsdp"]) if "fsdp" in sizes else parts
+
+
 def find_fitting(
     config: PreTrainedConfig,
     memory: float,
@@ -174,12 +217,14 @@ def find_fitting(
     samples: int = 8,
     tokens: int = 256,
     dtype: torch.dtype = torch.bfloat16,
+    machine: int = MACHINE,
 ) -> Fitting:
     """Find the layout that fits ``memory`` bytes a device: first as asked, then with activations recomputed,
     then with half the samples, and so on.
 
     Args:
-        devices, samples, tokens, dtype: as of ``plan``. There are never fewer than ``LEAST_SAMPLES`` samples.
+        devices, samples, tokens, dtype, machine: as of ``plan``. There are never fewer than
+            ``LEAST_SAMPLES`` samples.
 
     Raises:
         ValueError: see ``plan``.
@@ -187,7 +232,7 @@ def find_fitting(
     samples = max(samples, LEAST_SAMPLES)
     while True:
         for recompute in (False, True):
-            found = plan(config, devices, samples, tokens, dtype, recompute)
+            found = plan(config, devices, samples, tokens, dtype, recompute, machine)
             layout = found.choose(memory)
             too_large = all(parts["weights"] > memory for parts in found.layouts.values())
             if layout or too_large or (recompute and samples == LEAST_SAMPLES):
@@ -218,12 +263,13 @@ def _parts(found: Trace, neurons: int) -> dict[str, int]:
 
 
 def _bytes(*modules: nn.Module) -> int:
-    """Of the parameters and buffers, tied ones once."""
+    """Of the parameters and buffers that a process has, tied ones once."""
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     return sum(_size(t) for t in tensors.values())
 
 
 def _size(tensor: Tensor) -> int:
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return tensor.numel() * tensor.element_size()
 
 
@@ -239,27 +285,34 @@ def _cache(model: nn.Module) -> tuple[tuple[int, int | None], ...]:
     return tuple(found)
 
 
-def _layouts(parts: dict[str, int], model: Any, devices: int) -> dict[str, dict[str, int]]:
-    """Bytes per device: {layout: {part: bytes}}.
+def _gather(found: Trace, parts: dict[str, int], devices: int) -> dict[str, int]:
+    """The bytes of a device if FSDP2 or ZeRO-3 splits a traced model with these ``parts`` over ``devices``.
 
-    DDP copies the weights. FSDP2 and ZeRO-3 split them, and gather them where they are needed. Before a layer
-    runs, three are there for a moment: what was received of it and of the one before, and its own weights.
-    In the backward pass these are two, with the head. device_map spreads the layers with their activations;
-    the embeddings and the head are counted with each.
+    The weights are gathered where they are needed. The head stays gathered. Before a layer runs, three layers
+    are there for a moment: what was received of it and of the one before, and its own weights. While it runs,
+    forward or backward, these are two.
     """
+    model: Any = found.masked.model
     layers = [_bytes(layer) for layer in decoder_layers(model)]
     outside = parts["weights"] - sum(layers)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     last = outside if head is None or head.weight is embeddings.weight else outside - _bytes(embeddings)
-    kept = parts["activations"]
-    forward = 3 * max(layers) - kept // len(layers)
-    backward = last + 2 * max(layers) + parts["temporary"]
-    spread = {"weights": outside + math.ceil(sum(layers) / devices)}
-    return {
-        "DDP": parts,
-        "FSDP2, ZeRO-3": parts
-        | {"weights": math.ceil(parts["weights"] / devices), "temporary": max(forward, backward)},
-        "device_map": parts
-        | spread
-        | {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")},
-    }
+    beside = {name: peak - found.peak + parts["temporary"] for name, peak in found.peaks.items()}
+    moments = (
+        3 * max(layers) - parts["activations"] // len(layers),
+        2 * max(layers) + max(beside["layers"], beside["backward"]),
+        beside["head"],
+    )
+    weights = math.ceil(parts["weights"] / devices)
+    return parts | {"weights": weights, "temporary": last + max(moments)}
+
+
+def _spread(parts: dict[str, int], model: Any, devices: int) -> dict[str, int]:
+    """The bytes of a device if device_map spreads the layers of a model with these ``parts``.
+
+    Their activations are spread with them. The embeddings and the head are counted with each device.
+    """
+    layers = sum(map(_bytes, decoder_layers(model)))
+    weights = parts["weights"] - layers + math.ceil(layers / devices)
+    divided = {part: math.ceil(parts[part] / devices) for part in ("masks", "activations")}
+    return parts | divided | {"weights": weights}

@@ -39,22 +39,27 @@ _FLOPS = flop_registry | {
     ),
 }
 # In the first step DTensor works out layouts on tensors of its own.
-STEPS = {"ddp": 1, "fsdp": 1, "tp": 2}
+STEPS = {"ddp": 1, "fsdp": 1, "tp": 2, "fsdp+tp": 2}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Of the last step, in bytes: ``peak`` of all, of which ``weights`` and ``reference`` (the last hidden
-    states of the retain samples) are always there, and ``activations`` from the forward pass to the backward
+    """Of the last step, in bytes: ``weights`` and ``reference`` (the last hidden states of the retain
+    samples) are always there, ``activations`` from the forward pass to the backward pass. ``peaks``: the most
+    that is there of all while "layers" run forward, in the "head" with the losses, and in the "backward"
     pass. ``flops``; ``moved``: what its operations read and write."""
 
     masked: Masked
     weights: int
     reference: int
     activations: int
-    peak: int
+    peaks: dict[str, int]
     flops: int
     moved: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
 
 
 class Counting(TorchDispatchMode):
@@ -73,6 +78,11 @@ class Counting(TorchDispatchMode):
     def begin(self) -> None:
         """Begin anew with what is alive now."""
         self.peak, self.moved, self.flops = self.alive, 0, 0
+
+    def take_peak(self) -> int:
+        """The peak since this was called, or since ``begin``."""
+        found, self.peak = self.peak, self.alive
+        return found
 
     def __enter__(self) -> "Counting":
         resize = self._resize = torch.UntypedStorage.resize_
@@ -144,6 +154,7 @@ def trace(
     tokens: int = 256,
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
+    local: int | None = None,
 ) -> Trace:
     """Trace a training step of a recipe, as one of the processes takes it.
 
@@ -155,6 +166,7 @@ def trace(
         tokens: of each sample.
         dtype: of the weights.
         recompute: whether activations are computed again in the backward pass.
+        local: the processes of each machine; see ``neumuter.models.layouts.divide``.
 
     Raises:
         ValueError: a model that ``attach`` or the layout refuses; experts in another dtype than bfloat16,
@@ -166,8 +178,8 @@ def trace(
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.eval().requires_grad_(False)
         if layout != "ddp":
-            check_layout(layout, model, processes)
-            split(model, make_distributed_config(layout, processes))
+            check_layout(layout, model, processes, local)
+            split(model, make_distributed_config(layout, processes, local))
         with FakeTensorMode(allow_non_fake_inputs=True), Counting() as counting:
             model.to_empty(device="cpu")
             model.tie_weights()
@@ -183,24 +195,30 @@ def trace(
             # Now the reference states are there.
             pair.take(range(2 * samples))
             step = make_step(pair)
-            activations: list[int] = []
+            activations, peaks = [], {}
             before = counting.alive
 
             def watch(found: Measured) -> Tensor:
                 activations.append(counting.alive - before)
+                peaks["head"] = counting.take_peak()
                 return found.kl
 
+            def leave_layers(*_: Any) -> None:
+                peaks["layers"] = counting.take_peak()
+
+            pair.head.base.register_forward_hook(leave_layers)
             step.terms = [*step.terms, watch]
             step.update = Nothing()
             for _ in range(STEPS[layout]):
                 counting.begin()
                 step.once(range(2 * samples))
+                peaks["backward"] = counting.take_peak()
         return Trace(
             masked=masked,
             weights=weights,
             reference=samples * (tokens - 1) * pair.head.state_bytes,
             activations=activations[-1],
-            peak=counting.peak,
+            peaks=peaks,
             flops=counting.flops,
             moved=counting.moved,
         )
