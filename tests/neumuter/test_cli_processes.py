@@ -17,7 +17,7 @@ from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.cli.arguments import check_size
 from neumuter.models.layouts import check_layout, divide, make_distributed_config
-from neumuter.training.plan import plan
+from neumuter.training.plan import plan, plan_tensor_parallel
 from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
 from tests.models import build, config, tokenizer
@@ -197,21 +197,26 @@ def test_an_older_transformers_is_named(monkeypatch):
         make_distributed_config("fsdp", 2)
 
 
-@pytest.mark.parametrize("wanted", [("ddp", False), ("fsdp", False), ("fsdp", True), None])
+@pytest.mark.parametrize(
+    "wanted", [("ddp", False), ("fsdp", False), ("fsdp", True), ("fsdp+tp", False), None]
+)
 def test_auto_takes_a_copy_in_each_process_where_that_fits(wanted, tmp_path, monkeypatch):
     model = config("llama", num_hidden_layers=8)
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(processes, "count_processes", lambda: 2)
+    count = 4 if wanted == ("fsdp+tp", False) else 2
+    monkeypatch.setattr(processes, "count_processes", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
-    with imagined(2):
-        free = 1e3
+    free = 1e3
+    if count == 4:
+        free = sum(plan_tensor_parallel(model, "fsdp+tp", 4, 4, 32, torch.float32).values()) / 0.949
+    with imagined(count):
         if wanted:
-            found = plan(model, 2, 4, 32, torch.float32, wanted[1])
+            found = plan(model, count, 4, 32, torch.float32, wanted[1])
             assert list(found.layouts) == ["DDP", "FSDP2, ZeRO-3", "device_map"]
             # Enough for this, and for nothing that comes before.
-            name = {"ddp": "DDP", "fsdp": "FSDP2, ZeRO-3"}[wanted[0]]
-            free = sum(found.layouts[name].values()) / 0.949
+            name = {"ddp": "DDP", "fsdp": "FSDP2, ZeRO-3"}.get(wanted[0])
+            free = sum(found.layouts[name].values()) / 0.949 if name else free
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 0))
         if wanted is None:
             with pytest.raises(ValueError, match="finds none that fits"):

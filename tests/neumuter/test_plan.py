@@ -1,6 +1,7 @@
 """The plan of a model against what running it takes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -78,6 +79,9 @@ def test_layouts():
     assert list(total) == ["DDP", "FSDP2, ZeRO-3", "tensor parallel", "device_map"]
     assert weights["FSDP2, ZeRO-3"] < weights["tensor parallel"] < weights["device_map"] < weights["DDP"]
     assert list(plan(config("llama"), samples=2, tokens=16).layouts) == ["one device"]
+    two_machines = plan(config("llama"), devices=4, samples=2, tokens=16, machine=2)
+    assert list(two_machines.layouts) == ["DDP", "FSDP2, ZeRO-3", "FSDP2 and tensor parallel"]
+    assert two_machines.refused.keys() == {"tensor parallel", "device_map"}
     held = 3 * 100 * 2 * LAYERS * 2 * 8 * 2  # keys and values of two heads of eight in 16 bits
     assert found.serving(3, 100) == found.weights + 4 * found.neurons + held
 
@@ -127,11 +131,12 @@ def test_command(tmp_path, capsys):
     for arguments, message in (
         (["plan", str(tmp_path / "nowhere")], "is neither a config.json nor a folder"),
         (["plan", str(tmp_path), "--card", "V100"], "--card must be one of"),
+        (["plan", str(tmp_path), "--gpus", "12"], "multiple of --gpus-per-machine, or no more; got 12 and 8"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code
-        assert message in capsys.readouterr().err
+        assert message in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
 def test_the_first_layout_that_fits_is_chosen():
@@ -178,6 +183,37 @@ def test_what_fits_is_started(chosen, said, begin, end, tmp_path, capsys, monkey
     assert sentence.startswith(said)
     assert command.startswith(f"{begin}unlearn {tmp_path} ")
     assert end in command
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "begin", "end"),
+    [
+        (
+            ("FSDP2 and tensor parallel", 4, False), ["16"],
+            "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m ",
+            "--batch-size 8 --max-length 16 --layout fsdp+tp",
+        ),
+        (
+            ("FSDP2 and tensor parallel", 4, False), ["8"], "torchrun --nproc-per-node 8 -m ",
+            "--batch-size 8 --max-length 16 --layout fsdp+tp",
+        ),
+        (
+            ("DDP", 8, False), ["8", "--gpus-per-machine", "2"],
+            "torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 2 -m ",
+            "--batch-size 64 --max-length 16",
+        ),
+    ],
+)  # fmt: skip
+def test_a_command_for_each_of_several_machines(chosen, gpus, begin, end, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
+    found = planning.Fitting(plan(config("llama"), samples=2, tokens=16), *chosen)
+    monkeypatch.setattr(planning, "find_fitting", lambda *given: found)
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path), "--tokens", "16", "--gpus", *gpus])
+    *_, sentence, command = capsys.readouterr().out.strip().splitlines()
+    assert command.startswith(begin)
+    assert command.endswith(end)
+    assert ("with the address of one of them as HOST" in sentence) == ("HOST" in begin)
 
 
 def test_what_cannot_be_split_is_named(tmp_path, capsys):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def plan(
     config: Annotated[Path, typer.Argument(help="A config.json, or the folder that has one.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    gpus_per_machine: Annotated[int, typer.Option(min=1, help="More devices are several machines.")] = 8,
     memory: Annotated[float, typer.Option(min=1e-6, help="Of each device, in GB (10^9 bytes).")] = 80.0,
     card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
     samples: Annotated[
@@ -39,11 +40,15 @@ def plan(
 
     if card not in planning.CARDS:
         raise typer.BadParameter(f"--card must be one of {', '.join(planning.CARDS)}, got {card!r}")
+    if gpus > gpus_per_machine and gpus % gpus_per_machine:
+        raise typer.BadParameter(
+            f"--gpus must be a multiple of --gpus-per-machine, or no more; got {gpus} and {gpus_per_machine}"
+        )
     loaded = planning.load_config(config)
     wanted = (getattr(loaded, "dtype", None) or "bfloat16") if dtype is Dtype.auto else dtype.value
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     with console.status("Counting"):
-        found = planning.find_fitting(loaded, 1e9 * memory, gpus, samples, tokens, wanted)
+        found = planning.find_fitting(loaded, 1e9 * memory, gpus, samples, tokens, wanted, gpus_per_machine)
     print_plan(found, gpus, memory, card, tokens, (sequences, context))
     if found.layout is None:
         console.print("No layout fits: fewer --tokens, more devices or larger ones help.")
@@ -52,30 +57,36 @@ def plan(
     how = f" with {fewer} texts of each kind a device" * (fewer < samples)
     how += " and" * bool(how and found.recompute) + " with recomputed activations" * found.recompute
     folder = config if config.is_dir() else config.parent
-    command = write_command(found, str(folder), gpus, fewer, tokens)
+    command = write_command(found, str(folder), gpus, fewer, tokens, gpus_per_machine)
+    where = (
+        f" on each of the {gpus // gpus_per_machine} machines, with the address of one of them as HOST. Each "
+        "machine needs the model and both files, and one of them writes FOLDER"
+    ) * (gpus > gpus_per_machine)
     console.print(
-        f"{found.layout} fits{how}. Start it so:\n{escape(command)}", highlight=False, soft_wrap=True
+        f"{found.layout} fits{how}. Start it so{where}:\n{escape(command)}", highlight=False, soft_wrap=True
     )
 
 
-# How each layout is started, and whether each device has samples of its own.
-STARTS = {
-    "one device": ("neumuter", "", False),
-    "DDP": ("torchrun --nproc-per-node {gpus} -m neumuter", "", True),
-    "FSDP2, ZeRO-3": ("torchrun --nproc-per-node {gpus} -m neumuter", " --layout fsdp", True),
-    "tensor parallel": ("torchrun --nproc-per-node {gpus} -m neumuter", " --layout tp", False),
-    "device_map": ("neumuter", " --device-map auto", False),
-}
+def write_command(found: Fitting, model: str, gpus: int, samples: int, tokens: int, machine: int) -> str:
+    """Write the command that unlearns in the layout that fits.
 
+    samples: of each kind that a device has in a step. machine: GPUs of each machine.
+    """
+    from neumuter.models.layouts import divide
+    from neumuter.training.plan import LAYOUTS
 
-def write_command(found: Fitting, model: str, gpus: int, samples: int, tokens: int) -> str:
-    """Write the command that unlearns in the layout that fits, with so many texts a device in a step."""
-    start, option, divided = STARTS[found.layout or ""]
-    size = samples * gpus if divided else samples
+    start, option = "neumuter", " --device-map auto" if found.layout == "device_map" else ""
+    if layout := LAYOUTS.get(found.layout or ""):
+        local = min(gpus, machine)
+        rendezvous = f"--nnodes {gpus // local} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+        start = f"torchrun {rendezvous * (gpus > local)}--nproc-per-node {local} -m neumuter"
+        option = f" --layout {layout}" * (layout != "ddp")
+        # Devices that compute layers together have the same samples.
+        samples *= gpus // divide(layout, gpus, local).get("tp", 1)
     option += " --recompute" * found.recompute
     return (
-        f"{start.format(gpus=gpus)} unlearn {shlex.quote(model)} --forget FILE --retain FILE --out FOLDER "
-        f"--batch-size {size} --max-length {tokens}{option}"
+        f"{start} unlearn {shlex.quote(model)} --forget FILE --retain FILE --out FOLDER "
+        f"--batch-size {samples} --max-length {tokens}{option}"
     )
 
 

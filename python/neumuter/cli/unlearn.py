@@ -182,7 +182,7 @@ def unlearn(
         Layout,
         typer.Option(
             help="In several processes: ddp, a copy of MODEL in each; fsdp, tp or fsdp+tp, MODEL is split; "
-            "auto, fsdp where a copy would not fit the GPUs."
+            "auto, fsdp where a copy would not fit the GPUs, and fsdp+tp where that would not."
         ),
     ] = Layout.ddp,
     recompute: Annotated[

@@ -37,8 +37,10 @@ FILLED = 0.95
 STATE_BYTES = 16
 # GPUs of a machine, unless it is said how many.
 MACHINE = 8
-# The layouts with tensor parallelism, which are traced, those first that are faster.
-TRACED = {"FSDP2 and tensor parallel": "fsdp+tp", "tensor parallel": "tp"}
+# What ``neumuter.models.layouts`` calls the layouts over several processes, those first that are faster.
+LAYOUTS = {
+    "DDP": "ddp", "FSDP2, ZeRO-3": "fsdp", "FSDP2 and tensor parallel": "fsdp+tp", "tensor parallel": "tp",
+}  # fmt: skip
 # Fewer samples of each kind take no less memory, because the neurons are ranked on so many at a time.
 LEAST_SAMPLES = SAMPLES_PER_PASS // 2
 
@@ -156,7 +158,9 @@ def plan(
     if devices > 1:
         # DDP copies the weights.
         layouts = {"DDP": parts, "FSDP2, ZeRO-3": _gather(found, parts, devices)}
-        for name, layout in {} if dist.is_initialized() else TRACED.items():
+        for name, layout in LAYOUTS.items():
+            if "tp" not in layout or dist.is_initialized():
+                continue
             try:
                 layouts[name] = plan_tensor_parallel(
                     config, layout, devices, samples, tokens, dtype, recompute, machine
