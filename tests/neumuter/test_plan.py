@@ -107,6 +107,28 @@ def test_both_ways_to_split_take_what_was_planned(name, devices, machine, recomp
     assert parts["weights"] == pytest.approx(whole["weights"] * 4 / devices, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("quantisation", "library"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
+    ],
+)
+def test_quantised_weights_are_not_planned(quantisation, library):
+    text = config("gemma3")
+    for model in (config("llama"), Gemma3Config(text_config=text.to_dict())):
+        model.quantization_config = quantisation
+        for make in (plan, lambda model: plan_tensor_parallel(model, "tp", 2)):
+            with pytest.raises(ValueError, match=f"quantised by {library}, and what these take"):
+                make(model)
+
+
+def test_weights_that_load_as_plain_are_planned():
+    model = config("llama", quantization_config={"quant_method": "mxfp4"})
+    assert plan(model, samples=1, tokens=16) == plan(config("llama"), samples=1, tokens=16)
+
+
 def test_windows_bound_the_cache():
     found = plan(config("gemma3", sliding_window=8), samples=1, tokens=16)
     assert [window for _, window in found.cache] == [8, 8, 8]

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from neumuter.files import PathLike
 from neumuter.models.layouts import check_layout, divide
+from neumuter.models.quantised import find_quantisation
 from neumuter.models.recomputation import decoder_layers
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches
 from neumuter.training.step import Step
@@ -144,10 +145,11 @@ def plan(
         machine: devices of each machine.
 
     Raises:
-        ValueError: a model that ``attach`` refuses; experts in another dtype than bfloat16, which fake
-            tensors do not multiply; or a model whose forward pass depends on values, which they do not have.
+        ValueError: a model that ``attach`` refuses; quantised weights; experts in another dtype than
+            bfloat16, which fake tensors do not multiply; or a model whose forward pass depends on values,
+            which they do not have.
     """
-    config = config.get_text_config()
+    config = _plain_text_config(config)
     found = trace(config, _make_step, "ddp", 1, samples, tokens, dtype, recompute)
     masked, model = found.masked, found.masked.model
     cache = _cache(model)
@@ -204,7 +206,7 @@ def plan_tensor_parallel(
         ImportError, ValueError: the model cannot be laid out so; see ``plan``, too.
         RuntimeError: called inside a process group.
     """
-    config = config.get_text_config()
+    config = _plain_text_config(config)
     local = min(devices, machine)
     with torch.device("meta"):
         check_layout(layout, AutoModelForCausalLM.from_config(config, dtype=dtype), devices, local)
@@ -242,6 +244,17 @@ def find_fitting(
             if layout or too_large or (recompute and samples == LEAST_SAMPLES):
                 return Fitting(found, layout, samples, recompute)
         samples = max(samples // 2, LEAST_SAMPLES)
+
+
+def _plain_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text model. Raises ValueError for quantised weights."""
+    if found := find_quantisation(config):
+        raise ValueError(
+            f"the config says that the weights are quantised by {found.get('quant_method')}, and what these "
+            "take is not planned: plan the model that they were made from, and measure a step of this one"
+        )
+    text: PreTrainedConfig = config.get_text_config()
+    return text
 
 
 def _make_step(pair: PairedBatches) -> Step:
