@@ -60,7 +60,7 @@ def plan(
     command = write_command(found, str(folder), gpus, fewer, tokens, gpus_per_machine)
     where = (
         f" on each of the {gpus // gpus_per_machine} machines, with the address of one of them as HOST. Each "
-        "machine needs the model and both files, and one of them writes FOLDER"
+        "machine needs the model and both files; one machine writes FOLDER"
     ) * (gpus > gpus_per_machine)
     console.print(
         f"{found.layout} fits{how}. Start it so{where}:\n{escape(command)}", highlight=False, soft_wrap=True
