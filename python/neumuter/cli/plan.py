@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def plan(
     config: Annotated[Path, typer.Argument(help="A config.json, or the folder that has one.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
-    gpus_per_machine: Annotated[int, typer.Option(min=1, help="More devices are several machines.")] = 8,
+    gpus_per_machine: Annotated[
+        int, typer.Option(min=1, help="More GPUs than these are several machines.")
+    ] = 8,
     memory: Annotated[float, typer.Option(min=1e-6, help="Of each device, in GB (10^9 bytes).")] = 80.0,
     card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
     samples: Annotated[
