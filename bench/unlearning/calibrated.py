@@ -10,6 +10,7 @@ import functools
 import torch
 
 from bench.unlearning import real, synth
+from bench.unlearning.pretrained import GEMMA, SMOLLM2
 from neumuter import evaluation
 from neumuter.calibrating import widen_margin
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
@@ -83,10 +84,19 @@ class Asked(Compared, real.People):
     # Which words are names, and that the lowest copy counts, was chosen on seed 311.
     seeds, share = (307, 313, 317), 0.01
 
-    def __init__(self, seed):
-        super().__init__(seed)
-        self.tokenizer, self.batch = real.tokenizer(), self.forget
+    def __init__(self, seed, name=SMOLLM2):
+        super().__init__(seed, name)
+        self.batch = self.forget
         self.kept = join_batches(self.retain, self.samples)
+
+
+class AskedOfGemma(Asked):
+    """REAL with a second family, on one seed."""
+
+    seeds = (307,)
+
+    def __init__(self, seed):
+        super().__init__(seed, GEMMA)
 
 
 def _chances(model, batch):
@@ -97,7 +107,7 @@ def _chances(model, batch):
     return torch.cat([torch.ones(len(found), 1), found], 1)
 
 
-SETTINGS = {"gated, 0.9 M": Worded, "SmolLM2-135M": Asked}
+SETTINGS = {"gated, 0.9 M": Worded, SMOLLM2: Asked, GEMMA: AskedOfGemma}
 
 
 def cases(quick=False):

