@@ -47,8 +47,8 @@ def tuned(batch, seed, name=SMOLLM2):
     about = [TUNING, seed, torch.__version__, *([] if HALVES else ["float32"])]
     about += [name] if name != SMOLLM2 else []
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in ("input_ids", "labels"):
-        digest.update(batch[name].numpy().tobytes())
+    for key in ("input_ids", "labels"):
+        digest.update(batch[key].numpy().tobytes())
     path = cache_folder() / f"tuned-{digest.hexdigest()[:32]}.safetensors"
     model = pretrained(name)
     if not path.exists():

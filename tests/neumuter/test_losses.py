@@ -77,26 +77,61 @@ def test_runs_are_neighbouring_tokens_that_identify_a_text():
     assert long.tolist() == [0] * 8 + [1] * 8 + [2] * 5
 
 
-def test_a_run_is_as_near_to_being_forgotten_as_its_nearest_token():
-    odds = torch.tensor([2.0, -1.0, 3.0, 4.0])
-    assert losses.find_nearest(odds, torch.tensor([0, 0, 0, 1])).tolist() == [-1, -1, -1, 4]
+def test_sums_go_from_each_token_to_the_end_of_its_run():
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    runs = torch.tensor([0, 0, 1, 2, 2])
+    assert losses.sum_runs(values, runs).tolist() == [3, 2, 4, 24, 16]
+    assert losses.begin_runs(runs).tolist() == [True, False, True, True, False]
+    assert losses.sum_runs(torch.ones(8), torch.zeros(8, dtype=torch.int64))[0] == losses.LONGEST_RUN
+    assert not len(losses.sum_runs(values[:0], runs[:0]))
+    assert not len(losses.begin_runs(runs[:0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_tokens_of_a_run_that_are_nearest_count_most(dtype):
-    odds = torch.tensor([7.0, 2.0, -1.0, 3.0, 90.0, -90.0, 5.0, 0.0], dtype=dtype)
-    found = losses.weigh_runs(odds, losses.find_runs(PLACES, torch.full([8], -6.0)))
-    parts = [torch.softmax(-part, 0) * len(part) for part in odds.double().split([4, 2, 1, 1])]
-    torch.testing.assert_close(found, torch.cat(parts).to(dtype), rtol=1e-5, atol=1e-8)
-    # Those that do not identify the text are not in any run.
-    assert losses.weigh_runs(odds, losses.find_runs(PLACES, CEILINGS))[2:].tolist() == [1.0] * 6
-    assert not len(losses.weigh_runs(odds[:0], PLACES[:0]))
+def test_a_run_is_forgotten_as_a_whole():
+    chances = torch.tensor([0.9, 0.5, 0.99, 0.2, 0.7, 0.6, 0.4, 0.9], dtype=torch.float64)
+    token_losses = (-chances.log()).requires_grad_()
+    ceilings = torch.full([8], -2.0, dtype=torch.float64)
+    found = losses.hinge_runs(token_losses, ceilings, losses.find_runs(PLACES, ceilings), margin=1.0)
+    for first, last in ((0, 4), (4, 6), (6, 7), (7, 8)):
+        size = last - first
+        allowed = torch.logit(torch.sigmoid(ceilings[:size]).prod()).clamp(min=losses.LEAST_ODDS)
+        left = torch.logit(chances[first:last].prod()) - allowed
+        torch.testing.assert_close(found[first].detach(), size * left.relu())
+        assert (found[first + 1 : last] == 0).all()
+    found[0].backward()
+    # The share of each token in the gradient of log-odds with respect to its own logit.
+    shares = -token_losses.grad[:4] * (1 - chances[:4])
+    torch.testing.assert_close(shares / shares.sum(), (1 - chances[:4]) / (1 - chances[:4]).sum())
+    assert (token_losses.grad[4:] == 0).all()
 
 
-def test_weights_do_not_depend_on_the_order_of_texts():
-    odds = torch.randn(60) * 5
+def test_a_run_is_forgotten_as_far_as_its_ceilings_allow():
+    known = torch.tensor([0.01, 0.01, 4.0, 0.01, 0.01, 9.0])
+    ceilings = torch.tensor([-torch.inf, 1.0, -1.0, torch.inf, -30.0, -30.0])
+    runs = torch.arange(6)
+    found = losses.hinge_runs(known.requires_grad_(), ceilings, runs, margin=3.0)
+    odds = losses.log_odds(known.detach())
+    expected = [odds[0] + 3, odds[1] - 1, 0, 0, odds[4] - losses.LEAST_ODDS, 0]
+    torch.testing.assert_close(found.detach(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert known.grad.isfinite().all()
+    assert (known.grad[[2, 3, 5]] == 0).all()
+    assert not len(losses.hinge_runs(known[:0], ceilings[:0], runs[:0], 1.0))
+
+
+def test_where_nothing_is_known_each_token_is_forgotten_as_by_the_hinge_on_its_odds():
+    values = torch.rand(9) * 4
+    runs = losses.find_runs(torch.arange(9), torch.full([9], -torch.inf))
+    found = losses.hinge_runs(values, torch.full([9], -torch.inf), runs, 1.5)
+    assert torch.equal(found, losses.odds_hinge(values, 1.5))
+
+
+def test_what_is_left_of_a_run_does_not_depend_on_the_order_of_texts():
+    values = torch.rand(60) * 5
     places = torch.arange(60) + 5 * (torch.arange(60) // 6)
     texts = torch.randperm(10)
     order = (texts[:, None] * 6 + torch.arange(6)).flatten()
-    runs = losses.find_runs(places, torch.full([60], -6.0))
-    assert torch.equal(losses.weigh_runs(odds, runs)[order], losses.weigh_runs(odds[order], runs))
+    ceilings = torch.full([60], -6.0)
+    found = losses.hinge_runs(values, ceilings, losses.find_runs(places, ceilings), 1.0)
+    moved = losses.find_runs(places[order], ceilings)
+    assert torch.equal(found[order], losses.hinge_runs(values[order], ceilings, moved, 1.0))

@@ -10,7 +10,6 @@ from neumuter.evaluation import estimate_unseen, find_ceilings, list_given, unse
 from neumuter.recipes import FittedConfig, GainsConfig, PaperConfig
 from neumuter.texts import encode
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import log_odds, odds_hinge
 from neumuter.types import IGNORED
 from tests.models import build, learn, same, tokenizer
 
@@ -103,20 +102,6 @@ def test_ceilings_are_log_odds():
     chances = torch.tensor([[0.5, 0.9, 1e-9, 1.0, math.nan, 0.0]])
     expected = [0.0, math.log(9), -math.log(999), math.log(999), math.inf, -math.inf]
     torch.testing.assert_close(find_ceilings(chances), torch.tensor([expected]), rtol=1e-4, atol=1e-4)
-
-
-def test_a_token_is_forgotten_down_to_its_ceiling():
-    losses = torch.tensor([0.1, 0.1, 0.1, 3.0, 3.0, 3.0, 0.1], requires_grad=True)
-    ceilings = torch.tensor([-math.inf, 1.0, math.inf, -1.0, -math.inf, -5.0, -5.0])
-    hinge = odds_hinge(losses, 2.0, ceilings)
-    odds = log_odds(losses.detach())
-    beyond = 0.3 * torch.stack([odds[5] + 5, torch.tensor(3.0)])
-    expected = [odds[0] + 2, odds[1] - 1, *torch.zeros(3), beyond[0], odds[6] + 2 + beyond[1]]
-    torch.testing.assert_close(hinge.detach(), torch.stack(expected))
-    hinge.sum().backward()
-    assert losses.grad.isfinite().all()
-    assert (losses.grad[2:5] == 0).all()
-    torch.testing.assert_close(losses.grad[6], losses.grad[0])
 
 
 def test_steps_have_the_ceilings_of_their_tokens(model, words, found):

@@ -36,9 +36,7 @@ class Words:
     def __init__(self, given: Sequence[GivenText]) -> None:
         self.few, self.size = len(given) < FEW_TEXTS, len(given)
         self.counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
-        self.kept = {
-            word for text in given if text.label.startswith("retain") for word in WORD.findall(text.text)
-        }
+        self.kept = {word for text in given if text.stays for word in WORD.findall(text.text)}
         self.inside = {word for text in given for word in _inside_sentences(text.text)}
         letters = {char.lower() for text in given for char in text.text if char.isalpha()}
         # Of other scripts than Latin, those letters that the texts have.

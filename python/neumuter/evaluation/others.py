@@ -36,6 +36,11 @@ class GivenText:
     def tokens(self) -> int:
         return sum(map(len, self.pieces))
 
+    @property
+    def stays(self) -> bool:
+        """Whether it is a text to keep."""
+        return self.label.startswith("retain")
+
 
 class Found(NamedTuple):
     """The label of the given text that came out, and the words of it."""

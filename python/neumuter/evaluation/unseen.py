@@ -3,8 +3,9 @@
 import difflib
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ LESS = 0.5
 LEAST, MOST = 1e-3, 0.999
 # Two neighbouring tokens that count; None before the first and behind the last of a run.
 _Pair = tuple[int | None, int | None]
+_T = TypeVar("_T")
 
 
 def estimate_unseen(
@@ -39,7 +41,9 @@ def estimate_unseen(
     *Counterfactual decoding*: in copies of a text its names are made up (see ``make_controls``), and the
     model tells what it expects along the copy. A token that is much less likely there identifies the text;
     what follows it sees in its place what the model itself says there. The estimate is the lowest of the
-    copies: a model makes up answers from those that it knows, so one copy in a few says the true one.
+    copies: a model makes up answers from those that it knows, so one copy in a few says the true one. What
+    identifies the text and stands in no text to keep, nor in ``COMMON`` given texts, is as good as
+    impossible: only the text itself can have taught it.
 
     Args:
         batch: the texts, on which the model is certain.
@@ -54,8 +58,8 @@ def estimate_unseen(
         to them.
     """
     generator = torch.Generator().manual_seed(seed)
-    common = _find_common_pairs(given)
-    texts = [_Copied(batch, row, start, common) for row, start in enumerate(find_prompt_ends(batch))]
+    shared = _Shared(given)
+    texts = [_Copied(batch, row, start, shared) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
     asked = [text for text, prompted in zip(texts, has_prompt(batch), strict=True) if prompted]
     for text in asked:
@@ -72,6 +76,7 @@ def estimate_unseen(
             ):
                 copy.found, copy.said = found, said
             for text in asked:
+                text.first = text.find_lowest() if done == 1 else text.first
                 text.continue_copies()
     if callback:
         callback(ROUNDS + 1, ROUNDS + 1)
@@ -117,18 +122,21 @@ class _Copy:
 class _Copied:
     """A text and its copies."""
 
-    def __init__(self, batch: Batch, row: int, start: int, common: set[_Pair]) -> None:
+    def __init__(self, batch: Batch, row: int, start: int, shared: "_Shared") -> None:
         shown = int(batch["attention_mask"][row].sum())
         self.ids: list[int] = batch["input_ids"][row, :shown].tolist()
         self.labels: list[int] = batch["labels"][row, :shown].tolist()
         self.start = start
         self.copies: list[_Copy] = []
         self.known = torch.empty(0)
+        # What ``find_lowest`` gave when the copies had the true tokens everywhere.
+        self.first = torch.empty(0)
         self.counted = torch.tensor(self.labels) != IGNORED
         pairs = [*pairwise([None, *(None if i == IGNORED else i for i in self.labels), None])]
-        self.common = torch.tensor([pair in common for pair in pairs])
+        common = torch.tensor([pair in shared.pairs for pair in pairs])
         # Whether the token before it or the one behind it belongs to it in other texts, too.
-        self.common = self.common[:-1] | self.common[1:]
+        self.common = common[:-1] | common[1:]
+        self.said_elsewhere = torch.tensor([i in shared.tokens for i in self.ids])
 
     def rename(self, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> list[int]:
         """The ids of a copy."""
@@ -138,13 +146,19 @@ class _Copied:
         ids: list[int] = made["input_ids"][0].tolist()
         return ids
 
-    def estimate(self) -> Tensor:
+    def find_lowest(self) -> Tensor:
         """The lowest probability of each token in the copies, float32 [T]; NaN where none has the token."""
         found = torch.stack([
             copy.found[copy.places.clamp(min=0)].masked_fill(copy.places < 0, torch.inf)
             for copy in self.copies
         ]).amin(0)  # fmt: skip
         return found.masked_fill(found.isinf(), torch.nan).clamp(min=LEAST)
+
+    def estimate(self) -> Tensor:
+        """The probability of each token, float32 [T]; NaN where no copy has the token."""
+        found = self.find_lowest()
+        # Common wording, such as a full stop, may not fit behind what the model says instead of a name.
+        return torch.where(self.common, torch.maximum(found, self.first), found)
 
     def identifies(self, estimate: Tensor) -> Tensor:
         """Which tokens identify the text, bool [T]."""
@@ -156,6 +170,7 @@ class _Copied:
             return torch.zeros(len(self.ids))
         estimate = self.estimate()
         identifies, read_off = self.identifies(estimate), estimate.isnan()
+        estimate = estimate.masked_fill(identifies & ~self.said_elsewhere, LEAST)
         known = identifies | (self.common & ~read_off)
         # What a text has to say can be a name of its prompt, if nothing else in it identifies it.
         return estimate.masked_fill(~(known | (read_off & identifies.any())), 0.0)
@@ -168,12 +183,29 @@ class _Copied:
                 copy.ids[place] = int(copy.said[place])
 
 
-def _find_common_pairs(given: Sequence[GivenText]) -> set[_Pair]:
-    """The pairs of neighbouring tokens that ``COMMON`` of the texts or more have."""
-    seen: Counter[_Pair] = Counter()
-    for text in given:
-        seen.update({pair for piece in text.pieces for pair in pairwise([None, *piece, None])})
-    return {pair for pair, count in seen.items() if count >= COMMON}
+class _Shared:
+    """What ``COMMON`` of the texts say, or one that stays.
+
+    pairs: of neighbouring tokens, in ``COMMON`` of the texts. tokens: in ``COMMON``, or in a text to keep.
+    """
+
+    def __init__(self, given: Sequence[GivenText]) -> None:
+        pairs: dict[str, set[_Pair]] = {}
+        tokens: dict[str, set[int]] = {}
+        for text in given:
+            for piece in text.pieces:
+                pairs.setdefault(text.label, set()).update(pairwise([None, *piece, None]))
+                tokens.setdefault(text.label, set()).update(piece)
+        self.pairs = _find_common(pairs.values())
+        self.tokens = _find_common(tokens.values()).union(
+            *(tokens[text.label] for text in given if text.stays and text.pieces)
+        )
+
+
+def _find_common(said: Collection[set[_T]]) -> set[_T]:
+    """What ``COMMON`` of these or more have."""
+    counts = Counter(item for items in said for item in items)
+    return {item for item, count in counts.items() if count >= COMMON}
 
 
 def _run(

@@ -11,7 +11,7 @@ from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches, check_pair
 from neumuter.training.journal import Journal
-from neumuter.training.losses import odds_hinge
+from neumuter.training.losses import hinge_runs
 from neumuter.training.neurons import Neurons
 from neumuter.training.processes import agree
 
@@ -57,8 +57,8 @@ def rank_by_fisher(
 ) -> Tensor:
     """Compute g²/F of every neuron.
 
-    g² is the mean over forget samples of the squared gradient of a sample's mean log-odds (see
-    ``odds_hinge``) with respect to its gates, at gates of 1. F is the same of the mean loss over the retain
+    g² is the mean over forget samples of the squared gradient of a sample's log-odds (see
+    ``hinge_runs``) with respect to its gates, at gates of 1. F is the same of the mean loss over the retain
     samples, at most ``MEASURED_RETAIN`` of them: their empirical Fisher information, which is the curvature
     of KL(reference ‖ masked) there. To first order g² is what a small change of a gate forgets, and F what
     it costs.
@@ -77,7 +77,9 @@ def rank_by_fisher(
     retain = (order[:MEASURED_RETAIN].sort().values + pair.forget_count).tolist()
 
     def known(losses: Tensor, sample: int) -> Tensor:
-        return odds_hinge(losses, MARGIN, move(pair.ceilings_of(sample), losses.device)).mean()
+        of_sample = pair.ceilings_of(sample), pair.runs_of(sample)
+        ceilings, runs = (move(part, losses.device) for part in of_sample)
+        return hinge_runs(losses, ceilings, runs, MARGIN).mean()
 
     find = functools.partial(_mean_square_gradients, pair, neurons, journal or Journal())
     gained = find("gained", forget, known)

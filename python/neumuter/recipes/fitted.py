@@ -21,7 +21,7 @@ from neumuter.recipes.support import SupportConfig, find_support
 from neumuter.training.adam import Adam, cosine
 from neumuter.training.batches import PairedBatches, check_pair
 from neumuter.training.journal import Journal
-from neumuter.training.losses import log_odds, odds_hinge, weigh_runs
+from neumuter.training.losses import hinge_runs
 from neumuter.training.neurons import Neurons
 from neumuter.training.processes import agree
 from neumuter.training.step import Measured, Step
@@ -284,7 +284,7 @@ class _Fit:
         neurons, config, masked = self.neurons, self.config, self.pair.masked
         share = torch.tensor(len(support) / neurons.count, dtype=torch.float64, device=neurons.device)
         terms: list[Callable[[Measured], Tensor]] = [
-            lambda found: found.mean(_hinge(found, config.margin)),
+            lambda found: found.mean(hinge_runs(found.losses, found.ceilings, found.runs, config.margin)),
             lambda found: self.weight.to(found.kl.device) * found.kl,
         ]
         if self.former:
@@ -303,12 +303,6 @@ class _Fit:
             _Update(gains, self.weight, config, steps, self.kl_target),
             lambda: share,
         )
-
-
-def _hinge(found: Measured, margin: float) -> Tensor:
-    """What is left to forget of each forget token, and how much it counts: float32 [N]."""
-    weights = weigh_runs(log_odds(found.losses.detach()), found.runs)
-    return weights * odds_hinge(found.losses, margin, found.ceilings)
 
 
 class _Update:

@@ -16,7 +16,7 @@ from neumuter.models.head import Head
 from neumuter.models.modes import without_dropout
 from neumuter.models.pieces import Pieces
 from neumuter.texts.store import Windows
-from neumuter.training.losses import predicting
+from neumuter.training.losses import find_runs, predicting
 from neumuter.training.masked import Masked
 from neumuter.training.processes import check_same, find_processes
 from neumuter.training.references import References
@@ -236,6 +236,10 @@ class PairedBatches:
         if self._ceilings is None:
             return torch.full([len(places)], -torch.inf)
         return self._ceilings[sample_id, places]
+
+    def runs_of(self, sample_id: int) -> Tensor:
+        """What ``losses.find_runs`` gives for a forget sample's counted tokens, int64 [N] on the CPU."""
+        return find_runs(self._sample(sample_id).positions, self.ceilings_of(sample_id))
 
     def sample_losses(self, sample_ids: Sequence[int]) -> Sequence[Tensor]:
         """Compute the losses in nats of each sample's counted tokens, forget or retain: float32 [N] each."""

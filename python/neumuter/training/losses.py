@@ -8,10 +8,10 @@ from torch import Tensor
 
 from neumuter.types import IGNORED
 
-# Tokens in a row that give a text away: one of them must not come out.
+# Tokens in a row that give a text away: they must not all come out.
 LONGEST_RUN = 8
-# What a token that is forgotten as far as the margin still weighs, on its way to its ceiling.
-BEYOND = 0.3
+# The log-odds below which no run has to fall: it then comes out in one of a thousand answers.
+LEAST_ODDS = -7.0
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -60,46 +60,54 @@ def log_odds(losses: Tensor) -> Tensor:
     return odds - beyond
 
 
-def odds_hinge(losses: Tensor, margin: float, ceilings: Tensor | None = None) -> Tensor:
+def odds_hinge(losses: Tensor, margin: float) -> Tensor:
     """Compute relu(margin + log-odds) of each token, given its loss: [N], of ``losses`` [N].
 
     Zero once the token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
     so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
     logit is 1 whatever p is.
-
-    Args:
-        ceilings: the log-odds that each token may keep, [N]; −∞ where nothing is known; None: nowhere. Above
-            −margin the hinge ends there. Below, it goes on to there with the slope ``BEYOND``.
     """
-    odds = log_odds(losses)
-    if ceilings is None:
-        return F.relu(margin + odds)
-    floors = ceilings.clamp(min=-margin)
-    further = torch.minimum(odds, floors) - torch.where(ceilings.isfinite(), ceilings, floors)
-    return F.relu(odds - floors) + BEYOND * F.relu(further)
+    return F.relu(margin + log_odds(losses))
 
 
-def weigh_runs(odds: Tensor, runs: Tensor) -> Tensor:
-    """Weigh the tokens of each run so that those nearest to being forgotten count most: float32 [N].
+def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) -> Tensor:
+    """Compute what is left to forget of each run: float [N], at its first token; 0 at the others.
 
-    A run cannot come out once one of its tokens does not, so forgetting all of them alike costs more than it
-    has to. The weights are softmax(−log-odds) over the run, times its length: 1 of a token for itself.
+    A run comes out with the product of the probabilities of its tokens. The hinge on its log-odds ends at
+    those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``; or at −``margin`` where
+    nothing is known. Its gradient goes to the tokens in proportion to what they lack of certainty, so the
+    run is forgotten where that is easiest. It is multiplied by the number of the run's tokens, so that a
+    mean over tokens weighs each alike.
 
     Args:
-        odds: the log-odds of the forget tokens, float [N].
+        losses: of the forget tokens, in nats [N].
+        ceilings: the log-odds that each may keep, [N]; −∞ where nothing is known.
+        runs: what ``find_runs`` gave, int64 [N].
+        margin: nats.
+    """
+    unknown = ceilings.isneginf()
+    allowed = log_odds(sum_runs(-F.logsigmoid(ceilings.masked_fill(unknown, 0)), runs))
+    ends = allowed.clamp(min=LEAST_ODDS).masked_fill(unknown, -margin)
+    left = F.relu(log_odds(sum_runs(losses, runs)) - ends)
+    return (sum_runs(torch.ones_like(losses), runs) * left).masked_fill(~begin_runs(runs), 0)
+
+
+def begin_runs(runs: Tensor) -> Tensor:
+    """Mark the first token of each run: bool [N], of what ``find_runs`` gave."""
+    return torch.cat([torch.ones_like(runs[:1]), runs.diff()]).bool()
+
+
+def sum_runs(values: Tensor, runs: Tensor) -> Tensor:
+    """Sum ``values`` [N] from each token to the end of its run: [N].
+
+    Args:
         runs: what ``find_runs`` gave, int64 [N].
     """
-    # As whole numbers, whose sum does not depend on the order in which a device adds them.
-    parts = ((find_nearest(odds, runs) - odds).exp() * 2**32).long()
-    sums = torch.zeros_like(parts).scatter_add(0, runs, parts)
-    sizes = torch.zeros_like(parts).scatter_add(0, runs, torch.ones_like(parts))
-    return (parts.double() / sums[runs] * sizes[runs]).to(odds.dtype)
-
-
-def find_nearest(odds: Tensor, runs: Tensor) -> Tensor:
-    """For each token the lowest log-odds of its run, [N], of ``odds`` [N] and what ``find_runs`` gave."""
-    lowest = torch.full_like(odds, torch.inf).scatter_reduce(0, runs, odds, "amin")
-    return lowest[runs]
+    # A window of each token and those behind it. It adds in the same order on every device.
+    windows, numbers = (
+        F.pad(part, (0, LONGEST_RUN), value=-1).unfold(0, LONGEST_RUN, 1)[:-1] for part in (values, runs)
+    )
+    return windows.masked_fill(numbers != runs[:, None], 0).sum(1)
 
 
 def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:

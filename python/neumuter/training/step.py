@@ -17,7 +17,7 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
-from neumuter.training.losses import find_nearest, find_runs, log_odds
+from neumuter.training.losses import begin_runs, find_runs, log_odds, sum_runs
 from neumuter.training.processes import Processes
 from neumuter.training.sources import Watching
 
@@ -90,9 +90,9 @@ class Step:
     one sample alone does not fit, its activations are computed again in the backward pass.
 
     ``log_odds``, float32 [forget samples] on the device, NaN where no step had the sample: how well each was
-    known when a step last had it, under that step's masks. A run of tokens (see ``losses.find_runs``) is
-    known as well as the token of it with the lowest ln(p / (1 − p)), and a sample as well as the run that is
-    known best; where no token identifies the text, ``NOTHING``.
+    known when a step last had it, under that step's masks. It is known as well as that of its runs of tokens
+    (see ``losses.find_runs``) which is most likely to come out; where no token identifies the text,
+    ``NOTHING``.
 
     Args:
         pair: the texts, and the model under its masks.
@@ -306,12 +306,12 @@ class Step:
 
     def _find_log_odds(self, parts: Sequence[Inputs], measured: Measured) -> Tensor:
         """``log_odds`` of the samples of these parts, and −∞ of others."""
-        odds = log_odds(measured.losses.to(self.log_odds))
         runs, ceilings, weights = (
-            value.to(odds.device) for value in (measured.runs, measured.ceilings, measured.weights)
+            value.to(self.log_odds.device) for value in (measured.runs, measured.ceilings, measured.weights)
         )
-        nearest = find_nearest(odds, runs).clamp(min=NOTHING)
-        known = nearest.masked_fill(ceilings >= 0, NOTHING).masked_fill(weights == 0, -torch.inf)
+        odds = log_odds(sum_runs(measured.losses.to(self.log_odds), runs)).clamp(min=NOTHING)
+        settled = (ceilings >= 0) | ~begin_runs(runs)
+        known = odds.masked_fill(settled, NOTHING).masked_fill(weights == 0, -torch.inf)
         ids = [
             part.samples.index_select(0, part.places[: len(part.targets)] // part.ids.shape[1])
             for part in parts
