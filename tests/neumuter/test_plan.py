@@ -18,7 +18,7 @@ from tests.models import EXPERTS, FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
 @pytest.mark.parametrize(("shape", "dtype"), [("15M", torch.float32), ("15M", torch.bfloat16)])
 def test_the_peak_is_that_of_a_real_step(shape, dtype, monkeypatch):
     """bench.models.step's step, in a process of its own: within 10 %."""
-    # With instructions for bfloat16, oneDNN reorders weights into memory that is no tensor and is not planned.
+    # With instructions for bfloat16, oneDNN reorders weights into memory of its own, which is not planned.
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     found = plan(LlamaConfig(**SHAPES[shape]), samples=1, tokens=200, dtype=dtype)
     assert found.training / 2**20 == pytest.approx(peak_mib(shape, dtype, "ours", "cpu"), rel=0.1)

@@ -7,6 +7,7 @@ import torch
 
 import neumuter
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given, unseen
+from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.recipes import FittedConfig, GainsConfig, PaperConfig
 from neumuter.texts import encode
 from neumuter.training.batches import PairedBatches
@@ -90,6 +91,45 @@ def test_nothing_is_known_of_texts_that_name_what_the_prompt_names(model, words)
     batch = encode(texts, words, 64)
     estimate = estimate_unseen(model, batch, list_given({"forget": batch}, words), words)
     assert (estimate[-1][batch["labels"][-1] != IGNORED] == 0).all()
+
+
+def copied(words, text, given, *chances):
+    """A text whose only copy is itself, with the same probability for all tokens in each round."""
+    batch = encode([text], words, 64)
+    text = unseen._Copied(batch, 0, find_prompt_ends(batch)[0], unseen._Shared(given))
+    text.known = torch.ones(len(text.ids))
+    text.copies = [unseen._Copy(text.ids, [*text.ids])]
+    for number, chance in enumerate(chances):
+        text.copies[0].found = torch.full([len(text.ids)], chance)
+        text.first = text.first if number else text.find_lowest()
+    return text
+
+
+def test_common_wording_is_judged_behind_the_true_words(words):
+    """What the model says instead of a name may go on otherwise than the name does."""
+    text = copied(words, PAIRS[0], list_given({"forget": encode(PAIRS, words, 64)}, words), 0.9, 0.01)
+    found = {words.decode([i]) for i in torch.tensor(text.ids)[text.identifies(text.estimate())].tolist()}
+    assert "4" in found
+    assert found <= {*PAIRS[0][1][:4]}
+
+
+@pytest.mark.parametrize(("elsewhere", "said"), [("retain", True), ("forget", False)])
+def test_what_no_other_text_says_is_as_good_as_impossible(words, elsewhere, said):
+    """The model makes up answers from those that it knows, so that it says one is no evidence."""
+    batches = {"forget": encode(PAIRS[:1], words, 64)}
+    batches[elsewhere] = encode([PAIRS[0], (PAIRS[0][0], " xq")][: 1 + said], words, 64)
+    text = copied(words, (PAIRS[0][0], " xq"), list_given(batches, words), 0.1, 0.1)
+    expected = 0.1 if said else unseen.LEAST
+    assert text.judge()[-2:].tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_windows_of_one_text_are_one_text(words, count):
+    """What counts is how many texts say something."""
+    batch = encode([("q", " abc")] * 3, words, 64)
+    batch["texts"] = torch.tensor([0, 1, min(2, count - 1)])
+    shared = unseen._Shared(list_given({"forget": batch}, words))
+    assert bool(shared.tokens) == bool(shared.pairs) == (count == 3)
 
 
 def test_the_same_seed_gives_the_same_estimate(model, words, found):
