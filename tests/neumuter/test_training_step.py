@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import threading
 
 import pytest
@@ -194,7 +195,7 @@ def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after, sou
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_log_odds_are_those_of_the_run_that_is_known_best(llama, padded, request, monkeypatch):
+def test_log_odds_are_those_of_the_run_that_is_likeliest(llama, padded, request, monkeypatch):
     if padded:
         request.getfixturevalue("captured")
     with neumuter.attach(llama, start_layer=1) as masked:
@@ -221,12 +222,12 @@ def test_log_odds_are_those_of_the_run_that_is_known_best(llama, padded, request
             p = [losses.neg().double().exp() for losses in pair.sample_losses([0, 1])]
     expected = []
     for row, chances in enumerate(p):
-        odds, runs = iter((chances / (1 - chances)).log().tolist()), [[]]
+        each, runs = iter(chances.tolist()), [[]]
         for place in (FORGET["labels"][row, 1:] != -100).nonzero().flatten().tolist():
-            runs[-1].append(next(odds))
+            runs[-1].append(next(each))
             if place + 1 == 6:
                 runs[-1:] = [runs[-1][:-1], []]
-        expected.append(max(min(run) for run in runs if run))
+        expected.append(max(torch.tensor(math.prod(run)).logit().item() for run in runs if run))
     expected = torch.tensor([*expected, step.NOTHING])
     torch.testing.assert_close(one.log_odds[[0, 1, 3]], expected, rtol=1e-3, atol=1e-3)
     assert one.log_odds[[2, 4]].isnan().all()
