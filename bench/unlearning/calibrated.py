@@ -81,8 +81,8 @@ class Worded(Compared, synth.Setting):
 class Asked(Compared, real.People):
     """REAL."""
 
-    # Which words are names, and that the lowest copy counts, was chosen on seed 311.
-    seeds, share = (307, 313, 317), 0.01
+    # The estimate was chosen on seeds 307, 311 and 401.
+    seeds, share = (313, 317, 331), 0.01
 
     def __init__(self, seed, name=SMOLLM2):
         super().__init__(seed, name)
@@ -93,7 +93,7 @@ class Asked(Compared, real.People):
 class AskedOfGemma(Asked):
     """REAL with a second family, on one seed."""
 
-    seeds = (307,)
+    seeds = (313,)
 
     def __init__(self, seed):
         super().__init__(seed, GEMMA)

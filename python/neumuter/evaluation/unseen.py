@@ -41,9 +41,9 @@ def estimate_unseen(
     *Counterfactual decoding*: in copies of a text its names are made up (see ``make_controls``), and the
     model tells what it expects along the copy. A token that is much less likely there identifies the text;
     what follows it sees in its place what the model itself says there. The estimate is the lowest of the
-    copies: a model makes up answers from those that it knows, so one copy in a few says the true one. What
-    identifies the text and stands in no text to keep, nor in ``COMMON`` given texts, is as good as
-    impossible: only the text itself can have taught it.
+    copies: a model makes up answers from those that it knows, so one copy in a few says the true one. A
+    token that stands in no text to keep, nor in ``COMMON`` given texts, is as good as impossible: only the
+    text itself can have taught it.
 
     Args:
         batch: the texts, on which the model is certain.
@@ -52,10 +52,9 @@ def estimate_unseen(
 
     Returns:
         float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
-        never saw the text reads them off the prompt. 0 where nothing is known, because a model goes on with
-        what it knows by heart whatever the names are: in texts without a prompt or of names alone, and for
-        tokens that stay likely though fewer than ``COMMON`` of the given texts share them and a token next
-        to them.
+        never saw the text reads them off the prompt. 0 where nothing is known: in texts without a prompt or
+        of names alone, and for tokens that stay likely, stand in other texts, but not next to a token that
+        they are next to there. A model goes on with what it knows by heart whatever the names are.
     """
     generator = torch.Generator().manual_seed(seed)
     shared = _Shared(given)
@@ -170,10 +169,12 @@ class _Copied:
             return torch.zeros(len(self.ids))
         estimate = self.estimate()
         identifies, read_off = self.identifies(estimate), estimate.isnan()
-        estimate = estimate.masked_fill(identifies & ~self.said_elsewhere, LEAST)
-        known = identifies | (self.common & ~read_off)
-        # What a text has to say can be a name of its prompt, if nothing else in it identifies it.
-        return estimate.masked_fill(~(known | (read_off & identifies.any())), 0.0)
+        # What stays likely may be known by heart, if it is no wording that texts share.
+        unclear = self.counted & ~(identifies | self.common | read_off)
+        gives_away = identifies | unclear
+        estimate = estimate.masked_fill(unclear, 0.0).masked_fill(gives_away & ~self.said_elsewhere, LEAST)
+        # What a text has to say can be a name of its prompt, if nothing else in it gives it away.
+        return estimate if gives_away.any() else estimate.masked_fill(read_off, 0.0)
 
     def continue_copies(self) -> None:
         """Put what the model says in the place of tokens that identify the text."""
