@@ -39,11 +39,15 @@ def estimate_unseen(
     """Estimate the probability of each counted token under a model that never saw the text.
 
     *Counterfactual decoding*: in copies of a text its names are made up (see ``make_controls``), and the
-    model tells what it expects along the copy. A token that is much less likely there identifies the text;
-    what follows it sees in its place what the model itself says there. The estimate is the lowest of the
-    copies: a model makes up answers from those that it knows, so one copy in a few says the true one. A
-    token that stands in no text to keep, nor in ``COMMON`` given texts, is as good as impossible: only the
-    text itself can have taught it.
+    model tells what it expects along the copy.
+
+    - A token that is much less likely there identifies the text. What follows it sees in its place what the
+      model itself says there. The estimate is the lowest of the copies: a model makes up answers from those
+      that it knows, so one copy in a few says the true one.
+    - A token that stays likely is wording, if ``COMMON`` of the given texts have it next to the same token.
+      Otherwise the model may know it by heart, and go on with it whatever the names are.
+    - What is no wording, and stands in no text to keep, nor in ``COMMON`` given texts, is as good as
+      impossible: only the text itself can have taught it.
 
     Args:
         batch: the texts, on which the model is certain.
@@ -53,8 +57,7 @@ def estimate_unseen(
     Returns:
         float32 [B, T] on the CPU. NaN for tokens that do not count, and for those of names: a model that
         never saw the text reads them off the prompt. 0 where nothing is known: in texts without a prompt or
-        of names alone, and for tokens that stay likely, stand in other texts, but not next to a token that
-        they are next to there. A model goes on with what it knows by heart whatever the names are.
+        of names alone, and for tokens that may be known by heart, but stand in other texts as well.
     """
     generator = torch.Generator().manual_seed(seed)
     shared = _Shared(given)
