@@ -79,7 +79,8 @@ def test_narrower_instruction_sets_agree(capability, ran):
         if name in ("gates", "gains"):
             assert torch.equal(x, widest[name])
         else:
-            eps = torch.finfo(x.dtype).eps
+            # The float32 gradient of the mask is a sum over activations, which are rounded to their dtype.
+            eps = torch.finfo(getattr(torch, name.split()[0].removeprefix("torch."))).eps
             torch.testing.assert_close(x, widest[name], rtol=64 * eps, atol=16 * eps, msg=name)
 
 
