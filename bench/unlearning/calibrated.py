@@ -81,8 +81,8 @@ class Worded(Compared, synth.Setting):
 class Asked(Compared, real.People):
     """REAL."""
 
-    # The estimate was chosen on seeds 307, 311 and 401.
-    seeds, share = (313, 317, 331), 0.01
+    # The estimate was chosen on seeds 311 and 401; on 307, what may be known by heart.
+    seeds, share = (307, 313, 317), 0.01
 
     def __init__(self, seed, name=SMOLLM2):
         super().__init__(seed, name)
