@@ -119,6 +119,18 @@ def test_a_run_is_forgotten_as_far_as_its_ceilings_allow():
     assert not len(losses.hinge_runs(known[:0], ceilings[:0], runs[:0], 1.0))
 
 
+def test_what_may_stay_has_to_stay_likelier_than_not():
+    token_losses = torch.tensor([0.01, 3.0, 3.0, 3.0, 3.0], requires_grad=True)
+    ceilings = torch.tensor([2.0, 2.0, torch.inf, 0.0, -torch.inf])
+    found = losses.hinge_runs(token_losses, ceilings, torch.arange(5), margin=1.0)
+    lost = -losses.log_odds(token_losses.detach())[1]
+    assert found[0] > 0
+    torch.testing.assert_close(found[1:].detach(), torch.tensor([lost, lost, 0, 0]))
+    found[1:].sum().backward()
+    assert (token_losses.grad[1:3] > 0).all()
+    assert (token_losses.grad[3:] == 0).all()
+
+
 def test_where_nothing_is_known_each_token_is_forgotten_as_by_the_hinge_on_its_odds():
     values = torch.rand(9) * 4
     runs = losses.find_runs(torch.arange(9), torch.full([9], -torch.inf))

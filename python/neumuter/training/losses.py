@@ -71,13 +71,14 @@ def odds_hinge(losses: Tensor, margin: float) -> Tensor:
 
 
 def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) -> Tensor:
-    """Compute what is left to forget of each run: float [N], at its first token; 0 at the others.
+    """Compute what is left to forget of each run, or was lost of it: float [N], at its first token, else 0.
 
     A run comes out with the product of the probabilities of its tokens. The hinge on its log-odds ends at
     those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``; or at −``margin`` where
     nothing is known. Its gradient goes to the tokens in proportion to what they lack of certainty, so the
     run is forgotten where that is easiest. It is multiplied by the number of the run's tokens, so that a
-    mean over tokens weighs each alike.
+    mean over tokens weighs each alike. Tokens that may stay likelier than not have to: what their log-odds
+    lack of 0 is added, so that nobody wrecks the wording of a text to be rid of its secret.
 
     Args:
         losses: of the forget tokens, in nats [N].
@@ -88,8 +89,10 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
     unknown = ceilings.isneginf()
     allowed = log_odds(sum_runs(-F.logsigmoid(ceilings.masked_fill(unknown, 0)), runs))
     ends = allowed.clamp(min=LEAST_ODDS).masked_fill(unknown, -margin)
-    left = F.relu(log_odds(sum_runs(losses, runs)) - ends)
-    return (sum_runs(torch.ones_like(losses), runs) * left).masked_fill(~begin_runs(runs), 0)
+    odds = log_odds(sum_runs(losses, runs))
+    left = sum_runs(torch.ones_like(losses), runs) * F.relu(odds - ends)
+    lost = F.relu(-odds).masked_fill(ceilings <= 0, 0)
+    return (left + lost).masked_fill(~begin_runs(runs), 0)
 
 
 def begin_runs(runs: Tensor) -> Tensor:
