@@ -71,14 +71,16 @@ def odds_hinge(losses: Tensor, margin: float) -> Tensor:
 
 
 def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) -> Tensor:
-    """Compute what is left to forget of each run, or was lost of it: float [N], at its first token, else 0.
+    """Compute what is left to forget of each run, and what wording lacks: float [N].
+
+    It stands at the first token of a run; 0 stands at the others.
 
     A run comes out with the product of the probabilities of its tokens. The hinge on its log-odds ends at
     those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``; or at −``margin`` where
     nothing is known. Its gradient goes to the tokens in proportion to what they lack of certainty, so the
     run is forgotten where that is easiest. It is multiplied by the number of the run's tokens, so that a
-    mean over tokens weighs each alike. Tokens that may stay likelier than not have to: what their log-odds
-    lack of 0 is added, so that nobody wrecks the wording of a text to be rid of its secret.
+    mean over tokens weighs each alike. Tokens that may stay likelier than not have to: of these it is what
+    their log-odds lack of 0. Without it a fit may wreck the wording of a text to be rid of its secret.
 
     Args:
         losses: of the forget tokens, in nats [N].
