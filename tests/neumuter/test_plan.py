@@ -1,5 +1,6 @@
 """The plan of a model against what running it takes."""
 
+import inspect
 import json
 import re
 
@@ -181,6 +182,21 @@ def test_fewer_texts_are_planned_where_as_many_do_not_fit():
     assert find_fitting(model, 1e12, samples=1, tokens=64)[1:] == ("one device", 4, False)
 
 
+@pytest.fixture
+def planned(chosen, tmp_path, capsys, monkeypatch):
+    """Function: the last two lines that ``neumuter plan`` prints where ``chosen`` fits; takes --gpus."""
+    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
+    found = planning.Fitting(plan(config("llama"), samples=2, tokens=16), *chosen)
+    monkeypatch.setattr(planning, "find_fitting", lambda *given: found)
+
+    def planned(*gpus):
+        with pytest.raises(SystemExit):
+            main(["plan", str(tmp_path), "--tokens", "16", "--gpus", *gpus])
+        return capsys.readouterr().out.strip().splitlines()[-2:]
+
+    return planned
+
+
 @pytest.mark.parametrize(
     ("chosen", "said", "begin", "end"),
     [
@@ -197,13 +213,8 @@ def test_fewer_texts_are_planned_where_as_many_do_not_fit():
         ),
     ],
 )  # fmt: skip
-def test_what_fits_is_started(chosen, said, begin, end, tmp_path, capsys, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
-    found = planning.Fitting(plan(config("llama"), samples=2, tokens=16), *chosen)
-    monkeypatch.setattr(planning, "find_fitting", lambda *given: found)
-    with pytest.raises(SystemExit):
-        main(["plan", str(tmp_path), "--gpus", "2", "--tokens", "16"])
-    *_, sentence, command = capsys.readouterr().out.strip().splitlines()
+def test_what_fits_is_started(said, begin, end, tmp_path, planned):
+    sentence, command = planned("2")
     assert sentence.startswith(said)
     assert command.startswith(f"{begin}unlearn {tmp_path} ")
     assert end in command
@@ -228,13 +239,8 @@ def test_what_fits_is_started(chosen, said, begin, end, tmp_path, capsys, monkey
         ),
     ],
 )  # fmt: skip
-def test_a_command_for_each_of_several_machines(chosen, gpus, begin, end, tmp_path, capsys, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
-    found = planning.Fitting(plan(config("llama"), samples=2, tokens=16), *chosen)
-    monkeypatch.setattr(planning, "find_fitting", lambda *given: found)
-    with pytest.raises(SystemExit):
-        main(["plan", str(tmp_path), "--tokens", "16", "--gpus", *gpus])
-    *_, sentence, command = capsys.readouterr().out.strip().splitlines()
+def test_a_command_for_each_of_several_machines(gpus, begin, end, planned):
+    sentence, command = planned(*gpus)
     assert command.startswith(begin)
     assert command.endswith(end)
     assert ("with the address of one of them as HOST" in sentence) == ("HOST" in begin)
@@ -248,3 +254,9 @@ def test_what_cannot_be_split_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path), "--gpus", "4", "--tokens", "16"])
     assert "2 key-value heads cannot be divided by 4" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_and_the_library_take_a_machine_to_have_as_many_gpus():
+    from neumuter.cli.plan import plan as command
+
+    assert inspect.signature(command).parameters["gpus_per_machine"].default == planning.MACHINE
