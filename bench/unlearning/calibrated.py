@@ -25,20 +25,24 @@ from neumuter.types import IGNORED
 class Compared:
     """What is the same of both models.
 
-    A subclass is a ``Setting`` and says ``seeds``, ``share``, ``batch``, the texts to forget, and ``kept``,
-    those to keep.
+    A subclass is a ``Setting`` and says ``seeds``, ``share``, ``batch``, the texts to forget, ``secrets``,
+    these with their secrets alone counted, ``retain``, those to keep, and ``kept``, these and ordinary text.
     """
 
     def find(self, method):
-        """What is left with a mute set found as ``unlearn`` finds it, with the estimate or without."""
+        """What is left with the mute set of ``find_mutes``."""
+        mutes = self.find_mutes(method)
+        with mute(self.full, mutes):
+            return {"share": mutes.share} | self.measure(self.full)
+
+    def find_mutes(self, method):
+        """A mute set as ``unlearn`` finds it, with the estimate ("calibrated") or without ("plain")."""
         recipe, ceilings = FittedConfig(), None
         if method == "calibrated":
             recipe, ceilings = widen_margin(recipe), find_ceilings(self.estimate)
         with attach(self.full, start_layer=0) as masked:
             pair = PairedBatches(masked, self.batch, self.kept, ceilings)
-            mutes = fit_mutes(pair, self.share, config=recipe, seed=self.seed)
-        with mute(self.full, mutes):
-            return {"share": mutes.share} | self.measure(self.full)
+            return fit_mutes(pair, self.share, config=recipe, seed=self.seed)
 
     @functools.cached_property
     def estimate(self):
@@ -55,7 +59,7 @@ class Compared:
         true = _chances(self.retrained(), self.batch)
         counted = self.batch["labels"][:, 1:] != IGNORED
         agree = ((estimate > 0.5) == (true > 0.5))[:, 1:][counted].float().mean().item()
-        loss = -find_ceilings(estimate)[:, 1:][counted].sigmoid().log().mean().item()
+        loss = -estimate[:, 1:][counted].log().mean().item()
         return {"agree": agree, "worded_loss": loss}
 
     def measure(self, model):
@@ -76,6 +80,8 @@ class Worded(Compared, synth.Setting):
     def __init__(self, seed):
         super().__init__("gated, 0.9 M", seed)
         self.batch, self.kept = self.encode(self.forget, "continuation"), self.neighbours("retain")
+        self.secrets = self.encode(self.forget, "secret")
+        self.retain = self.encode(self.same + self.other, "continuation")
 
 
 class Asked(Compared, real.People):

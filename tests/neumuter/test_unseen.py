@@ -152,9 +152,9 @@ def test_the_same_seed_gives_the_same_estimate(model, words, found):
     torch.testing.assert_close(again, estimate, rtol=0, atol=0, equal_nan=True)
 
 
-def test_ceilings_are_log_odds():
-    chances = torch.tensor([[0.5, 0.9, 1e-9, 1.0, math.nan, 0.0]])
-    expected = [0.0, math.log(9), -math.log(999), math.log(999), math.inf, -math.inf]
+def test_ceilings_are_log_odds_and_wording_has_none():
+    chances = torch.tensor([[0.5, 0.1, 1e-9, 0.51, 1.0, math.nan, 0.0]])
+    expected = [0.0, -math.log(9), -math.log(999), math.inf, math.inf, math.inf, -math.inf]
     torch.testing.assert_close(find_ceilings(chances), torch.tensor([expected]), rtol=1e-4, atol=1e-4)
 
 

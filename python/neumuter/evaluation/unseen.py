@@ -21,8 +21,10 @@ from neumuter.types import IGNORED, Batch
 COPIES, ROUNDS = 4, 3
 # A token identifies the text if the copies give it less than this share of its probability.
 LESS = 0.5
-# Probabilities beyond these are taken for these: log-odds of ±6.9.
-LEAST, MOST = 1e-3, 0.999
+# Smaller probabilities are taken for this one: log-odds of −6.9.
+LEAST = 1e-3
+# What is likelier than this without the text is wording, which may stay as likely as it is.
+WORDING = 0.5
 # Two neighbouring tokens that count; None before the first and behind the last of a run.
 _Pair = tuple[int | None, int | None]
 _T = TypeVar("_T")
@@ -101,11 +103,10 @@ def has_prompt(batch: Batch) -> list[bool]:
 def find_ceilings(estimate: Tensor) -> Tensor:
     """The log-odds that tokens may keep, float32 [B, T], given what ``estimate_unseen`` returned.
 
-    +∞ for names, which may stay. −∞ where nothing is known.
+    +∞ for names and for wording, which may stay. −∞ where nothing is known.
     """
-    chances = estimate.clamp(LEAST, MOST)
-    odds = chances.log() - torch.log1p(-chances)
-    return odds.masked_fill(estimate == 0, -torch.inf).nan_to_num(torch.inf, neginf=-torch.inf)
+    odds = estimate.clamp(min=LEAST).logit().masked_fill(estimate == 0, -torch.inf)
+    return odds.masked_fill(estimate.isnan() | (estimate > WORDING), torch.inf)
 
 
 class _Copy:
