@@ -147,3 +147,13 @@ def test_what_is_left_of_a_run_does_not_depend_on_the_order_of_texts():
     found = losses.hinge_runs(values, ceilings, losses.find_runs(places, ceilings), 1.0)
     moved = losses.find_runs(places[order], ceilings)
     assert torch.equal(found[order], losses.hinge_runs(values[order], ceilings, moved, 1.0))
+
+
+def test_one_token_that_changed_much_weighs_more_than_many_that_hardly_did():
+    """d·(1 + d) by hand, and its slope 1 + 2·d."""
+    one, many = torch.tensor([2.0, 0.0, 0.0, 0.0]), torch.full([4], 0.5).requires_grad_()
+    assert losses.weigh_harm(one).tolist() == [6.0, 0.0, 0.0, 0.0]
+    weighed = losses.weigh_harm(many)
+    assert weighed.tolist() == [0.75] * 4
+    weighed.sum().backward()
+    assert many.grad.tolist() == [2.0] * 4

@@ -172,8 +172,9 @@ def fit_gains(
     former: Sequence[Slopes] = (),
     journal: Journal | None = None,
 ) -> MuteSet:
-    """Fit the gains of the neurons of ``mutes`` with Adam on the hinge on log-odds + η·KL.
+    """Fit the gains of the neurons of ``mutes`` with Adam on the hinge on log-odds + η·harm.
 
+    Harm is KL in which tokens that changed much weigh more (``losses.weigh_harm``).
     η is steered so that KL stays at its target: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), range).
 
     Args:
@@ -285,7 +286,7 @@ class _Fit:
         share = torch.tensor(len(support) / neurons.count, dtype=torch.float64, device=neurons.device)
         terms: list[Callable[[Measured], Tensor]] = [
             lambda found: found.mean(hinge_runs(found.losses, found.ceilings, found.runs, config.margin)),
-            lambda found: self.weight.to(found.kl.device) * found.kl,
+            lambda found: self.weight.to(found.harm.device) * found.harm,
         ]
         if self.former:
             held = Held(self.former, neurons, support, gains, config.margin)

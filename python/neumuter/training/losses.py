@@ -97,6 +97,15 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
     return (left + lost).masked_fill(~begin_runs(runs), 0)
 
 
+def weigh_harm(divergences: Tensor) -> Tensor:
+    """Compute d·(1 + d) of each divergence d, in nats: [M], of ``divergences`` [M].
+
+    One token that comes out differently ruins a text, and many that hardly changed do not. A mean over tokens
+    tells them apart only if large divergences weigh more.
+    """
+    return divergences * (1 + divergences)
+
+
 def begin_runs(runs: Tensor) -> Tensor:
     """Mark the first token of each run: bool [N], of what ``find_runs`` gave."""
     return torch.cat([torch.ones_like(runs[:1]), runs.diff()]).bool()

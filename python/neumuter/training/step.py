@@ -17,7 +17,7 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
-from neumuter.training.losses import begin_runs, find_runs, log_odds, sum_runs
+from neumuter.training.losses import begin_runs, find_runs, log_odds, sum_runs, weigh_harm
 from neumuter.training.processes import Processes
 from neumuter.training.sources import Watching
 
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     losses: of the forget tokens, float32 [N] in nats. weights: of these tokens, float32 [N]; 0 for padding.
     ceilings: the log-odds that these tokens may keep, float32 [N]; 0 for padding. runs: what
     ``losses.find_runs`` gives for these tokens, int64 [N]. kl: the mean of KL(reference ‖ masked) over the
-    retain tokens, a scalar in nats.
+    retain tokens, a scalar in nats. harm: the mean of what ``losses.weigh_harm`` makes of it, a scalar.
 
     Where several ``processes`` share the step, losses and weights are those of this process's tokens, and
     means are what these add to the mean of all ``tokens`` forget tokens. An update is given the whole kl.
@@ -47,6 +47,7 @@ class Measured(NamedTuple):
     ceilings: torch.Tensor
     runs: torch.Tensor
     kl: torch.Tensor
+    harm: torch.Tensor
     tokens: int | None = None
     processes: Processes | None = None
 
@@ -267,7 +268,10 @@ class Step:
         """What was found in all parts of a step, and its loss, a scalar."""
         weights = [part.weights.split([len(part.targets), len(part.references)]) for part in parts]
         forget, retain = (torch.cat(kind) for kind in zip(*weights, strict=True))
-        kl = _mean(divergences, retain, whole and whole.retain_tokens)
+        kl, harm = (
+            _mean(values, retain, whole and whole.retain_tokens)
+            for values in (divergences, weigh_harm(divergences))
+        )
         ceilings = torch.cat([part.ceilings for part in parts]).to(losses.device)
         behind = itertools.accumulate((part.ids.numel() for part in parts), initial=0)
         places = torch.cat(
@@ -275,7 +279,7 @@ class Step:
         )
         runs = find_runs(places.to(losses.device), ceilings)
         measured = Measured(
-            losses, forget, ceilings, runs, kl, whole and whole.forget_tokens, whole and whole.processes
+            losses, forget, ceilings, runs, kl, harm, whole and whole.forget_tokens, whole and whole.processes
         )
         return measured, functools.reduce(torch.add, [term(measured) for term in self.terms])
 
