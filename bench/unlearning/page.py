@@ -39,6 +39,7 @@ NAMES = {
     "neumuter, trained support": "ours, modulate, trained support",
     "neumuter, modulate": "**ours, modulate**", "ascent": "gradient ascent", "difference": "GradDiff",
     "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
+    "plain": "ours, all tokens alike", "calibrated": "**our default**", "estimate": "the estimate",
 }  # fmt: skip
 PEOPLE_COLUMNS = [c for c in COLUMNS if c != "forget_sampled"]  # which the first rows do not have
 STATES = {
@@ -205,16 +206,13 @@ def location(rows, _):
 
 def calibrated(rows, model):
     """With the estimate and without, beside the original and the retrained model."""
-    names = {
-        "plain": "ours, all tokens alike", "calibrated": "**our default**", "estimate": "the estimate",
-    }  # fmt: skip
     rows = _where(_related(rows, ("model", "seed")), model=model)
     columns = ["agree", *(c for c in COLUMNS if c not in ("agree", "forget_ma", "steps"))]
     order = ("before", "retrained", "estimate", "plain", "calibrated")
-    return (rows and table([((NAMES | names)[m], _where(rows, method=m)) for m in order], columns)) or None
+    return (rows and table([(NAMES[m], _where(rows, method=m)) for m in order], columns)) or None
 
 
-def calibrated_seeds(rows, model):
+def model_seeds(rows, model):
     return seeds(_where(rows, model=model)) if _where(rows, model=model) else None
 
 
@@ -238,21 +236,23 @@ def planted(rows, _):
     return table(_methods(_related(rows, ("seed",))), COLUMNS)
 
 
-def rounded(rows, _):
+def rounded(rows, model):
     """Each method in each format, beside the original in the same format."""
-    lines = []
+    lines, rows = [], _where(rows, model=model)
     for method in dict.fromkeys(row["method"] for row in rows):
         for name in FORMATS:
             found = _where(rows, method=method, format=name)
+            originals = {row["seed"]: row for row in _where(rows, method="before", format=name)}
+            pairs = [(row, originals[row["seed"]]) for row in found]
+            cells = (
+                _cell([row["forget_extraction"] for row in found], "{:.2f}"),
+                _cell([row["forget_secrets"] for row in found], "{:.2f}"),
+                _cell([row["retain_extraction"] / o["retain_extraction"] for row, o in pairs], "{:.2f}"),
+                _cell(
+                    [row["heldout_perplexity"] / o["heldout_perplexity"] - 1 for row, o in pairs], "{:+.1%}"
+                ),
+            )
             if found:
-                kept = [
-                    row["retain_extraction"]
-                    / _where(rows, method="before", format=name, seed=row["seed"])[0]["retain_extraction"]
-                    for row in found
-                ]
-                secrets = [row["forget_secrets"] for row in found]
-                extracted = [row["forget_extraction"] for row in found]
-                cells = (_cell(values, "{:.2f}") for values in (extracted, secrets, kept))
                 lines.append([NAMES[method] if name == "none" else "", FORMATS[name], *cells])
     head = [
         "",
@@ -260,8 +260,9 @@ def rounded(rows, _):
         "forget: extraction ↓",
         "forget: secrets ↓",
         "keep, over the original's in this format ↑",
+        "perplexity over the original's in this format",
     ]
-    return text.table(head, lines, "---:")
+    return text.table(head, lines, "---:") if lines else None
 
 
 def requests(rows, method):
@@ -338,7 +339,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, calibrated, calibrated_seeds, capacity, planted, rounded, requests,
+        kinds, counts, location, calibrated, model_seeds, capacity, planted, rounded, requests,
         requests_seeds, share, many, given_away, stand_ins, instead,
     )
 }  # fmt: skip

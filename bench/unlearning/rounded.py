@@ -1,7 +1,7 @@
 """ROUNDED: does a model that forgot remember when its weights are rounded to few bits?
 
-SYNTH's first model after each method, with its linear weights rounded as five formats round them; beside it
-the original and the model retrained without the records, rounded alike. The output layer stays as it is.
+CALIBRATED's models after each method, with their linear weights rounded as five formats round them; beside
+them the original and the model retrained without the texts, rounded alike. The output layer stays as it is.
 """
 
 import copy
@@ -9,16 +9,15 @@ import functools
 
 import torch
 
-from bench.unlearning.methods import MASKS, tune
-from bench.unlearning.synth import Setting
+from bench.unlearning.calibrated import Asked, Worded
+from bench.unlearning.methods import WEIGHTS, tune
+from bench.unlearning.pretrained import SMOLLM2
+from neumuter import evaluation
 from neumuter.evaluation.robustness import quantise
 from neumuter.serving.fold import fold
 
-# Nobody has tuned anything on these.
-SEEDS = (307, 311, 313)
-SHARE = 0.05
-OURS = "neumuter, modulate"
-METHODS = ("before", "retrained", OURS, "npo", "simnpo", "difference")
+SETTINGS = {"gated, 0.9 M": Worded, SMOLLM2: Asked}
+METHODS = ("before", "retrained", "calibrated", "npo", "simnpo", "difference")
 
 
 def _by_gguf(kind):
@@ -26,7 +25,8 @@ def _by_gguf(kind):
         import gguf
 
         kinds = gguf.GGMLQuantizationType[kind]
-        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kinds), kinds))
+        packed = gguf.quants.quantize(weight.float().numpy(), kinds)
+        return torch.from_numpy(gguf.quants.dequantize(packed, kinds))
 
     return rounded
 
@@ -44,7 +44,7 @@ def _each(rounded):
     def round_all(model):
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                module.weight.data = rounded(module.weight.data).view_as(module.weight)
+                module.weight.data.copy_(rounded(module.weight.data).view_as(module.weight))
         return model
 
     return round_all
@@ -61,28 +61,40 @@ FORMATS = {
 
 
 def cases(quick=False):
-    """Yields a case for each seed, method and format."""
-    for seed in SEEDS[:1] if quick else SEEDS:
-        setting = functools.cache(lambda seed=seed: Setting("gated, 0.9 M", seed))
-        for method in METHODS[2:3] if quick else METHODS:
-            made = functools.cache(lambda method=method, setting=setting: make(setting(), method))
-            for name in ("none", "int4") if quick else FORMATS:
-                about = {"seed": seed, "method": method, "format": name}
-                yield about, functools.partial(_measure, setting, made, name)
+    """Yields a case for each model, seed, method and format."""
+    for model, kind in [*SETTINGS.items()][: 1 if quick else None]:
+        for seed in kind.seeds[: 1 if quick else None]:
+            setting = functools.cache(functools.partial(kind, seed))
+            yield from _cases({"model": model, "seed": seed}, setting, quick)
 
 
-def _measure(setting, made, name):
-    return setting().measure(FORMATS[name](copy.deepcopy(made())))
+def _cases(about, setting, quick):
+    for method in METHODS[2:3] if quick else METHODS:
+        made = functools.lru_cache(1)(lambda method=method: make(setting(), method))
+        for name in ("none", "int4") if quick else FORMATS:
+            yield (
+                about | {"method": method, "format": name},
+                lambda made=made, name=name: measure(setting(), FORMATS[name](copy.deepcopy(made()))),
+            )
 
 
 def make(setting, method):
     """The model after ``method``."""
     if method == "retrained":
         return setting.retrained()
-    job = setting.job(SHARE)
-    if method not in ("before", OURS):
-        return tune(job, method).requires_grad_(False)
+    if method in WEIGHTS:
+        return tune(setting.job(setting.share), method).to(setting.full.dtype).requires_grad_(False)
     model = copy.deepcopy(setting.full)
-    if method == OURS:
-        fold(model, MASKS[method](job))
+    if method == "calibrated":
+        fold(model, setting.find_mutes(method))
     return model
+
+
+def measure(setting, model):
+    """What is left, and what stays."""
+    return {
+        "forget_extraction": evaluation.extraction_rate(model, setting.batch),
+        "forget_secrets": evaluation.secret_extraction(model, setting.secrets),
+        "retain_extraction": evaluation.extraction_rate(model, setting.retain),
+        "heldout_perplexity": evaluation.perplexity(model, setting.heldout),
+    }

@@ -346,13 +346,14 @@ def test_rounded_weights_are_measured(tiny):
     pytest.importorskip("torchao")
     found = quick_rows(rounded.cases(quick=True))
     assert [row["format"] for row in found] == ["none", "int4"]
-    assert found[0]["forget_loss"] != found[1]["forget_loss"]
+    assert found[0]["heldout_perplexity"] != found[1]["heldout_perplexity"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["q8_0", "nf4", "q4_0"])
-def test_each_format_rounds_all_layers_but_the_last(name):
+def test_each_format_rounds_all_layers_but_the_last(name, dtype):
     pytest.importorskip({"nf4": "bitsandbytes"}.get(name, "gguf"))
-    model = transformers.AutoModelForCausalLM.from_config(architecture()).requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_config(architecture()).requires_grad_(False).to(dtype)
     before = {
         path: module.weight.clone() for path, module in model.named_modules() if hasattr(module, "weight")
     }
@@ -362,6 +363,7 @@ def test_each_format_rounds_all_layers_but_the_last(name):
             continue
         error = (module.weight - before[path]).abs().max() / before[path].abs().max()
         linear = isinstance(module, torch.nn.Linear) and path != "lm_head"
+        assert module.weight.dtype == dtype
         assert (0 < error < (0.01 if name == "q8_0" else 0.2)) if linear else error == 0
 
 
