@@ -40,6 +40,7 @@ NAMES = {
     "neumuter, modulate": "**ours, modulate**", "ascent": "gradient ascent", "difference": "GradDiff",
     "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
     "plain": "ours, all tokens alike", "calibrated": "**our default**", "estimate": "the estimate",
+    "longer": "in four times the steps",
 }  # fmt: skip
 PEOPLE_COLUMNS = [c for c in COLUMNS if c != "forget_sampled"]  # which the first rows do not have
 STATES = {
@@ -208,7 +209,7 @@ def calibrated(rows, model):
     """With the estimate and without, beside the original and the retrained model."""
     rows = _where(_related(rows, ("model", "seed")), model=model)
     columns = ["agree", *(c for c in COLUMNS if c not in ("agree", "forget_ma", "steps"))]
-    order = ("before", "retrained", "estimate", "plain", "calibrated")
+    order = ("before", "retrained", "estimate", "plain", "calibrated", "longer")
     return (rows and table([(NAMES[m], _where(rows, method=m)) for m in order], columns)) or None
 
 
