@@ -22,7 +22,7 @@ from neumuter.recipes import propose_by_fisher
 from neumuter.serving.live import mute
 from neumuter.texts import encode, join_batches
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import log_odds
+from neumuter.training.losses import log_odds, weigh_harm
 from neumuter.training.neurons import Neurons
 from neumuter.types import IGNORED
 
@@ -149,16 +149,17 @@ def _fit(masked, forget, answers, keep, budget, kl_target, seed):
             ids = next(source)
             mask = neurons.start.index_put((support,), gains)
             with masked.applying(neurons.by_layer(mask)):
-                losses, kl = pair.losses(ids)
+                losses, divergences = pair.token_losses(ids)
             told = torch.cat([torch.full([pair.count_tokens([i])[0]], i >= count) for i in ids])
             told = told.to(losses.device)
             signs, weights = torch.where(told, -1, 1), torch.where(told, WEIGHT, 1)
             odds = weights * F.relu(MARGIN + signs * log_odds(losses))
             adam.zero_grad()
-            (odds.mean() + eta * kl).backward()
+            (odds.mean() + eta * weigh_harm(divergences).mean()).backward()
             adam.step()
             with torch.no_grad():
                 gains.clamp_(-2, 2)
-            eta = min(max(eta * math.exp(0.15 * min(max(kl.item() / kl_target - 1, -1), 1)), 1.0), 1000.0)
+            kl = divergences.mean().item()
+            eta = min(max(eta * math.exp(0.15 * min(max(kl / kl_target - 1, -1), 1)), 1.0), 1000.0)
         gains = gains.detach()
     return neurons.mute_set(support, gains, "modulate", (-2.0, 2.0), {"recipe": "instead"}, seed)
