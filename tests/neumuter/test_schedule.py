@@ -142,6 +142,41 @@ def test_long_waits_are_announced_and_corrected(monkeypatch, capsys, caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("total", "said"),
+    [
+        (80, "17 of 80 steps done: the others take about 2 h 6"),
+        (600, "33 of 600 steps done: the others take about 18 h 54"),
+    ],
+)
+def test_steps_that_are_told_at_once_are_not_taken_for_fast_ones(monkeypatch, caplog, total, said):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    with (
+        caplog.at_level(logging.INFO, "neumuter"),
+        progress.Watch(lambda *_: None)("Finding neurons") as tell,
+    ):
+        for step in range(1, total + 1):
+            # A GPU is read after every 16th step.
+            clock[0] += 16 * 120.0 if step % 16 == 1 else 1e-6
+            tell(step, total)
+    assert caplog.messages == [f"Finding neurons, {said} min."]
+
+
+def test_budgets_that_are_tried_fast_are_not_taken_for_slow_steps(monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    with (
+        caplog.at_level(logging.INFO, "neumuter"),
+        progress.Watch(lambda *_: None)("Finding neurons") as tell,
+    ):
+        for seconds in (0.5, 0.5, 1.0):
+            for step in range(1, 81):
+                clock[0] += seconds
+                tell(step, 80)
+    assert caplog.messages == ["Finding neurons, 5 of 80 steps done: the others take about 1 min."]
+
+
 def test_commands_print_what_is_said(capsys):
     with print_log():
         logging.getLogger("neumuter").info("About %d min.", 5)

@@ -83,17 +83,22 @@ class Watch:
         silent = None if is_first() else lambda *_: None
         told = self.callback or silent
         with nullcontext(told) if told else show_progress(description) as tell:
-            first, since, clear = 0, 0.0, False
+            first, since, last, clear = 0, 0.0, 0.0, False
 
             def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
-                nonlocal first, since, clear
+                nonlocal first, since, last, clear
                 now = time.perf_counter()
-                if not first:
+                # Each budget tried counts from 1.
+                if not first or step <= first:
                     first, since = step, now
                 elif not clear and step - first >= CLEAR * total:
-                    clear = True
-                    left = (now - since) / (step - first) * (total - step)
-                    announce(f"{description}, {step} of {total} steps done: the others take", left)
+                    pace = (now - since) / (step - first)
+                    left = pace * (total - step)
+                    # A GPU's steps are told several at once. Only the first of them shows how long they took.
+                    if left >= ANNOUNCED and now - last > pace / 2:
+                        clear = True
+                        announce(f"{description}, {step} of {total} steps done: the others take", left)
+                last = now
                 if history is not None:
                     history.append({"step": len(history) + 1, **(info or {})})
                 tell(step, total, {"phase": description} | (info or {}))
