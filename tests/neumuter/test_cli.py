@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import neumuter
 from neumuter.cli.app import main
 from neumuter.models.loading import load_model
+from neumuter.report import progress
 from neumuter.serving.adapters import effect, largest_difference
 from neumuter.texts import encode
 from tests.models import build, learn, tokenizer
@@ -118,6 +120,16 @@ def test_answers_about_strangers_are_kept(checkpoint, capsys):
     assert unlearn(checkpoint, "--steps", "2", "--made-up", "4") in DONE
     # They are texts to keep, so samples do not stand in for all.
     assert "There are no retain texts" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_how_long_it_takes_is_said_first_and_corrected(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "ANNOUNCED", 0.0)
+    assert unlearn(checkpoint, "--steps", "20", "--retain", checkpoint / "retain.jsonl") in DONE
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Finding neurons")]
+    assert said[0] == "Finding neurons takes about 0 min."
+    # At the earliest where a twentieth of the steps are behind the first one.
+    assert re.fullmatch(r"Finding neurons, \d+ of 20 steps done: the others take about 0 min\.", said[1])
+    assert len(said) == 2
 
 
 def test_the_smallest_budget_is_searched_and_shown(checkpoint, capsys):
