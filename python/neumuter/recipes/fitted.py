@@ -46,9 +46,10 @@ class GainsConfig:
     # Nats per retain token, and by which share of it each earlier request whose slopes are known raises it.
     kl_target: float = 0.02
     kl_growth: float = 0.1
-    # η at the start, its range, and how fast it follows KL.
+    # η at the start, its range, and how fast it follows KL. Where η rises further, as it does while all
+    # neurons of a model move at once, the fit ends before it has come down again.
     kl_weight: float = 30.0
-    kl_weight_range: tuple[float, float] = (1.0, 1000.0)
+    kl_weight_range: tuple[float, float] = (1.0, 100.0)
     kl_weight_rate: float = 0.15
     # Of Adam, with a cosine decay to zero; both start again after the choice.
     lr: float = 0.1
