@@ -160,6 +160,6 @@ def _fit(masked, forget, answers, keep, budget, kl_target, seed):
             with torch.no_grad():
                 gains.clamp_(-2, 2)
             kl = divergences.mean().item()
-            eta = min(max(eta * math.exp(0.15 * min(max(kl / kl_target - 1, -1), 1)), 1.0), 1000.0)
+            eta = min(max(eta * math.exp(0.15 * min(max(kl / kl_target - 1, -1), 1)), 1.0), 100.0)
         gains = gains.detach()
     return neurons.mute_set(support, gains, "modulate", (-2.0, 2.0), {"recipe": "instead"}, seed)
