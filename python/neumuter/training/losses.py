@@ -12,6 +12,9 @@ from neumuter.types import IGNORED
 LONGEST_RUN = 8
 # The log-odds below which no run has to fall: it then comes out in one of a thousand answers.
 LEAST_ODDS = -7.0
+# How much more each nat of a divergence weighs than the one before it. Much more, and what all neurons change
+# in their first steps outweighs what is to be forgotten.
+PER_NAT = 0.3
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -98,12 +101,12 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
 
 
 def weigh_harm(divergences: Tensor) -> Tensor:
-    """Compute d·(1 + d) of each divergence d, in nats: [M], of ``divergences`` [M].
+    """Compute d·(1 + ``PER_NAT``·d) of each divergence d, in nats: [M], of ``divergences`` [M].
 
     One token that comes out differently ruins a text, and many that hardly changed do not. A mean over tokens
     tells them apart only if large divergences weigh more.
     """
-    return divergences * (1 + divergences)
+    return divergences * (1 + PER_NAT * divergences)
 
 
 def begin_runs(runs: Tensor) -> Tensor:
