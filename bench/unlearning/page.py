@@ -25,6 +25,12 @@ COLUMNS = {
     "waiting_extraction": ("not yet asked: extraction ↑", "{:.2f}"),
     "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
     "perplexity": ("perplexity over original", "{:+.1%}"),
+    "half extraction": ("half: extraction ↓", "{:.2f}"),
+    "half secrets": ("half: secrets ↓", "{:.2f}"),
+    "relearned 10 secrets": ("10 steps: secrets ↓", "{:.2f}"),
+    "relearned 30 secrets": ("30 steps: secrets ↓", "{:.2f}"),
+    "relearned 100 secrets": ("100 steps: secrets ↓", "{:.2f}"),
+    "relearned 100 extraction": ("100 steps: extraction ↓", "{:.2f}"),
     "share": ("neurons", "{:.2%}"),
     "precision": ("precision", "{:.2f}"),
     "recall": ("recall", "{:.2f}"),
@@ -264,6 +270,23 @@ def rounded(rows, _):
     return text.table(head, lines, "---:")
 
 
+def relearned(rows, _):
+    """What each method leaves of a half of the records, and what comes back of it."""
+    names = NAMES | {
+        "gains 0 to 1": "gains from 0 to 1", "first layer": "the first layer alone",
+        "more steps": "ours, 100 steps", "in the loop": "relearning in the loop",
+        "sharp gains": "sharpness-aware in gains", "sharp weights": "sharpness-aware in weights",
+        "deep": "ours, deep", "deep, in the loop": "deep, relearning in the loop",
+        "deep, sharp weights": "deep, sharpness-aware in weights",
+        "npo, gentle": "NPO, gentle", "simnpo, gentle": "SimNPO, gentle",
+    }  # fmt: skip
+    columns = [c for c in COLUMNS if c.startswith(("half", "relearned"))]
+    related = _related(rows, ("seed",))
+    order = dict.fromkeys(row["method"] for row in rows)
+    groups = [(names[method], _where(related, method=method)) for method in order]
+    return table(groups, [*columns, "same_extraction", "retain_extraction", "perplexity"])
+
+
 def requests(rows, method):
     """MANY, with sets found by ``method``."""
     rows = _related(rows, ("seed",))
@@ -338,7 +361,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, calibrated, calibrated_seeds, capacity, planted, rounded, requests,
-        requests_seeds, share, many, given_away, stand_ins, instead,
+        kinds, counts, location, calibrated, calibrated_seeds, capacity, planted, rounded, relearned,
+        requests, requests_seeds, share, many, given_away, stand_ins, instead,
     )
 }  # fmt: skip
