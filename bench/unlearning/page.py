@@ -272,18 +272,22 @@ def rounded(rows, _):
 
 def relearned(rows, _):
     """What each method leaves of a half of the records, and what comes back of it."""
-    names = NAMES | {
-        "gains 0 to 1": "gains from 0 to 1", "first layer": "the first layer alone",
-        "more steps": "ours, 100 steps", "in the loop": "relearning in the loop",
-        "sharp gains": "sharpness-aware in gains", "sharp weights": "sharpness-aware in weights",
-        "deep": "ours, deep", "deep, in the loop": "deep, relearning in the loop",
-        "deep, sharp weights": "deep, sharpness-aware in weights",
-        "npo, gentle": "NPO, gentle", "simnpo, gentle": "SimNPO, gentle",
+    names = {
+        "before": NAMES["before"], "retrained": NAMES["retrained"],
+        "neumuter, modulate": NAMES["neumuter, modulate"], "gains 0 to 1": "gains from 0 to 1",
+        "first layer": "the first layer alone", "more steps": "100 steps",
+        "in the loop": "100 steps, relearning in the loop",
+        "sharp gains": "100 steps, sharpness-aware in gains",
+        "sharp weights": "100 steps, sharpness-aware in weights",
+        "wide margin": "100 steps, wide margin", "more neurons": "100 steps, 30 % of the neurons",
+        "deep": "deep: both of these", "deep, gains 0 to 1": "deep, gains from 0 to 1",
+        "deep, in the loop": "deep, relearning in the loop",
+        "deep, sharp weights": "deep, sharpness-aware in weights", "npo": NAMES["npo"],
+        "npo, gentle": "NPO, gentle", "simnpo": NAMES["simnpo"], "simnpo, gentle": "SimNPO, gentle",
     }  # fmt: skip
     columns = [c for c in COLUMNS if c.startswith(("half", "relearned"))]
-    related = _related(rows, ("seed",))
-    order = dict.fromkeys(row["method"] for row in rows)
-    groups = [(names[method], _where(related, method=method)) for method in order]
+    rows = _related(rows, ("seed",))
+    groups = [(label, _where(rows, method=method)) for method, label in names.items()]
     return table(groups, [*columns, "same_extraction", "retain_extraction", "perplexity"])
 
 

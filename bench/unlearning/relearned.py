@@ -230,7 +230,10 @@ FITS = {
     "in the loop": _attacked(_relearn),
     "sharp gains": _attacked(_move_gains),
     "sharp weights": _attacked(_move_weights),
+    "wide margin": _ours(steps=FIT_STEPS, margin=DEEP_MARGIN),
+    "more neurons": _ours(DEEP_SHARE, steps=FIT_STEPS),
     "deep": _ours(DEEP_SHARE, steps=FIT_STEPS, margin=DEEP_MARGIN),
+    "deep, gains 0 to 1": _ours(DEEP_SHARE, steps=FIT_STEPS, margin=DEEP_MARGIN, gain_range=(0.0, 1.0)),
     "deep, in the loop": _attacked(_relearn, DEEP_SHARE, margin=DEEP_MARGIN),
     "deep, sharp weights": _attacked(_move_far, DEEP_SHARE, margin=DEEP_MARGIN),
 }
