@@ -25,6 +25,12 @@ COLUMNS = {
     "waiting_extraction": ("not yet asked: extraction ↑", "{:.2f}"),
     "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
     "perplexity": ("perplexity over original", "{:+.1%}"),
+    "half extraction": ("half: extraction ↓", "{:.2f}"),
+    "half secrets": ("half: secrets ↓", "{:.2f}"),
+    "relearned 10 secrets": ("10 steps: secrets ↓", "{:.2f}"),
+    "relearned 30 secrets": ("30 steps: secrets ↓", "{:.2f}"),
+    "relearned 100 secrets": ("100 steps: secrets ↓", "{:.2f}"),
+    "relearned 100 extraction": ("100 steps: extraction ↓", "{:.2f}"),
     "share": ("neurons", "{:.2%}"),
     "precision": ("precision", "{:.2f}"),
     "recall": ("recall", "{:.2f}"),
@@ -266,6 +272,27 @@ def rounded(rows, model):
     return text.table(head, lines, "---:") if lines else None
 
 
+def relearned(rows, _):
+    """What each method leaves of a half of the records, and what comes back of it."""
+    names = {
+        "before": NAMES["before"], "retrained": NAMES["retrained"],
+        "neumuter, modulate": NAMES["neumuter, modulate"], "gains 0 to 1": "gains from 0 to 1",
+        "first layer": "the first layer alone", "more steps": "100 steps",
+        "in the loop": "100 steps, relearning in the loop",
+        "sharp gains": "100 steps, sharpness-aware in gains",
+        "sharp weights": "100 steps, sharpness-aware in weights",
+        "wide margin": "100 steps, wide margin", "more neurons": "100 steps, 30 % of the neurons",
+        "deep": "deep: both of these", "deep, gains 0 to 1": "deep, gains from 0 to 1",
+        "deep, in the loop": "deep, relearning in the loop",
+        "deep, sharp weights": "deep, sharpness-aware in weights", "npo": NAMES["npo"],
+        "npo, gentle": "NPO, gentle", "simnpo": NAMES["simnpo"], "simnpo, gentle": "SimNPO, gentle",
+    }  # fmt: skip
+    columns = [c for c in COLUMNS if c.startswith(("half", "relearned"))]
+    rows = _related(rows, ("seed",))
+    groups = [(label, _where(rows, method=method)) for method, label in names.items()]
+    return table(groups, [*columns, "same_extraction", "retain_extraction", "perplexity"])
+
+
 def requests(rows, method):
     """MANY, with sets found by ``method``."""
     rows = _related(rows, ("seed",))
@@ -340,7 +367,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, calibrated, model_seeds, capacity, planted, rounded, requests,
-        requests_seeds, share, many, given_away, stand_ins, instead,
+        kinds, counts, location, calibrated, model_seeds, capacity, planted, rounded, relearned,
+        requests, requests_seeds, share, many, given_away, stand_ins, instead,
     )
 }  # fmt: skip
