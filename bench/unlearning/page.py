@@ -30,6 +30,7 @@ COLUMNS = {
     "relearned 10 secrets": ("10 steps: secrets ↓", "{:.2f}"),
     "relearned 30 secrets": ("30 steps: secrets ↓", "{:.2f}"),
     "relearned 100 secrets": ("100 steps: secrets ↓", "{:.2f}"),
+    "relearned 100 ma": ("100 steps: MA ↓", "{:.2f}"),
     "relearned 100 extraction": ("100 steps: extraction ↓", "{:.2f}"),
     "share": ("neurons", "{:.2%}"),
     "precision": ("precision", "{:.2f}"),
