@@ -12,8 +12,8 @@ from neumuter.types import IGNORED
 LONGEST_RUN = 8
 # The log-odds below which no run has to fall: it then comes out in one of a thousand answers.
 LEAST_ODDS = -7.0
-# How much more each nat of a divergence weighs than the one before it. Much more, and what all neurons change
-# in their first steps outweighs what is to be forgotten.
+# What each nat of a divergence adds to its weight. With 1 instead, what all neurons change in their first
+# steps outweighs what is to be forgotten.
 PER_NAT = 0.3
 
 
