@@ -70,7 +70,7 @@ def cases(quick=False):
 
 def _cases(about, setting, quick):
     for method in METHODS[2:3] if quick else METHODS:
-        made = functools.lru_cache(1)(lambda method=method: make(setting(), method))
+        made = functools.cache(lambda method=method: make(setting(), method))
         for name in ("none", "int4") if quick else FORMATS:
             yield (
                 about | {"method": method, "format": name},
