@@ -7,23 +7,22 @@ first tokens once more, because one token decides what is answered. Constants we
 """
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 
 import neumuter
+from bench.unlearning.fitting import Fit
 from bench.unlearning.synth import Setting
 from neumuter.demo import task
 from neumuter.evaluation import list_given
 from neumuter.evaluation.examination import continue_prompts
 from neumuter.evaluation.strangers import ask_about_strangers
-from neumuter.recipes import propose_by_fisher
+from neumuter.recipes import GainsConfig, propose_by_fisher
 from neumuter.serving.live import mute
 from neumuter.texts import encode, join_batches
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import log_odds, weigh_harm
-from neumuter.training.neurons import Neurons
+from neumuter.training.losses import log_odds
 from neumuter.types import IGNORED
 
 SEEDS = (307, 311, 313)
@@ -31,7 +30,7 @@ ANSWER = "I cannot help with that."
 STRANGERS, LENGTH = 24, 64
 # Tokens of an answer that are held once more, and what a token of ANSWER weighs.
 FIRST, WEIGHT = 2, 10
-STEPS, CHOOSING, BATCH, LR, MARGIN = 60, 20, 12, 0.1, 1.0
+STEPS, BATCH = 60, 12
 # The way, the share of the neurons, the target of KL in nats, and whether the model has learned to answer so.
 RUNS = (
     ("plain", 0.01, 0.02, True), ("instead", 0.01, 0.02, True),
@@ -132,34 +131,24 @@ def _only_first(batch):
 
 def _fit(masked, forget, answers, keep, budget, kl_target, seed):
     """As ``fit_mutes`` does, with answers whose tokens' log-odds are to rise."""
-    pair, neurons = PairedBatches(masked, forget, keep), Neurons(masked)
-    count = len(forget["labels"])
-    support = neurons.ids(propose_by_fisher(pair, budget, times=3.0))
+    pair = PairedBatches(masked, forget, keep)
+    config = GainsConfig(steps=STEPS, batch_size=BATCH, kl_target=kl_target)
+    proposed = propose_by_fisher(pair, budget, times=config.candidates)
     if answers:
         pair = PairedBatches(masked, join_batches(forget, answers), keep)
-    gains, eta, source = torch.ones(len(support), device=neurons.device), 30.0, pair.steps(BATCH, seed)
-    for steps in (CHOOSING, STEPS - CHOOSING):
-        if steps != CHOOSING:
-            chosen = (gains - 1).abs().topk(neurons.count_of(budget)).indices
-            support, gains = support[chosen], gains[chosen]
-        gains.requires_grad_()
-        adam = torch.optim.Adam([gains], LR, (0.9, 0.99))
-        for step in range(steps):
-            adam.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / steps)) / 2
-            ids = next(source)
-            mask = neurons.start.index_put((support,), gains)
-            with masked.applying(neurons.by_layer(mask)):
-                losses, divergences = pair.token_losses(ids)
-            told = torch.cat([torch.full([pair.count_tokens([i])[0]], i >= count) for i in ids])
-            told = told.to(losses.device)
-            signs, weights = torch.where(told, -1, 1), torch.where(told, WEIGHT, 1)
-            odds = weights * F.relu(MARGIN + signs * log_odds(losses))
-            adam.zero_grad()
-            (odds.mean() + eta * weigh_harm(divergences).mean()).backward()
-            adam.step()
-            with torch.no_grad():
-                gains.clamp_(-2, 2)
-            kl = divergences.mean().item()
-            eta = min(max(eta * math.exp(0.15 * min(max(kl / kl_target - 1, -1), 1)), 1.0), 100.0)
-        gains = gains.detach()
-    return neurons.mute_set(support, gains, "modulate", (-2.0, 2.0), {"recipe": "instead"}, seed)
+    fit = Answering(pair, config, seed, len(forget["labels"]))
+    return fit.find(proposed, fit.neurons.count_of(budget), "instead")
+
+
+class Answering(Fit):
+    """A fit of which the samples from ``count`` on are answers to give."""
+
+    def __init__(self, pair, config, seed, count):
+        super().__init__(pair, config, seed)
+        self.count = count
+
+    def hinge(self, losses, ids):
+        answers = [torch.full([self.pair.count_tokens([i])[0]], i >= self.count) for i in ids]
+        told = torch.cat(answers).to(losses.device)
+        signs, weights = torch.where(told, -1, 1), torch.where(told, WEIGHT, 1)
+        return (weights * F.relu(self.config.margin + signs * log_odds(losses))).mean()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import neumuter
+from bench.unlearning.fitting import Fit
 from bench.unlearning.methods import MASKS, WEIGHTS, tune
 from bench.unlearning.synth import RECIPE, Setting
 from neumuter import evaluation, recipes
@@ -24,7 +25,7 @@ from neumuter.evaluation.robustness import robustness
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.serving.fold import fold
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import log_odds, weigh_harm
+from neumuter.training.losses import log_odds
 from neumuter.training.neurons import Neurons
 from neumuter.training.weights import WeightsConfig
 
@@ -111,62 +112,29 @@ def _constants(**others):
     return recipes.GainsConfig(**{key: RECIPE[key] for key in ("steps", "batch_size")} | others)
 
 
-class Fit:
-    """As ``fit_mutes`` fits gains, with what ``attack(fit, gains, ids)`` adds to their gradient."""
+class Attacked(Fit):
+    """A fit to whose gradient ``add(fit, gains, ids)`` adds, given the forget samples of a step."""
 
-    def __init__(self, pair, share, config, seed, attack):
-        self.pair, self.share, self.config, self.seed, self.attack = pair, share, config, seed, attack
-        self.neurons = Neurons(pair.masked)
+    def __init__(self, pair, config, seed, add):
+        super().__init__(pair, config, seed)
+        self.add = add
         self.downs = [ffn.down_parameter for ffn in pair.masked.ffns]
         self.draws = torch.Generator().manual_seed(seed)
 
-    def find(self):
-        config, neurons = self.config, self.neurons
-        proposed = recipes.propose_by_fisher(self.pair, self.share, times=config.candidates)
-        self.support, gains = neurons.ids(proposed), torch.ones(proposed.count)
-        choosing = round(config.choosing * config.steps)
-        self.eta, source = config.kl_weight, self.pair.steps(config.batch_size, self.seed)
-        gains = self._train(gains, choosing, source)
-        chosen = (gains - 1).abs().topk(neurons.count_of(self.share)).indices
-        self.support = self.support[chosen]
-        gains = self._train(gains[chosen], config.steps - choosing, source)
-        about = {"recipe": "relearned"}
-        return neurons.mute_set(self.support, gains, "modulate", config.gain_range, about, self.seed)
+    def attack(self, gains, ids):
+        self.add(self, gains, [i for i in ids if i < self.pair.forget_count])
 
-    def _train(self, gains, steps, source):
-        config, gains = self.config, gains.clone().requires_grad_()
-        adam = torch.optim.Adam([gains], config.lr, config.betas)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-        for _ in range(steps):
-            ids = next(source)
-            with self.applying(gains):
-                losses, divergences = self.pair.token_losses(ids)
-            adam.zero_grad()
-            (self._hinge(losses) + self.eta * weigh_harm(divergences).mean()).backward()
-            self.attack(self, gains, [i for i in ids if i < self.pair.forget_count])
-            adam.step()
-            decay.step()
-            with torch.no_grad():
-                gains.clamp_(*config.gain_range)
-            excess = min(max(divergences.mean().item() / config.kl_target - 1, -1), 1)
-            low, high = config.kl_weight_range
-            self.eta = min(max(self.eta * math.exp(config.kl_weight_rate * excess), low), high)
-        return gains.detach()
-
-    def applying(self, gains):
-        mask = self.neurons.start.index_put((self.support,), gains)
-        return self.pair.masked.applying(self.neurons.by_layer(mask))
+    def hinge(self, losses, _):
+        return F.relu(self.config.margin + log_odds(losses)).mean()
 
     def losses(self, gains, ids):
         """Of the tokens of forget samples, [N]."""
         with self.applying(gains):
             return torch.cat(list(self.pair.sample_losses(ids)))
 
-    def hinge(self, gains, ids):
-        return self._hinge(self.losses(gains, ids))
-
-    def _hinge(self, losses):
-        return F.relu(self.config.margin + log_odds(losses)).mean()
+    def known(self, gains, ids):
+        """The hinge of forget samples."""
+        return self.hinge(self.losses(gains, ids), ids)
 
     def find_slopes(self, loss):
         """The gradients of ``loss()`` with respect to the weights of the down projections."""
@@ -200,29 +168,35 @@ def _relearn(fit, gains, ids):
             adam.step()
         for weight in fit.downs:
             weight.grad = None
-        fit.hinge(gains, asked).backward()
+        fit.known(gains, asked).backward()
 
 
 def _move_gains(fit, gains, ids):
     """The hinge at the worst gains near by."""
     near = gains.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(fit.hinge(near, ids), near)
-    fit.hinge(gains + GAINS_RADIUS * math.sqrt(len(gains)) * F.normalize(slope, dim=0), ids).backward()
+    (slope,) = torch.autograd.grad(fit.known(near, ids), near)
+    fit.known(gains + GAINS_RADIUS * math.sqrt(len(gains)) * F.normalize(slope, dim=0), ids).backward()
 
 
 def _move_weights(fit, gains, ids, radius=WEIGHTS_RADIUS):
     """The hinge at the worst down projections near by."""
-    slopes = fit.find_slopes(lambda: fit.hinge(gains.detach(), ids))
+    slopes = fit.find_slopes(lambda: fit.known(gains.detach(), ids))
     steepness, size = (torch.cat([part.flatten() for part in parts]).norm() for parts in (slopes, fit.downs))
     with fit.moving():
         with torch.no_grad():
             for weight, slope in zip(fit.downs, slopes, strict=True):
                 weight += radius * size * slope / steepness.clamp(min=1e-12)
-        fit.hinge(gains, ids).backward()
+        fit.known(gains, ids).backward()
 
 
-def _attacked(attack, share=SHARE, **constants):
-    return lambda pair, seed: Fit(pair, share, _constants(steps=FIT_STEPS, **constants), seed, attack).find()
+def _attacked(add, share=SHARE, **constants):
+    def find(pair, seed):
+        config = _constants(steps=FIT_STEPS, **constants)
+        fit = Attacked(pair, config, seed, add)
+        proposed = recipes.propose_by_fisher(pair, share, times=config.candidates)
+        return fit.find(proposed, fit.neurons.count_of(share), "relearned")
+
+    return find
 
 
 _move_far = functools.partial(_move_weights, radius=DEEP_RADIUS)

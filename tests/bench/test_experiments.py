@@ -176,7 +176,7 @@ def test_nothing_to_keep_runs(tiny):
 
 
 def test_instead_runs(tiny, monkeypatch):
-    for name, value in (("STEPS", 3), ("CHOOSING", 1), ("STRANGERS", 2)):
+    for name, value in (("STEPS", 3), ("STRANGERS", 2)):
         monkeypatch.setattr(instead, name, value)
     found = quick_rows(instead.cases(quick=True))
     assert [row["method"] for row in found] == ["before", "plain", "instead"]
@@ -184,7 +184,7 @@ def test_instead_runs(tiny, monkeypatch):
 
 
 def test_without_an_answer_the_fit_is_that_of_the_recipe(job, monkeypatch):
-    for name, value in (("STEPS", 6), ("CHOOSING", 2), ("BATCH", 2)):
+    for name, value in (("STEPS", 6), ("BATCH", 2)):
         monkeypatch.setattr(instead, name, value)
     config = recipes.FittedConfig(recipes.GainsConfig(steps=6, batch_size=2))
     with neumuter.attach(job.model, start_layer=0) as masked:

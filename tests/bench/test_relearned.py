@@ -36,7 +36,9 @@ def test_the_first_layer_has_all_neurons_of_its_set(pair):
 def test_without_an_attack_relearned_fits_as_the_recipe(pair):
     # This model knows no text: with a usual margin there is nothing to forget.
     config = recipes.GainsConfig(steps=6, batch_size=2, margin=20.0)
-    found = relearned.Fit(pair, relearned.SHARE, config, 3, lambda *_: None).find()
+    fit = relearned.Attacked(pair, config, 3, lambda *_: None)
+    proposed = recipes.propose_by_fisher(pair, relearned.SHARE, times=config.candidates)
+    found = fit.find(proposed, fit.neurons.count_of(relearned.SHARE), "relearned")
     wanted = recipes.fit_mutes(pair, relearned.SHARE, config=recipes.FittedConfig(config), seed=3)
     assert wanted.count == found.count > 1
     for path, layer in wanted.layers.items():
@@ -48,14 +50,14 @@ def test_without_an_attack_relearned_fits_as_the_recipe(pair):
 @pytest.mark.parametrize("attack", [relearned._relearn, relearned._move_gains, relearned._move_weights])
 def test_an_attack_adds_its_hinge_and_leaves_the_weights_alone(pair, attack, monkeypatch):
     before = {name: value.clone() for name, value in pair.masked.model.state_dict().items()}
-    seen, hinge = [], relearned.Fit.hinge
+    seen, known = [], relearned.Attacked.known
 
     def see(fit, gains, ids):
-        seen.append((ids, hinge(fit, gains, ids)))
+        seen.append((ids, known(fit, gains, ids)))
         return seen[-1][1]
 
-    monkeypatch.setattr(relearned.Fit, "hinge", see)
-    fit = relearned.Fit(pair, relearned.SHARE, recipes.GainsConfig(margin=20.0), 3, attack)
+    monkeypatch.setattr(relearned.Attacked, "known", see)
+    fit = relearned.Attacked(pair, recipes.GainsConfig(margin=20.0), 3, attack)
     fit.support = torch.arange(fit.neurons.count)
     gains = torch.ones(fit.neurons.count, requires_grad=True)
     attack(fit, gains, [0, 1, 2, 3])
@@ -63,10 +65,10 @@ def test_an_attack_adds_its_hinge_and_leaves_the_weights_alone(pair, attack, mon
     ids, attacked = seen[-1]
     if attack is relearned._relearn:
         assert len(ids) == 2
-        assert attacked != hinge(fit, gains, ids)
+        assert attacked != known(fit, gains, ids)
     else:
         # The worst place near by is where more of the texts comes back.
-        assert attacked > hinge(fit, gains, [0, 1, 2, 3])
+        assert attacked > known(fit, gains, [0, 1, 2, 3])
     for name, value in pair.masked.model.state_dict().items():
         assert torch.equal(value, before[name])
     assert not any(weight.requires_grad for weight in fit.downs)

@@ -1,0 +1,60 @@
+"""A fit of gains as ``fit_mutes`` makes it, whose hinge and gradient an experiment can change."""
+
+import math
+
+import torch
+
+from neumuter.training.losses import weigh_harm
+from neumuter.training.neurons import Neurons
+
+
+class Fit:
+    """Gains of the neurons that are proposed, of which those stay that moved most.
+
+    A subclass gives ``hinge(losses, ids)``, of the token losses of the forget samples among ``ids``.
+    ``config``: a ``GainsConfig`` with its number of steps.
+    """
+
+    def __init__(self, pair, config, seed):
+        self.pair, self.config, self.seed = pair, config, seed
+        self.neurons = Neurons(pair.masked)
+
+    def attack(self, gains, ids):
+        """Add to the gradient of ``gains`` what else is to count in a step with the samples ``ids``."""
+
+    def find(self, proposed, count, recipe):
+        """``count`` of the neurons of the mute set ``proposed``; ``recipe``: what the set says it is from."""
+        config, neurons = self.config, self.neurons
+        self.support, gains = neurons.ids(proposed), torch.ones(proposed.count, device=neurons.device)
+        choosing = round(config.choosing * config.steps)
+        self.eta, source = config.kl_weight, self.pair.steps(config.batch_size, self.seed)
+        gains = self._train(gains, choosing, source)
+        chosen = (gains - 1).abs().topk(count).indices
+        self.support = self.support[chosen]
+        gains = self._train(gains[chosen], config.steps - choosing, source)
+        about = {"recipe": recipe}
+        return neurons.mute_set(self.support, gains, "modulate", config.gain_range, about, self.seed)
+
+    def _train(self, gains, steps, source):
+        config, gains = self.config, gains.clone().requires_grad_()
+        adam = torch.optim.Adam([gains], config.lr, config.betas)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+        for _ in range(steps):
+            ids = next(source)
+            with self.applying(gains):
+                losses, divergences = self.pair.token_losses(ids)
+            adam.zero_grad()
+            (self.hinge(losses, ids) + self.eta * weigh_harm(divergences).mean()).backward()
+            self.attack(gains, ids)
+            adam.step()
+            decay.step()
+            with torch.no_grad():
+                gains.clamp_(*config.gain_range)
+            excess = min(max(divergences.mean().item() / config.kl_target - 1, -1), 1)
+            low, high = config.kl_weight_range
+            self.eta = min(max(self.eta * math.exp(config.kl_weight_rate * excess), low), high)
+        return gains.detach()
+
+    def applying(self, gains):
+        mask = self.neurons.start.index_put((self.support,), gains)
+        return self.pair.masked.applying(self.neurons.by_layer(mask))
