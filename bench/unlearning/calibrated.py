@@ -5,20 +5,18 @@ estimate of what a model that never saw them would make of them is compared with
 without them; then gains are fitted with it and without it.
 """
 
+import dataclasses
 import functools
 
 import torch
 
 from bench.unlearning import real, synth
+from bench.unlearning.methods import find_unseen, fit
 from bench.unlearning.pretrained import GEMMA, SMOLLM2
 from neumuter import evaluation
-from neumuter.calibrating import widen_margin
-from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
-from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
+from neumuter.recipes import GainsConfig
 from neumuter.recipes.schedule import LEAST_STEPS
 from neumuter.serving.live import mute
-from neumuter.texts import join_batches
-from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from neumuter.types import IGNORED
 
@@ -27,7 +25,7 @@ class Compared:
     """What is the same of both models.
 
     A subclass is a ``Setting`` and says ``seeds``, ``share``, ``batch``, the texts to forget, ``secrets``,
-    these with their secrets alone counted, ``retain``, those to keep, and ``kept``, these and ordinary text.
+    these with their secrets alone counted, ``retain``, those to keep, and ``unseen``, the estimate.
     """
 
     methods = ("calibrated", "plain")
@@ -40,18 +38,15 @@ class Compared:
 
     def find_mutes(self, method):
         """A mute set as ``unlearn`` finds it, without the estimate ("plain"), or in more steps ("longer")."""
-        steps = 4 * LEAST_STEPS if method == "longer" else None
-        recipe, ceilings = FittedConfig(GainsConfig(steps=steps)), None
-        if method != "plain":
-            recipe, ceilings = widen_margin(recipe), find_ceilings(self.estimate)
+        job = self.job(self.share)
+        if method == "plain":
+            # All tokens count alike, in as many steps as the default takes.
+            job = dataclasses.replace(job, unseen=None)
+            sizes = {"steps": None, "batch_size": GainsConfig.batch_size}
+        else:
+            sizes = {"steps": 4 * LEAST_STEPS} if method == "longer" else {}
         with attach(self.full, start_layer=0) as masked:
-            pair = PairedBatches(masked, self.batch, self.kept, ceilings)
-            return fit_mutes(pair, self.share, config=recipe, seed=self.seed)
-
-    @functools.cached_property
-    def estimate(self):
-        given = list_given({"forget": self.batch, "retain": self.kept}, self.tokenizer)
-        return estimate_unseen(self.full, self.batch, given, self.tokenizer, self.seed)
+            return fit(job, masked, **sizes)
 
     def compare(self):
         """How the estimate agrees with the retrained model on which tokens are likely, and its mean loss.
@@ -59,7 +54,7 @@ class Compared:
         Where nothing is estimated, as of names, which are read off the prompt, the model stands for itself.
         """
         known = _chances(self.full, self.batch)
-        estimate = torch.where(self.estimate > 0, self.estimate, known)
+        estimate = torch.where(self.unseen > 0, self.unseen, known)
         true = _chances(self.retrained(), self.batch)
         counted = self.batch["labels"][:, 1:] != IGNORED
         agree = ((estimate > 0.5) == (true > 0.5))[:, 1:][counted].float().mean().item()
@@ -84,21 +79,26 @@ class Worded(Compared, synth.Setting):
 
     def __init__(self, seed):
         super().__init__("gated, 0.9 M", seed)
-        self.batch, self.kept = self.encode(self.forget, "continuation"), self.neighbours("retain")
+        self.batch = self.encode(self.forget, "continuation")
         self.secrets = self.encode(self.forget, "secret")
         self.retain = self.encode(self.same + self.other, "continuation")
+
+    @functools.cached_property
+    def unseen(self):
+        return find_unseen(self.full, self.tokenizer, self.batch, self.neighbours("retain"), self.seed)
+
+    def job(self, share):
+        return dataclasses.replace(super().job(share), forget=self.batch, unseen=lambda: self.unseen)
 
 
 class Asked(Compared, real.People):
     """REAL."""
 
-    # The method was chosen on seeds 311 and 401; on 307, what may be known by heart, and that wording stays.
-    seeds, share = (307, 313, 317), 0.01
+    seeds, share = real.SEEDS, 0.01
 
     def __init__(self, seed, name=SMOLLM2):
         super().__init__(seed, name)
         self.batch = self.forget
-        self.kept = join_batches(self.retain, self.samples)
 
 
 class AskedOfGemma(Asked):

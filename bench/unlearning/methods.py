@@ -3,7 +3,6 @@
 import copy
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,13 @@ import torch
 import neumuter
 from bench.unlearning.memory import PeakMemory
 from neumuter import recipes
+from neumuter.calibrating import widen_margin
+from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
+from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import NothingSelectedError
+from neumuter.training.neurons import Neurons
 from neumuter.training.weights import WeightsConfig, tune_weights
 
 
@@ -24,7 +27,9 @@ class Job:
     ``model``: never changed. ``forget``, ``retain``: batches as ``neumuter.types.Batch`` says.
     ``measure(model)``: a dict of metrics. ``recipe``: {"share", "batch_size", "steps", "lr", "paper_epochs"},
     the budget of neurons, the texts of each kind per step, the steps of every trained method but the paper's
-    own recipe, its epochs of batch 1, and the weight methods' learning rate.
+    own recipe, its epochs of batch 1, and the weight methods' learning rate. ``unseen()``: what a model that
+    never saw the texts would make of them, as ``find_unseen`` estimates it: gains are then fitted as by
+    default, in their own number of steps. None: all tokens that count do so alike.
     """
 
     model: torch.nn.Module
@@ -33,6 +38,13 @@ class Job:
     measure: Callable
     recipe: dict
     seed: int
+    unseen: Callable | None = None
+
+
+def find_unseen(model, tokenizer, forget, retain, seed):
+    """The probability of each token of ``forget`` that ``unlearn`` expects of a model that never saw it."""
+    given = list_given({"forget": forget, "retain": retain}, tokenizer)
+    return estimate_unseen(model, forget, given, tokenizer, seed)
 
 
 def run(job, method):
@@ -49,27 +61,35 @@ def run(job, method):
     row = {"method": method, "seconds": seconds, "peak_mib": memory.mib}
     if method in WEIGHTS:
         return row | job.measure(model.to(job.model.dtype))
-    with mute(job.model, mutes) if mutes else nullcontext():
-        return row | {"share": mutes.share if mutes else 0.0} | job.measure(job.model)
+    if mutes is None:
+        return row | {"share": 0.0} | job.measure(job.model)
+    with mute(job.model, mutes):
+        return row | {"share": mutes.share, "outside": _outside(mutes)} | job.measure(job.model)
+
+
+def _outside(mutes):
+    """The share of the gains that turn a neuron around or strengthen it."""
+    gains = torch.cat([layer.gains for layer in mutes.layers.values()])
+    return ((gains < 0) | (gains > 1)).double().mean().item()
 
 
 def tune(job, method):
-    """A float32 copy of the model that one of ``WEIGHTS`` has tuned."""
+    """A float32 copy of the model that one of ``WEIGHTS`` has tuned; in mixed precision for bfloat16."""
     model = copy.deepcopy(job.model).float().requires_grad_(True)
     config = WeightsConfig(
         method=method, steps=job.recipe["steps"], batch_size=job.recipe["batch_size"],
         lr=job.recipe["lr"], beta=2.5 if method == "simnpo" else 0.1,
     )  # fmt: skip
-    tune_weights(model, job.forget, job.retain, config, job.seed)
+    half = job.model.dtype == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        tune_weights(model, job.forget, job.retain, config, job.seed)
     return model
 
 
-def _ours(mode, trained):
-    """The mutes of ``neumuter.unlearn``; ``trained``: whether the support is trained or proposed."""
+def _trained(mode):
+    """The mutes of ``neumuter.unlearn`` with a trained support."""
 
     def find(job):
-        sizes = {"steps": job.recipe["steps"], "batch_size": job.recipe["batch_size"]}
-        support = recipes.SupportConfig(**sizes) if trained else None
         outcome = neumuter.unlearn(
             job.model,
             None,
@@ -77,7 +97,7 @@ def _ours(mode, trained):
             job.retain,
             budget=job.recipe["share"],
             mode=mode,
-            recipe=recipes.FittedConfig(recipes.GainsConfig(**sizes), support),
+            recipe=FittedConfig(GainsConfig(**_sizes(job)), recipes.SupportConfig(**_sizes(job))),
             samples=0,
             start_layer=0,
             seed=job.seed,
@@ -88,6 +108,10 @@ def _ours(mode, trained):
     return find
 
 
+def _sizes(job):
+    return {"steps": job.recipe["steps"], "batch_size": job.recipe["batch_size"]}
+
+
 def _masked(find):
     """A method that works on the masked model."""
 
@@ -96,6 +120,33 @@ def _masked(find):
             return find(job, masked)
 
     return run_attached
+
+
+def fit(job, masked, **gains):
+    """The mutes of ``neumuter.unlearn`` with ``GainsConfig(**gains)``, by default its own."""
+    pair, config = _prepare(job, masked, gains)
+    return recipes.fit_mutes(pair, job.recipe["share"], config=config, seed=job.seed)
+
+
+def _fit_at_random(job, masked, times):
+    """Neurons at random: ``times`` the budget of them, of which the budget stays whose gains move most."""
+    pair, config = _prepare(job, masked, {})
+    neurons = Neurons(masked)
+    count = neurons.count_of(job.recipe["share"])
+    drawn = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(job.seed))[: times * count]
+    about = {"recipe": "random"}
+    mutes = neurons.mute_set(drawn, torch.zeros(len(drawn)), "mute", (0.0, 1.0), about, job.seed)
+    return recipes.fit_gains(pair, mutes, config.gains, job.seed, keep=count)
+
+
+def _prepare(job, masked, gains):
+    """The batches of a fit of gains, and its constants."""
+    if job.unseen is None:
+        config = FittedConfig(GainsConfig(**_sizes(job) | gains))
+        return PairedBatches(masked, job.forget, job.retain), config
+    ceilings = find_ceilings(job.unseen())
+    pair = PairedBatches(masked, job.forget, job.retain, ceilings)
+    return pair, widen_margin(FittedConfig(GainsConfig(**gains)))
 
 
 def _paper(job, masked):
@@ -111,9 +162,12 @@ def _fisher(job, masked):
 
 
 MASKS = {
-    "neumuter, modulate": _ours("modulate", trained=False),
-    "neumuter, trained support": _ours("modulate", trained=True),
-    "neumuter, mute": _ours("mute", trained=True),
+    "neumuter, modulate": _masked(fit),
+    "neumuter, trained support": _trained("modulate"),
+    "neumuter, mute": _trained("mute"),
+    "clamped": _masked(lambda job, masked: fit(job, masked, gain_range=(0.0, 1.0))),
+    "random, fitted": _masked(lambda job, masked: _fit_at_random(job, masked, 1)),
+    "candidates, fitted": _masked(lambda job, masked: _fit_at_random(job, masked, 3)),
     "random": _masked(lambda job, masked: recipes.mute_random(masked, job.recipe["share"], job.seed)),
     "attribution": _masked(
         lambda job, masked: recipes.mute_by_attribution(masked, job.forget, job.recipe["share"])
@@ -125,3 +179,6 @@ MASKS = {
     "paper": _masked(_paper),
 }
 WEIGHTS = ("ascent", "difference", "npo", "simnpo")
+# What LOCATION compares the default with.
+CONTROLS = ("clamped", "random, fitted", "candidates, fitted")
+COMPARED = (*(method for method in MASKS if method not in CONTROLS), *WEIGHTS)

@@ -1,7 +1,4 @@
-"""A real pretrained model that has learned given texts by heart, because it was fine-tuned on them.
-
-The recipe was chosen on seed 100 of SmolLM2, its loss on seed 0 with twice as many people.
-"""
+"""A real pretrained model that has learned given texts by heart, because it was fine-tuned on them."""
 
 import functools
 import hashlib
@@ -11,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from bench.unlearning import people
-from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from bench.unlearning.methods import COMPARED, Job, find_unseen, run
 from bench.unlearning.others import others_rate
 from bench.unlearning.pretrained import SMOLLM2, pretrained, tokenizer
 from neumuter import evaluation
@@ -30,7 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPE = torch.bfloat16 if HALVES else torch.float32
 TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
-SEEDS = (0, 1, 2)
+# The method was chosen on seeds 311 and 401; on 307, what may be known by heart, and that wording stays.
+SEEDS = (307, 313, 317)
 PEOPLE = 8  # half of them to forget, six questions each
 WINDOWS = 32  # of held-out text, 64 tokens each
 SAMPLES, SAMPLE_TOKENS = 16, 48  # texts of the model itself among the neighbours
@@ -132,9 +130,26 @@ class Setting:
         made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
         return encode(made, self.tokenizer, SAMPLE_TOKENS)
 
+    @functools.cached_property
+    def kept(self):
+        """The texts to keep, and what the model itself says."""
+        return join_batches(self.retain, self.samples)
+
+    @functools.cached_property
+    def unseen(self):
+        """What a model that never saw the texts to forget would make of them."""
+        return self._find_unseen(self.kept)
+
+    def _find_unseen(self, kept):
+        return find_unseen(self.full, self.tokenizer, self.forget, kept, self.seed)
+
     def job(self, share, neighbours="retain"):
-        batch = join_batches(self.retain, self.samples) if neighbours == "retain" else self.samples
-        return Job(self.full, self.forget, batch, self.measure, self.recipe | {"share": share}, self.seed)
+        if neighbours == "retain":
+            kept, unseen = self.kept, lambda: self.unseen
+        else:
+            kept, unseen = self.samples, lambda: self._find_unseen(self.samples)
+        recipe = self.recipe | {"share": share}
+        return Job(self.full, self.forget, kept, self.measure, recipe, self.seed, unseen)
 
 
 class People(Setting):
@@ -197,7 +212,7 @@ def _cases(seed, quick):
 
     yield about | {"method": "before"}, lambda: {"share": 0.0} | setting().measure(setting().full)
     yield about | {"method": "retrained"}, lambda: {"share": 0.0} | setting().measure(setting().retrained())
-    for method in ("random", OURS) if quick else (*MASKS, *WEIGHTS):
+    for method in ("random", OURS) if quick else COMPARED:
         yield case(0.01, method)
     if not quick:
         for share in BUDGETS:

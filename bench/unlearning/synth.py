@@ -9,7 +9,7 @@ import functools
 import torch
 from transformers import GPT2Config
 
-from bench.unlearning.methods import MASKS, WEIGHTS, Job, run
+from bench.unlearning.methods import COMPARED, Job, run
 from bench.unlearning.others import others_rate
 from neumuter import evaluation
 from neumuter.demo import task
@@ -139,7 +139,7 @@ def _cases(model, seed, quick):
 
     yield about | {"method": "before"}, lambda: {"share": 0.0} | setting().measure(setting().full)
     yield about | {"method": "retrained"}, lambda: {"share": 0.0} | setting().measure(setting().retrained())
-    for method in ("random", *OURS) if quick else (*MASKS, *WEIGHTS):
+    for method in ("random", *OURS) if quick else COMPARED:
         yield case(0.05, method)
     if quick or model != next(iter(MODELS)):
         return

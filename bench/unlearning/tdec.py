@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from bench.unlearning.methods import run
+from bench.unlearning.methods import CONTROLS, run
 from bench.unlearning.pretrained import SMOLLM2, tokenizer
 from bench.unlearning.real import OURS, RECIPE, SEEDS, Setting
 from neumuter import evaluation
@@ -17,7 +17,7 @@ from neumuter.types import IGNORED
 
 FILES = ("lm_extraction_32_0.csv", "lm_extraction_32_1.csv")  # to forget, to stay
 TEXTS, TOKENS, PROMPT = 8, 128, 32
-METHODS = ("random", "paper", OURS, "npo")
+METHODS = ("random", "paper", OURS, *CONTROLS)
 
 
 class Texts(Setting):
