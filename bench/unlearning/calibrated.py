@@ -44,7 +44,7 @@ class Compared:
             job = dataclasses.replace(job, unseen=None)
             sizes = {"steps": None, "batch_size": GainsConfig.batch_size}
         else:
-            sizes = {"steps": 4 * LEAST_STEPS} if method == "longer" else {}
+            sizes = {"steps": 2 * LEAST_STEPS} if method == "longer" else {}
         with attach(self.full, start_layer=0) as masked:
             return fit(job, masked, **sizes)
 

@@ -74,15 +74,13 @@ def _outside(mutes):
 
 
 def tune(job, method):
-    """A float32 copy of the model that one of ``WEIGHTS`` has tuned; in mixed precision for bfloat16."""
+    """A float32 copy of the model that one of ``WEIGHTS`` has tuned."""
     model = copy.deepcopy(job.model).float().requires_grad_(True)
     config = WeightsConfig(
         method=method, steps=job.recipe["steps"], batch_size=job.recipe["batch_size"],
         lr=job.recipe["lr"], beta=2.5 if method == "simnpo" else 0.1,
     )  # fmt: skip
-    half = job.model.dtype == torch.bfloat16
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-        tune_weights(model, job.forget, job.retain, config, job.seed)
+    tune_weights(model, job.forget, job.retain, config, job.seed)
     return model
 
 

@@ -47,9 +47,10 @@ NAMES = {
     "neumuter, modulate": "**ours, modulate**", "ascent": "gradient ascent", "difference": "GradDiff",
     "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
     "plain": "ours, all tokens alike", "calibrated": "**our default**", "estimate": "the estimate",
-    "longer": "in four times the steps",
+    "longer": "in twice the steps", "clamped": "ours, gains from 0 to 1",
+    "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
 }  # fmt: skip
-PEOPLE_COLUMNS = [c for c in COLUMNS if c != "forget_sampled"]  # which the first rows do not have
+PEOPLE_COLUMNS = [c for c in COLUMNS if c != "outside"]  # which LOCATION shows
 STATES = {
     "int8": "rounded to 8 bits", "int4": "rounded to 4 bits, groups of 32", "half": "half of the answers",
     "relearned 10": "the same, 10 steps on the other half", "relearned 30": "30 steps",
@@ -206,10 +207,11 @@ def _synth(rows):
     return _related(rows, ("model", "seed"))
 
 
-def location(rows, _):
+def location(rows, model):
     """Each way to choose neurons."""
-    chosen = [r for r in _related(rows, ("seed",)) if r["method"] != "before"]
-    return table([(m, _where(chosen, method=m)) for m in dict.fromkeys(r["method"] for r in chosen)], COLUMNS)
+    rows = _where(_related(rows, ("model", "seed")), model=model)
+    columns = [c for c in COLUMNS if c not in ("worded_ma", "worded_loss", "seconds", "peak_mib")]
+    return table(_methods(rows), columns) if rows else None
 
 
 def calibrated(rows, model):

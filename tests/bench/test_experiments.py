@@ -97,7 +97,7 @@ def test_calibrated_runs(tiny, monkeypatch):
     assert [row["method"] for row in found] == ["before", "calibrated", "plain"]
     assert found[1]["share"] == found[2]["share"] > 0
     monkeypatch.setattr(calibrated, "LEAST_STEPS", 1)
-    assert calibrated.Worded(3).find_mutes("longer").method["gains"]["steps"] == 4
+    assert calibrated.Worded(3).find_mutes("longer").method["gains"]["steps"] == 2
     # These models know no record, so that only the estimate itself can be looked at.
     setting = calibrated.Worded(3)
     estimate = setting.compare()

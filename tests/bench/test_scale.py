@@ -7,18 +7,20 @@ import pytest
 from bench import tables, text
 from bench.models import scale
 from neumuter.evaluation import continuations, examination
+from neumuter.recipes import schedule
 
 
 @pytest.mark.parametrize("op", ["unlearn", "read"])
 def test_what_a_text_costs(op, capsys, monkeypatch):
     for module in (continuations, examination):
         monkeypatch.setattr(module, "MAX_TOKENS", 2)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 9)
     scale.main(op, "3", "cpu", "1")
     row = {"benchmark": "scale", "op": op, "texts": 3} | json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["seconds"] > 0
     assert row["peak_mib"] >= row["before_mib"] > 0
-    # 80 steps with all three texts in each.
-    assert row["visits_per_text"] == (80 if op == "unlearn" else None)
+    # All three texts in each step.
+    assert row["visits_per_text"] == (9 if op == "unlearn" else None)
     assert f"{op}, 3 texts" in text.row_text(row)
     *_, line = tables.scale([row, row | {"op": "other"}], op).strip().splitlines()
     assert line.count("|") == (7 if op == "unlearn" else 6)

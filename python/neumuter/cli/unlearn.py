@@ -145,7 +145,7 @@ def unlearn(
         int | None,
         typer.Option(
             min=1,
-            help="Optimisation steps; with --budget auto, of each try. Default: from 80 to 640, which visit "
+            help="Optimisation steps; with --budget auto, of each try. Default: from 160 to 640, which visit "
             "each text 20 times; more where these do not visit every text.",
         ),
     ] = None,
