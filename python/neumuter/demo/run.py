@@ -45,7 +45,7 @@ CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05)}
 # token, η is larger and the KL budget smaller than the recipe's own.
 RETAIN_WINDOWS = 8
 RECIPE = FittedConfig(
-    GainsConfig(kl_weight=12.0, kl_target=0.025, batch_size=None),
+    GainsConfig(steps=80, kl_weight=12.0, kl_target=0.025, batch_size=None),
     SupportConfig(steps=60, kl_weight=10.0, batch_size=None),
 )
 
