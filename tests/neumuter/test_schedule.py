@@ -35,15 +35,15 @@ class Pair:
 @pytest.mark.parametrize(
     ("count", "steps", "batch_size", "expected", "source"),
     [
-        (24, None, 8, 80, "in turn"),
-        (32, None, 8, 80, "in turn"),
-        (33, None, 8, 83, "hard first"),
+        (24, None, 8, 160, "in turn"),
+        (64, None, 8, 160, "in turn"),
+        (65, None, 8, 163, "hard first"),
         (240, None, 8, 600, "hard first"),
         (4_000, None, 8, 640, "hard first"),
         (10_000, None, 8, 1563, "hard first"),
         (10_000, None, 64, 640, "hard first"),
         (10_000, 80, 8, 80, "in turn"),
-        (10_000, None, None, 80, "in turn"),
+        (10_000, None, None, 160, "in turn"),
     ],
 )
 def test_steps_grow_with_the_texts(count, steps, batch_size, expected, source):
