@@ -43,17 +43,17 @@ def choose_calibration(
     all_seen = count_rows(corpus.windows) == len(corpus.forms[0]["labels"])
     if not isinstance(recipe, FittedConfig) or recipe.support or mode == "mute":
         if calibrate:
-            raise ValueError('calibrate goes with the fitted recipe, mode "modulate" and no trained support')
+            raise ValueError('calibrate needs the fitted recipe, mode "modulate" and no trained support')
         return False
     if calibrate is not None:
         if calibrate and not all_seen:
-            raise ValueError(f"calibrate looks at every text to forget, and takes {SAMPLED} of them at most")
+            raise ValueError(f"calibrate looks at every text to forget, and takes at most {SAMPLED} of them")
         return calibrate
     if not any(has_prompt(corpus.forms[0])):
         return False
     if tokenizer is None or not all_seen:
-        reason = "without a tokenizer" if tokenizer is None else f"of more than {SAMPLED} texts"
-        logger.warning("Which tokens identify a text cannot be estimated %s: all count alike.", reason)
+        reason = "without a tokenizer" if tokenizer is None else f"for more than {SAMPLED} texts"
+        logger.warning("Which tokens identify a text is not estimated %s: all count alike.", reason)
         return False
     return True
 
@@ -77,8 +77,8 @@ def estimate_ceilings(
     known = (chances > 0).any(1)
     if not known.all():
         logger.warning(
-            "Nothing can be estimated of %d of %d texts to forget, as of those without a prompt: all their "
-            "tokens count alike.",
+            "Which tokens identify a text cannot be estimated for %d of %d texts to forget, for example "
+            "because they have no prompt: all their tokens count alike.",
             int((~known).sum()),
             len(known),
         )

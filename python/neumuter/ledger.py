@@ -75,7 +75,7 @@ class Ledger:
         if create and not (self.folder / ENTRIES).exists():
             self._create()
         if not (self.folder / ENTRIES).is_file():
-            raise FileNotFoundError(f"{self.folder} is no ledger: it has no {ENTRIES}")
+            raise FileNotFoundError(f"{self.folder} is not a ledger: it has no {ENTRIES}")
         self._key = bytes.fromhex((self.folder / KEY).read_text())
         self.entries = self._read()
 
@@ -134,9 +134,11 @@ class Ledger:
             raise ValueError("texts holds no text")
         report, mutes = json.loads((folder / REPORT).read_text()), MuteSet.load(folder / MUTE_FILE)
         if report.get("muted_neurons") != mutes.count or report.get("seed") != mutes.seed:
-            raise ValueError(f"{folder / REPORT} is of another mute file than {folder / MUTE_FILE}")
+            raise ValueError(
+                f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed or number of neurons differ"
+            )
         if missing := [key for key in TOLD if key not in report and key != "model"]:
-            raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: it is of an earlier version")
+            raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: an earlier version wrote it")
         with self._changing():
             number = len(self.entries) + 1
             # Without an entry it is what a killed process left.
@@ -183,7 +185,7 @@ class Ledger:
     def _create(self) -> None:
         with made_folder(self.folder) as made:
             if any(made.iterdir()):
-                raise FileExistsError(f"{made} is no ledger, and is not empty; name another folder")
+                raise FileExistsError(f"{made} is not a ledger, and is not empty; name another folder")
             write_atomically(made / KEY, secrets.token_hex(32).encode(), private=True)
             write_atomically(made / ENTRIES, b"", private=True)
 
@@ -217,9 +219,9 @@ class Ledger:
                 entry = json.loads(line)
                 told = entry.pop("hash")
             except (ValueError, KeyError, AttributeError):
-                raise LedgerError(f"{where} is damaged: it is no entry of a ledger") from None
+                raise LedgerError(f"{where} is damaged: it is not an entry of a ledger") from None
             if told != _hash_json(entry):
-                raise LedgerError(f"{where} was changed: its hash is not that of its content")
+                raise LedgerError(f"{where} was changed: its hash does not match its content")
             if entry["previous"] != previous or entry["number"] != number:
                 raise LedgerError(f"{where} does not follow the one before it: entries were removed or added")
             if entry["format"] != FORMAT:

@@ -42,7 +42,9 @@ def open_network(
 
 def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise ValueError("tokenizer must be given: texts, and texts that the model says, are encoded by it")
+        raise ValueError(
+            "tokenizer must be given, because texts are encoded by it, also those that the model itself says"
+        )
     return tokenizer
 
 
@@ -72,7 +74,7 @@ def refuse_overlap(given: Sequence[GivenText]) -> None:
         count = len({text.label for text in forget})
         raise ValueError(
             f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
-            f"both: take it out of one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
+            f"both: remove it from one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
         )
 
 
@@ -92,12 +94,14 @@ def sample_neighbours(
         return []
     words = need_tokenizer(tokenizer)
     if have_others and words.bos_token_id is None and words.eos_token_id is None:
-        logger.warning("This tokenizer has no start token, so the model is not sampled from.")
+        logger.warning(
+            "This tokenizer has no start token, so no texts are sampled from the model to be kept."
+        )
         return []
     if not have_others:
         logger.warning(
-            "There are no retain texts: texts sampled from the model itself stand in for them. What else "
-            "the model knows is protected less well that way."
+            "There are no retain texts: texts sampled from the model itself stand in for them. They protect "
+            "what else the model knows less well."
         )
     with watch("Sampling neighbours") as advance:
         return agree([*sample_texts(network, words, count, length, seed, advance, barred=barred)])

@@ -76,11 +76,13 @@ def refit(
             neither.
     """
     if bool(undone) == (forget is not None):
-        raise ValueError("give either undone, the slopes of requests, or forget, the texts of all of them")
+        raise ValueError(
+            "give either undone (slopes of the requests to undo) or forget (the texts of all requests)"
+        )
     if forget is not None and former:
         raise ValueError(
-            "former goes with undone: slopes hold for the weights alone on which they were measured; give "
-            "the texts of all requests in forget"
+            "former needs undone: slopes hold only for the weights on which they were measured; with forget, "
+            "give the texts of all requests there"
         )
     watch, mutes = Watch(callback), load_mutes(existing)
     staying, leaving = load_slopes(former), load_slopes(undone)

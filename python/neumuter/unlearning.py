@@ -181,11 +181,11 @@ def unlearn(
     start = time.perf_counter()
     config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
     if former and (existing is None or mode == "mute"):
-        raise ValueError('former goes with existing, the mute set that is in force, and with mode "modulate"')
+        raise ValueError('former needs existing, the mute set that is in force, and mode "modulate"')
     if made_up < 0:
         raise ValueError(f"made_up must be at least 0, got {made_up}")
     if resume and folder is None:
-        raise ValueError("resume goes with folder, where the unfinished run is")
+        raise ValueError("resume needs folder, where the unfinished run is")
     if folder is not None and not resume and is_first():
         refuse_unfinished(folder)
     earlier = None if existing is None else load_mutes(existing)
@@ -364,18 +364,18 @@ def _check_recipe(
     if isinstance(budget, str) and budget != "auto":
         raise ValueError(f'budget must be a share (0.01), a number (300) or "auto", got {budget!r}')
     if goals is not None and budget != "auto":
-        raise ValueError('goals go with budget="auto" alone')
+        raise ValueError('goals need budget="auto"')
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
     if isinstance(config, PaperConfig) and (existing is not None or with_slopes):
-        raise ValueError("the paper's recipe knows no existing mute set and no slopes; use the fitted one")
+        raise ValueError('recipe "paper" takes no existing, no former and no keep_slopes; use "fitted"')
     return config
 
 
 def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: Watch) -> list[Text]:
     """Neighbours by a masked language model."""
     if isinstance(texts, dict):
-        raise ValueError("rewrite_with needs forget texts, not a batch of token ids")
+        raise ValueError("rewrite_with needs texts in forget, not a batch of token ids")
     network = transformers.AutoModelForMaskedLM.from_pretrained(
         model, trust_remote_code=False, local_files_only=find_model(model)
     ).eval()

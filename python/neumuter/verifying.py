@@ -166,7 +166,7 @@ def _check(
 def _unmeasured(request: Request) -> Check:
     if request.undone:
         return Check(request, UNDONE, "The request was taken back.")
-    return Check(request, MISSING, f"None of its {len(request.texts)} texts is among those given.")
+    return Check(request, MISSING, f"None of its {len(request.texts)} texts was found in the texts given.")
 
 
 def _failed(request: Request) -> str:

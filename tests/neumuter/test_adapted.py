@@ -124,7 +124,7 @@ def test_what_export_makes_of_an_adapter(folder, capsys, tmp_path):
     command = ("export", folder / "adapter", tmp_path / "mutes", "--out", tmp_path / "out", "--to")
     for form in ("ia3", "lora", "vllm-lora"):
         assert run(*command, form) == 1
-        assert f"--to {form} goes without" in capsys.readouterr().err
+        assert f"--to {form} cannot export" in capsys.readouterr().err
     live, _ = load_model(str(folder / "adapter"), device="cpu")
     with neumuter.attach(live, start_layer=0) as masked:
         neurons = {path: (torch.arange(8), torch.zeros(8)) for path in masked.scores}
@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     other = changed(folder, tmp_path / "third", base_model_name_or_path=str(tmp_path / "long"))
     with pytest.raises(ValueError, match=r"does not fit its base .*: only one of them has .*layers\.3"):
         load_model(other)
-    with pytest.raises(ValueError, match="gguf_file goes without an adapter"):
+    with pytest.raises(ValueError, match="gguf_file cannot be combined with an adapter"):
         load_model(str(adapter), gguf_file="model.gguf")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("[")

@@ -165,4 +165,4 @@ def test_columns_are_named_in_pairs(more, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*command, *more])
         assert stop.value.code == 2
-        assert "go together" in " ".join(capsys.readouterr().err.split())
+        assert "need each other" in " ".join(capsys.readouterr().err.split())

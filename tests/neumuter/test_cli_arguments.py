@@ -58,7 +58,7 @@ REFUSED = {
     "no neurons": (UNLEARN + "--budget 0", "share in (0, 1]"),
     "more neurons than there are": (UNLEARN + "--budget 9999", "from 1 to 144 neurons"),
     "a layer that is not there": (UNLEARN + "--start-layer 3", "from 0 to 2"),
-    "a device that is not there": (UNLEARN + "--device-map auto --device cpu", "exclude each other"),
+    "a device that is not there": (UNLEARN + "--device-map auto --device cpu", "cannot be combined with"),
     "no forget file": ("unlearn model --forget absent.txt --out new", "No such file"),
     "no retain file": (UNLEARN + "--retain absent.txt", "No such file"),
     "no existing set": (UNLEARN + "--existing absent.safetensors", "No such file"),
@@ -77,7 +77,7 @@ REFUSED = {
     ),
     "slopes for other weights": (
         "refit model --existing out/mutes.safetensors --forget texts.txt --former texts.txt --out new",
-        "--former goes with --undone",
+        "--former needs --undone",
     ),
     "no rewriting model": (UNLEARN + "--rewrite-with ./absent", "no such folder: ./absent"),
     "no model": ("unlearn ./absent --forget texts.txt --out new", "no such folder: ./absent"),

@@ -98,7 +98,7 @@ def test_places_that_several_processes_cannot_share(monkeypatch):
     for options, message in (({"device_map": "auto"}, "device-map"), ({"device": "cuda:1"}, "must be cpu")):
         with pytest.raises(processes.typer.BadParameter, match=message):
             processes.check_place(**{"device": None, "device_map": None} | options)
-    with pytest.raises(processes.typer.BadParameter, match="tp goes without --quantize"):
+    with pytest.raises(processes.typer.BadParameter, match="tp cannot be combined with --quantize"):
         processes.check_place(None, layout=processes.Layout.tp, **{"quantize": "4bit", "gguf-file": None})
     monkeypatch.setattr(processes, "count_processes", lambda: 1)
     with pytest.raises(processes.typer.BadParameter, match="fsdp splits the model over processes"):
@@ -219,7 +219,7 @@ def test_auto_takes_a_copy_in_each_process_where_that_fits(wanted, tmp_path, mon
             free = sum(found.layouts[name].values()) / 0.949 if name else free
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 0))
         if wanted is None:
-            with pytest.raises(ValueError, match="finds none that fits"):
+            with pytest.raises(ValueError, match="finds no layout that fits"):
                 processes.choose_layout(*given)
         else:
             layout, recompute = processes.choose_layout(*given)

@@ -151,14 +151,14 @@ def test_bad_requests_are_refused(ledger, folder, tmp_path):
     ledger.undo(1)
     with pytest.raises(ValueError, match="undone already"):
         ledger.undo(1)
-    with pytest.raises(FileNotFoundError, match="is no ledger"):
+    with pytest.raises(FileNotFoundError, match="is not a ledger"):
         neumuter.Ledger(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="not empty"):
         neumuter.Ledger(folder, create=True)
     shutil.copytree(folder / "ada", tmp_path / "mixed")
     report = json.loads((folder / "ada" / "report.json").read_text()) | {"muted_neurons": 7}
     (tmp_path / "mixed" / "report.json").write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="is of another mute file"):
+    with pytest.raises(ValueError, match="does not belong to"):
         ledger.add(tmp_path / "mixed", ADA)
 
 

@@ -156,7 +156,7 @@ def test_command(tmp_path, capsys):
     for arguments, message in (
         (["plan", str(tmp_path / "nowhere")], "is neither a config.json nor a folder"),
         (["plan", str(tmp_path), "--card", "V100"], "--card must be one of"),
-        (["plan", str(tmp_path), "--gpus", "12"], "multiple of --gpus-per-machine, or no more; got 12 and 8"),
+        (["plan", str(tmp_path), "--gpus", "12"], "--gpus-per-machine, or a multiple of it; got 12 and 8"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

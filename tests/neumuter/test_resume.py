@@ -197,7 +197,7 @@ def test_another_model_set_or_version_is_named(llama, unfinished, monkeypatch):
 
 
 def test_resume_needs_a_folder_and_says_where_there_is_nothing(llama, tmp_path, caplog):
-    with pytest.raises(ValueError, match="resume goes with folder"):
+    with pytest.raises(ValueError, match="resume needs folder"):
         unlearn(llama, resume=True)
     with caplog.at_level(logging.WARNING, "neumuter"):
         unlearn(llama, folder=tmp_path / "new", resume=True)

@@ -160,8 +160,8 @@ def test_other_answers_and_addresses():
     ("arguments", "message"),
     [
         (("--server", "http://x"), "--server needs --model"),
-        (("MODEL", "--server", "http://x", "--model", "m"), "--server goes without MODEL"),
-        (("--server", "http://x", "--model", "m", "--robust"), "--server goes without --robust"),
+        (("MODEL", "--server", "http://x", "--model", "m"), "--server cannot be combined with MODEL"),
+        (("--server", "http://x", "--model", "m", "--robust"), "--server cannot be combined with --robust"),
         (("MODEL", "--model", "m"), "give either MODEL, or --server and --model"),
         (("MODEL", "--mute-set", "alice"), "give either MODEL, or --server and --model"),
         ((), "give either MODEL, or --server and --model"),

@@ -106,7 +106,7 @@ def test_an_earlier_request_stays_forgotten(llama):
     assert held.method["former"] == 1
     assert not same(held, beside)
     assert odds["held"].clamp(min=-1).mean() < odds["beside"].clamp(min=-1).mean() - 0.1
-    with neumuter.attach(llama, start_layer=0) as masked, pytest.raises(ValueError, match="former goes with"):
+    with neumuter.attach(llama, start_layer=0) as masked, pytest.raises(ValueError, match="former needs"):
         recipes.fit_mutes(PairedBatches(masked, second, KEEP), 20, "mute", existing=one, former=[slopes])
 
 

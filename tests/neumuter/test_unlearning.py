@@ -283,7 +283,7 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
     for both in ({}, {"undone": files[:1], "forget": PAIRS}):
         with pytest.raises(ValueError, match="either undone"):
             neumuter.refit(model, words, held.mutes, **both)
-    with pytest.raises(ValueError, match="former goes with undone"):
+    with pytest.raises(ValueError, match="former needs undone"):
         neumuter.refit(model, words, held.mutes, files, forget=PAIRS)
     assert unlearn(model, words).slopes is None
 
@@ -384,9 +384,9 @@ BAD = {
     "goals": (dict(goals=Goals()), ValueError, 'budget="auto"'),
     "mode": (dict(mode="erase"), ValueError, "mode must be"),
     "existing": (dict(recipe="paper", existing="x.safetensors"), ValueError, "existing"),
-    "former alone": (dict(former=["x"]), ValueError, "former goes with existing"),
+    "former alone": (dict(former=["x"]), ValueError, "former needs existing"),
     "former, muted": (dict(former=["x"], existing="y", mode="mute"), ValueError, 'mode "modulate"'),
-    "no slopes": (dict(recipe="paper", keep_slopes=True), ValueError, "no slopes"),
+    "no slopes": (dict(recipe="paper", keep_slopes=True), ValueError, "no keep_slopes"),
     "forget": (dict(forget=7), TypeError, "forget must be a path"),
     "an item": (dict(forget=["a text", 7]), TypeError, r"forget\[1\] must be"),
     "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),

@@ -24,10 +24,10 @@ from neumuter.cli.refit import refit
 from neumuter.cli.unlearn import unlearn
 
 OUT_OF_MEMORY = (
-    "There is not enough memory, although passes were made smaller where they can be. Shorter texts "
-    "(--max-length) and --dtype bfloat16 need less; several GPUs hold a model together (torchrun, and "
-    "unlearn --layout fsdp), where --recompute and fewer texts in a step (--batch-size) need less, too. "
-    "neumuter plan CONFIG finds what fits."
+    "There is not enough memory, although passes were made smaller where possible. Try shorter windows "
+    "(--max-length) or --dtype bfloat16. Several GPUs can hold a model together (torchrun, and unlearn "
+    "--layout fsdp); there, try --recompute and fewer texts in a step (--batch-size) as well. neumuter plan "
+    "CONFIG finds what fits."
 )
 # Loggers that warn of what the user of a command can do nothing about: how torchao registers its types, and,
 # at each product, how bitsandbytes rounds.

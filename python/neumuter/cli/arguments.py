@@ -23,7 +23,9 @@ Device = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(help="How accelerate spreads the model over devices, such as auto.")
 ]
-Quantized = Annotated[Quantize | None, typer.Option("--quantize", help="Quantise the weights.")]
+Quantized = Annotated[
+    Quantize | None, typer.Option("--quantize", help="Quantise the weights while they load, by bitsandbytes.")
+]
 Attention = Annotated[
     str | None, typer.Option("--attn", help="Implementation of attention, such as eager or sdpa.")
 ]
@@ -38,9 +40,11 @@ def choose_place(
 ) -> dict[str, Any]:
     """Put the options of where and how a model runs into what ``load_model`` takes."""
     if device and device_map:
-        raise typer.BadParameter("--device and --device-map exclude each other")
+        raise typer.BadParameter("--device cannot be combined with --device-map")
     if quantize and gguf_file:
-        raise typer.BadParameter("--quantize goes without --gguf-file, whose weights are quantised already")
+        raise typer.BadParameter(
+            "--quantize cannot be combined with --gguf-file, whose weights are quantised already"
+        )
     if device_map or quantize:
         need_packages("--quantize" if quantize else "--device-map", "accelerate")
     if quantize:

@@ -44,20 +44,22 @@ def audit(
     texts: Annotated[Path, typer.Option(help=f"The corpus: {FILE_HELP}")],
     out: Annotated[
         Path,
-        typer.Option(help="Where to write the texts that MODEL knows: JSONL, for unlearn --forget."),
+        typer.Option(help="A .jsonl file for the texts that MODEL knows; unlearn --forget reads it."),
     ],
     controls: Annotated[
         Path | None,
         typer.Option(
-            help="Texts of the same kind that MODEL never saw. Default: made from the first texts, by other "
-            "names and values."
+            help="Texts of the same kind that MODEL never saw, to compare with. Default: made from the first "
+            "texts, with other names and values."
         ),
     ] = None,
     column: Column = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
     chat: Chat = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a window, as for unlearn.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window; a longer text becomes several.")
+    ] = 256,
     limit: Limit = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -67,7 +69,7 @@ def audit(
 ) -> None:
     """Find the texts of a corpus that MODEL knows by heart, or better than texts that it never saw.
 
-    The file that it writes quotes them, so its owner alone may read it.
+    The file --out quotes these texts, so only its owner may read it.
     """
     if out.suffix.lower() != ".jsonl":
         raise typer.BadParameter(f"--out must be a file that ends with .jsonl, got {out}")
@@ -104,8 +106,8 @@ def audit(
         console.print(table)
     by_heart = sum(text.kind == "by heart" for text in found.known)
     console.print(
-        f"{by_heart} of {found.texts} texts come out word for word; {len(found.known) - by_heart} more are "
-        f"likelier than 95 % of {found.controls} controls, as one in 20 texts is that the model never saw. "
+        f"{by_heart} of {found.texts} texts come out word for word. {len(found.known) - by_heart} more are "
+        f"likelier than 95 % of {found.controls} controls; so is one in 20 texts that the model never saw. "
         f"All of them are in {escape(str(out))}.",
         highlight=False,
         soft_wrap=True,

@@ -21,29 +21,33 @@ if TYPE_CHECKING:
 
 console = Console()
 FILE_HELP = (
-    "jsonl, ndjson, json, csv, tsv or parquet (column 'text'; or 'prompt' and 'completion', of which only "
-    "the completion is forgotten, or 'question' and 'answer', 'instruction' and 'output'; or 'messages'), or "
-    "plain text with paragraphs separated by blank lines."
+    "jsonl, ndjson, json, csv, tsv or parquet with the column 'text', with 'prompt' and 'completion' (only "
+    "the completion counts), 'question' and 'answer', 'instruction' and 'output', or with 'messages'; or "
+    "plain text with blank lines between the texts."
 )
 MODEL_HELP = "Folder or name of a Hugging Face causal language model, or of a PEFT adapter."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL to read the weights from.")]
-Column = Annotated[str | None, typer.Option(help="Column that holds the texts.")]
+GgufFile = Annotated[
+    str | None, typer.Option(help="Name of the GGUF file in the folder MODEL that has the weights.")
+]
+Column = Annotated[str | None, typer.Option(help="Column that holds the texts, if its name is another one.")]
 PromptColumn = Annotated[
-    str | None, typer.Option(help="Column that holds prompts, which are not forgotten themselves.")
+    str | None, typer.Option(help="Column that holds the prompts, which are not forgotten.")
 ]
 CompletionColumn = Annotated[
-    str | None, typer.Option(help="Column that holds what must not follow the prompts.")
+    str | None, typer.Option(help="Column that holds the completions, with --prompt-column.")
 ]
 Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Whether prompts and completions go through the chat template. Default: if there is one.",
+        help="Put prompts and completions through the chat template. Default: if the tokenizer has one.",
     ),
 ]
 Redact = Annotated[bool, typer.Option("--redact", help="Quote no texts in the report.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first texts of each file.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Read only this number of texts from the start of each file.")
+]
 
 
 class Dtype(str, Enum):
@@ -95,7 +99,9 @@ def choose_columns(
     if prompt_column is None and completion_column is None:
         return column
     if prompt_column is None or completion_column is None or column is not None:
-        raise typer.BadParameter("--prompt-column and --completion-column go together, and without --column")
+        raise typer.BadParameter(
+            "--prompt-column and --completion-column need each other, and cannot be combined with --column"
+        )
     return (prompt_column, completion_column)
 
 

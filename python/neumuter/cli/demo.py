@@ -18,7 +18,7 @@ def demo(
         bool, typer.Option("--short", help="Make fewer comparisons, for continuous integration.")
     ] = False,
 ) -> None:
-    """Do the whole job on made-up records: train a small model, make it forget, measure."""
+    """Show the whole job on made-up records: train a small model, make it forget, and measure."""
     from neumuter.demo import run_demo
 
     run_demo(out, seed=seed, fresh=fresh, short=short)

@@ -24,6 +24,7 @@ from neumuter.cli.arguments import (
     need_packages,
 )
 from neumuter.cli.common import (
+    FILE_HELP,
     MODEL_HELP,
     Chat,
     Column,
@@ -65,34 +66,52 @@ class Suite(str, Enum):
 
 def evaluate(
     command: typer.Context,
-    forget: Annotated[Path, typer.Option(help="Texts to forget; with --suite tofu a file of its questions.")],
+    forget: Annotated[
+        Path, typer.Option(help=f"Texts to forget: {FILE_HELP} With --suite tofu, a file of its questions.")
+    ],
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     mute: Annotated[
         list[Path] | None,
-        typer.Option(help="A mute file made for MODEL, shown before and after; again for their union."),
+        typer.Option(
+            help="A mute file made for MODEL, to measure before and after muting. Give the option once for "
+            "each file."
+        ),
     ] = None,
     retain: Annotated[Path | None, typer.Option(help="Texts, or questions, that must stay.")] = None,
     heldout: Annotated[Path | None, typer.Option(help="Texts that MODEL never saw.")] = None,
-    suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.custom,
+    suite: Annotated[
+        Suite,
+        typer.Option(
+            help="custom: your texts. tdec: texts of 200 tokens, as the paper measures them. tofu: TOFU's "
+            "questions."
+        ),
+    ] = Suite.custom,
     real_authors: Annotated[Path | None, typer.Option(help="TOFU's questions about real authors.")] = None,
     world_facts: Annotated[Path | None, typer.Option(help="TOFU's questions about the world.")] = None,
     retrained: Annotated[
         Path | None,
-        typer.Option(help="The report of this command on a model that was trained without the forget texts."),
+        typer.Option(
+            help="The report (--out) of this command on a model that was trained without the forget texts."
+        ),
     ] = None,
     paraphrased: Annotated[
         Path | None,
-        typer.Option(help="The forget texts behind other prompts, paraphrased or translated."),
+        typer.Option(help="The forget texts with other prompts, paraphrased or translated."),
     ] = None,
     controls: Annotated[
         Path | None,
         typer.Option(
             help="Texts of the same kind that MODEL never saw, which the verdict compares the forget texts "
-            "with. Default: made from the forget texts."
+            "with. Default: made from the forget texts, with other names and values."
         ),
     ] = None,
     robust: Annotated[
-        bool, typer.Option("--robust", help="With --mute: also after quantisation and after relearning.")
+        bool,
+        typer.Option(
+            "--robust",
+            help="With --mute: measure again after quantisation, and after training on half of the forget "
+            "texts.",
+        ),
     ] = False,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")
@@ -109,7 +128,11 @@ def evaluate(
         int, typer.Option(min=2, help="Tokens of a window, as for unlearn; 200 with --suite tdec.")
     ] = 256,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Read only the first texts of a file, documents of a task.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Read only this number of texts from the start of each file, and of documents of each task.",
+        ),
     ] = None,
     redact: Redact = False,
     device: Device = None,
@@ -129,13 +152,13 @@ def evaluate(
     mute_set: Annotated[
         str | None,
         typer.Option(
-            help="With --server: the mute set to ask for, of a vLLM server with NeuMuter's plug-in."
+            help="With --server: the mute set to ask for, if it is a vLLM server with NeuMuter's plug-in."
         ),
     ] = None,
 ) -> None:
-    """Measure what MODEL still knows of the forget texts, and what else it knows.
+    """Measure what MODEL still knows of the forget texts, and of the texts that must stay.
 
-    With --server, say which texts come out of a running server; the exit code is then 3 if one does.
+    With --server, say which texts come out of a running server; the exit code is 3 if one does.
     """
     if server is not None:
         check_options(command)
@@ -146,7 +169,7 @@ def evaluate(
     if model is None or served is not None or mute_set is not None:
         raise typer.BadParameter("give either MODEL, or --server and --model")
     if robust and (not mute or suite is Suite.tofu):
-        raise typer.BadParameter("--robust needs --mute, and texts: not --suite tofu")
+        raise typer.BadParameter("--robust needs --mute, and cannot be combined with --suite tofu")
     of_texts = {
         "heldout": heldout, "paraphrased": paraphrased, "controls": controls, "column": column,
         "prompt-column": prompt_column, "completion-column": completion_column, "chat": chat,
@@ -155,7 +178,7 @@ def evaluate(
     of_questions = {"real-authors": real_authors, "world-facts": world_facts}
     others = of_texts if suite is Suite.tofu else of_questions
     if given := [f"--{name}" for name, value in others.items() if value is not None]:
-        raise typer.BadParameter(f"--suite {suite.value} goes without {', '.join(given)}")
+        raise typer.BadParameter(f"--suite {suite.value} cannot be combined with {', '.join(given)}")
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
     place = choose_place(device, device_map, quantize, attention, gguf_file)

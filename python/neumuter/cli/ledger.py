@@ -41,14 +41,14 @@ BROKEN = 3
 Folder = Annotated[Path, typer.Argument(help="Folder of the ledger.")]
 Number = Annotated[int, typer.Argument(min=1, help="Number of the request.")]
 
-ledger = typer.Typer(help="Keep a ledger of requests to forget.", no_args_is_help=True)
+ledger = typer.Typer(help="Keep a ledger of the requests to forget.", no_args_is_help=True)
 
 
 @ledger.command()
 def add(
     folder: Folder,
     outcome: Annotated[Path, typer.Argument(help="The folder that unlearn wrote.")],
-    forget: Annotated[Path, typer.Option(help=f"The texts that it forgot: {FILE_HELP}")],
+    forget: Annotated[Path, typer.Option(help=f"The texts that were forgotten: {FILE_HELP}")],
     name: Annotated[str, typer.Option(help="What to call the request, such as the number of a ticket.")] = "",
     column: Column = None,
     prompt_column: PromptColumn = None,
@@ -89,14 +89,14 @@ def show(folder: Folder) -> None:
 
 @ledger.command()
 def undo(folder: Folder, number: Number) -> None:
-    """Note that a request was taken back. Its entry stays; its mutes are no longer applied by verify."""
+    """Note that a request was taken back. Its entry stays, but verify no longer applies its mutes."""
     from neumuter.ledger import Ledger
 
     kept = Ledger(folder)
     kept.undo(number)
     console.print(
-        f"Request {number} is undone. A mute file that was found with --former holds for it, too: fit it "
-        "anew by neumuter refit. Serve the others' mute files without its own:"
+        f"Request {number} is undone. Stop serving its mute file. A mute file that was found with --former "
+        "makes the model forget this request, too: fit it anew with neumuter refit. These requests stay:"
     )
     for request in kept.requests():
         if not request.undone:
@@ -109,17 +109,22 @@ def verify(
     target: Annotated[
         str,
         typer.Argument(
-            help="Folder of a Hugging Face causal language model, or its name; or the address of a running "
-            "server with OpenAI's API, such as http://127.0.0.1:8000."
+            help="What is served: folder or name of a Hugging Face causal language model, or the address of "
+            "a running server with OpenAI's API, such as http://127.0.0.1:8000."
         ),
     ],
-    texts: Annotated[Path, typer.Option(help="Folder of files, or a file, with the texts of the requests.")],
+    texts: Annotated[
+        Path, typer.Option(help="A file with the texts of the requests, or a folder of such files.")
+    ],
     served: Annotated[
-        str | None, typer.Option("--model", help="The server's name for the model or adapter.")
+        str | None, typer.Option("--model", help="If TARGET is a server: its name for the model or adapter.")
     ] = None,
     apply: Annotated[
         bool,
-        typer.Option("--apply", help="TARGET is a model without mutes: apply those of the requests first."),
+        typer.Option(
+            "--apply",
+            help="TARGET is a model without mutes: first apply those of all requests that are not undone.",
+        ),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a page of each request, which quotes no text.")
@@ -138,15 +143,15 @@ def verify(
     """Check each request of a ledger on TARGET, the model that is served.
 
     TARGET may be folded, quantised or tuned further, or a running server. Texts are found by their hashes.
-    The exit code is 3 if a request that is not undone does not hold, or could not be checked.
+    The exit code is 3 if a request that is not undone no longer holds, never held or could not be checked.
     """
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
     server = target.startswith(("http://", "https://"))
     if server != (served is not None):
-        raise typer.BadParameter("--model goes with the address of a server, which needs it")
+        raise typer.BadParameter("--model is for the address of a server as TARGET, and needed there")
     if server and apply:
-        raise typer.BadParameter("--apply goes with a model, not with a server")
+        raise typer.BadParameter("--apply needs a model as TARGET, not a server")
     if server:
         texts.stat()
     else:
@@ -183,7 +188,7 @@ def verify(
 
 def _print_head(head: str) -> None:
     console.print(
-        f"The last hash is {head}. Keep it elsewhere: it shows if entries are cut off.",
+        f"The last hash is {head}. Keep it elsewhere: only it shows if the last entries are cut off.",
         highlight=False,
         soft_wrap=True,
     )

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 # The largest share of what muting does to the logits by which an export may differ.
 MAX_DIFFERENCE = 0.1
 ADAPTER_NOTE = (
-    "--to {form} goes without {model}, which is an adapter: what would come out is for the base with that "
-    "adapter merged, which no engine loads by name. `neumuter fold` merges it and gives a checkpoint for any "
-    "engine; `neumuter.mute` mutes base and adapter in transformers. Or merge it yourself, and export from "
-    "the result"
+    "--to {form} cannot export {model}, which is an adapter: the export would be for the base with that "
+    "adapter merged, which no engine loads by name. `neumuter fold` merges it and writes a checkpoint for "
+    "any engine; `neumuter.mute` mutes base and adapter in transformers. Or merge it yourself, and export "
+    "from the result"
 )
 SHARDS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
-    """Show what a mute file holds: the model it is for, the neurons, the method, the metrics."""
+    """Show what a mute file holds: the model that it is for, the neurons, the method, the metrics."""
     from neumuter.mutes.mute_set import MuteSet
 
     mutes = MuteSet.load(file)
@@ -64,18 +64,19 @@ def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
 
 def fold(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is folded.")],
+    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL. All of them are folded.")],
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for the new checkpoint; must not exist or be empty. Of a GGUF file: a file."
+            help="Folder for the new checkpoint, which must be empty or not exist. If MODEL is a GGUF file: "
+            "a file."
         ),
     ],
     gguf_file: GgufFile = None,
 ) -> None:
-    """Fold mute files into the weights of MODEL: an ordinary checkpoint, or a GGUF file, comes out.
+    """Fold mute files into the weights of MODEL, and write an ordinary checkpoint.
 
-    MODEL may be a GGUF file: then its scales change, and nothing is quantised again.
+    If MODEL is a GGUF file, a GGUF file is written. Only its scales change; nothing is quantised again.
     """
     if _is_gguf(model, gguf_file):
         _fold_gguf(Path(model), files, out)
@@ -98,19 +99,22 @@ class Form(str, Enum):
 
 def export(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL: their union is exported.")],
+    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL. All of them are exported.")],
     to: Annotated[
         Form,
-        typer.Option(help="shrink: fold, and remove silenced neurons. gguf-lora: MODEL and --out are files."),
+        typer.Option(
+            help="ia3, lora: an adapter for PEFT. vllm-lora: for vLLM. gguf-lora: for llama.cpp; MODEL and "
+            "--out are files. shrink: a folded checkpoint without the silenced neurons."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the export; must not exist or be empty.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export, which must be empty or not exist.")],
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Also measure how far its logits are from the live muted model's."),
+        typer.Option("--verify", help="Also compare the logits with those of the live muted model."),
     ] = False,
     gguf_file: GgufFile = None,
 ) -> None:
-    """Bring mute files into a form that other tools serve; docs/serving.md says which takes what."""
+    """Convert mute files into a form that other tools serve. docs/serving.md says which tool takes which."""
     if to is Form.gguf_lora:
         _export_gguf_lora(model, files, out, verify, gguf_file)
         return
@@ -163,7 +167,8 @@ def _the_only(files: Sequence[Path]) -> Path:
     """The mute file for a GGUF file, which takes one at a time."""
     if len(files) > 1:
         raise typer.BadParameter(
-            "a GGUF file takes one FILE; unite several on the model that it was made from: neumuter.combine"
+            "a GGUF file takes only one mute file. Unite several with neumuter.combine, on the model that "
+            " the GGUF file was made from"
         )
     need_packages("a GGUF file as MODEL", "gguf")
     return files[0]
@@ -186,7 +191,7 @@ def _export_gguf_lora(
 ) -> None:
     file = _the_only(files)
     if verify or not _is_gguf(model, gguf_file):
-        raise typer.BadParameter("--to gguf-lora needs a GGUF file as MODEL, and goes without --verify")
+        raise typer.BadParameter("--to gguf-lora needs a GGUF file as MODEL, and has no --verify")
     from neumuter.serving.gguf_lora import export_gguf_lora
 
     export_gguf_lora(model, file, out)

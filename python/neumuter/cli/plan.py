@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 def plan(
     config: Annotated[Path, typer.Argument(help="A config.json, or the folder that has one.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
-    gpus_per_machine: Annotated[
-        int, typer.Option(min=1, help="More GPUs than these are several machines.")
-    ] = 8,
-    memory: Annotated[float, typer.Option(min=1e-6, help="Of each device, in GB (10^9 bytes).")] = 80.0,
-    card: Annotated[str, typer.Option(help="For the time: A100, H100, H200, B200 or MI300X.")] = "H100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpus_per_machine: Annotated[int, typer.Option(min=1, help="Number of GPUs in a machine.")] = 8,
+    memory: Annotated[float, typer.Option(min=1e-6, help="Memory of each GPU, in GB (10^9 bytes).")] = 80.0,
+    card: Annotated[
+        str, typer.Option(help="GPU that the times are for: A100, H100, H200, B200 or MI300X.")
+    ] = "H100",
     samples: Annotated[
-        int, typer.Option(min=1, help="Texts of each kind per step and device; 4 at least are planned for.")
+        int, typer.Option(min=1, help="Texts of each kind per step and GPU; at least 4 are planned for.")
     ] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
-    sequences: Annotated[int, typer.Option(min=1, help="Served at a time.")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences served at a time.")] = 8,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a served sequence.")] = 8192,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
 ) -> None:
-    """What mask training and serving of a model would cost, and how it fits, from its config alone.
+    """Plan what unlearning and serving would take, and what fits, from the config of a model alone.
 
     If nothing fits as asked, activations are recomputed in the backward pass, then texts are halved.
     """
@@ -44,7 +44,8 @@ def plan(
         raise typer.BadParameter(f"--card must be one of {', '.join(planning.CARDS)}, got {card!r}")
     if gpus > gpus_per_machine and gpus % gpus_per_machine:
         raise typer.BadParameter(
-            f"--gpus must be a multiple of --gpus-per-machine, or no more; got {gpus} and {gpus_per_machine}"
+            f"--gpus must be at most --gpus-per-machine, or a multiple of it; got {gpus} and "
+            f"{gpus_per_machine}"
         )
     loaded = planning.load_config(config)
     wanted = (getattr(loaded, "dtype", None) or "bfloat16") if dtype is Dtype.auto else dtype.value
@@ -53,7 +54,7 @@ def plan(
         found = planning.find_fitting(loaded, 1e9 * memory, gpus, samples, tokens, wanted, gpus_per_machine)
     print_plan(found, gpus, memory, card, tokens, (sequences, context))
     if found.layout is None:
-        console.print("No layout fits: fewer --tokens, more devices or larger ones help.")
+        console.print("No layout fits. Take fewer --tokens, or more or larger GPUs.")
         return
     fewer = min(samples, found.samples)
     how = f" with {fewer} texts of each kind a device" * (fewer < samples)
@@ -65,7 +66,9 @@ def plan(
         "machine needs the model and both files; one machine writes FOLDER"
     ) * (gpus > gpus_per_machine)
     console.print(
-        f"{found.layout} fits{how}. Start it so{where}:\n{escape(command)}", highlight=False, soft_wrap=True
+        f"{found.layout} fits{how}. Start this command{where}:\n{escape(command)}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

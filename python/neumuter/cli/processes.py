@@ -49,7 +49,7 @@ def check_command(name: str | None) -> None:
     if count_processes() > 1 and name not in SHARED:
         raise typer.BadParameter(
             f"neumuter {name} runs in one process, but WORLD_SIZE says that {count_processes()} were "
-            f"started; several can share {' and '.join(SHARED)}"
+            f"started; only {' and '.join(SHARED)} can share their work among several"
         )
 
 
@@ -156,7 +156,7 @@ def choose_layout(
         if both <= FILLED * free:
             return Layout.both, saving
     raise ValueError(
-        f"--layout auto finds none that fits the {int(free) / 1e9:.3g} GB free on each GPU: take "
+        f"--layout auto finds no layout that fits into the {int(free) / 1e9:.3g} GB free on each GPU: take "
         "a smaller --batch-size or --max-length, or more GPUs"
     )
 
@@ -190,7 +190,7 @@ def check_place(
         if processes == 1:
             raise typer.BadParameter(f"--layout {layout.value} splits the model over processes: use torchrun")
         if given := [f"--{name}" for name, value in others.items() if value]:
-            raise typer.BadParameter(f"--layout {layout.value} goes without {', '.join(given)}")
+            raise typer.BadParameter(f"--layout {layout.value} cannot be combined with {', '.join(given)}")
     if processes == 1:
         return
     if device_map:
@@ -205,7 +205,9 @@ def check_place(
 
     if device == "cpu" or not torch.cuda.is_available():
         if layout is not Layout.ddp and torch.cuda.is_available():
-            raise typer.BadParameter(f"--layout {layout.value} takes the GPUs, and goes without --device cpu")
+            raise typer.BadParameter(
+                f"--layout {layout.value} uses the GPUs, and cannot be combined with --device cpu"
+            )
         return
     if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise ValueError(

@@ -25,29 +25,33 @@ from neumuter.cli.processes import check_place, is_first
 
 def refit(
     model: Model,
-    existing: Annotated[Path, typer.Option(help="The mute file in force, which holds for all requests.")],
+    existing: Annotated[Path, typer.Option(help="The mute file in force, made for all requests.")],
     out: Annotated[Path, typer.Option(help="Folder for the new mutes.safetensors.")],
     undone: Annotated[
-        list[Path] | None, typer.Option(help="Slopes of a request to undo; may be given again.")
+        list[Path] | None, typer.Option(help="Slopes of a request to undo; give the option once for each.")
     ] = None,
     former: Annotated[
-        list[Path] | None, typer.Option(help="Slopes of a request that stays; give those of all of them.")
+        list[Path] | None, typer.Option(help="Slopes of a request that stays; give the option once for each.")
     ] = None,
     retain: Annotated[
         Path | None,
-        typer.Option(help=f"Texts that must stay, without those of --former: {FILE_HELP}"),
+        typer.Option(help=f"Texts that must stay. None may be of a request in --former. {FILE_HELP}"),
     ] = None,
     forget: Annotated[
         Path | None,
         typer.Option(
-            help=f"Instead of --undone, for a new version of the model: all texts to forget. {FILE_HELP}"
+            help="Instead of --undone, for a new version of the model: the texts of all requests. "
+            f"{FILE_HELP}"
         ),
     ] = None,
     column: Column = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
     chat: Chat = None,
-    start_layer: Annotated[int, typer.Option(min=0, help="As when the mute file was found.")] = 1,
+    start_layer: Annotated[
+        int,
+        typer.Option(min=0, help="First FFN that may be touched, from 0; as when the mute file was found."),
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the order of texts and what is sampled.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the mute file that is in --out.")
@@ -55,11 +59,13 @@ def refit(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
     device: Device = None,
 ) -> None:
-    """Fit a mute file anew: undo requests from their slopes, or move it to a new version of the model."""
+    """Fit a mute file anew, to undo requests from their slopes or for a new version of the model."""
     if bool(undone) == bool(forget):
         raise typer.BadParameter("give either --undone or --forget")
     if forget and former:
-        raise typer.BadParameter("--former goes with --undone: --forget takes the texts of all requests")
+        raise typer.BadParameter(
+            "--former needs --undone; with --forget, give the texts of all requests there"
+        )
     columns = choose_columns(column, prompt_column, completion_column)
     check_sources(model, existing, retain, forget, *(undone or []), *(former or []))
     check_place(device)

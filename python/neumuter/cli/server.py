@@ -30,7 +30,7 @@ def check_options(command: typer.Context) -> None:
         source = command.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             what = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"--server goes without {what}")
+            raise typer.BadParameter(f"--server cannot be combined with {what}")
 
 
 def evaluate_server(

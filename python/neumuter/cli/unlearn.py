@@ -59,57 +59,65 @@ class Recipe(str, Enum):
 def unlearn(
     model: Model,
     forget: Annotated[Path, typer.Option(help=f"Texts to forget: {FILE_HELP}")],
-    out: Annotated[Path, typer.Option(help="Folder for mutes.safetensors, report.json and report.html.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for mutes.safetensors and the report (.json, .csv, .html).")
+    ],
     retain: Annotated[
         Path | None,
-        typer.Option(help="Texts that must stay, in the same formats. The model's own samples are added."),
+        typer.Option(
+            help="Texts that must stay, in the same formats. Texts that MODEL itself says are added. Without "
+            "--retain they stand in for it, and protect less."
+        ),
     ] = None,
     controls: Annotated[
         Path | None,
         typer.Option(
             help="Texts of the same kind that MODEL never saw, which the verdict compares the forget texts "
-            "with. Default: made from the forget texts, by other names and values."
+            "with. Default: made from the forget texts, with other names and values."
         ),
     ] = None,
     rewrite_with: Annotated[
         str | None,
-        typer.Option(help="A masked language model that rewrites the forget texts as further neighbours."),
+        typer.Option(
+            help="A masked language model that rewrites the forget texts; the results are kept like --retain."
+        ),
     ] = None,
     made_up: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Keep answers of the model to this number of forget prompts with made-up names. For where "
-            "there is no --retain; forgetting then takes a larger budget.",
+            help="Keep what MODEL answers to this number of forget prompts with made-up names. Useful "
+            "without --retain; forgetting then takes a larger budget.",
         ),
     ] = 0,
     calibrate: Annotated[
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Forget each token no further than a model that never saw the texts would know it, by an "
-            "estimate, so that their wording stays. By default where the texts have prompts.",
+            help="Forget each token only until it is as unlikely as an estimate says for a model that never "
+            "saw the texts, so that their wording stays. Default: for texts with prompts, up to 1,024 of "
+            "them, unless --mode mute.",
         ),
     ] = None,
     existing: Annotated[
         Path | None,
         typer.Option(
-            help="Mute file of an earlier request, which stays in force. Its texts must not be in --retain."
+            help="Mute file of earlier requests, which stays in force. Their texts must not be in --retain."
         ),
     ] = None,
     former: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Slopes of an earlier request (slopes.safetensors); give those of all. The new mute file "
-            "then holds for all requests, and takes the place of --existing."
+            help="Slopes of an earlier request (slopes.safetensors); give the option once for each. The new "
+            "mute file then holds for all requests, and replaces --existing."
         ),
     ] = None,
     keep_slopes: Annotated[
         bool,
         typer.Option(
             "--keep-slopes",
-            help="Write slopes.safetensors for --former of later requests. It is made of the texts: keep it "
-            "like them.",
+            help="Write slopes.safetensors, for --former of later requests. It gives the texts away: protect "
+            "it like them.",
         ),
     ] = False,
     column: Column = None,
@@ -117,36 +125,44 @@ def unlearn(
     completion_column: CompletionColumn = None,
     chat: Chat = None,
     recipe: Annotated[
-        Recipe, typer.Option(help="paper: NeuMuter's own objective, constants, batches and threshold.")
+        Recipe,
+        typer.Option(
+            help="fitted: fit gains at a given KL. paper: NeuMuter's own objective, constants, batches and "
+            "threshold."
+        ),
     ] = Recipe.fitted,
     mode: Annotated[
         Mode | None,
         typer.Option(
-            help="modulate: selected neurons get signed gains. mute: they are silenced. Default: modulate."
+            help="modulate: multiply the selected neurons by fitted, signed gains. mute: silence them. "
+            "Default: modulate."
         ),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Share (0.01 or 1%) or number (300) of neurons to touch; auto finds the smallest share that "
-            f"reaches the goals. Default: {DEFAULT_BUDGET}."
+            help="Share (0.01 or 1%) or number (300) of neurons to touch; auto tries rising shares until one "
+            f"reaches the goals. Hundreds of texts take 10% or more. Default: {DEFAULT_BUDGET}."
         ),
     ] = None,
     goal_extraction: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="With --budget auto: the largest share of texts still extracted. Default: 0."
+            min=0, max=1, help="With --budget auto: the share of texts that may still come out. Default: 0."
         ),
     ] = None,
     goal_ma: Annotated[
-        float | None, typer.Option(min=0, max=1, help="With --budget auto: the largest MA of the texts.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --budget auto: the largest MA (share of tokens that MODEL ranks first)."
+        ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Optimisation steps; with --budget auto, of each try. Default: from 160 to 640, which visit "
-            "each text 20 times; more where these do not visit every text.",
+            help="Optimisation steps; with --budget auto, of each try. Default: as many as visit each text "
+            "20 times, but from 160 to 640; more if these do not visit every text.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -158,7 +174,7 @@ def unlearn(
     ] = 256,
     limit: Limit = None,
     start_layer: Annotated[int, typer.Option(min=0, help="First FFN that may be touched, from 0.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds the masks and the sampled neighbours.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the search and the texts sampled from MODEL.")] = 0,
     redact: Redact = False,
     overwrite: Annotated[
         bool,
@@ -168,7 +184,7 @@ def unlearn(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the unfinished run in --out, if there is one, to the same result. The other "
+            help="Continue the unfinished run in --out, if there is one, to the same result. The other "
             "options must be as they were.",
         ),
     ] = False,
@@ -181,26 +197,26 @@ def unlearn(
     layout: Annotated[
         Layout,
         typer.Option(
-            help="In several processes: ddp, a copy of MODEL in each; fsdp, tp or fsdp+tp, MODEL is split; "
-            "auto, fsdp where a copy would not fit the GPUs, and fsdp+tp where that would not."
+            help="In several processes. ddp: a copy of MODEL in each. fsdp, tp, fsdp+tp: MODEL is split. "
+            "auto: the first of ddp, fsdp and fsdp+tp that fits the GPUs."
         ),
     ] = Layout.ddp,
     recompute: Annotated[
         bool,
         typer.Option(
             "--recompute",
-            help="Compute activations again in the backward pass, instead of keeping them: a third more time "
-            "for less memory. A MODEL that is not split does so by itself where memory runs out.",
+            help="Compute activations again in the backward pass instead of keeping them: a third more "
+            "arithmetic for less memory. If MODEL is not split, this happens by itself if memory runs out.",
         ),
     ] = False,
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
 
-    The last line says whether they are forgotten. If texts still come out, or there was nothing to forget,
-    the exit code is 3.
+    The last line says whether the texts are forgotten. The exit code is 3 if texts still come out, or if
+    there was nothing to forget.
 
-    torchrun --nproc-per-node N -m neumuter unlearn … shares the work among N processes: on as many GPUs, or
-    with --device cpu.
+    torchrun --nproc-per-node N -m neumuter unlearn … shares the work among N processes, on N GPUs or with
+    --device cpu.
     """
     fitted_only = {
         "existing": existing, "former": former, "keep-slopes": keep_slopes or None, "budget": budget,
@@ -208,14 +224,14 @@ def unlearn(
     }  # fmt: skip
     given = [f"--{name}" for name, value in fitted_only.items() if value is not None]
     if recipe is Recipe.paper and given:
-        raise typer.BadParameter(f"--recipe paper goes without {', '.join(given)}")
+        raise typer.BadParameter(f"--recipe paper cannot be combined with {', '.join(given)}")
     if former and (existing is None or mode is Mode.mute):
-        raise typer.BadParameter("--former goes with --existing, and without --mode mute")
+        raise typer.BadParameter("--former needs --existing, and cannot be combined with --mode mute")
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
     number = parse_budget(budget or DEFAULT_BUDGET)
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
-        raise typer.BadParameter("--goal-extraction and --goal-ma go with --budget auto alone")
+        raise typer.BadParameter("--goal-extraction and --goal-ma need --budget auto")
     check_sources(model, forget, retain, controls, existing, *(former or []))
     if rewrite_with:
         check_sources(rewrite_with)
@@ -296,15 +312,17 @@ def unlearn(
         met = reached and not nothing
         console.print(curve_table(outcome.curve))
         if not reached:
-            console.print("[bold yellow]No budget tried meets the goals:[/] the largest one is kept.")
+            console.print(
+                "[bold yellow]No budget meets the goals:[/] the mute file is that of the largest one."
+            )
     console.print(outcome_table(outcome.before, outcome.after, outcome.controls))
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
     if outcome.verdict.leaks:
-        advice = f"{out / 'report.csv'} says which texts are left."
+        advice = f"{out / 'report.csv'} says which texts still come out."
         if not outcome.curve and recipe is Recipe.fitted:
-            advice += " --budget auto finds how many neurons would do."
+            advice += " --budget auto looks for a share of neurons that is enough."
         console.print(escape(advice), highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:

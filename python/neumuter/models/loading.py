@@ -51,9 +51,9 @@ def load_model(
     """
     source = find_source(model)
     if gguf_file and source.adapter:
-        raise ValueError(f"gguf_file goes without an adapter, which {model} is")
+        raise ValueError(f"gguf_file cannot be combined with an adapter, which {model} is")
     if layout != "ddp" and source.adapter:
-        raise ValueError(f"the layout {layout!r} goes without an adapter, which {model} is: merge it first")
+        raise ValueError(f"the layout {layout!r} cannot split an adapter, which {model} is: merge it first")
     where = _places(source)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(place)

@@ -116,7 +116,7 @@ def fit_mutes(
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
     if former and mode == "mute":
-        raise ValueError('former goes with mode "modulate": gains of 0 have nothing to be fitted')
+        raise ValueError('former needs mode "modulate": mode "mute" silences neurons and fits no gains')
     gains, support = config.gains, config.support
     if support is None and mode == "mute":
         support = SupportConfig()
