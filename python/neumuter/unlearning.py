@@ -279,8 +279,8 @@ def unlearn(
         if isinstance(config, FittedConfig):
             if ceilings is not None:
                 config = widen_margin(config)
-            every = " each budget tried" if isinstance(budget, str) else ""
-            announce(f"Finding neurons takes{every}", pace * PASSES * estimate_tokens(pair, mode, config))
+            every = ", for each budget tried," if isinstance(budget, str) else ""
+            announce(f"Finding neurons{every} takes", pace * PASSES * estimate_tokens(pair, mode, config))
         if isinstance(config, PaperConfig):
             mutes = train_gates(pair, config, seed, advance, journal)
         elif isinstance(budget, str):

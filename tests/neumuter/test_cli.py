@@ -391,7 +391,7 @@ def test_requests_with_slopes_and_one_undone(checkpoint, capsys):
     undo = ("--former", second / "slopes.safetensors", "--undone", first / "slopes.safetensors", *keep)
     capsys.readouterr()
     assert run("refit", model, "--existing", second / "mutes.safetensors", *undo, "--out", third) == 0
-    assert "1 requests are undone, 1 stay" in capsys.readouterr().out
+    assert "Requests undone: 1; staying: 1." in capsys.readouterr().out
     refitted = neumuter.MuteSet.load(third / "mutes.safetensors")
     assert (refitted.count, refitted.method["recipe"]) == (40, "refit")
     moved = ("--forget", checkpoint / "two.txt", *keep, "--out", checkpoint / "moved")

@@ -90,7 +90,7 @@ def refit(
         with made_folder(out) as folder:
             found.save(folder / MUTE_FILE)
     done = (
-        f"{len(leaving)} requests are undone, {len(staying)} stay."
+        f"Requests undone: {len(leaving)}; staying: {len(staying)}."
         if leaving
         else f"The gains of {found.count} neurons are fitted to this model."
     )

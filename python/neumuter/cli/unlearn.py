@@ -142,7 +142,7 @@ def unlearn(
         str | None,
         typer.Option(
             help="Share (0.01 or 1%) or number (300) of neurons to touch; auto tries rising shares until one "
-            f"reaches the goals. Hundreds of texts take 10% or more. Default: {DEFAULT_BUDGET}."
+            f"reaches the goals. Hundreds of texts may take 10% or more. Default: {DEFAULT_BUDGET}."
         ),
     ] = None,
     goal_extraction: Annotated[
