@@ -119,7 +119,9 @@ def evaluate(
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder of your own task files for lm-evaluation-harness.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write the report, as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .json file for the report; a page (.html) is written beside it.")
+    ] = None,
     column: Column = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
