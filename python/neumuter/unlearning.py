@@ -176,7 +176,7 @@ def unlearn(
             ``resume``, and something that matters has changed.
         FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
-        RuntimeError: the model is attached or muted already, or the loss diverged.
+        RuntimeError: the model is attached or muted already, the loss diverged, or the model predicts NaN.
     """
     start = time.perf_counter()
     config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)

@@ -9,6 +9,7 @@ import torch
 
 from neumuter.evaluation import (
     Examination,
+    audit,
     compare_texts,
     examine,
     extracted,
@@ -206,6 +207,18 @@ def test_another_persons_text_is_counted_in_the_worst_form(words):
     assert [other and other.label for other in found.others] == ["retain 1", None]
     assert found.said[0].startswith(KEPT[0][1])
     assert found.extracted == [False, True]
+
+
+def test_a_model_that_predicts_nan_has_forgotten_nothing(words):
+    """Nothing comes out of it, and nothing is likelier than its controls."""
+    model = models.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    forms = encode_forms(MAIL, words, 64)
+    with pytest.raises(RuntimeError, match=r"predicts NaN on 3 of 3 texts.*float32"):
+        examine(model, words, forms, list_given({"forget": forms[0]}, words))
+    with pytest.raises(RuntimeError, match="predicts NaN"):
+        audit(model, words, MAIL)
 
 
 def test_windows_of_a_text_are_one_text(words):

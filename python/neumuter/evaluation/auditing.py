@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.controls import make_controls
 from neumuter.evaluation.examination import examine
-from neumuter.evaluation.language import losses_by_sample
+from neumuter.evaluation.language import losses_by_sample, refuse_nan
 from neumuter.evaluation.membership import min_k_score
 from neumuter.evaluation.memory import extracted
 from neumuter.evaluation.others import group_rows, list_given, number_texts
@@ -79,6 +79,7 @@ def audit(
 
     Raises:
         ValueError: there is no text, or no control.
+        RuntimeError: the model predicts NaN.
     """
     rest = iter(texts)
     first = list(islice(rest, TEXTS_AT_A_TIME))
@@ -117,6 +118,7 @@ def _parts(texts: Iterator[Text]) -> Iterator[list[Text]]:
 def _measure(model: nn.Module, batch: Batch) -> tuple[list[bool], list[float]]:
     """Of each text whether it, or a window of it, comes out, and its Min-40%."""
     out, losses = extracted(model, batch).tolist(), losses_by_sample(model, batch)
+    refuse_nan(model, losses)
     windows = group_rows(batch)
     return (
         [any(out[row] for row in rows) for rows in windows],

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.continuations import MAX_TOKENS
 from neumuter.evaluation.forms import most_known
-from neumuter.evaluation.language import losses_by_sample
+from neumuter.evaluation.language import losses_by_sample, refuse_nan
 from neumuter.evaluation.membership import min_k_score
 from neumuter.evaluation.memory import chance_in_draws, extracted, memorization_accuracy
 from neumuter.evaluation.others import (
@@ -63,6 +63,9 @@ def examine(
         forms: the texts in each form, as ``neumuter.texts.encode_forms`` returns them.
         given: the texts that must not come out in place of others; see ``find_others``.
         name: what ``given`` calls the batch of these texts; another name if they are not in it.
+
+    Raises:
+        RuntimeError: the model predicts NaN.
     """
     longest = STRETCH + max(text.tokens for text in given)
     # Of each text what is said in the first form in which another text comes out, or else in the first.
@@ -77,6 +80,7 @@ def examine(
             said.setdefault(number, write_ids(tokenizer)(ids))
     batch = most_known(model, forms)
     out, losses = extracted(model, batch), losses_by_sample(model, batch)
+    refuse_nan(model, losses)
     # Of a text that counts from its start on, the prompt counts as well, but nobody has to guess it.
     behind = count_after_prompts(batch)
     chances = [
