@@ -24,6 +24,7 @@ from neumuter.types import Text
 from neumuter_kernels.info import version
 
 ENTRIES, KEY, REQUESTS = "ledger.jsonl", "key", "requests"
+KEY_BYTES = 32
 REPORT = "report.json"
 # What a request copies from the folder that unlearn wrote; slopes only if they are there.
 COPIED = (MUTE_FILE, REPORT, SLOPES_FILE)
@@ -67,7 +68,7 @@ class Ledger:
 
     Raises:
         FileNotFoundError: there is no ledger.
-        LedgerError: an entry or a file of a request was changed.
+        LedgerError: an entry, a file of a request or the key was changed.
     """
 
     def __init__(self, folder: PathLike, create: bool = False) -> None:
@@ -76,7 +77,7 @@ class Ledger:
             self._create()
         if not (self.folder / ENTRIES).is_file():
             raise FileNotFoundError(f"{self.folder} is no ledger: it has no {ENTRIES}")
-        self._key = bytes.fromhex((self.folder / KEY).read_text())
+        self._key = _read_key(self.folder / KEY)
         self.entries = self._read()
 
     @property
@@ -166,9 +167,9 @@ class Ledger:
         Raises:
             ValueError: there is no such request, or it is undone already.
         """
-        if self.request(number).undone:
-            raise ValueError(f"request {number} is undone already")
         with self._changing():
+            if self.request(number).undone:
+                raise ValueError(f"request {number} is undone already")
             self._append(kind="undo", request=number)
 
     def find_texts(self, texts: Iterable[Text]) -> dict[str, Text]:
@@ -181,10 +182,17 @@ class Ledger:
         return found
 
     def _create(self) -> None:
-        with made_folder(self.folder) as made:
-            if any(made.iterdir()):
+        with made_folder(self.folder) as made, changing_folder(made):
+            if (made / ENTRIES).exists():
+                return  # Another process has made it meanwhile.
+            # A process that was killed here left at most a key, and temporary files.
+            left = (f".{KEY}.", f".{ENTRIES}.")
+            if any(file.name != KEY and not file.name.startswith(left) for file in made.iterdir()):
                 raise FileExistsError(f"{made} is no ledger, and is not empty; name another folder")
-            write_atomically(made / KEY, secrets.token_hex(32).encode(), private=True)
+            if (made / KEY).exists():
+                _read_key(made / KEY)
+            else:
+                write_atomically(made / KEY, secrets.token_hex(KEY_BYTES).encode(), private=True)
             write_atomically(made / ENTRIES, b"", private=True)
 
     @contextmanager
@@ -203,7 +211,8 @@ class Ledger:
             "previous": self.head,
         }
         entry["hash"] = _hash_json(entry)
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in [*self.entries, entry]]
+        # In ASCII, because some characters of a name could be taken for the end of a line.
+        lines = [json.dumps(line) + "\n" for line in [*self.entries, entry]]
         write_atomically(self.folder / ENTRIES, "".join(lines).encode(), private=True)
         self.entries.append(entry)
 
@@ -211,7 +220,8 @@ class Ledger:
         """Read and check all entries."""
         entries: list[dict[str, Any]] = []
         previous = START
-        for number, line in enumerate((self.folder / ENTRIES).read_text("utf-8").splitlines(), 1):
+        lines = (self.folder / ENTRIES).read_text("utf-8").removesuffix("\n")
+        for number, line in enumerate(lines.split("\n") if lines else [], 1):
             where = f"{self.folder / ENTRIES}, entry {number}"
             try:
                 entry = json.loads(line)
@@ -231,6 +241,17 @@ class Ledger:
             previous = told
             entries.append(entry | {"hash": told})
         return entries
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = bytes.fromhex(path.read_text())
+    except ValueError:
+        key = b""
+    # By another key no text would be found again.
+    if len(key) != KEY_BYTES:
+        raise LedgerError(f"{path} is damaged: it is no key of a ledger")
+    return key
 
 
 def _hash_json(value: Any) -> str:

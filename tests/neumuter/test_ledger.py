@@ -143,14 +143,44 @@ def test_two_writers_and_a_killed_one_lose_nothing(ledger, folder):
     assert [request.number for request in neumuter.Ledger(ledger.folder).requests()] == [1, 2, 3, 4]
 
 
+def test_a_ledger_is_made_once_whoever_makes_it(tmp_path):
+    first = neumuter.Ledger(tmp_path, create=True)
+    first._append(kind="request", name="", texts=[])
+    # Another process has looked for it before it was there.
+    late = neumuter.Ledger.__new__(neumuter.Ledger)
+    late.folder = tmp_path
+    late._create()
+    again = neumuter.Ledger(tmp_path)
+    assert (again.hash_text("a"), len(again.entries)) == (first.hash_text("a"), 1)
+
+
+def test_a_ledger_that_was_half_made_is_made_whole(tmp_path):
+    first = neumuter.Ledger(tmp_path, create=True)
+    (tmp_path / "ledger.jsonl").rename(tmp_path / ".ledger.jsonl.abcd1234.tmp")
+    assert neumuter.Ledger(tmp_path, create=True).hash_text("a") == first.hash_text("a")
+    for key in ("", "12", "no key"):
+        (tmp_path / "key").write_text(key)
+        with pytest.raises(neumuter.LedgerError, match="key is damaged"):
+            neumuter.Ledger(tmp_path)
+
+
+def test_any_name_can_be_read_again(ledger, folder):
+    """Python's splitlines takes some of these for the ends of lines."""
+    name = "ticket\u2028 17\u2029\x85\x0b\x1c – ☃"
+    ledger.add(folder / "jon", JON, name)
+    assert neumuter.Ledger(ledger.folder).request(3).name == name
+
+
 def test_bad_requests_are_refused(ledger, folder, tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         ledger.add(folder / "ada", [])
     with pytest.raises(ValueError, match="no request 7; it has: 1, 2"):
         ledger.undo(7)
+    other = neumuter.Ledger(ledger.folder)
     ledger.undo(1)
-    with pytest.raises(ValueError, match="undone already"):
-        ledger.undo(1)
+    for late in (ledger, other):
+        with pytest.raises(ValueError, match="undone already"):
+            late.undo(1)
     with pytest.raises(FileNotFoundError, match="is no ledger"):
         neumuter.Ledger(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="not empty"):
