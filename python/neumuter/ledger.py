@@ -20,7 +20,8 @@ from typing import Any
 from neumuter.files import PathLike, changing_folder, made_folder, new_folder, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE
-from neumuter.types import Text
+from neumuter.texts.rows import text_of
+from neumuter.types import Text, check_texts
 from neumuter_kernels.info import version
 
 ENTRIES, KEY, REQUESTS = "ledger.jsonl", "key", "requests"
@@ -114,8 +115,8 @@ class Ledger:
         raise ValueError(f"the ledger has no request {number}; it has: {known}")
 
     def hash_text(self, text: Text) -> str:
-        """Compute the keyed hash of a text: HMAC-SHA-256 of its JSON."""
-        data = json.dumps(text, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+        """Compute the keyed hash of a text, or of that in a row: HMAC-SHA-256 of its JSON."""
+        data = json.dumps(text_of(text), ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
         return hmac.new(self._key, data, hashlib.sha256).hexdigest()
 
     def add(self, folder: PathLike, texts: Iterable[Text], name: str = "") -> Request:
@@ -129,7 +130,9 @@ class Ledger:
         Raises:
             FileNotFoundError: ``folder`` lacks the mute file or the report.
             ValueError: the report is of another mute file, or there is no text.
+            TypeError: ``texts`` is one text, or the name of a file.
         """
+        check_texts("texts", texts)
         folder, hashes = Path(folder), [self.hash_text(text) for text in texts]
         if not hashes:
             raise ValueError("texts holds no text")
@@ -173,10 +176,15 @@ class Ledger:
             self._append(kind="undo", request=number)
 
     def find_texts(self, texts: Iterable[Text]) -> dict[str, Text]:
-        """Those of ``texts`` that requests are about: {hash: text}."""
+        """Those of ``texts`` that requests are about: {hash: text}.
+
+        Raises:
+            TypeError: ``texts`` is one text, or the name of a file.
+        """
+        check_texts("texts", texts)
         wanted = {digest for request in self.requests() for digest in request.texts}
         found = {}
-        for text in texts:
+        for text in map(text_of, texts):
             if (digest := self.hash_text(text)) in wanted:
                 found[digest] = text
         return found

@@ -1,6 +1,6 @@
 """Types that many modules share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +29,17 @@ def check_kind(name: str, value: object, kinds: type | tuple[type, ...], allowed
     """Raise TypeError that says what is allowed unless the argument ``name`` is of these kinds."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+
+
+def check_texts(name: str, value: object) -> None:
+    """Raise TypeError unless ``value``, the argument ``name``, can be several texts."""
+    check_kind(name, value, Iterable, "a list of texts")
+    # A string is iterable as well: each of its characters would be taken for a text.
+    if isinstance(value, str | Mapping):
+        raise TypeError(
+            f"{name} must be a list of texts, got one {type(value).__name__}: put it into a list, or read it "
+            "with neumuter.texts.read_texts if it is the name of a file"
+        )
 
 
 def check_batch(name: str, value: object) -> None:

@@ -84,7 +84,9 @@ def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder, tmp_
         first.entry["report"]["verdict"]
         == json.loads((folder / "ada" / "report.json").read_text())["verdict"]
     )
-    assert ledger.find_texts([*KEPT, ADA[1]]) == {first.texts[1]: ADA[1]}
+    row = {"prompt": ADA[1][0], "completion": ADA[1][1]}
+    for text in (ADA[1], row):
+        assert ledger.find_texts([*KEPT, text]) == {first.texts[1]: ADA[1]}
     for path in ledger.folder.rglob("*"):
         if path.is_file():
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS)
@@ -174,6 +176,10 @@ def test_any_name_can_be_read_again(ledger, folder):
 def test_bad_requests_are_refused(ledger, folder, tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         ledger.add(folder / "ada", [])
+    for texts in (str(folder / "texts" / "ada.jsonl"), {"text": "a"}):
+        for take in (lambda texts: ledger.add(folder / "ada", texts), ledger.find_texts):
+            with pytest.raises(TypeError, match=r"texts must be a list of texts, got one (str|dict)"):
+                take(texts)
     with pytest.raises(ValueError, match="no request 7; it has: 1, 2"):
         ledger.undo(7)
     other = neumuter.Ledger(ledger.folder)
@@ -300,6 +306,11 @@ def test_audit_finds_what_the_model_knows(model, folder, tmp_path, capsys):
     assert run("audit", folder / "model", "--texts", corpus, "--out", tmp_path / "known.txt") == 2
     with pytest.raises(ValueError, match="holds no text"):
         neumuter.audit(model, tokenizer(), [])
+    with pytest.raises(ValueError, match="controls: texts holds no text"):
+        neumuter.audit(model, tokenizer(), ADA, [])
+    for texts, controls in (("corpus.jsonl", None), (ADA, "controls.jsonl")):
+        with pytest.raises(TypeError, match="must be a list of texts, got one str"):
+            neumuter.audit(model, tokenizer(), texts, controls)
 
 
 def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
@@ -309,6 +320,8 @@ def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
     parts = neumuter.audit(model, tokenizer(), iter([*KEPT, *ADA, *JON]), KEPT, callback=told.append)
     assert [text.number for text in parts.known] == [text.number for text in whole.known]
     assert told == [2, 4, 6]
+    with pytest.raises(ValueError, match="texts 5 to 6: text 2 has no token to predict"):
+        neumuter.audit(model, tokenizer(), [*KEPT, *ADA[:2], ("nothing", "")], KEPT)
 
 
 def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkeypatch):
