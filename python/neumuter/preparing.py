@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.evaluation import find_overlap
+from neumuter.evaluation import find_overlap, list_given
 from neumuter.evaluation.others import GivenText
 from neumuter.models.loading import load_model, load_tokenizer
 from neumuter.report.progress import Watch
@@ -73,6 +73,17 @@ def refuse_overlap(given: Sequence[GivenText]) -> None:
         raise ValueError(
             f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
             f"both: take it out of one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
+        )
+
+
+def refuse_seen(
+    controls: Batch, given: Sequence[GivenText], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise ValueError that shows one if controls are among the given texts."""
+    if overlap := find_overlap(list_given({"controls": controls}, tokenizer), given):
+        text, other = overlap[0]
+        raise ValueError(
+            f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
 
 

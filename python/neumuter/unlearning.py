@@ -22,7 +22,6 @@ from neumuter.calibrating import choose_calibration, estimate_ceilings, widen_ma
 from neumuter.evaluation import (
     continue_texts,
     examine,
-    find_overlap,
     judge_texts,
     list_given,
     make_controls,
@@ -47,6 +46,7 @@ from neumuter.preparing import (
     need_tokenizer,
     open_network,
     refuse_overlap,
+    refuse_seen,
     sample_neighbours,
 )
 from neumuter.recipes import (
@@ -340,12 +340,7 @@ def _make_controls(
     if controls is None:
         return make_controls(forms, given, tokenizer, seed) if tokenizer else None
     found = encode_forms_of("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
-    overlap = find_overlap(list_given({"controls": found[0]}, tokenizer), given)
-    if overlap:
-        text, other = overlap[0]
-        raise ValueError(
-            f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
-        )
+    refuse_seen(found[0], given, tokenizer)
     return found
 
 
