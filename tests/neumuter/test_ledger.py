@@ -335,7 +335,9 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
 
     with serving(respond) as (url, asked):
         arguments = ("verify", ledger.folder, url, "--texts", folder / "texts", "--model")
-        assert run(*arguments, "muted") == 3
+        assert run(*arguments, "muted", "--out", ledger.folder.parent / "pages") == 3
+        page = (ledger.folder.parent / "pages" / "request-1.html").read_text()
+        assert "1 of 2 texts come out." in page
         printed = " ".join(capsys.readouterr().out.split())
         assert "1 of 2 texts come out." in printed
         assert "0 of 1 texts come out." in printed
@@ -345,7 +347,9 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
         assert len(asked) == 3
         assert run(*arguments, "other") == 1
         assert "has no model 'other'" in capsys.readouterr().err
-        assert run(*arguments, "muted", "--apply") == 2
+        for option in (("--apply",), ("--chat",), ("--max-length", 64), ("--attn", "eager")):
+            assert run(*arguments, "muted", *option) == 2
+            assert f"goes without {option[0]}" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments[:-1]) == 2
     # It is down now.
     assert run(*arguments, "muted") == 1

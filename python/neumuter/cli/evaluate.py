@@ -39,7 +39,7 @@ from neumuter.cli.common import (
     unite,
     write_json,
 )
-from neumuter.cli.server import check_options, evaluate_server
+from neumuter.cli.server import OPTIONS, check_options, evaluate_server
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,7 +138,7 @@ def evaluate(
     With --server, say which texts come out of a running server; the exit code is then 3 if one does.
     """
     if server is not None:
-        check_options(command)
+        check_options(command, OPTIONS, "--server")
         check_report(out)
         columns = choose_columns(column, prompt_column, completion_column)
         evaluate_server(server, served, forget, columns, limit, out, mute_set)
