@@ -136,8 +136,12 @@ class Ledger:
         folder, hashes = Path(folder), [self.hash_text(text) for text in texts]
         if not hashes:
             raise ValueError("texts holds no text")
-        report, mutes = json.loads((folder / REPORT).read_text()), MuteSet.load(folder / MUTE_FILE)
-        if report.get("muted_neurons") != mutes.count or report.get("seed") != mutes.seed:
+        # Mute files have None for what is no number.
+        report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
+        mutes = MuteSet.load(folder / MUTE_FILE)
+        # Many runs have the same number of neurons and the same seed.
+        told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]
+        if told != [mutes.count, mutes.seed, *(mutes.metrics.get(state) for state in ("before", "after"))]:
             raise ValueError(f"{folder / REPORT} is of another mute file than {folder / MUTE_FILE}")
         if missing := [key for key in TOLD if key not in report and key != "model"]:
             raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: it is of an earlier version")

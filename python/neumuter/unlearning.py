@@ -39,7 +39,7 @@ from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
-from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome
+from neumuter.outcome import Outcome, write_sets
 from neumuter.preparing import (
     SHOWN_TEXTS,
     encode_forms_of,
@@ -297,9 +297,7 @@ def unlearn(
         measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
     if folder is not None and is_first():
         with made_folder(folder) as made:
-            mutes.save(made / MUTE_FILE)
-            if measured_slopes:
-                measured_slopes.save(made / SLOPES_FILE)
+            write_sets(made, mutes, measured_slopes)
     # With slopes, the mutes are those of all requests.
     with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
         after, retain_after, controls_after, said_after, _ = journal.once("after", measure)

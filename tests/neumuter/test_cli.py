@@ -392,7 +392,7 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
     assert arguments[-2] in capsys.readouterr().err
 
 
-def test_unlearn_with_an_existing_set(checkpoint):
+def test_unlearn_with_an_existing_set(checkpoint, capsys):
     assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     files = ("--forget", checkpoint / "retain.jsonl", "--out", checkpoint / "second")
@@ -402,6 +402,9 @@ def test_unlearn_with_an_existing_set(checkpoint):
     second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")
     for path, layer in second.layers.items():
         assert not set(layer.indices.tolist()) & set(former.layers[path].indices.tolist())
+    # The earlier request's file stays in force, and --overwrite would replace it.
+    assert unlearn(checkpoint, "--existing", checkpoint / "out" / "mutes.safetensors") == 2
+    assert "name another folder for --out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_requests_with_slopes_and_one_undone(checkpoint, capsys):

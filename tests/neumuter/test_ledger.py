@@ -196,6 +196,11 @@ def test_bad_requests_are_refused(ledger, folder, tmp_path):
     (tmp_path / "mixed" / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="is of another mute file"):
         ledger.add(tmp_path / "mixed", ADA)
+    # A run that replaces another one was killed when it had written its mute file.
+    shutil.copy(folder / "ada" / "report.json", tmp_path / "mixed")
+    shutil.copy(folder / "jon" / "mutes.safetensors", tmp_path / "mixed")
+    with pytest.raises(ValueError, match="is of another mute file"):
+        ledger.add(tmp_path / "mixed", JON)
 
 
 def states(checks):
@@ -249,7 +254,7 @@ def test_what_never_held_is_not_said_to_have_held(folder, model, tmp_path):
     shutil.copytree(folder / "ada", tmp_path / "ada")
     nothing.save(tmp_path / "ada" / "mutes.safetensors")
     report = json.loads((folder / "ada" / "report.json").read_text())
-    report |= {"muted_neurons": 2, "seed": nothing.seed, "leaks": True}
+    report |= {"muted_neurons": 2, "seed": nothing.seed, "leaks": True} | nothing.metrics
     (tmp_path / "ada" / "report.json").write_text(json.dumps(report))
     ledger = neumuter.Ledger(tmp_path / "ledger", create=True)
     ledger.add(tmp_path / "ada", ADA)
@@ -297,7 +302,7 @@ def test_audit_finds_what_the_model_knows(model, folder, tmp_path, capsys):
     assert {text.text for text in by_heart} == {*ADA, *JON}
     assert all(text.sampled > 0.9 for text in by_heart)
     corpus = write(tmp_path / "corpus.jsonl", [*unseen[:3], *ADA, *JON])
-    out = tmp_path / "known.jsonl"
+    out = tmp_path / "new" / "known.jsonl"
     assert run("audit", folder / "model", "--texts", corpus, "--out", out) == 0
     assert "3 of 6 texts come out word for word" in capsys.readouterr().out.replace("\n", " ")
     assert out.stat().st_mode & 0o077 == 0

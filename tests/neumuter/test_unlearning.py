@@ -285,7 +285,13 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
             neumuter.refit(model, words, held.mutes, **both)
     with pytest.raises(ValueError, match="former goes with undone"):
         neumuter.refit(model, words, held.mutes, files, forget=PAIRS)
-    assert unlearn(model, words).slopes is None
+    # A folder holds one outcome: slopes that are no longer its own would be taken for it.
+    bare = unlearn(model, words, folder=tmp_path / "second")
+    assert bare.slopes is None
+    assert not files[1].exists()
+    first.save(tmp_path / "second")
+    bare.save(tmp_path / "second")
+    assert not files[1].exists()
 
 
 def test_a_set_moves_to_a_new_version_of_the_model(model, words):
