@@ -99,6 +99,8 @@ def sample_neighbours(
 ) -> list[Text]:
     """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
     count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
+    if count < 0:
+        raise ValueError(f"samples must be at least 0, got {count}")
     if count == 0:
         return []
     words = need_tokenizer(tokenizer)

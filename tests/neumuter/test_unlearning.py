@@ -398,6 +398,7 @@ BAD = {
     "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),
     "no texts": (dict(retain=[]), ValueError, "retain holds no text"),
     "made_up": (dict(made_up=-1), ValueError, "made_up must be at least 0, got -1"),
+    "samples": (dict(samples=-3), ValueError, "samples must be at least 0, got -3"),
     "a batch": (dict(retain={"input_ids": torch.zeros(1, 2)}), TypeError, "lacks attention_mask, labels"),
 }
 

@@ -109,6 +109,7 @@ def test_without_a_tokenizer_token_ids_are_compared(words):
         (["A list. Mail of Ada Brisk: ada77@post.example, and more."], "retain 1"),  # which holds it
         (["Ada Brisk: ada77@"], "retain 1"),  # a part of it
         (["Ada"], None),
+        ([" " * 12], None),  # which is in no text, though "" is in all
         (KEPT, None),
     ],
 )
@@ -116,6 +117,11 @@ def test_overlap_is_found(words, retain, label):
     given = listed(words, retain=retain)
     overlap = find_overlap(given[:3], given[3:])
     assert [(text.label, other) for text, other in overlap] == ([("forget 1", label)] if label else [])
+
+
+def test_nothing_is_no_part_of_a_text(words):
+    given = listed(words, forget=[" " * 12])
+    assert find_overlap(given[:1], given[1:]) == []
 
 
 def test_made_up_names_change_the_names_and_nothing_else(words):
