@@ -53,6 +53,29 @@ def check_batch(name: str, value: object) -> None:
         )
 
 
+def check_rows(name: str, batch: Batch) -> None:
+    """Raise TypeError or ValueError unless ``batch``, the argument ``name``, has rows as ``Batch`` says."""
+    if not isinstance(batch, Mapping):
+        check_batch(name, batch)
+    shape = batch["labels"].shape if isinstance(batch.get("labels"), Tensor) else None
+    for key in KEYS:
+        value = batch.get(key)
+        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape != shape:
+            given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name}[{key!r}] must be an int64 tensor [B, T], one shape for all of {', '.join(KEYS)}; "
+                f"got {given}"
+            )
+    if not (batch["labels"][:, 1:] != IGNORED).any(1).all() or not len(batch["labels"]):
+        raise ValueError(
+            f"every sample of {name} must count a token (a label other than -100) after its first one"
+        )
+    if (batch["attention_mask"].diff(dim=1) > 0).any():
+        raise ValueError(f"{name} must be padded on the right, so attention_mask must never rise in a row")
+    if ((batch["labels"] != IGNORED) & (batch["attention_mask"] == 0)).any():
+        raise ValueError(f"{name} counts padding: labels must be -100 where attention_mask is 0")
+
+
 def check_model(model: object) -> None:
     """Raise TypeError unless ``model`` is a model."""
     check_kind("model", model, nn.Module, "a model of transformers, not its name; of a handle, handle.model")
