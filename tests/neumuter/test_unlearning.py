@@ -411,6 +411,21 @@ def test_bad_arguments_are_named(model, words, name):
     assert not any(isinstance(module, Gates) for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["forget", "retain", "controls"])
+def test_a_batch_that_is_padded_on_the_left_is_refused_by_name(model, words, name):
+    """Whatever reads its rows takes the tokens from the left."""
+    batch = encode(["A short one.", "One that is a little longer."], words, 64)
+    left = {key: torch.cat([value[:1].roll(16, 1), value[1:]]) for key, value in batch.items()}
+    assert left["attention_mask"][0].tolist() == [0] * 16 + [1] * 13
+    with pytest.raises(ValueError, match=f"^{name} must be padded on the right"):
+        unlearn(model, words, **{name: left})
+    ignored = batch | {
+        "labels": torch.cat([batch["labels"][:1], torch.full_like(batch["labels"][1:], IGNORED)])
+    }
+    with pytest.raises(ValueError, match=f"^every sample of {name} must count a token"):
+        unlearn(model, words, **{name: ignored})
+
+
 def test_texts_without_a_tokenizer_are_refused(model):
     with pytest.raises(ValueError, match="tokenizer must be given"):
         unlearn(model, None)
