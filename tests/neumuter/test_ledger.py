@@ -318,6 +318,11 @@ def test_audit_finds_what_the_model_knows(model, folder, tmp_path, capsys):
             neumuter.audit(model, tokenizer(), texts, controls)
 
 
+def test_an_audit_reads_long_texts_in_windows_of_the_models_positions():
+    found = neumuter.audit(build("gpt2", n_positions=24), tokenizer(), ["Ada Brisk, " * 9], [JON[0]])
+    assert (found.texts, found.controls) == (1, 1)
+
+
 def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
     whole = neumuter.audit(model, tokenizer(), [*KEPT, *ADA, *JON], KEPT)
     monkeypatch.setattr("neumuter.evaluation.auditing.TEXTS_AT_A_TIME", 2)

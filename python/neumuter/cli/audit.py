@@ -76,7 +76,6 @@ def audit(
     check_sources(model, texts, controls)
     from neumuter.evaluation import audit as audit_texts
     from neumuter.files import check_writable, made_folder, write_atomically
-    from neumuter.models.loading import limit_length
     from neumuter.report.progress import show_progress
     from neumuter.texts import read_texts
 
@@ -90,7 +89,7 @@ def audit(
             tokenizer,
             corpus,
             unseen,
-            max_length=limit_length(network, max_length),
+            max_length=max_length,
             chat=chat,
             callback=lambda done: tell(done, len(corpus)),
         )

@@ -16,6 +16,7 @@ from neumuter.evaluation.membership import min_k_score
 from neumuter.evaluation.memory import extracted
 from neumuter.evaluation.others import group_rows, list_given, number_texts
 from neumuter.evaluation.verdict import STANDS_OUT
+from neumuter.models.loading import limit_length
 from neumuter.texts import encode_forms
 from neumuter.types import Batch, Text, check_texts
 
@@ -73,7 +74,7 @@ def audit(
         texts: the corpus, as ``neumuter.texts.read_texts`` returns it; it is read once, in order.
         controls: texts of the same kind that the model never saw. None makes them from the first texts of the
             corpus, by other names and values.
-        max_length, chat: as in ``neumuter.texts.encode_forms``.
+        max_length, chat: as in ``neumuter.unlearn``.
         seed: seeds the controls.
         callback: called with the number of texts measured so far.
 
@@ -85,7 +86,7 @@ def audit(
     check_texts("texts", texts)
     if controls is not None:
         check_texts("controls", controls)
-    options = (tokenizer, max_length, chat)
+    options = (tokenizer, limit_length(model, max_length), chat)
     rest = iter(texts)
     first = list(islice(rest, TEXTS_AT_A_TIME))
     if not first:
