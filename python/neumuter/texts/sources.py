@@ -38,8 +38,9 @@ def collect_texts(name: str, source: TextSource) -> list[Text] | Batch:
     if isinstance(source, Mapping):
         if missing := [key for key in KEYS if not isinstance(source.get(key), Tensor)]:
             raise TypeError(f"{name} must be {ALLOWED}; this mapping lacks {', '.join(missing)}")
-        check_rows(name, source)
-        return {key: source[key] for key in KEYS}
+        batch = {key: source[key] for key in KEYS}
+        check_rows(name, batch)
+        return batch
     return list(stream_texts(name, source))
 
 
