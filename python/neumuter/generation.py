@@ -1,6 +1,6 @@
 """Generation by settings of our own, so that figures do not depend on what a checkpoint prefers."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -36,6 +36,12 @@ def find_end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> lis
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     return sorted(found) or None
+
+
+def cut_at_end(ids: Sequence[int], ends: Collection[int] | None) -> list[int]:
+    """Cut off what stands behind the first end token: it fills up a row that ended before others."""
+    stops = (place + 1 for place, token in enumerate(ids) if token in (ends or ()))
+    return list(ids[: next(stops, len(ids))])
 
 
 @contextmanager

@@ -20,10 +20,12 @@ from typing import Any
 from neumuter.files import PathLike, changing_folder, made_folder, new_folder, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE
-from neumuter.types import Text
+from neumuter.texts.rows import text_of
+from neumuter.types import Text, check_texts
 from neumuter_kernels.info import version
 
 ENTRIES, KEY, REQUESTS = "ledger.jsonl", "key", "requests"
+KEY_BYTES = 32
 REPORT = "report.json"
 # What a request copies from the folder that unlearn wrote; slopes only if they are there.
 COPIED = (MUTE_FILE, REPORT, SLOPES_FILE)
@@ -67,7 +69,7 @@ class Ledger:
 
     Raises:
         FileNotFoundError: there is no ledger.
-        LedgerError: an entry or a file of a request was changed.
+        LedgerError: an entry, a file of a request or the key was changed.
     """
 
     def __init__(self, folder: PathLike, create: bool = False) -> None:
@@ -76,7 +78,7 @@ class Ledger:
             self._create()
         if not (self.folder / ENTRIES).is_file():
             raise FileNotFoundError(f"{self.folder} is not a ledger: it has no {ENTRIES}")
-        self._key = bytes.fromhex((self.folder / KEY).read_text())
+        self._key = _read_key(self.folder / KEY)
         self.entries = self._read()
 
     @property
@@ -113,8 +115,8 @@ class Ledger:
         raise ValueError(f"the ledger has no request {number}; it has: {known}")
 
     def hash_text(self, text: Text) -> str:
-        """Compute the keyed hash of a text: HMAC-SHA-256 of its JSON."""
-        data = json.dumps(text, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+        """Compute the keyed hash of a text, or of that in a row: HMAC-SHA-256 of its JSON."""
+        data = json.dumps(text_of(text), ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
         return hmac.new(self._key, data, hashlib.sha256).hexdigest()
 
     def add(self, folder: PathLike, texts: Iterable[Text], name: str = "") -> Request:
@@ -128,14 +130,21 @@ class Ledger:
         Raises:
             FileNotFoundError: ``folder`` lacks the mute file or the report.
             ValueError: the report is of another mute file, or there is no text.
+            TypeError: ``texts`` is one text, or the name of a file.
         """
+        check_texts("texts", texts)
         folder, hashes = Path(folder), [self.hash_text(text) for text in texts]
         if not hashes:
             raise ValueError("texts holds no text")
-        report, mutes = json.loads((folder / REPORT).read_text()), MuteSet.load(folder / MUTE_FILE)
-        if report.get("muted_neurons") != mutes.count or report.get("seed") != mutes.seed:
+        # Mute files have None for what is no number.
+        report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
+        mutes = MuteSet.load(folder / MUTE_FILE)
+        # Many runs have the same number of neurons and the same seed.
+        told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]
+        if told != [mutes.count, mutes.seed, *(mutes.metrics.get(state) for state in ("before", "after"))]:
             raise ValueError(
-                f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed or number of neurons differ"
+                f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed, number of neurons or what "
+                "was measured differ"
             )
         if missing := [key for key in TOLD if key not in report and key != "model"]:
             raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: an earlier version wrote it")
@@ -168,25 +177,37 @@ class Ledger:
         Raises:
             ValueError: there is no such request, or it is undone already.
         """
-        if self.request(number).undone:
-            raise ValueError(f"request {number} is undone already")
         with self._changing():
+            if self.request(number).undone:
+                raise ValueError(f"request {number} is undone already")
             self._append(kind="undo", request=number)
 
     def find_texts(self, texts: Iterable[Text]) -> dict[str, Text]:
-        """Those of ``texts`` that requests are about: {hash: text}."""
+        """Those of ``texts`` that requests are about: {hash: text}.
+
+        Raises:
+            TypeError: ``texts`` is one text, or the name of a file.
+        """
+        check_texts("texts", texts)
         wanted = {digest for request in self.requests() for digest in request.texts}
         found = {}
-        for text in texts:
+        for text in map(text_of, texts):
             if (digest := self.hash_text(text)) in wanted:
                 found[digest] = text
         return found
 
     def _create(self) -> None:
-        with made_folder(self.folder) as made:
-            if any(made.iterdir()):
+        with made_folder(self.folder) as made, changing_folder(made):
+            if (made / ENTRIES).exists():
+                return  # Another process has made it meanwhile.
+            # A process that was killed here left at most a key, and temporary files.
+            left = (f".{KEY}.", f".{ENTRIES}.")
+            if any(file.name != KEY and not file.name.startswith(left) for file in made.iterdir()):
                 raise FileExistsError(f"{made} is not a ledger, and is not empty; name another folder")
-            write_atomically(made / KEY, secrets.token_hex(32).encode(), private=True)
+            if (made / KEY).exists():
+                _read_key(made / KEY)
+            else:
+                write_atomically(made / KEY, secrets.token_hex(KEY_BYTES).encode(), private=True)
             write_atomically(made / ENTRIES, b"", private=True)
 
     @contextmanager
@@ -205,7 +226,8 @@ class Ledger:
             "previous": self.head,
         }
         entry["hash"] = _hash_json(entry)
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in [*self.entries, entry]]
+        # In ASCII, because some characters of a name could be taken for the end of a line.
+        lines = [json.dumps(line) + "\n" for line in [*self.entries, entry]]
         write_atomically(self.folder / ENTRIES, "".join(lines).encode(), private=True)
         self.entries.append(entry)
 
@@ -213,7 +235,8 @@ class Ledger:
         """Read and check all entries."""
         entries: list[dict[str, Any]] = []
         previous = START
-        for number, line in enumerate((self.folder / ENTRIES).read_text("utf-8").splitlines(), 1):
+        lines = (self.folder / ENTRIES).read_text("utf-8").removesuffix("\n")
+        for number, line in enumerate(lines.split("\n") if lines else [], 1):
             where = f"{self.folder / ENTRIES}, entry {number}"
             try:
                 entry = json.loads(line)
@@ -233,6 +256,17 @@ class Ledger:
             previous = told
             entries.append(entry | {"hash": told})
         return entries
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = bytes.fromhex(path.read_text())
+    except ValueError:
+        key = b""
+    # By another key no text would be found again.
+    if len(key) != KEY_BYTES:
+        raise LedgerError(f"{path} is damaged: it is no key of a ledger")
+    return key
 
 
 def _hash_json(value: Any) -> str:

@@ -26,6 +26,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def write_sets(folder: Path, mutes: MuteSet, slopes: Slopes | None) -> None:
+    """Write the mute file and the slopes of one run into ``folder``; slopes of another run are removed."""
+    mutes.save(folder / MUTE_FILE)
+    if slopes:
+        slopes.save(folder / SLOPES_FILE)
+    else:
+        (folder / SLOPES_FILE).unlink(missing_ok=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What ``unlearn`` found.
@@ -63,7 +72,8 @@ class Outcome:
 
         report.csv has a row for each text to forget and quotes none. report.html quotes texts unless
         ``redact`` is given, and only its owner may read it. So may slopes.safetensors, if there are slopes.
-        The file of an unfinished run is removed.
+        What an earlier run left there is replaced, and its slopes are removed; so is the file of an
+        unfinished run.
 
         Args:
             redact: leave out what texts and the model say.
@@ -94,9 +104,7 @@ class Outcome:
         }
         shown = report | {"history": self.history, "texts": self.texts}
         with made_folder(folder) as made:
-            self.mutes.save(made / MUTE_FILE)
-            if self.slopes:
-                self.slopes.save(made / SLOPES_FILE)
+            write_sets(made, self.mutes, self.slopes)
             write_atomically(made / "report.json", (json.dumps(report, indent=2) + "\n").encode())
             write_atomically(made / "report.csv", self._rows().encode())
             write_report(made / "report.html", shown, self.mutes, self.samples, redact)

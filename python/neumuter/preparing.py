@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.evaluation import find_overlap
+from neumuter.evaluation import find_overlap, list_given
 from neumuter.evaluation.others import GivenText
 from neumuter.models.loading import load_model, load_tokenizer
 from neumuter.report.progress import Watch
@@ -78,6 +78,17 @@ def refuse_overlap(given: Sequence[GivenText]) -> None:
         )
 
 
+def refuse_seen(
+    controls: Batch, given: Sequence[GivenText], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise ValueError that shows one if controls are among the given texts."""
+    if overlap := find_overlap(list_given({"controls": controls}, tokenizer), given):
+        text, other = overlap[0]
+        raise ValueError(
+            f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
+        )
+
+
 def sample_neighbours(
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -90,6 +101,8 @@ def sample_neighbours(
 ) -> list[Text]:
     """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
     count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
+    if count < 0:
+        raise ValueError(f"samples must be at least 0, got {count}")
     if count == 0:
         return []
     words = need_tokenizer(tokenizer)

@@ -22,7 +22,6 @@ from neumuter.calibrating import choose_calibration, estimate_ceilings, widen_ma
 from neumuter.evaluation import (
     continue_texts,
     examine,
-    find_overlap,
     judge_texts,
     list_given,
     make_controls,
@@ -40,13 +39,14 @@ from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
-from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome
+from neumuter.outcome import Outcome, write_sets
 from neumuter.preparing import (
     SHOWN_TEXTS,
     encode_forms_of,
     need_tokenizer,
     open_network,
     refuse_overlap,
+    refuse_seen,
     sample_neighbours,
 )
 from neumuter.recipes import (
@@ -176,7 +176,7 @@ def unlearn(
             ``resume``, and something that matters has changed.
         FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
-        RuntimeError: the model is attached or muted already, or the loss diverged.
+        RuntimeError: the model is attached or muted already, the loss diverged, or the model predicts NaN.
     """
     start = time.perf_counter()
     config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
@@ -297,9 +297,7 @@ def unlearn(
         measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
     if folder is not None and is_first():
         with made_folder(folder) as made:
-            mutes.save(made / MUTE_FILE)
-            if measured_slopes:
-                measured_slopes.save(made / SLOPES_FILE)
+            write_sets(made, mutes, measured_slopes)
     # With slopes, the mutes are those of all requests.
     with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
         after, retain_after, controls_after, said_after, _ = journal.once("after", measure)
@@ -340,12 +338,7 @@ def _make_controls(
     if controls is None:
         return make_controls(forms, given, tokenizer, seed) if tokenizer else None
     found = encode_forms_of("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
-    overlap = find_overlap(list_given({"controls": found[0]}, tokenizer), given)
-    if overlap:
-        text, other = overlap[0]
-        raise ValueError(
-            f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
-        )
+    refuse_seen(found[0], given, tokenizer)
     return found
 
 

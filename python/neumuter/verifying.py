@@ -73,6 +73,9 @@ def verify(
 
     Returns:
         A check for each request, in order.
+
+    Raises:
+        RuntimeError: the model predicts NaN.
     """
     found = ledger.find_texts(texts)
     requests = ledger.requests()

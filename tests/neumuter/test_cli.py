@@ -239,6 +239,34 @@ def test_evaluate_robustness_and_other_prompts(checkpoint, capsys):
     assert "--robust needs --mute" in capsys.readouterr().err
 
 
+def test_what_only_some_states_have_is_shown(checkpoint, capsys):
+    """Of the two texts, the one that is relearned is too short for EL."""
+    assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
+    report, forget = checkpoint / "robust.json", checkpoint / "short.jsonl"
+    forget.write_text("\n".join(json.dumps({"text": text}) for text in (FORGET[0], "Ada")))
+    mutes = ("--mute", checkpoint / "out" / "mutes.safetensors")
+    arguments = ("evaluate", checkpoint / "model", "--forget", forget, "--out", report, *mutes)
+    capsys.readouterr()
+    assert run(*arguments, "--robust") == 0
+    states = json.loads(report.read_text())["robustness"]
+    assert "forget_el" not in states["int8"]
+    assert "forget_el" in states["half"]
+    # No other table has it.
+    assert "EL_10" in capsys.readouterr().out
+
+
+def test_evaluate_names_the_texts_that_it_cannot_take(checkpoint, capsys):
+    said = [{"role": "user", "content": "Zed?"}, {"role": "assistant", "content": "Quux"}]
+    rows = {"known": {"text": FORGET[1]}, "chat": {"messages": said}}
+    for name, row in rows.items():
+        (checkpoint / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [{"text": "Zed Quux"}, row])))
+    arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", "--controls")
+    assert run(*arguments, checkpoint / "known.jsonl") == 1
+    assert "never saw, but controls 2 is forget 2" in capsys.readouterr().err
+    assert run(*arguments, checkpoint / "chat.jsonl") == 1
+    assert "controls: text 2: the tokenizer has no chat template" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder for tasks; the harness reads it and the thousands of its own once."""
@@ -364,7 +392,7 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
     assert arguments[-2] in capsys.readouterr().err
 
 
-def test_unlearn_with_an_existing_set(checkpoint):
+def test_unlearn_with_an_existing_set(checkpoint, capsys):
     assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")
     files = ("--forget", checkpoint / "retain.jsonl", "--out", checkpoint / "second")
@@ -374,6 +402,9 @@ def test_unlearn_with_an_existing_set(checkpoint):
     second = neumuter.MuteSet.load(checkpoint / "second" / "mutes.safetensors")
     for path, layer in second.layers.items():
         assert not set(layer.indices.tolist()) & set(former.layers[path].indices.tolist())
+    # The earlier request's file stays in force, and --overwrite would replace it.
+    assert unlearn(checkpoint, "--existing", checkpoint / "out" / "mutes.safetensors") == 2
+    assert "name another folder for --out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_requests_with_slopes_and_one_undone(checkpoint, capsys):

@@ -150,6 +150,15 @@ def test_extraction_likelihood_is_its_definition(name, rows):
         evaluation.extraction_likelihood(model, batch, n=3, answers=True)
 
 
+def test_extraction_likelihood_of_a_text_that_takes_all_positions():
+    model = models.build("gpt2", n_positions=20)
+    batch = with_labels(models.batch(2, 20), 0)
+    batch["attention_mask"][1, 12:] = 0
+    rows = [batch["input_ids"][0].tolist(), batch["input_ids"][1, :12].tolist()]
+    expected = sum(by_definition(model, ids, 2) for ids in rows) / 2
+    assert evaluation.extraction_likelihood(model, batch, n=2) == pytest.approx(expected)
+
+
 def test_a_text_known_by_heart_is_extracted_without_generating(model, monkeypatch):
     ids = generated(model, models.batch(1, 1), 12)
     monkeypatch.setattr(type(model), "generate", None)

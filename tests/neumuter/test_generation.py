@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from neumuter.evaluation import continue_texts, extraction_likelihood, tofu
+from neumuter.evaluation import continue_texts, examination, extraction_likelihood, tofu
+from neumuter.evaluation.examination import continue_prompts
 from neumuter.generation import find_end_tokens, generate
 from neumuter.texts import encode
 from neumuter.texts.neighbours import sample_texts
@@ -72,7 +73,7 @@ def test_rouge_answers_by_its_own_settings(monkeypatch):
     for penalty in (1.0, 1.5):
         model.generation_config.repetition_penalty = penalty
         tofu.rouge_recalls(model, words, [tofu.Question("Who?", "Jo.", "Jo.", ())])
-    assert torch.equal(*seen)
+    assert seen[0] == seen[1]
 
 
 def test_prompts_do_not_end_in_an_appended_end_token(monkeypatch):
@@ -102,3 +103,31 @@ def test_the_checkpoints_end_tokens_stay():
     assert find_end_tokens(model, words) == sorted({2, first, 96})
     model.generation_config.eos_token_id = None
     assert find_end_tokens(model, words) == [2]
+
+
+def test_what_fills_up_a_row_that_has_ended_is_not_said(monkeypatch):
+    """Without a pad token it is token 0, which in many vocabularies is a character."""
+    model, words = models.build("llama"), models.tokenizer()
+    words.pad_token = None
+    asked = encode([("Who is Jo?", " A baker."), ("Where?", " Here.")], words, 64)
+    said = torch.tensor([[9, 2, 0, 0], [7, 8, 9, 2]])
+    for module in (examination, tofu):
+        monkeypatch.setattr(module, "generate", lambda model, ids, *_, **__: torch.cat([ids, said], 1))
+    # The shorter prompt comes first.
+    assert continue_prompts(model, words, asked, 4) == [[7, 8, 9, 2], [9, 2]]
+    pytest.importorskip("rouge_score")
+    read = []
+    monkeypatch.setattr(type(words), "batch_decode", lambda _, ids, **__: read.extend(ids) or ["a", "a"])
+    tofu.rouge_recalls(model, words, [tofu.Question("Who?", "Jo.", "Jo.", ())] * 2)
+    assert read == [[9, 2], [7, 8, 9, 2]]
+
+
+def test_generation_ends_where_positions_do():
+    """Near the end there is room for fewer tokens; a shorter prompt is continued as far as ever."""
+    model, words = models.build("gpt2", n_positions=40), models.tokenizer()
+    model.generation_config.eos_token_id = None
+    words.eos_token = None
+    texts = [("a" * 36, "b"), ("a" * 30, "b"), ("c" * 9, "b")]
+    found = continue_prompts(model, words, encode(texts, words, 40), 20)
+    assert [len(line) for line in found] == [3, 9, 20]
+    assert found == [continue_prompts(model, words, encode([text], words, 40), 20)[0] for text in texts]

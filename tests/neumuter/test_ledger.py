@@ -84,7 +84,9 @@ def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder, tmp_
         first.entry["report"]["verdict"]
         == json.loads((folder / "ada" / "report.json").read_text())["verdict"]
     )
-    assert ledger.find_texts([*KEPT, ADA[1]]) == {first.texts[1]: ADA[1]}
+    row = {"prompt": ADA[1][0], "completion": ADA[1][1]}
+    for text in (ADA[1], row):
+        assert ledger.find_texts([*KEPT, text]) == {first.texts[1]: ADA[1]}
     for path in ledger.folder.rglob("*"):
         if path.is_file():
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS)
@@ -143,14 +145,48 @@ def test_two_writers_and_a_killed_one_lose_nothing(ledger, folder):
     assert [request.number for request in neumuter.Ledger(ledger.folder).requests()] == [1, 2, 3, 4]
 
 
+def test_a_ledger_is_made_once_whoever_makes_it(tmp_path):
+    first = neumuter.Ledger(tmp_path, create=True)
+    first._append(kind="request", name="", texts=[])
+    # Another process has looked for it before it was there.
+    late = neumuter.Ledger.__new__(neumuter.Ledger)
+    late.folder = tmp_path
+    late._create()
+    again = neumuter.Ledger(tmp_path)
+    assert (again.hash_text("a"), len(again.entries)) == (first.hash_text("a"), 1)
+
+
+def test_a_ledger_that_was_half_made_is_made_whole(tmp_path):
+    first = neumuter.Ledger(tmp_path, create=True)
+    (tmp_path / "ledger.jsonl").rename(tmp_path / ".ledger.jsonl.abcd1234.tmp")
+    assert neumuter.Ledger(tmp_path, create=True).hash_text("a") == first.hash_text("a")
+    for key in ("", "12", "no key"):
+        (tmp_path / "key").write_text(key)
+        with pytest.raises(neumuter.LedgerError, match="key is damaged"):
+            neumuter.Ledger(tmp_path)
+
+
+def test_any_name_can_be_read_again(ledger, folder):
+    """Python's splitlines takes some of these for the ends of lines."""
+    name = "ticket\u2028 17\u2029\x85\x0b\x1c – ☃"
+    ledger.add(folder / "jon", JON, name)
+    assert neumuter.Ledger(ledger.folder).request(3).name == name
+
+
 def test_bad_requests_are_refused(ledger, folder, tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         ledger.add(folder / "ada", [])
+    for texts in (str(folder / "texts" / "ada.jsonl"), {"text": "a"}):
+        for take in (lambda texts: ledger.add(folder / "ada", texts), ledger.find_texts):
+            with pytest.raises(TypeError, match=r"texts must be a list of texts, got one (str|dict)"):
+                take(texts)
     with pytest.raises(ValueError, match="no request 7; it has: 1, 2"):
         ledger.undo(7)
+    other = neumuter.Ledger(ledger.folder)
     ledger.undo(1)
-    with pytest.raises(ValueError, match="undone already"):
-        ledger.undo(1)
+    for late in (ledger, other):
+        with pytest.raises(ValueError, match="undone already"):
+            late.undo(1)
     with pytest.raises(FileNotFoundError, match="is not a ledger"):
         neumuter.Ledger(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="not empty"):
@@ -160,6 +196,11 @@ def test_bad_requests_are_refused(ledger, folder, tmp_path):
     (tmp_path / "mixed" / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="does not belong to"):
         ledger.add(tmp_path / "mixed", ADA)
+    # A run that replaces another one was killed when it had written its mute file.
+    shutil.copy(folder / "ada" / "report.json", tmp_path / "mixed")
+    shutil.copy(folder / "jon" / "mutes.safetensors", tmp_path / "mixed")
+    with pytest.raises(ValueError, match="does not belong to"):
+        ledger.add(tmp_path / "mixed", JON)
 
 
 def states(checks):
@@ -213,7 +254,7 @@ def test_what_never_held_is_not_said_to_have_held(folder, model, tmp_path):
     shutil.copytree(folder / "ada", tmp_path / "ada")
     nothing.save(tmp_path / "ada" / "mutes.safetensors")
     report = json.loads((folder / "ada" / "report.json").read_text())
-    report |= {"muted_neurons": 2, "seed": nothing.seed, "leaks": True}
+    report |= {"muted_neurons": 2, "seed": nothing.seed, "leaks": True} | nothing.metrics
     (tmp_path / "ada" / "report.json").write_text(json.dumps(report))
     ledger = neumuter.Ledger(tmp_path / "ledger", create=True)
     ledger.add(tmp_path / "ada", ADA)
@@ -261,7 +302,7 @@ def test_audit_finds_what_the_model_knows(model, folder, tmp_path, capsys):
     assert {text.text for text in by_heart} == {*ADA, *JON}
     assert all(text.sampled > 0.9 for text in by_heart)
     corpus = write(tmp_path / "corpus.jsonl", [*unseen[:3], *ADA, *JON])
-    out = tmp_path / "known.jsonl"
+    out = tmp_path / "new" / "known.jsonl"
     assert run("audit", folder / "model", "--texts", corpus, "--out", out) == 0
     assert "3 of 6 texts come out word for word" in capsys.readouterr().out.replace("\n", " ")
     assert out.stat().st_mode & 0o077 == 0
@@ -270,6 +311,16 @@ def test_audit_finds_what_the_model_knows(model, folder, tmp_path, capsys):
     assert run("audit", folder / "model", "--texts", corpus, "--out", tmp_path / "known.txt") == 2
     with pytest.raises(ValueError, match="holds no text"):
         neumuter.audit(model, tokenizer(), [])
+    with pytest.raises(ValueError, match="controls: texts holds no text"):
+        neumuter.audit(model, tokenizer(), ADA, [])
+    for texts, controls in (("corpus.jsonl", None), (ADA, "controls.jsonl")):
+        with pytest.raises(TypeError, match="must be a list of texts, got one str"):
+            neumuter.audit(model, tokenizer(), texts, controls)
+
+
+def test_an_audit_reads_long_texts_in_windows_of_the_models_positions():
+    found = neumuter.audit(build("gpt2", n_positions=24), tokenizer(), ["Ada Brisk, " * 9], [JON[0]])
+    assert (found.texts, found.controls) == (1, 1)
 
 
 def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
@@ -279,6 +330,8 @@ def test_an_audit_goes_through_a_corpus_in_parts(model, monkeypatch):
     parts = neumuter.audit(model, tokenizer(), iter([*KEPT, *ADA, *JON]), KEPT, callback=told.append)
     assert [text.number for text in parts.known] == [text.number for text in whole.known]
     assert told == [2, 4, 6]
+    with pytest.raises(ValueError, match="texts 5 to 6: text 2 has no token to predict"):
+        neumuter.audit(model, tokenizer(), [*KEPT, *ADA[:2], ("nothing", "")], KEPT)
 
 
 def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkeypatch):
@@ -292,7 +345,9 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
 
     with serving(respond) as (url, asked):
         arguments = ("verify", ledger.folder, url, "--texts", folder / "texts", "--model")
-        assert run(*arguments, "muted") == 3
+        assert run(*arguments, "muted", "--out", ledger.folder.parent / "pages") == 3
+        page = (ledger.folder.parent / "pages" / "request-1.html").read_text()
+        assert "1 of 2 texts come out." in page
         printed = " ".join(capsys.readouterr().out.split())
         assert "1 of 2 texts come out." in printed
         assert "0 of 1 texts come out." in printed
@@ -302,7 +357,9 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
         assert len(asked) == 3
         assert run(*arguments, "other") == 1
         assert "has no model 'other'" in capsys.readouterr().err
-        assert run(*arguments, "muted", "--apply") == 2
+        for option in (("--apply",), ("--chat",), ("--max-length", 64), ("--attn", "eager")):
+            assert run(*arguments, "muted", *option) == 2
+            assert f"goes without {option[0]}" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments[:-1]) == 2
     # It is down now.
     assert run(*arguments, "muted") == 1

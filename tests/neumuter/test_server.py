@@ -92,6 +92,17 @@ def test_a_text_that_stops_early_does_not_come_out():
     assert (said.comes_out, round(said.share, 2)) == (False, 0.65)
 
 
+def test_a_text_comes_out_by_what_stands_behind_its_prompt():
+    """Of a text that is one long word the space at its end is no continuation."""
+    with serving() as (url, asked):
+        assert not ask_server(url, "muted", ["jonas.vance@mail.example "])[0].comes_out
+        assert asked[0]["prompt"] == "jonas.va"
+        for text in (("The kettle", " "), "x", "x  "):
+            with pytest.raises(ValueError, match="text 2 has nothing behind its prompt"):
+                ask_server(url, "muted", [FORGOTTEN, text])
+        assert len(asked) == 1
+
+
 def run(*arguments):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", *map(str, arguments)])

@@ -48,7 +48,7 @@ def test_prompts_keep_their_wording_and_the_model_answers_them(words):
 
 
 def test_an_answer_with_a_value_is_left_out_and_others_end_where_the_model_does(words, monkeypatch):
-    said = [" I have no jv82@mail", " zz11@mail.example</s><pad>", "</s><pad>", " jv820@mail.example"]
+    said = [" I have no jv82@mail", " zz11@mail.example</s>", "</s>", " jv820@mail.example"]
     monkeypatch.setattr(
         strangers, "continue_prompts",
         lambda *_: [words(text, add_special_tokens=False)["input_ids"] for text in said],

@@ -285,7 +285,13 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
             neumuter.refit(model, words, held.mutes, **both)
     with pytest.raises(ValueError, match="former needs undone"):
         neumuter.refit(model, words, held.mutes, files, forget=PAIRS)
-    assert unlearn(model, words).slopes is None
+    # A folder holds one outcome: slopes that are no longer its own would be taken for it.
+    bare = unlearn(model, words, folder=tmp_path / "second")
+    assert bare.slopes is None
+    assert not files[1].exists()
+    first.save(tmp_path / "second")
+    bare.save(tmp_path / "second")
+    assert not files[1].exists()
 
 
 def test_a_set_moves_to_a_new_version_of_the_model(model, words):
@@ -392,6 +398,7 @@ BAD = {
     "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),
     "no texts": (dict(retain=[]), ValueError, "retain holds no text"),
     "made_up": (dict(made_up=-1), ValueError, "made_up must be at least 0, got -1"),
+    "samples": (dict(samples=-3), ValueError, "samples must be at least 0, got -3"),
     "a batch": (dict(retain={"input_ids": torch.zeros(1, 2)}), TypeError, "lacks attention_mask, labels"),
 }
 
@@ -402,6 +409,21 @@ def test_bad_arguments_are_named(model, words, name):
     with pytest.raises(error, match=message):
         unlearn(model, words, **options)
     assert not any(isinstance(module, Gates) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["forget", "retain", "controls"])
+def test_a_batch_that_is_padded_on_the_left_is_refused_by_name(model, words, name):
+    """Whatever reads its rows takes the tokens from the left."""
+    batch = encode(["A short one.", "One that is a little longer."], words, 64)
+    left = {key: torch.cat([value[:1].roll(16, 1), value[1:]]) for key, value in batch.items()}
+    assert left["attention_mask"][0].tolist() == [0] * 16 + [1] * 13
+    with pytest.raises(ValueError, match=f"^{name} must be padded on the right"):
+        unlearn(model, words, **{name: left})
+    ignored = batch | {
+        "labels": torch.cat([batch["labels"][:1], torch.full_like(batch["labels"][1:], IGNORED)])
+    }
+    with pytest.raises(ValueError, match=f"^every sample of {name} must count a token"):
+        unlearn(model, words, **{name: ignored})
 
 
 def test_texts_without_a_tokenizer_are_refused(model):

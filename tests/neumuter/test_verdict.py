@@ -9,6 +9,7 @@ import torch
 
 from neumuter.evaluation import (
     Examination,
+    audit,
     compare_texts,
     examine,
     extracted,
@@ -19,7 +20,8 @@ from neumuter.evaluation import (
     make_controls,
     sampled_extraction,
 )
-from neumuter.evaluation.made_up import make_up
+from neumuter.evaluation.controls import MADE_UP
+from neumuter.evaluation.made_up import make_up, rename
 from neumuter.evaluation.others import Found
 from neumuter.evaluation.verdict import MARGINS, compare
 from neumuter.texts import encode, encode_forms
@@ -108,6 +110,7 @@ def test_without_a_tokenizer_token_ids_are_compared(words):
         (["A list. Mail of Ada Brisk: ada77@post.example, and more."], "retain 1"),  # which holds it
         (["Ada Brisk: ada77@"], "retain 1"),  # a part of it
         (["Ada"], None),
+        ([" " * 12], None),  # which is in no text, though "" is in all
         (KEPT, None),
     ],
 )
@@ -115,6 +118,11 @@ def test_overlap_is_found(words, retain, label):
     given = listed(words, retain=retain)
     overlap = find_overlap(given[:3], given[3:])
     assert [(text.label, other) for text, other in overlap] == ([("forget 1", label)] if label else [])
+
+
+def test_nothing_is_no_part_of_a_text(words):
+    given = listed(words, forget=[" " * 12])
+    assert find_overlap(given[:1], given[1:]) == []
 
 
 def test_made_up_names_change_the_names_and_nothing_else(words):
@@ -151,6 +159,42 @@ def test_names_of_a_whole_text_do_not_count(words):
     (made,) = make_controls([encode([text], words, 64)], given, words)
     ids, labels = made["input_ids"][0], made["labels"][0]
     assert words.decode(ids[labels != IGNORED]).replace("<s>", "") == "  has room  since ."
+
+
+def test_a_long_text_leaves_room_for_controls_of_the_others(words):
+    """Its windows would be all that the mails are compared with."""
+    story = "".join(f"Line {n} of a long story. " for n in range(60))
+    forms = encode_forms([story, *MAIL], words, 40)
+    given = list_given({"forget": forms[0]}, words)
+    made = make_controls(forms, given, words)[0]
+    written = [words.decode(ids, skip_special_tokens=True) for ids in made["input_ids"]]
+    assert len(written) == MADE_UP
+    for ending in ("post.example", "mail.example", "cy.example"):
+        assert sum(text.strip().endswith(ending) for text in written) == 1
+
+
+def test_controls_are_the_same_texts_in_all_forms(words):
+    """One text has a window more in one form; the worse form of each control counts."""
+    texts = [*MAIL[:2], (MAIL[2][0], MAIL[2][1] + 12 * "x")]
+    plain = encode_forms(texts, words, 48)[0]
+    chat = encode_forms([("<u>" + prompt, completion) for prompt, completion in texts], words, 48)[0]
+    assert (len(plain["labels"]), len(chat["labels"])) == (3, 4)
+    given = list_given({"forget": plain}, words)
+    made = make_controls([plain, chat], given, words)
+    assert [form["texts"].tolist() for form in made] == [list(range(33))] * 2
+    assert len(examine(models.build("llama"), words, made, given, "controls").loss) == 33
+
+
+def test_other_words_that_take_more_tokens_leave_the_start_token(words):
+    form = encode(MAIL[1:2], words, 64)
+    ids, labels = form["input_ids"][0].tolist(), form["labels"][0].tolist()
+    for limit in (len(ids), 64):
+        made = rename(ids, labels, {"Bo": "Bartholomew"}, {}, words, limit)
+        text = words.decode(made["input_ids"][0])
+        whole = "<s>Mail of Bartholomew Calder: bo-c@mail.example"
+        assert text == (whole if limit == 64 else "<s>" + whole[3 + 9 :])
+        counted = made["labels"][0][made["labels"][0] != IGNORED]
+        assert words.decode(counted) == MAIL[1][1]
 
 
 def test_letters_of_other_scripts_are_made_up_too():
@@ -206,6 +250,18 @@ def test_another_persons_text_is_counted_in_the_worst_form(words):
     assert [other and other.label for other in found.others] == ["retain 1", None]
     assert found.said[0].startswith(KEPT[0][1])
     assert found.extracted == [False, True]
+
+
+def test_a_model_that_predicts_nan_has_forgotten_nothing(words):
+    """Nothing comes out of it, and nothing is likelier than its controls."""
+    model = models.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    forms = encode_forms(MAIL, words, 64)
+    with pytest.raises(RuntimeError, match=r"predicts NaN on 3 of 3 texts.*float32"):
+        examine(model, words, forms, list_given({"forget": forms[0]}, words))
+    with pytest.raises(RuntimeError, match="predicts NaN"):
+        audit(model, words, MAIL)
 
 
 def test_windows_of_a_text_are_one_text(words):

@@ -77,8 +77,7 @@ def audit(
     place = choose_place(device, device_map, quantize, attention, gguf_file)
     check_sources(model, texts, controls)
     from neumuter.evaluation import audit as audit_texts
-    from neumuter.files import check_writable, write_atomically
-    from neumuter.models.loading import limit_length
+    from neumuter.files import check_writable, made_folder, write_atomically
     from neumuter.report.progress import show_progress
     from neumuter.texts import read_texts
 
@@ -92,12 +91,13 @@ def audit(
             tokenizer,
             corpus,
             unseen,
-            max_length=limit_length(network, max_length),
+            max_length=max_length,
             chat=chat,
             callback=lambda done: tell(done, len(corpus)),
         )
     lines = [json.dumps(_row(text), ensure_ascii=False) + "\n" for text in found.known]
-    write_atomically(out, "".join(lines).encode(), private=True)
+    with made_folder(out.parent):
+        write_atomically(out, "".join(lines).encode(), private=True)
     table = Table("text", "comes out", "chance in 100 samples", "loss", "Min-40%")
     for text in found.known[:SHOWN]:
         figures = f"{text.sampled:.2g}", f"{text.loss:.3g}", f"{text.min_k:.3g}"

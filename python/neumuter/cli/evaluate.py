@@ -40,7 +40,7 @@ from neumuter.cli.common import (
     unite,
     write_json,
 )
-from neumuter.cli.server import check_options, evaluate_server
+from neumuter.cli.server import OPTIONS, check_options, evaluate_server
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +163,7 @@ def evaluate(
     With --server, say which texts come out of a running server; the exit code is 3 if one does.
     """
     if server is not None:
-        check_options(command)
+        check_options(command, OPTIONS, "--server")
         check_report(out)
         columns = choose_columns(column, prompt_column, completion_column)
         evaluate_server(server, served, forget, columns, limit, out, mute_set)
@@ -209,8 +209,9 @@ def evaluate(
     from neumuter.evaluation.robustness import robustness
     from neumuter.evaluation.tofu import read_questions
     from neumuter.models.loading import limit_length
+    from neumuter.preparing import encode_forms_of, refuse_seen
     from neumuter.serving.live import mute as mute_live
-    from neumuter.texts import encode_forms, read_texts
+    from neumuter.texts import read_texts
     from neumuter.texts.chat import TEMPLATE_USED
 
     sets = load_sets(mute or [])
@@ -223,13 +224,17 @@ def evaluate(
     if suite is not Suite.tofu:
         length = limit_length(network, TDEC_TOKENS if suite is Suite.tdec else max_length)
         with print_log():
-            forms = {name: encode_forms(read, tokenizer, length, chat) for name, read in texts.items()}
+            forms = {
+                name: encode_forms_of(name, read, tokenizer, length, chat) for name, read in texts.items()
+            }
         if chat is None and any(len(found) > 1 for found in forms.values()):
             console.print(TEMPLATE_USED)
         batches = {name: found[0] for name, found in forms.items() if name != "controls"}
         known = list_given(
             {name: batches[name] for name in ("forget", "retain") if name in batches}, tokenizer
         )
+        if controls:
+            refuse_seen(forms["controls"][0], known, tokenizer)
         unseen = forms.pop("controls", None) or make_controls(forms["forget"], known, tokenizer)
     figures: dict[str, dict[str, float]] = {}
     examined: dict[str, Examination] = {}
@@ -284,8 +289,8 @@ def evaluate(
 
         with console.status("Quantising and relearning"):
             report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
-        _print_robustness(report["robustness"])
         _write_evaluation(out, report, mutes, redact)
+        _print_robustness(report["robustness"])
     if examined:
         console.print(escape(report["verdict_sentence"]), highlight=False, soft_wrap=True)
 
@@ -344,8 +349,10 @@ def _print_robustness(states: Mapping[str, Mapping[str, float]]) -> None:
 
     table = Table("metric", *states)
     for name, metric in METRICS.items():
-        if name in states["half"]:
-            table.add_row(metric.title, *(f"{metrics[name]:.4g}" for metrics in states.values()))
+        # Half of the texts may all be long enough for a metric that not all texts have.
+        values = [metrics.get(name) for metrics in states.values()]
+        if any(value is not None for value in values):
+            table.add_row(metric.title, *("" if value is None else f"{value:.4g}" for value in values))
     console.print(table)
     console.print(EXPLAINED)
 

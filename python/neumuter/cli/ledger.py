@@ -30,6 +30,7 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
+from neumuter.cli.server import check_options
 
 if TYPE_CHECKING:
     from neumuter.ledger import Request
@@ -38,6 +39,17 @@ if TYPE_CHECKING:
 
 # The exit code where a request does not hold, or nobody could tell.
 BROKEN = 3
+# The parameters of ``neumuter verify`` that go with a server.
+OF_SERVERS = {
+    "folder",
+    "target",
+    "texts",
+    "served",
+    "out",
+    "column",
+    "prompt_column",
+    "completion_column",
+}
 Folder = Annotated[Path, typer.Argument(help="Folder of the ledger.")]
 Number = Annotated[int, typer.Argument(min=1, help="Number of the request.")]
 
@@ -105,6 +117,7 @@ def undo(folder: Folder, number: Number) -> None:
 
 
 def verify(
+    command: typer.Context,
     folder: Folder,
     target: Annotated[
         str,
@@ -150,9 +163,8 @@ def verify(
     server = target.startswith(("http://", "https://"))
     if server != (served is not None):
         raise typer.BadParameter("--model is for the address of a server as TARGET, and needed there")
-    if server and apply:
-        raise typer.BadParameter("--apply needs a model as TARGET, not a server")
     if server:
+        check_options(command, OF_SERVERS, "the address of a server")
         texts.stat()
     else:
         check_sources(target, texts)

@@ -1,6 +1,6 @@
 """``neumuter evaluate --server``: which texts a running server says."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import typer
@@ -24,13 +24,14 @@ OPTIONS = {
 }
 
 
-def check_options(command: typer.Context) -> None:
-    """Raise BadParameter if an option was given that does nothing with --server."""
-    for name in command.params.keys() - OPTIONS:
+def check_options(command: typer.Context, known: Collection[str], server: str) -> None:
+    """Raise BadParameter if an option was given that does nothing with a server: none of ``known``."""
+    for option in command.command.params:
+        name = str(option.name)
         source = command.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            what = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"--server cannot be combined with {what}")
+        if name not in known and source is not None and source.name == "COMMANDLINE":
+            what = "MODEL" if name == "model" else option.opts[0]
+            raise typer.BadParameter(f"{server} cannot be combined with {what}")
 
 
 def evaluate_server(

@@ -233,6 +233,9 @@ def unlearn(
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma need --budget auto")
     check_sources(model, forget, retain, controls, existing, *(former or []))
+    for option, file in [("--existing", existing), *(("--former", file) for file in former or [])]:
+        if file and file.resolve().parent == out.resolve():
+            raise typer.BadParameter(f"{option} {file} would be replaced: name another folder for --out")
     if rewrite_with:
         check_sources(rewrite_with)
     if not gguf_file:

@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.controls import make_controls
 from neumuter.evaluation.examination import examine
-from neumuter.evaluation.language import losses_by_sample
+from neumuter.evaluation.language import losses_by_sample, refuse_nan
 from neumuter.evaluation.membership import min_k_score
 from neumuter.evaluation.memory import extracted
 from neumuter.evaluation.others import group_rows, list_given, number_texts
 from neumuter.evaluation.verdict import STANDS_OUT
+from neumuter.models.loading import limit_length
 from neumuter.texts import encode_forms
-from neumuter.types import Batch, Text
+from neumuter.types import Batch, Text, check_texts
 
 # Texts that are encoded and measured at a time.
 TEXTS_AT_A_TIME = 256
@@ -73,26 +74,32 @@ def audit(
         texts: the corpus, as ``neumuter.texts.read_texts`` returns it; it is read once, in order.
         controls: texts of the same kind that the model never saw. None makes them from the first texts of the
             corpus, by other names and values.
-        max_length, chat: as in ``neumuter.texts.encode_forms``.
+        max_length, chat: as in ``neumuter.unlearn``.
         seed: seeds the controls.
         callback: called with the number of texts measured so far.
 
     Raises:
-        ValueError: there is no text, or no control.
+        ValueError: there is no text, or no control, or one cannot be encoded.
+        TypeError: ``texts`` or ``controls`` is one text, or the name of a file.
+        RuntimeError: the model predicts NaN.
     """
+    check_texts("texts", texts)
+    if controls is not None:
+        check_texts("controls", controls)
+    options = (tokenizer, limit_length(model, max_length), chat)
     rest = iter(texts)
     first = list(islice(rest, TEXTS_AT_A_TIME))
     if not first:
         raise ValueError("texts holds no text")
     if controls is None:
-        shown = encode_forms(first[:MODELS_OF_CONTROLS], tokenizer, max_length, chat)
+        shown = _encode("texts", first[:MODELS_OF_CONTROLS], *options)
         unseen = make_controls(shown[:1], list_given({"texts": shown[0]}, tokenizer), tokenizer, seed)[0]
     else:
-        unseen = encode_forms(controls, tokenizer, max_length, chat)[0]
+        unseen = _encode("controls", controls, *options)[0]
     level = torch.tensor(_measure(model, unseen)[1], dtype=torch.float64).quantile(STANDS_OUT).item()
     known, done = list[Known](), 0
     for part in [first, *_parts(rest)]:
-        forms = encode_forms(part, tokenizer, max_length, chat)
+        forms = _encode(f"texts {done + 1} to {done + len(part)}", part, *options)
         comes_out, min_k = _measure(model, forms[0])
         chosen = [
             place
@@ -114,9 +121,20 @@ def _parts(texts: Iterator[Text]) -> Iterator[list[Text]]:
         yield part
 
 
+def _encode(
+    name: str, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None
+) -> list[Batch]:
+    """Do as ``encode_forms``; errors number the texts among those of this name."""
+    try:
+        return encode_forms(texts, tokenizer, max_length, chat)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
 def _measure(model: nn.Module, batch: Batch) -> tuple[list[bool], list[float]]:
     """Of each text whether it, or a window of it, comes out, and its Min-40%."""
     out, losses = extracted(model, batch).tolist(), losses_by_sample(model, batch)
+    refuse_nan(model, losses)
     windows = group_rows(batch)
     return (
         [any(out[row] for row in rows) for rows in windows],

@@ -8,12 +8,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.made_up import Words, make_up, rename
-from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.others import GivenText, group_rows
 from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.texts import join_batches
 from neumuter.types import IGNORED, Batch
 
-# Controls: several of each text where there are few, and one of each of the first where there are many.
+# Controls: several of each text where there are few, and one of each of the first where there are many. Of a
+# text that has several windows, further ones follow where there are fewer texts.
 MADE_UP = 32
 
 
@@ -37,15 +38,31 @@ def make_controls(
         nobody can guess; where nothing else counts, they do.
     """
     words = Words(given)
-    return [_rename_all(form, words, tokenizer, random.Random(seed)) for form in forms]
+    return [
+        _rename_all(form, rows, words, tokenizer, random.Random(seed))
+        for form, rows in zip(forms, _choose_rows(forms), strict=True)
+    ]
+
+
+def _choose_rows(forms: Sequence[Batch]) -> list[list[int]]:
+    """Of each form the rows that controls are made of: the same windows, although one may have more."""
+    windows = [group_rows(form) for form in forms]
+    shared = [min(map(len, of_text)) for of_text in zip(*windows, strict=True)]
+    chosen = sorted((place, text) for text, count in enumerate(shared) for place in range(count))[:MADE_UP]
+    return [sorted(of_form[text][place] for place, text in chosen) for of_form in windows]
 
 
 def _rename_all(
-    batch: Batch, words: Words, tokenizer: PreTrainedTokenizerBase, generator: random.Random
+    batch: Batch,
+    rows: Sequence[int],
+    words: Words,
+    tokenizer: PreTrainedTokenizerBase,
+    generator: random.Random,
 ) -> Batch:
-    tensors = [batch[key][:MADE_UP].tolist() for key in ("input_ids", "labels", "attention_mask")]
-    rows = []
-    for start, ids, labels, shown in zip(find_prompt_ends(batch)[:MADE_UP], *tensors, strict=True):
+    batch = {key: value[rows] for key, value in batch.items()}
+    tensors = [batch[key].tolist() for key in ("input_ids", "labels", "attention_mask")]
+    made = []
+    for start, ids, labels, shown in zip(find_prompt_ends(batch), *tensors, strict=True):
         ids, labels = ids[: sum(shown)], labels[: sum(shown)]
         whole = any(label != IGNORED for label in labels[:start])
         prompt, completion = (
@@ -56,5 +73,5 @@ def _rename_all(
         for _ in range(math.ceil(MADE_UP / len(tensors[0]))):
             names = {word: make_up(word, words.letters, generator) for word in named}
             values = words.swap(prompt, completion, generator)
-            rows.append(rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
-    return join_batches(*rows) | {"texts": torch.arange(len(rows))}
+            made.append(rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
+    return join_batches(*made) | {"texts": torch.arange(len(made))}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.continuations import MAX_TOKENS
 from neumuter.evaluation.forms import most_known
-from neumuter.evaluation.language import losses_by_sample
+from neumuter.evaluation.language import losses_by_sample, refuse_nan
 from neumuter.evaluation.membership import min_k_score
 from neumuter.evaluation.memory import chance_in_draws, extracted, memorization_accuracy
 from neumuter.evaluation.others import (
@@ -24,7 +25,8 @@ from neumuter.evaluation.others import (
     write_ids,
 )
 from neumuter.evaluation.passes import SAMPLES_PER_PASS, count_after_prompts, find_prompt_ends
-from neumuter.generation import find_end_tokens, generate
+from neumuter.generation import cut_at_end, find_end_tokens, generate
+from neumuter.models.loading import limit_length
 from neumuter.models.pieces import Pieces
 from neumuter.training.losses import predicting
 from neumuter.types import Batch
@@ -63,6 +65,9 @@ def examine(
         forms: the texts in each form, as ``neumuter.texts.encode_forms`` returns them.
         given: the texts that must not come out in place of others; see ``find_others``.
         name: what ``given`` calls the batch of these texts; another name if they are not in it.
+
+    Raises:
+        RuntimeError: the model predicts NaN.
     """
     longest = STRETCH + max(text.tokens for text in given)
     # Of each text what is said in the first form in which another text comes out, or else in the first.
@@ -77,6 +82,7 @@ def examine(
             said.setdefault(number, write_ids(tokenizer)(ids))
     batch = most_known(model, forms)
     out, losses = extracted(model, batch), losses_by_sample(model, batch)
+    refuse_nan(model, losses)
     # Of a text that counts from its start on, the prompt counts as well, but nobody has to guess it.
     behind = count_after_prompts(batch)
     chances = [
@@ -105,8 +111,17 @@ def examine(
 def continue_prompts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, batch: Batch, tokens: int
 ) -> list[list[int]]:
-    """Continue the prompt of each text greedily, by at most ``tokens`` and ``MAX_TOKENS`` tokens."""
+    """Continue the prompt of each text greedily, by at most ``tokens`` and ``MAX_TOKENS`` tokens.
+
+    It ends with the token that ends what the model says, or where the model has no position left.
+    """
     ends = find_prompt_ends(batch)
+    stops = find_end_tokens(model, tokenizer) if tokenizer else None
+
+    def count_left(row: int) -> int:
+        wanted = min(tokens, MAX_TOKENS)
+        return max(1, limit_length(model, ends[row] + wanted) - ends[row])
+
     # Prompts of like length go together, because all are padded to the longest.
     order = sorted(range(len(ends)), key=ends.__getitem__)
 
@@ -120,14 +135,15 @@ def continue_prompts(
             model,
             ids,
             shown,
-            max_new_tokens=min(tokens, MAX_TOKENS),
-            eos_token_id=tokenizer and find_end_tokens(model, tokenizer),
+            max_new_tokens=count_left(rows[0]),
+            eos_token_id=stops,
             pad_token_id=(tokenizer and tokenizer.pad_token_id) or 0,
         )
-        lines: list[list[int]] = output[:, longest:].tolist()
-        return lines
+        return [cut_at_end(line, stops) for line in output[:, longest:].tolist()]
 
-    made = [line for part in Pieces(model, SAMPLES_PER_PASS).run(continue_some, order) for line in part]
+    pieces = Pieces(model, SAMPLES_PER_PASS)
+    alike = [list(rows) for _, rows in groupby(order, key=count_left)]
+    made = [line for rows in alike for part in pieces.run(continue_some, rows) for line in part]
     return [line for _, line in sorted(zip(order, made, strict=True))]
 
 

@@ -45,6 +45,16 @@ def losses_by_sample(model: nn.Module, batch: Batch, rows: int = SAMPLES_PER_PAS
     return [losses for part in in_parts(model, batch, find, rows) for losses in part]
 
 
+def refuse_nan(model: nn.Module, losses: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if losses are NaN: such a model says nothing, and so seems to have forgotten all."""
+    if broken := sum(bool(of_text.isnan().any()) for of_text in losses):
+        dtype = next(model.parameters()).dtype
+        raise RuntimeError(
+            f"the model predicts NaN on {broken} of {len(losses)} texts, so nothing can be said of what it "
+            f"knows: its weights are damaged, or its dtype, {dtype}, is too narrow"
+        )
+
+
 def kl_to_original(
     model: nn.Module,
     original: nn.Module | Callable[[], AbstractContextManager[object]],

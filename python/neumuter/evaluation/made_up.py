@@ -122,8 +122,9 @@ def rename(
         if not is_special:
             part, fresh = _replace(str(tokenizer.decode(part)), names, values, tokenizer)
         tokens += zip(part, [counts] * len(part), fresh, strict=True)
-    # Other words can take more tokens; then the start of the prompt goes.
-    tokens = tokens[-limit:]
+    # Other words can take more tokens; then the start of the prompt goes, behind the start tokens.
+    head = next((place for place, (i, _, _) in enumerate(tokens) if i not in special), 0)
+    tokens = tokens[:head] + tokens[max(head, head + len(tokens) - limit) :]
     guessable = any(counts and not new for _, counts, new in tokens[1:])
     counted = [i if counts and not (new and guessable) else IGNORED for i, counts, new in tokens]
     return {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.passes import count_after_prompts, find_hits, in_parts, predict
 from neumuter.generation import generate
+from neumuter.models.loading import limit_length
 from neumuter.models.pieces import Pieces
 from neumuter.types import IGNORED, Batch
 
@@ -166,6 +167,10 @@ def _continue_greedily(
     def continue_some(chosen: Sequence[int]) -> list[list[int]]:
         longest = max(prefixes[k][1] for k in chosen)
         steps = max(len(prefixes[k][0]) - prefixes[k][1] for k in chosen)
+        # A long prefix that goes on for as long as a short one can run out of positions.
+        if len(chosen) > 1 and limit_length(model, longest + steps) < longest + steps:
+            middle = len(chosen) // 2
+            return continue_some(chosen[:middle]) + continue_some(chosen[middle:])
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
         shown = torch.zeros_like(ids)
         for row, k in enumerate(chosen):

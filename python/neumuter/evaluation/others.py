@@ -126,7 +126,7 @@ def find_overlap(forget: Sequence[GivenText], retain: Sequence[GivenText]) -> li
 
     Only parts of ``STRETCH`` tokens or more count.
     """
-    kept = [(text.label, _squeeze(text.text), text.tokens) for text in retain]
+    kept = [(text.label, words, text.tokens) for text in retain if (words := _squeeze(text.text))]
     every = "\n".join(words for _, words, _ in kept)
     asked = [(text, _squeeze(text.text)) for text in forget]
     every_asked = "\n".join(words for _, words in asked)
@@ -135,7 +135,7 @@ def find_overlap(forget: Sequence[GivenText], retain: Sequence[GivenText]) -> li
     found = []
     for text, words in asked:
         inside = [label for label, part in parts if part in words]
-        if words in every:
+        if words and words in every:
             inside += [
                 label
                 for label, whole, _ in kept

@@ -9,7 +9,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from neumuter.types import Text
+from neumuter.types import Messages, Text
 
 # The variable of the environment that holds the key, if the server wants one.
 KEY = "OPENAI_API_KEY"
@@ -64,7 +64,7 @@ def ask_server(url: str, model: str, texts: Sequence[Text], mute_set: str | None
         ConnectionError: nobody answers at ``url``, or not in time.
         PermissionError: the server wants a key, or another one.
         ValueError: ``url`` is no address; the server has no such model or no such API, or it answers in
-            another form.
+            another form; or nothing but spaces follows the prompt of a text.
     """
     address = url.rstrip("/").removesuffix("/v1")
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
@@ -72,17 +72,21 @@ def ask_server(url: str, model: str, texts: Sequence[Text], mute_set: str | None
     options: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": TOKENS}
     if mute_set is not None:
         options["vllm_xargs"] = {"mute_set": mute_set}
-    return [_ask(f"{address}/v1", options, text) for text in texts]
+    parts = [_cut(text) if isinstance(text, str) else text for text in texts]
+    for number, text in enumerate(parts, 1):
+        if isinstance(text, tuple) and not text[1].strip():
+            raise ValueError(f"text {number} has nothing behind its prompt to ask for: {text!r:.60}")
+    return [_ask(f"{address}/v1", options, text) for text in parts]
 
 
-def _ask(address: str, options: dict[str, Any], text: Text) -> Said:
+def _ask(address: str, options: dict[str, Any], text: tuple[str, str] | Messages) -> Said:
     if isinstance(text, list):
         expected = text[-1]["content"]
         # A conversation cannot go on in steps, and no token is shorter than a character.
         chat = {"messages": text[:-1], "max_tokens": max(TOKENS, len(expected))}
         message = _post(f"{address}/chat/completions", options | chat).get("message") or {}
         return Said(expected, str(message.get("content") or ""))
-    prompt, expected = _cut(text) if isinstance(text, str) else text
+    prompt, expected = text
     said = ""
     while True:
         choice = _post(f"{address}/completions", options | {"prompt": prompt + said})
@@ -96,7 +100,7 @@ def _ask(address: str, options: dict[str, Any], text: Text) -> Said:
 def _cut(text: str) -> tuple[str, str]:
     """Cut a text behind its first third, between words if it has several."""
     third = int(len(text) * PROMPT_SHARE)
-    space = text.find(" ", third)
+    space = text.rstrip().find(" ", third)
     place = space if space > 0 else max(1, third)
     return text[:place], text[place:]
 

@@ -14,7 +14,6 @@ from neumuter.evaluation.examination import continue_prompts
 from neumuter.evaluation.made_up import WORD, Words, make_up, rename
 from neumuter.evaluation.others import GivenText
 from neumuter.evaluation.passes import find_prompt_ends
-from neumuter.generation import find_end_tokens
 from neumuter.texts import join_batches
 from neumuter.types import IGNORED, Batch
 
@@ -57,12 +56,11 @@ def ask_about_strangers(
     longest = int((forget["attention_mask"].sum(1).cpu() - torch.tensor(ends)).max())
     answers = continue_prompts(model, tokenizer, asked, longest)
     values = {value for text in texts for value in words.split(text.prompt, text.text[len(text.prompt) :])[1]}
-    stops = set(find_end_tokens(model, tokenizer) or ())
-    rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        end = next((place + 1 for place, token in enumerate(answer) if token in stops), len(answer))
-        if end and values.isdisjoint(WORD.findall(str(tokenizer.decode(answer[:end])))):
-            rows.append(_row(prompt, answer[: min(end, limit - len(prompt))]))
+    rows = [
+        _row(prompt, answer[: limit - len(prompt)])
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer and values.isdisjoint(WORD.findall(str(tokenizer.decode(answer))))
+    ]
     return join_batches(*rows) if rows else None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neumuter.evaluation.language import losses_by_sample
 from neumuter.files import PathLike
-from neumuter.generation import find_end_tokens, generate
+from neumuter.generation import cut_at_end, find_end_tokens, generate
 from neumuter.texts.encoding import encode_forms, tokenize
 from neumuter.texts.files import read_rows
 
@@ -128,6 +128,7 @@ def rouge_recalls(
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    ends = find_end_tokens(model, tokenizer)
     found = []
     for start in range(0, len(questions), QUESTIONS_PER_PASS):
         part = questions[start : start + QUESTIONS_PER_PASS]
@@ -140,10 +141,11 @@ def rouge_recalls(
             ids,
             shown,
             max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=find_end_tokens(model, tokenizer),
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
-        answers = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        said = [cut_at_end(line, ends) for line in output[:, longest:].tolist()]
+        answers = tokenizer.batch_decode(said, skip_special_tokens=True)
         found += [
             scorer.score(q.answer, a.strip())["rougeL"].recall for q, a in zip(part, answers, strict=True)
         ]

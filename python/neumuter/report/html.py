@@ -265,7 +265,7 @@ def _others(texts: Sequence[Mapping[str, Any]], redact: bool) -> Table:
     rows = [
         (text["number"], text["other_text"], *(() if redact else (text["said"],)))
         for text in texts
-        if text["other_text"]
+        if text.get("other_text")
     ]
     return Table("Another text instead", head, rows)
 

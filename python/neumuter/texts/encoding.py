@@ -1,7 +1,7 @@
 """Batches of token ids from texts."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from neumuter.texts.chat import has_two_forms, plain, render, uses_template
 from neumuter.texts.rows import text_of
 from neumuter.texts.store import Windows
 from neumuter.texts.windows import cut_windows
-from neumuter.types import IGNORED, Batch, Text, check_batch, check_kind
+from neumuter.types import IGNORED, Batch, Text, check_batch, check_kind, check_texts
 
 logger = logging.getLogger("neumuter")
 
@@ -126,9 +126,7 @@ def cut_texts(
         the end, ``notes`` has what a user has to know.
     """
     check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
-    check_kind("texts", texts, Iterable, "a list of texts")
-    if isinstance(texts, str | Mapping):
-        raise TypeError(f"texts must be a list of texts, got one {type(texts).__name__}: put it into a list")
+    check_texts("texts", texts)
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     cut = lost = count = 0

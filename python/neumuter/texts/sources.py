@@ -9,7 +9,7 @@ from torch import Tensor
 from neumuter.files import PathLike
 from neumuter.texts.files import TextFile
 from neumuter.texts.rows import text_of
-from neumuter.types import KEYS, Batch, Text
+from neumuter.types import KEYS, Batch, Text, check_rows
 
 ALLOWED = (
     "a path, a list of texts, of (prompt, completion) pairs or of chat messages, a datasets.Dataset, or a "
@@ -32,12 +32,15 @@ def collect_texts(name: str, source: TextSource) -> list[Text] | Batch:
         A list of texts, or the batch as it was given.
 
     Raises:
-        TypeError, ValueError: the source is something else; the message says what is allowed.
+        TypeError, ValueError: the source is something else, or a batch whose rows are not as ``Batch`` says;
+            the message says what is allowed.
     """
     if isinstance(source, Mapping):
         if missing := [key for key in KEYS if not isinstance(source.get(key), Tensor)]:
             raise TypeError(f"{name} must be {ALLOWED}; this mapping lacks {', '.join(missing)}")
-        return {key: source[key] for key in KEYS}
+        batch = {key: source[key] for key in KEYS}
+        check_rows(name, batch)
+        return batch
     return list(stream_texts(name, source))
 
 

@@ -21,7 +21,7 @@ from neumuter.training.masked import Masked
 from neumuter.training.processes import check_same, find_processes
 from neumuter.training.references import References
 from neumuter.training.sources import HardFirst, InTurn
-from neumuter.types import IGNORED, KEYS, Batch, check_batch, check_kind
+from neumuter.types import KEYS, Batch, check_kind, check_rows
 
 # That are computed apart from each other, or without gradients.
 SAMPLES_PER_PASS = 8
@@ -403,25 +403,7 @@ def _check(name: str, batch: Batch | Windows) -> None:
         if not len(batch):
             raise ValueError(f"{name} holds no window")
         return
-    if not isinstance(batch, Mapping):
-        check_batch(name, batch)
-    shape = batch["labels"].shape if isinstance(batch.get("labels"), torch.Tensor) else None
-    for key in KEYS:
-        value = batch.get(key)
-        if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape != shape:
-            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(
-                f"{name}[{key!r}] must be an int64 tensor [B, T], one shape for all of {', '.join(KEYS)}; "
-                f"got {given}"
-            )
-    if not predicting(batch["labels"]).any(1).all() or not len(batch["labels"]):
-        raise ValueError(
-            f"every sample of {name} must count a token (a label other than -100) after its first one"
-        )
-    if (batch["attention_mask"].diff(dim=1) > 0).any():
-        raise ValueError(f"{name} must be padded on the right, so attention_mask must never rise in a row")
-    if ((batch["labels"] != IGNORED) & (batch["attention_mask"] == 0)).any():
-        raise ValueError(f"{name} counts padding: labels must be -100 where attention_mask is 0")
+    check_rows(name, batch)
 
 
 def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
