@@ -359,7 +359,7 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
         assert "has no model 'other'" in capsys.readouterr().err
         for option in (("--apply",), ("--chat",), ("--max-length", 64), ("--attn", "eager")):
             assert run(*arguments, "muted", *option) == 2
-            assert f"goes without {option[0]}" in " ".join(capsys.readouterr().err.split())
+            assert f"cannot be combined with {option[0]}" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments[:-1]) == 2
     # It is down now.
     assert run(*arguments, "muted") == 1
