@@ -50,7 +50,6 @@ NAMES = {
     "longer": "in twice the steps", "clamped": "ours, gains from 0 to 1",
     "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
 }  # fmt: skip
-PEOPLE_COLUMNS = [c for c in COLUMNS if c != "outside"]  # which LOCATION shows
 STATES = {
     "int8": "rounded to 8 bits", "int4": "rounded to 4 bits, groups of 32", "half": "half of the answers",
     "relearned 10": "the same, 10 steps on the other half", "relearned 30": "30 steps",
@@ -138,7 +137,7 @@ def methods(rows, _):
 def people(rows, _):
     """All methods of REAL with 1 % of the neurons."""
     chosen = _where(_related(rows, ("seed",)), budget=0.01, neighbours="retain")
-    return table(_methods(chosen), PEOPLE_COLUMNS)
+    return table(_methods(chosen), _people_columns(chosen))
 
 
 def people_budgets(rows, _):
@@ -149,7 +148,13 @@ def people_budgets(rows, _):
         for b in sorted({r["budget"] for r in ours})
     ]
     budgets.append(("1.0%, without anything to keep", _where(ours, neighbours="own samples")))
-    return table(budgets, PEOPLE_COLUMNS)
+    return table(budgets, _people_columns(rows))
+
+
+def _people_columns(rows):
+    """All but what LOCATION shows, and samples where the first rows do not have them."""
+    sampled = all("forget_sampled" in row for row in rows)
+    return [c for c in COLUMNS if c != "outside" and (sampled or c != "forget_sampled")]
 
 
 def robustness(rows, method):
