@@ -237,6 +237,15 @@ def test_evaluate_robustness_and_other_prompts(checkpoint, capsys):
     assert states["int8"]["forget_loss"] == pytest.approx(found["metrics"]["forget_loss"], rel=0.2)
     assert run(*arguments, "--robust") == 2
     assert "--robust needs --mute" in capsys.readouterr().err
+    assert run(*arguments, "--task-folder", checkpoint) == 2
+    assert "--task-folder needs --tasks" in capsys.readouterr().err
+
+
+def test_a_suite_takes_windows_of_a_given_length(checkpoint, capsys):
+    arguments = ("evaluate", checkpoint / "model", "--forget", checkpoint / "forget.txt", "--suite", "tdec")
+    for options, cut in ((), False), (("--max-length", "8"), True):
+        assert run(*arguments, *options) == 0
+        assert ("do not fit into 8 tokens" in " ".join(capsys.readouterr().out.split())) == cut
 
 
 def test_what_only_some_states_have_is_shown(checkpoint, capsys):

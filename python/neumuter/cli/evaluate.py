@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from neumuter.mutes.mute_set import MuteSet
     from neumuter.types import Batch
 
-TDEC_TOKENS = 200
+# Of a window.
+TOKENS, TDEC_TOKENS = 256, 200
 # What is measured in all forms in which somebody can ask for it.
 TO_FORGET = ("forget", "paraphrased")
 
@@ -127,8 +128,9 @@ def evaluate(
     completion_column: CompletionColumn = None,
     chat: Chat = None,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a window, as for unlearn; 200 with --suite tdec.")
-    ] = 256,
+        int | None,
+        typer.Option(min=2, help="Tokens of a window. Default: 256, as for unlearn; 200 with --suite tdec."),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -172,6 +174,8 @@ def evaluate(
         raise typer.BadParameter("give either MODEL, or --server and --model")
     if robust and (not mute or suite is Suite.tofu):
         raise typer.BadParameter("--robust needs --mute, and cannot be combined with --suite tofu")
+    if task_folder and not tasks:
+        raise typer.BadParameter("--task-folder needs --tasks")
     of_texts = {
         "heldout": heldout, "paraphrased": paraphrased, "controls": controls, "column": column,
         "prompt-column": prompt_column, "completion-column": completion_column, "chat": chat,
@@ -222,7 +226,8 @@ def evaluate(
     # Copies are trained and quantised.
     network, tokenizer = open_model(model, **place, merge=robust)
     if suite is not Suite.tofu:
-        length = limit_length(network, TDEC_TOKENS if suite is Suite.tdec else max_length)
+        default = TDEC_TOKENS if suite is Suite.tdec else TOKENS
+        length = limit_length(network, max_length or default)
         with print_log():
             forms = {
                 name: encode_forms_of(name, read, tokenizer, length, chat) for name, read in texts.items()
