@@ -11,6 +11,7 @@ from neumuter import evaluation, recipes
 from neumuter.demo import task
 from neumuter.demo.model import Training, architecture
 from neumuter.evaluation import continuations, controls, examination
+from neumuter.recipes import schedule
 from tests import models
 
 
@@ -45,7 +46,9 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(tdec, "tokenizer", models.tokenizer)
     monkeypatch.setattr(real, "WINDOWS", 2)
     monkeypatch.setitem(real.TUNING, "most_epochs", 1)
-    monkeypatch.setitem(real.RECIPE, "steps", 10)  # so that bfloat16 shows a difference
+    # So many steps that bfloat16 shows a difference.
+    monkeypatch.setitem(real.RECIPE, "steps", 10)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 10)
     monkeypatch.setitem(tdec.Texts.recipe, "steps", 2)
     monkeypatch.setattr(synth, "Training", lambda: Training(steps=1))
     monkeypatch.setattr(requests, "GAINS", recipes.GainsConfig(steps=2, batch_size=None))
