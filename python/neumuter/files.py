@@ -1,6 +1,8 @@
 """Files and folders that are either whole or not there."""
 
 import fcntl
+import json
+import math
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PathLike = str | os.PathLike[str]
 
@@ -37,6 +40,20 @@ def write_atomically(path: PathLike, data: bytes, private: bool = False) -> None
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write JSON values to ``path``, whole or not at all; floats that are not finite become null."""
+    write_atomically(path, (json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` with None in the place of floats that are not finite: JSON has none of these."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

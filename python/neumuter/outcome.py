@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from neumuter.evaluation.verdict import Verdict
-from neumuter.files import PathLike, made_folder, write_atomically
+from neumuter.files import PathLike, made_folder, write_atomically, write_json
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
@@ -105,7 +104,7 @@ class Outcome:
         shown = report | {"history": self.history, "texts": self.texts}
         with made_folder(folder) as made:
             write_sets(made, self.mutes, self.slopes)
-            write_atomically(made / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+            write_json(made / "report.json", report)
             write_atomically(made / "report.csv", self._rows().encode())
             write_report(made / "report.html", shown, self.mutes, self.samples, redact)
         # Now all that it has found has its place.

@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import json
+import math
 import os
 
 import pytest
 
-from neumuter.files import new_folder
+from neumuter.files import new_folder, write_json
 
 
 def abandon(folder):
@@ -69,3 +71,14 @@ def test_the_system_does_not_replace_a_folder_that_is_filled_at_the_last_moment(
         (temporary / "ours").write_text("too late")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
+def test_reports_are_json_whatever_was_measured(tmp_path):
+    """NaN and Infinity, which Python writes and other readers refuse, become null."""
+    measured = {
+        "priv_leak": math.inf,
+        "states": [{"auc": math.nan, "loss": 1.5}, (-math.inf, True, "NaN", 2)],
+    }
+    write_json(tmp_path / "report.json", measured)
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"priv_leak": None, "states": [{"auc": None, "loss": 1.5}, [None, True, "NaN", 2]]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,10 +116,3 @@ def unite(network: PreTrainedModel, sets: Sequence[MuteSet]) -> MuteSet:
     from neumuter.mutes.algebra import combine
 
     return sets[0] if len(sets) == 1 else combine(network, sets)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
-    from neumuter.files import write_atomically
-
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -38,9 +38,9 @@ from neumuter.cli.common import (
     open_model,
     print_log,
     unite,
-    write_json,
 )
 from neumuter.cli.server import OPTIONS, check_options, evaluate_server
+from neumuter.files import write_json
 
 if TYPE_CHECKING:
     from torch import nn

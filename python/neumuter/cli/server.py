@@ -6,7 +6,8 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from neumuter.cli.common import console, write_json
+from neumuter.cli.common import console
+from neumuter.files import write_json
 
 # The exit code if a text comes out.
 COMES_OUT = 3

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from neumuter.files import PathLike
+from neumuter.files import PathLike, without_nan
 from neumuter.mutes.container import check_keys, read_file, to_json, write_file
 from neumuter.types import check_kind
 
@@ -122,7 +122,7 @@ class MuteSet:
             ],
             "method": self.method,
             "seed": self.seed,
-            "metrics": _without_nan(self.metrics),
+            "metrics": without_nan(self.metrics),
         }
         if self.adapter:
             metadata["adapter"] = self.adapter
@@ -251,7 +251,7 @@ def _check_metadata(mutes: MuteSet) -> None:
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
         try:
-            to_json(_without_nan(value) if name == "metrics" else value)
+            to_json(without_nan(value) if name == "metrics" else value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must hold JSON values only: {error}") from None
 
@@ -285,12 +285,3 @@ def check_layer(path: str, layer: MutedLayer, width: int, gain_range: tuple[floa
 
 def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
-
-
-def _without_nan(value: Any) -> Any:
-    """``value`` with non-finite floats replaced by None: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
