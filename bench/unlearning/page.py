@@ -143,10 +143,10 @@ def people(rows, _):
 def people_budgets(rows, _):
     """Our default on REAL with other budgets and other neighbours."""
     ours = _where(_related(rows, ("seed",)), method="neumuter, modulate")
-    budgets = [
-        (f"{b:.1%} of the neurons", _where(ours, budget=b, neighbours="retain"))
-        for b in sorted({r["budget"] for r in ours})
-    ]
+    shares = sorted({r["budget"] for r in ours})
+    if len(shares) < 2:
+        return None
+    budgets = [(f"{b:.1%} of the neurons", _where(ours, budget=b, neighbours="retain")) for b in shares]
     budgets.append(("1.0%, without anything to keep", _where(ours, neighbours="own samples")))
     return table(budgets, _people_columns(rows))
 
