@@ -168,7 +168,7 @@ def _the_only(files: Sequence[Path]) -> Path:
     if len(files) > 1:
         raise typer.BadParameter(
             "a GGUF file takes only one mute file. Unite several with neumuter.combine, on the model that "
-            " the GGUF file was made from"
+            "the GGUF file was made from"
         )
     need_packages("a GGUF file as MODEL", "gguf")
     return files[0]
