@@ -262,6 +262,7 @@ def rounded(rows, model):
             cells = (
                 _cell([row["forget_extraction"] for row in found], "{:.2f}"),
                 _cell([row["forget_secrets"] for row in found], "{:.2f}"),
+                _cell([row["others"] for row in found if "others" in row], "{:.2f}"),
                 _cell([row["retain_extraction"] / o["retain_extraction"] for row, o in pairs], "{:.2f}"),
                 _cell(
                     [row["heldout_perplexity"] / o["heldout_perplexity"] - 1 for row, o in pairs], "{:+.1%}"
@@ -274,6 +275,7 @@ def rounded(rows, model):
         "weights",
         "forget: extraction ↓",
         "forget: secrets ↓",
+        "forget: another's text ↓",
         "keep, over the original's in this format ↑",
         "perplexity over the original's in this format",
     ]

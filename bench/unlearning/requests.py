@@ -9,6 +9,7 @@ slopes, nothing but the slopes of each request's tokens is stored, and each requ
 import functools
 
 import neumuter
+from bench.unlearning.others import others_rate
 from bench.unlearning.synth import Setting
 from neumuter import evaluation
 from neumuter.demo import task
@@ -134,4 +135,7 @@ def _measure(setting, count, chosen):
         for name, records in groups.items()
         if records
     }
+    if asked:
+        batches = (setting.encode(records, "continuation") for records in (asked, waiting + groups["retain"]))
+        found["others"] = others_rate(setting.full, setting.tokenizer, *batches)
     return found | {"heldout_perplexity": evaluation.perplexity(setting.full, setting.heldout)}

@@ -11,6 +11,7 @@ import torch
 
 from bench.unlearning.calibrated import Asked, Worded
 from bench.unlearning.methods import WEIGHTS, tune
+from bench.unlearning.others import others_rate
 from bench.unlearning.pretrained import SMOLLM2
 from neumuter import evaluation
 from neumuter.evaluation.robustness import quantise
@@ -95,6 +96,7 @@ def measure(setting, model):
     return {
         "forget_extraction": evaluation.extraction_rate(model, setting.batch),
         "forget_secrets": evaluation.secret_extraction(model, setting.secrets),
+        "others": others_rate(model, setting.tokenizer, setting.batch, setting.retain),
         "retain_extraction": evaluation.extraction_rate(model, setting.retain),
         "heldout_perplexity": evaluation.perplexity(model, setting.heldout),
     }
