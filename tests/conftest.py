@@ -18,6 +18,12 @@ if not HAVE_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One worker more than cores: many tests wait for processes that they have started."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Files of repo and bench, which take long, come first, so that none runs alone at the end."""
     items.sort(key=lambda item: item.path.parent.name not in ("repo", "bench"))
