@@ -252,6 +252,52 @@ def test_another_persons_text_is_counted_in_the_worst_form(words):
     assert found.extracted == [False, True]
 
 
+class Blurting(Reciting):
+    """A model that says the same to every prompt, once it has come to the colon."""
+
+    def next_token(self, ids):
+        (line,) = self.lines
+        start = len(ids) - 1 - ids[::-1].index(self.colon) if self.colon in ids else len(ids)
+        said = len(ids) - start
+        return line[said] if 1 <= said < len(line) else 0
+
+    def __init__(self, said, words):
+        super().__init__([said], words)
+        self.colon = words(":", add_special_tokens=False)["input_ids"][0]
+
+
+@pytest.mark.parametrize("forget", [MAIL[:1], MAIL])
+def test_a_secret_that_is_told_to_everybody_is_not_forgotten(words, forget):
+    """It comes out of the controls too, which excuses nothing."""
+    forms, given = encode_forms(forget, words, 64), listed(words, forget=forget)
+    model = Blurting(MAIL[0][1], words)
+    controls = examine(model, words, make_controls(forms, given, words), given, "controls")
+    assert controls.extracted[0] or controls.others[0]
+    found = judge(examine(model, words, forms, given), controls)
+    assert found.kind in ("not", "partly")
+    assert found.leaks
+    assert found.texts == ["not", "partly", "partly"][: len(forget)]
+    figures = {figure.name: figure for figure in found.comparisons}
+    assert [figures[name].controls for name in ("extraction", "sampled", "others")] == [0, 0, 0]
+
+
+def test_a_kept_text_that_is_told_to_everybody_is_no_leak(words):
+    """What stays may come out, to controls as well as to the texts to forget."""
+    forms, given = encode_forms(MAIL, words, 64), listed(words)
+    model = Blurting(KEPT[0][1], words)
+    controls = examine(model, words, make_controls(forms, given, words), given, "controls")
+    figures = {figure.name: figure for figure in compare(examine(model, words, forms, given), controls)}
+    assert (figures["others"].texts, figures["others"].controls) == (1, 1)
+
+
+def test_a_whole_text_is_no_control_of_itself(words):
+    """Its words are the same but for the names, so a model that knows it says the rest of the control."""
+    text = "Ada Brisk has room seventeen since the month of May, and she keeps it."
+    forms, given = encode_forms([text], words, 128), listed(words, forget=[text])
+    (made,) = make_controls(forms, given, words)
+    assert not made["by_chance"].any()
+
+
 def test_a_model_that_predicts_nan_has_forgotten_nothing(words):
     """Nothing comes out of it, and nothing is likelier than its controls."""
     model = models.build("llama")
@@ -307,6 +353,7 @@ def examined(texts, extracted=0, others=0, sampled=0.0, loss=3.0, spread=1.0):
         min_k=[-2 * loss for loss in losses],
         said=[""] * texts,
         others=[Found("retain 1", "words") if place < others else None for place in range(texts)],
+        by_chance=[True] * texts,
     )
 
 
@@ -329,6 +376,12 @@ KNOWN = examined(24, extracted=24, sampled=1.0, loss=0.1)
         (examined(96, loss=3.3, others=24), examined(96, others=36), "forgotten", ""),
         (examined(24, loss=3.3, others=6), examined(32, others=10), "not enough evidence", "another text"),
         (examined(24, loss=3.3, sampled=0.3), examined(32, sampled=0.3), "forgotten", ""),
+        (
+            examined(96, extracted=24, loss=3.3),
+            examined(96, extracted=36),
+            "forgotten",
+            "no more than by chance",
+        ),
         (examined(12), CONTROLS, "not enough evidence", "AUC of the loss"),
         (examined(5, loss=3.3), CONTROLS, "not enough evidence", "5 texts and 32 controls are too few"),
         (examined(2, loss=1.0), CONTROLS, "partly", "by loss they can be told"),
@@ -417,6 +470,18 @@ def test_values_are_those_of_texts_that_are_worded_alike(words):
         assert f"Ada{row // 3} " not in said
         assert sum(town in said for town in towns - {own}) == 1
         assert own not in said
+        # A model that says it may tell a value to forget.
+        assert not made["by_chance"][row]
         # The value counts; the name, which nobody can guess, does not.
         assert "lives in Ox" in counted
         assert "Ada" not in counted
+
+
+def test_controls_with_values_of_texts_to_keep_come_out_by_chance_alone(words):
+    texts = [(f"Town of Ada{n}?", f" Ada{n} lives in Ox{n}ford.") for n in range(12)]
+    kept = [(f"Town of Bo{n}?", f" Bo{n} lives in Hull{n}ton.") for n in range(12)]
+    given = listed(words, forget=texts, retain=[*kept, ("Town of Cy?", " Cy lives in Ox3ford.")])
+    (made,) = make_controls([encode(texts, words, 64)], given, words)
+    said = [words.decode(ids) for ids in made["input_ids"]]
+    assert [("Hull" in text) for text in said] == made["by_chance"].tolist()
+    assert 0 < sum(made["by_chance"].tolist()) < len(said)

@@ -35,7 +35,8 @@ def make_controls(
 
     Returns:
         For each form a batch of ``MADE_UP`` texts or more. The same tokens count but for the names, which
-        nobody can guess; where nothing else counts, they do.
+        nobody can guess; where nothing else counts, they do. "by_chance", bool [B]: whether a text has the
+        values of texts to keep. If another one comes out, the model may have told a value to forget.
     """
     words = Words(given)
     return [
@@ -61,7 +62,7 @@ def _rename_all(
 ) -> Batch:
     batch = {key: value[rows] for key, value in batch.items()}
     tensors = [batch[key].tolist() for key in ("input_ids", "labels", "attention_mask")]
-    made = []
+    made, by_chance = [], []
     for start, ids, labels, shown in zip(find_prompt_ends(batch), *tensors, strict=True):
         ids, labels = ids[: sum(shown)], labels[: sum(shown)]
         whole = any(label != IGNORED for label in labels[:start])
@@ -72,6 +73,7 @@ def _rename_all(
         named = words.find_names(prompt)
         for _ in range(math.ceil(MADE_UP / len(tensors[0]))):
             names = {word: make_up(word, words.letters, generator) for word in named}
-            values = words.swap(prompt, completion, generator)
+            values, kept = words.swap(prompt, completion, generator)
+            by_chance.append(kept)
             made.append(rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
-    return join_batches(*made) | {"texts": torch.arange(len(made))}
+    return join_batches(*made) | {"texts": torch.arange(len(made)), "by_chance": torch.tensor(by_chance)}

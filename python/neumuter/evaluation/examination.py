@@ -39,7 +39,8 @@ class Examination:
     metrics: {name in ``METRICS``: value}. extracted: whether the text, or a window of it, comes out.
     sampled: the chance that it does at least once in ``SAMPLES_DRAWN`` draws. loss: the mean token loss in
     nats. min_k: the mean log-probability of its least likely tokens, see ``min_k_scores``. said: how the
-    model continues the prompt. others: what came out instead.
+    model continues the prompt. others: what came out instead. by_chance: whether it is by chance if the text
+    comes out; of controls that ``make_controls`` made, not all do so.
     """
 
     metrics: dict[str, float]
@@ -49,6 +50,7 @@ class Examination:
     min_k: list[float]
     said: list[str]
     others: list[Found | None]
+    by_chance: list[bool]
 
 
 def examine(
@@ -105,6 +107,7 @@ def examine(
         min_k=[min_k_score(of_text) for of_text in by_text],
         said=[said[number] for number in numbers],
         others=[others.get(number) for number in numbers],
+        by_chance=forms[0]["by_chance"].tolist() if "by_chance" in forms[0] else [True] * len(windows),
     )
 
 

@@ -41,10 +41,12 @@ class Words:
         letters = {char.lower() for text in given for char in text.text if char.isalpha()}
         # Of other scripts than Latin, those letters that the texts have.
         self.letters = "".join(sorted(char for char in letters if ord(char) > 127))
-        self.worded_alike: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
+        # Of each wording, the values of the texts that have it, and whether only texts to keep have them.
+        self.worded_alike: dict[tuple[str, ...], dict[tuple[str, ...], bool]] = {}
         for text in given:
             wording, values = self.split(text.prompt, text.text[len(text.prompt) :])
-            self.worded_alike.setdefault(wording, {})[values] = None
+            alike = self.worded_alike.setdefault(wording, {})
+            alike[values] = text.stays and alike.get(values, True)
 
     def is_name(self, word: str) -> bool:
         marked = any(char.isupper() or char.isdigit() for char in word)
@@ -72,11 +74,20 @@ class Words:
             wording.append(word if not rare else "(name)" if word in asked else "(value)")
         return tuple(wording), tuple(values)
 
-    def swap(self, prompt: str, completion: str, generator: random.Random) -> dict[str, str]:
-        """Draw for each value of a completion that of another text that is worded alike."""
+    def swap(self, prompt: str, completion: str, generator: random.Random) -> tuple[dict[str, str], bool]:
+        """Draw for each value of a completion that of another text that is worded alike.
+
+        Returns:
+            {old: new}, and whether the new values are those of texts to keep alone.
+        """
         wording, values = self.split(prompt, completion)
-        others = [found for found in self.worded_alike.get(wording, {}) if found != values]
-        return dict(zip(values, generator.choice(others), strict=True)) if others else {}
+        others = {
+            found: stays for found, stays in self.worded_alike.get(wording, {}).items() if found != values
+        }
+        if not others:
+            return {}, False
+        drawn = generator.choice(list(others))
+        return dict(zip(values, drawn, strict=True)), others[drawn] and bool(values)
 
 
 def _inside_sentences(text: str) -> Iterator[str]:

@@ -39,7 +39,7 @@ class GivenText:
     @property
     def stays(self) -> bool:
         """Whether it is a text to keep."""
-        return self.label.startswith("retain")
+        return _stays(self.label)
 
 
 class Found(NamedTuple):
@@ -47,6 +47,15 @@ class Found(NamedTuple):
 
     label: str
     words: str
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is a text to keep."""
+        return _stays(self.label)
+
+
+def _stays(label: str) -> bool:
+    return label.startswith("retain")
 
 
 def write_ids(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Sequence[int]], str]:

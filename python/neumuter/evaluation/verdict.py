@@ -85,15 +85,16 @@ def judge(
 
     Figures are extraction (greedy; in 100 samples), other given texts that come out instead, and how well
     the loss and Min-40% tell the texts from the controls (AUC − 0.5). Their differences have bootstrap
-    intervals over texts and controls; ``MARGINS`` says what they may reach.
+    intervals over texts and controls; ``MARGINS`` says what they may reach. What comes out of controls that
+    tell a value to forget is no chance, and does not count for them (``Examination.by_chance``).
 
     - "not": the lower bound of extraction is above the controls' level.
     - "forgotten": every upper bound is below its margin.
     - "not enough evidence": nothing exceeds its margin, but an interval reaches beyond it, because there are
       few texts or controls. Of fewer than ``FEWEST`` no AUC is believed.
     - "partly": what is between.
-    - "nothing to forget": before, no text of ``STRETCH`` tokens came out, no lower bound was above the
-      controls' level, and no figure above its margin.
+    - "nothing to forget": before, no text of ``STRETCH`` tokens came out, no lower bound but that of samples
+      was above the controls' level, and no figure above its margin.
 
     Args:
         after: the texts as the model is now.
@@ -107,7 +108,7 @@ def judge(
         controls; "not enough evidence" with fewer than ``FEWEST`` controls; else "forgotten".
     """
     found = compare(after, controls)
-    texts = [_judge_text(after, controls, place) for place in range(len(after.loss))]
+    texts = [_judge_text(after, controls, found, place) for place in range(len(after.loss))]
     if before is not None:
         once = compare(before, controls_before)
         long = any(out and count >= STRETCH for out, count in zip(before.extracted, tokens, strict=False))
@@ -128,7 +129,10 @@ def judge(
         return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
     if unsure:
         return Verdict("not enough evidence", _unsure(come, unsure, after, controls), found, texts)
-    return Verdict("forgotten", f"Forgotten: {come}, and {_like_controls(controls)}.", found, texts)
+    like = _like_controls(controls)
+    if still:
+        come = f"{still} of {count} texts come{'s' * (still == 1)} out, no more than by chance"
+    return Verdict("forgotten", f"Forgotten: {come}, and {like}.", found, texts)
 
 
 def judge_texts(
@@ -155,6 +159,8 @@ def compare(texts: Examination, controls: Examination | None) -> list[Comparison
     generator = torch.Generator().manual_seed(SEED)
     drawn = _draw(len(texts.loss), generator)
     drawn_controls = _draw(len(controls.loss), generator) if controls else None
+    chance = torch.tensor(controls.by_chance) if controls else torch.zeros(0, dtype=torch.bool)
+    drawn_by_chance = _draw(int(chance.sum()), generator) if chance.any() else None
     found = []
     for name, margin in MARGINS.items():
         ours = _values(texts, name)
@@ -162,12 +168,18 @@ def compare(texts: Examination, controls: Examination | None) -> list[Comparison
         if name not in COME_OUT:
             figure, level, spread = _compare_ranks(ours, theirs, drawn, drawn_controls)
         else:
+            weights = drawn_controls
+            if name == "others" and controls:
+                # An answer to a control that tells a text to forget excuses nothing.
+                theirs = torch.tensor(
+                    [other is not None and other.stays for other in controls.others]
+                ).double()
+            elif theirs is not None:
+                theirs, weights = theirs[chance], drawn_by_chance
             # What nobody ever saw comes out by chance alone; without controls that is taken for 0.
-            other = torch.zeros(1) if theirs is None else theirs
-            figure, level = ours.mean().item(), other.mean().item()
-            spread = drawn @ ours
-            if theirs is not None and drawn_controls is not None:
-                spread = spread - drawn_controls @ theirs
+            figure, level, spread = ours.mean().item(), 0.0, drawn @ ours
+            if theirs is not None and weights is not None:
+                level, spread = theirs.mean().item(), spread - weights @ theirs
         low, high = torch.quantile(spread, torch.tensor([TAIL, 1 - TAIL], dtype=spread.dtype)).tolist()
         found.append(Comparison(name, figure, level, figure - level, low, high, margin))
     return found
@@ -211,10 +223,12 @@ def _beats(ours: Tensor, theirs: Tensor) -> Tensor:
     return (difference > 0).double() + 0.5 * (difference == 0).double()
 
 
-def _judge_text(after: Examination, controls: Examination | None, place: int) -> str:
+def _judge_text(
+    after: Examination, controls: Examination | None, found: Sequence[Comparison], place: int
+) -> str:
     if after.extracted[place]:
         return "not"
-    level = _values(controls, "sampled").mean().item() if controls else 0.0
+    level = next(figure.controls for figure in found if figure.name == "sampled")
     if after.others[place] or after.sampled[place] - level >= 0.5:
         return "partly"
     if controls is None or len(controls.loss) < FEWEST:
@@ -225,7 +239,9 @@ def _judge_text(after: Examination, controls: Examination | None, place: int) ->
 
 def _is_unknown(figure: Comparison, few: bool) -> bool:
     """Whether a figure of the untouched model is that of texts that it never saw."""
-    return figure.low <= 0 and figure.difference < _allowed(figure, few)
+    # The chance to come out in samples is above 0 of any text.
+    above = figure.low > 0 and figure.name != "sampled"
+    return not above and figure.difference < _allowed(figure, few)
 
 
 def _allowed(figure: Comparison, few: bool) -> float:
