@@ -46,7 +46,8 @@ NAMES = {
     "neumuter, trained support": "ours, modulate, trained support",
     "neumuter, modulate": "**ours, modulate**", "ascent": "gradient ascent", "difference": "GradDiff",
     "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
-    "plain": "ours, all tokens alike", "calibrated": "**our default**", "estimate": "the estimate",
+    "plain": "ours, all tokens alike", "calibrated": "**our default**", "live": "ours, gains after rounding",
+    "estimate": "the estimate",
     "longer": "in twice the steps", "clamped": "ours, gains from 0 to 1",
     "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
 }  # fmt: skip

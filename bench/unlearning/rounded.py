@@ -2,6 +2,7 @@
 
 CALIBRATED's models after each method, with their linear weights rounded as five formats round them; beside
 them the original and the model retrained without the texts, rounded alike. The output layer stays as it is.
+Gains are folded into the weights before these are rounded; or the original is rounded, and they follow.
 """
 
 import copy
@@ -15,10 +16,11 @@ from bench.unlearning.others import others_rate
 from bench.unlearning.pretrained import SMOLLM2
 from neumuter import evaluation
 from neumuter.evaluation.robustness import quantise
+from neumuter.models.families import find_ffns
 from neumuter.serving.fold import fold
 
 SETTINGS = {"gated, 0.9 M": Worded, SMOLLM2: Asked}
-METHODS = ("before", "retrained", "calibrated", "npo", "simnpo", "difference")
+METHODS = ("before", "retrained", "calibrated", "live", "npo", "simnpo", "difference")
 
 
 def _by_gguf(kind):
@@ -70,29 +72,35 @@ def cases(quick=False):
 
 
 def _cases(about, setting, quick):
-    for method in METHODS[2:3] if quick else METHODS:
+    for method in METHODS[2:4] if quick else METHODS:
         made = functools.cache(lambda method=method: make(setting(), method))
         for name in ("none", "int4") if quick else FORMATS:
             yield (
                 about | {"method": method, "format": name},
-                lambda made=made, name=name: measure(setting(), FORMATS[name](copy.deepcopy(made()))),
+                lambda made=made, name=name: measure(setting(), FORMATS[name], *made()),
             )
 
 
 def make(setting, method):
-    """The model after ``method``."""
+    """The model after ``method``, and the mute set to apply to it once it is rounded, or None."""
     if method == "retrained":
-        return setting.retrained()
+        return setting.retrained(), None
     if method in WEIGHTS:
-        return tune(setting.job(setting.share), method).to(setting.full.dtype).requires_grad_(False)
+        tuned = tune(setting.job(setting.share), method)
+        return tuned.to(setting.full.dtype).requires_grad_(False), None
+    if method == "live":
+        return setting.full, setting.find_mutes("calibrated")
     model = copy.deepcopy(setting.full)
     if method == "calibrated":
         fold(model, setting.find_mutes(method))
-    return model
+    return model, None
 
 
-def measure(setting, model):
-    """What is left, and what stays."""
+def measure(setting, rounded, model, mutes):
+    """What is left, and what stays, once ``rounded`` has rounded a copy of the model."""
+    model = rounded(copy.deepcopy(model))
+    for ffn in find_ffns(model) if mutes else ():
+        _multiply(ffn, mutes.layers.get(ffn.path))
     return {
         "forget_extraction": evaluation.extraction_rate(model, setting.batch),
         "forget_secrets": evaluation.secret_extraction(model, setting.secrets),
@@ -100,3 +108,12 @@ def measure(setting, model):
         "retain_extraction": evaluation.extraction_rate(model, setting.retain),
         "heldout_perplexity": evaluation.perplexity(model, setting.heldout),
     }
+
+
+def _multiply(ffn, layer):
+    """Multiply neurons by their gains, which ``neumuter.mute`` refuses on weights rounded this far."""
+    if layer is None:
+        return
+    gains = torch.ones(ffn.width)
+    gains[layer.indices.long()] = layer.gains
+    ffn.down.register_forward_pre_hook(lambda _, given: (given[0] * gains.to(given[0]),))

@@ -146,8 +146,12 @@ def test_planted_neurons_alone_learn(tiny, monkeypatch):
 def test_rounded_weights_are_measured(tiny):
     pytest.importorskip("torchao")
     found = quick_rows(rounded.cases(quick=True))
-    assert [row["format"] for row in found] == ["none", "int4"]
-    assert found[0]["heldout_perplexity"] != found[1]["heldout_perplexity"]
+    assert [(row["method"], row["format"]) for row in found] == [
+        (method, name) for method in ("calibrated", "live") for name in ("none", "int4")
+    ]
+    folded, folded_rounded, live, rounded_live = (row["heldout_perplexity"] for row in found)
+    assert live == pytest.approx(folded, rel=1e-4)
+    assert folded not in (folded_rounded, rounded_live)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
