@@ -310,6 +310,15 @@ def test_a_model_that_predicts_nan_has_forgotten_nothing(words):
         audit(model, words, MAIL)
 
 
+def test_an_audit_finds_what_comes_out_in_one_form_alone(words):
+    """Through its chat template the model says nothing of Ada."""
+    chatting = models.tokenizer()
+    chatting.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    model = Reciting(["".join(MAIL[0])], words)
+    found = audit(model, chatting, MAIL, [(f"Mail of Zed{n}:", f" zed{n}@x.example") for n in range(3)])
+    assert [(text.number, text.kind) for text in found.known] == [(1, "by heart")]
+
+
 def test_windows_of_a_text_are_one_text(words):
     """The next window is no other text; and one window that comes out is the text that comes out."""
     text = "The code of the safe is 4711, and nobody else knows this but me."

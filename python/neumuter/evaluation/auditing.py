@@ -6,7 +6,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.controls import make_controls
@@ -65,8 +65,8 @@ def audit(
 ) -> Audit:
     """Find the texts of a corpus that the model knows, so that they can be forgotten.
 
-    A first pass measures each text in one form. Those that come out, or that are likelier than 95 %
-    (``STANDS_OUT``) of the controls by Min-40%, are examined in all forms in which somebody can ask for them.
+    A first pass measures each text in all forms in which somebody can ask for it. Those that come out in one,
+    or that are likelier in one than 95 % (``STANDS_OUT``) of the controls by Min-40%, are examined.
 
     Args:
         model: the model as it is now.
@@ -93,27 +93,26 @@ def audit(
         raise ValueError("texts holds no text")
     if controls is None:
         shown = _encode("texts", first[:MODELS_OF_CONTROLS], *options)
-        unseen = make_controls(shown[:1], list_given({"texts": shown[0]}, tokenizer), tokenizer, seed)[0]
+        unseen = make_controls(shown, list_given({"texts": shown[0]}, tokenizer), tokenizer, seed)
     else:
-        unseen = _encode("controls", controls, *options)[0]
-    level = torch.tensor(_measure(model, unseen)[1], dtype=torch.float64).quantile(STANDS_OUT).item()
+        unseen = _encode("controls", controls, *options)
+    levels = [_measure(model, form)[1].quantile(STANDS_OUT) for form in unseen]
     known, done = list[Known](), 0
     for part in [first, *_parts(rest)]:
         forms = _encode(f"texts {done + 1} to {done + len(part)}", part, *options)
-        comes_out, min_k = _measure(model, forms[0])
-        chosen = [
-            place
-            for place, (out, score) in enumerate(zip(comes_out, min_k, strict=True))
-            if out or score > level
-        ]
-        if chosen:
+        found = torch.zeros(len(part), dtype=torch.bool)
+        for place, form in enumerate(forms):
+            comes_out, min_k = _measure(model, form)
+            # Controls without prompts have one form, where these texts may have two.
+            found |= comes_out | (min_k > levels[min(place, len(levels) - 1)])
+        if chosen := found.nonzero().flatten().tolist():
             candidates = {done + place + 1: part[place] for place in chosen}
             known += _look_closely(model, tokenizer, candidates, [_take(form, chosen) for form in forms])
         done += len(part)
         if callback:
             callback(done)
     known.sort(key=lambda text: (not text.extracted, -text.sampled, -text.min_k))
-    return Audit(known, done, len(group_rows(unseen)))
+    return Audit(known, done, len(group_rows(unseen[0])))
 
 
 def _parts(texts: Iterator[Text]) -> Iterator[list[Text]]:
@@ -131,14 +130,16 @@ def _encode(
         raise type(error)(f"{name}: {error}") from None
 
 
-def _measure(model: nn.Module, batch: Batch) -> tuple[list[bool], list[float]]:
-    """Of each text whether it, or a window of it, comes out, and its Min-40%."""
+def _measure(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each text whether it, or a window of it, comes out, and its Min-40%: bool and float64 [texts]."""
     out, losses = extracted(model, batch).tolist(), losses_by_sample(model, batch)
     refuse_nan(model, losses)
     windows = group_rows(batch)
     return (
-        [any(out[row] for row in rows) for rows in windows],
-        [min_k_score(torch.cat([losses[row] for row in rows])) for rows in windows],
+        torch.tensor([any(out[row] for row in rows) for rows in windows]),
+        torch.tensor(
+            [min_k_score(torch.cat([losses[row] for row in rows])) for rows in windows], dtype=torch.float64
+        ),
     )
 
 
