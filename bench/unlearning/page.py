@@ -301,7 +301,7 @@ def relearned(rows, _):
     columns = [c for c in COLUMNS if c.startswith(("half", "relearned"))]
     rows = _related(rows, ("seed",))
     groups = [(label, _where(rows, method=method)) for method, label in names.items()]
-    return table(groups, [*columns, "same_extraction", "retain_extraction", "perplexity"])
+    return table(groups, [*columns, "others", "same_extraction", "retain_extraction", "perplexity"])
 
 
 def requests(rows, method):
