@@ -123,7 +123,8 @@ def judge(
     over = [figure for figure in found if figure.difference >= _allowed(figure, few)]
     unsure = [figure for figure in found if figure.high >= figure.margin and figure not in over]
     if found[0].low > 0:
-        return Verdict("not", f"Not forgotten: {come}. Try more steps or a larger budget.", found, texts)
+        advice = "Try more steps or a larger budget; the budget 'auto' searches for it"
+        return Verdict("not", f"Not forgotten: {come}. {advice}.", found, texts)
     if over:
         reasons = [come, *(_exceeds(figure) for figure in over if figure.name != "extraction")]
         return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
