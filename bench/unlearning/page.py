@@ -265,6 +265,7 @@ def rounded(rows, model):
                 _cell([row["forget_secrets"] for row in found], "{:.2f}"),
                 _cell([row["others"] for row in found if "others" in row], "{:.2f}"),
                 _cell([row["retain_extraction"] / o["retain_extraction"] for row, o in pairs], "{:.2f}"),
+                _cell([row["retain_least"] for row in found if "retain_least" in row], "{:.1f}"),
                 _cell(
                     [row["heldout_perplexity"] / o["heldout_perplexity"] - 1 for row, o in pairs], "{:+.1%}"
                 ),
@@ -278,6 +279,7 @@ def rounded(rows, model):
         "forget: secrets ↓",
         "forget: another's text ↓",
         "keep, over the original's in this format ↑",
+        "keep: log-odds of the least likely token",
         "perplexity over the original's in this format",
     ]
     return text.table(head, lines, "---:") if lines else None

@@ -15,9 +15,11 @@ from bench.unlearning.methods import WEIGHTS, tune
 from bench.unlearning.others import others_rate
 from bench.unlearning.pretrained import SMOLLM2
 from neumuter import evaluation
+from neumuter.evaluation.language import losses_by_sample
 from neumuter.evaluation.robustness import quantise
 from neumuter.models.families import find_ffns
 from neumuter.serving.fold import fold
+from neumuter.training.losses import log_odds
 
 SETTINGS = {"gated, 0.9 M": Worded, SMOLLM2: Asked}
 METHODS = ("before", "retrained", "calibrated", "live", "npo", "simnpo", "difference")
@@ -106,8 +108,15 @@ def measure(setting, rounded, model, mutes):
         "forget_secrets": evaluation.secret_extraction(model, setting.secrets),
         "others": others_rate(model, setting.tokenizer, setting.batch, setting.retain),
         "retain_extraction": evaluation.extraction_rate(model, setting.retain),
+        "retain_least": _find_least(model, setting.retain),
         "heldout_perplexity": evaluation.perplexity(model, setting.heldout),
     }
+
+
+def _find_least(model, batch):
+    """Of each text the log-odds of its least likely token, which decides whether it comes out; the median."""
+    least = [log_odds(losses).min() for losses in losses_by_sample(model, batch)]
+    return torch.stack(least).median().item()
 
 
 def _multiply(ffn, layer):
