@@ -1,8 +1,9 @@
 """A ledger of requests to forget: what was asked, what was done, and what came of it.
 
 A folder holds ``ledger.jsonl``, one JSON object a line, and the files of each request. Texts are kept as
-keyed hashes alone. Every entry has the SHA-256 of the one before it and of its files, so a changed, removed
-or inserted entry is seen. Entries cut off at the end are seen by who knows the last hash.
+keyed hashes alone. Every entry has the SHA-256 of the one before it, of its files and of the key, so whoever
+changes, removes or inserts an entry is found out, unless they compute all hashes behind it anew or cut off
+all entries behind it. Only a hash that was kept elsewhere shows that: see ``Ledger``.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ TOLD = (
     "comparisons",
 )  # fmt: skip
 START = "0" * 64
-FORMAT = 1
+# Format 1, which no release wrote, had no hash of the key and no windows.
+FORMAT = 2
 
 
 class LedgerError(ValueError):
@@ -66,13 +68,15 @@ class Ledger:
 
     Args:
         folder: the folder; it is made, with a new key, if it does not exist or is empty, and ``create``.
+        head: what ``head`` was at an earlier time, kept elsewhere. The entries up to that one must still be
+            there, as they were. None compares with nothing.
 
     Raises:
         FileNotFoundError: there is no ledger.
-        LedgerError: an entry, a file of a request or the key was changed.
+        LedgerError: an entry, a file of a request or the key was changed; or no entry has the hash ``head``.
     """
 
-    def __init__(self, folder: PathLike, create: bool = False) -> None:
+    def __init__(self, folder: PathLike, create: bool = False, head: str | None = None) -> None:
         self.folder = Path(folder)
         if create and not (self.folder / ENTRIES).exists():
             self._create()
@@ -80,10 +84,15 @@ class Ledger:
             raise FileNotFoundError(f"{self.folder} is not a ledger: it has no {ENTRIES}")
         self._key = _read_key(self.folder / KEY)
         self.entries = self._read()
+        if head is not None and head not in (START, *(entry["hash"] for entry in self.entries)):
+            raise LedgerError(
+                f"no entry of {self.folder / ENTRIES} has the hash {head}: since it was noted, entries were "
+                "changed or cut off, and the hashes were computed anew"
+            )
 
     @property
     def head(self) -> str:
-        """The hash of the last entry. Who keeps it elsewhere sees if entries are cut off."""
+        """The hash of the last entry. Keep it elsewhere: it shows if entries were rewritten or cut off."""
         return self.entries[-1]["hash"] if self.entries else START
 
     def requests(self) -> list[Request]:
@@ -223,6 +232,7 @@ class Ledger:
             "number": len(self.entries) + 1,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **entry,
+            "key": _hash_key(self._key),
             "previous": self.head,
         }
         entry["hash"] = _hash_json(entry)
@@ -245,10 +255,14 @@ class Ledger:
                 raise LedgerError(f"{where} is damaged: it is not an entry of a ledger") from None
             if told != _hash_json(entry):
                 raise LedgerError(f"{where} was changed: its hash does not match its content")
-            if entry["previous"] != previous or entry["number"] != number:
+            if entry.get("format") != FORMAT:
+                raise LedgerError(
+                    f"{where} has format {entry.get('format')}; this version reads format {FORMAT}"
+                )
+            if (entry.get("previous"), entry.get("number")) != (previous, number):
                 raise LedgerError(f"{where} does not follow the one before it: entries were removed or added")
-            if entry["format"] != FORMAT:
-                raise LedgerError(f"{where} has format {entry['format']}; this version reads format {FORMAT}")
+            if entry.get("key") != _hash_key(self._key):
+                raise LedgerError(f"{self.folder / KEY} was replaced since entry {number} was written")
             for file, digest in entry.get("files", {}).items():
                 path = self.folder / REQUESTS / str(number) / file
                 if not path.is_file() or _hash_file(path) != digest:
@@ -267,6 +281,10 @@ def _read_key(path: Path) -> bytes:
     if len(key) != KEY_BYTES:
         raise LedgerError(f"{path} is damaged: it is no key of a ledger")
     return key
+
+
+def _hash_key(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
 
 
 def _hash_json(value: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 
 import neumuter
 from neumuter.cli.app import main
+from neumuter.ledger import _hash_json
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
 from neumuter.texts import encode
 from tests.models import build, learn, tokenizer
@@ -129,10 +130,50 @@ def test_a_changed_file_of_a_request_is_seen(ledger, folder, capsys):
     assert "was changed or removed" in capsys.readouterr().err
 
 
-def test_entries_cut_off_show_in_the_last_hash(ledger):
-    head = ledger.head
-    write_lines(ledger, lines_of(ledger)[:1])
-    assert neumuter.Ledger(ledger.folder).head != head
+def rewrite(ledger, change):
+    """Change entries, and compute the hashes of the whole chain anew."""
+    lines, previous = [], "0" * 64
+    for line in lines_of(ledger):
+        entry = change(json.loads(line)) | {"previous": previous}
+        del entry["hash"]
+        entry["hash"] = previous = _hash_json(entry)
+        lines.append(json.dumps(entry))
+    write_lines(ledger, lines)
+
+
+def test_only_a_hash_kept_elsewhere_shows_a_rewrite_and_entries_cut_off(ledger, folder, capsys):
+    lines, first, head = lines_of(ledger), ledger.entries[0]["hash"], ledger.head
+    for bite in (
+        lambda: write_lines(ledger, lines[:1]),
+        lambda: rewrite(ledger, lambda entry: entry | {"name": "another"}),
+    ):
+        write_lines(ledger, lines)
+        bite()
+        assert run("ledger", "list", ledger.folder) == 0
+        for command in (("ledger", "list", ledger.folder), ("verify", ledger.folder, folder / "model")):
+            options = ("--texts", folder / "texts") if command[0] == "verify" else ()
+            assert run(*command, *options, "--head", head) == 1
+            assert (
+                f"no entry of {ledger.folder / 'ledger.jsonl'} has the hash {head}" in capsys.readouterr().err
+            )
+    write_lines(ledger, lines)
+    for known in ("0" * 64, first, head):
+        assert run("ledger", "list", ledger.folder, "--head", known) == 0
+    # What is added later is no rewrite.
+    neumuter.Ledger(ledger.folder).undo(1)
+    assert neumuter.Ledger(ledger.folder, head=head).head != head
+
+
+def test_another_key_and_another_format_are_refused(ledger):
+    key = ledger.folder / "key"
+    own = key.read_text()
+    key.write_text("0f" * 32)
+    with pytest.raises(neumuter.LedgerError, match="key was replaced since entry 1 was written"):
+        neumuter.Ledger(ledger.folder)
+    key.write_text(own)
+    rewrite(ledger, lambda entry: entry | {"format": 1})
+    with pytest.raises(neumuter.LedgerError, match="entry 1 has format 1; this version reads format 2"):
+        neumuter.Ledger(ledger.folder)
 
 
 def test_two_writers_and_a_killed_one_lose_nothing(ledger, folder):

@@ -45,6 +45,7 @@ OF_SERVERS = {
     "target",
     "texts",
     "served",
+    "head",
     "out",
     "column",
     "prompt_column",
@@ -52,6 +53,13 @@ OF_SERVERS = {
 }
 Folder = Annotated[Path, typer.Argument(help="Folder of the ledger.")]
 Number = Annotated[int, typer.Argument(min=1, help="Number of the request.")]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="A last hash that you kept elsewhere: refuse the ledger if the entries up to that hash are not "
+        "what they were."
+    ),
+]
 
 ledger = typer.Typer(help="Keep a ledger of the requests to forget.", no_args_is_help=True)
 
@@ -79,11 +87,11 @@ def add(
 
 
 @ledger.command(name="list")
-def show(folder: Folder) -> None:
+def show(folder: Folder, head: Head = None) -> None:
     """List the requests, after checking that no entry and no file was changed."""
     from neumuter.ledger import Ledger
 
-    kept = Ledger(folder)
+    kept = Ledger(folder, head=head)
     table = Table("request", "name", "added", "texts", "neurons", "verdict")
     for request in kept.requests():
         report = request.entry["report"]
@@ -139,6 +147,7 @@ def verify(
             help="TARGET is a model without mutes: first apply those of all requests that are not undone.",
         ),
     ] = False,
+    head: Head = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a page of each request, which quotes no text.")
     ] = None,
@@ -175,7 +184,7 @@ def verify(
 
     if out:
         check_writable(out)
-    kept = Ledger(folder)
+    kept = Ledger(folder, head=head)
     wanted = kept.find_texts(_read_all(texts, columns)).values()
     if served is not None:
         with console.status(f"Asking {escape(target)}"):
@@ -200,7 +209,8 @@ def verify(
 
 def _print_head(head: str) -> None:
     console.print(
-        f"The last hash is {head}. Keep it elsewhere: only it shows if the last entries are cut off.",
+        f"The last hash is {head}. Keep it elsewhere, and give it as --head later: only it shows if entries "
+        "were rewritten or cut off.",
         highlight=False,
         soft_wrap=True,
     )
