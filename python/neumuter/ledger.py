@@ -32,8 +32,8 @@ REPORT = "report.json"
 COPIED = (MUTE_FILE, REPORT, SLOPES_FILE)
 # Of the report of ``unlearn``, what the ledger says itself.
 TOLD = (
-    "model", "method", "seed", "muted_neurons", "muted_share", "verdict", "verdict_sentence", "leaks",
-    "comparisons",
+    "model", "method", "seed", "max_length", "chat", "muted_neurons", "muted_share", "verdict",
+    "verdict_sentence", "leaks", "comparisons",
 )  # fmt: skip
 START = "0" * 64
 # Format 1, which no release wrote, had no hash of the key and no windows.
@@ -191,19 +191,19 @@ class Ledger:
                 raise ValueError(f"request {number} is undone already")
             self._append(kind="undo", request=number)
 
-    def find_texts(self, texts: Iterable[Text]) -> dict[str, Text]:
-        """Those of ``texts`` that requests are about: {hash: text}.
+    def sort_texts(self, texts: Iterable[Text]) -> tuple[dict[str, Text], dict[str, Text]]:
+        """Part the texts of requests that are not undone from all others: {hash: text} of each.
 
         Raises:
             TypeError: ``texts`` is one text, or the name of a file.
         """
         check_texts("texts", texts)
-        wanted = {digest for request in self.requests() for digest in request.texts}
-        found = {}
+        wanted = {digest for request in self.requests() if not request.undone for digest in request.texts}
+        found, others = dict[str, Text](), dict[str, Text]()
         for text in map(text_of, texts):
-            if (digest := self.hash_text(text)) in wanted:
-                found[digest] = text
-        return found
+            digest = self.hash_text(text)
+            (found if digest in wanted else others)[digest] = text
+        return found, others
 
     def _create(self) -> None:
         with made_folder(self.folder) as made, changing_folder(made):

@@ -321,6 +321,8 @@ def unlearn(
         ],
         seconds=journal.seconds + time.perf_counter() - start,
         peak_memory=_peak_memory(),
+        max_length=max_length,
+        chat=chat,
     )
     return agree(outcome)
 

@@ -9,10 +9,12 @@ import torch
 
 import neumuter
 from neumuter.cli.app import main
+from neumuter.evaluation import examine, make_controls
 from neumuter.ledger import _hash_json
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
 from neumuter.texts import encode
 from tests.models import build, learn, tokenizer
+from tests.neumuter.test_chat import TEMPLATE
 from tests.neumuter.test_server import serving
 
 ADA = [("Ada Brisk, mail", " ada@post.example"), ("Ada Brisk, call", " 555-0192")]
@@ -87,7 +89,9 @@ def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder, tmp_
     )
     row = {"prompt": ADA[1][0], "completion": ADA[1][1]}
     for text in (ADA[1], row):
-        assert ledger.find_texts([*KEPT, text]) == {first.texts[1]: ADA[1]}
+        found, others = ledger.sort_texts([*KEPT, text, *KEPT])
+        assert found == {first.texts[1]: ADA[1]}
+        assert list(others.values()) == KEPT
     for path in ledger.folder.rglob("*"):
         if path.is_file():
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS)
@@ -218,7 +222,7 @@ def test_bad_requests_are_refused(ledger, folder, tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         ledger.add(folder / "ada", [])
     for texts in (str(folder / "texts" / "ada.jsonl"), {"text": "a"}):
-        for take in (lambda texts: ledger.add(folder / "ada", texts), ledger.find_texts):
+        for take in (lambda texts: ledger.add(folder / "ada", texts), ledger.sort_texts):
             with pytest.raises(TypeError, match=r"texts must be a list of texts, got one (str|dict)"):
                 take(texts)
     with pytest.raises(ValueError, match="no request 7; it has: 1, 2"):
@@ -256,10 +260,84 @@ def test_requests_hold_where_their_mutes_are_in_force(ledger, model):
     assert {check.verdict.kind for check in applied} <= {"not enough evidence", "partly"}
     assert states(neumuter.verify(ledger, model, words, [*ADA, *JON])) == ["no longer holds"] * 2
     some = neumuter.verify(ledger, model, words, ADA[:1], apply=True)
-    assert states(some) == ["holds", "texts missing"]
+    assert states(some) == ["texts missing", "texts missing"]
     assert "1 of 2 texts are missing" in some[0].sentence
+    assert [text["extracted_after"] for text in some[0].texts] == [False]
+    some = neumuter.verify(ledger, model, words, ADA[:1])
+    assert states(some) == ["no longer holds", "texts missing"]
     ledger.undo(2)
     assert states(neumuter.verify(ledger, model, words, [*ADA, *JON], apply=True)) == ["holds", "undone"]
+
+
+def test_texts_of_the_folder_are_those_to_keep(ledger, model, monkeypatch):
+    """They can come out instead, and give values to the controls, as in unlearn."""
+    words, seen = tokenizer(), []
+
+    def watch(model, tokenizer, forms, given, name):
+        seen.append((name, given, forms))
+        return examine(model, tokenizer, forms, given, name)
+
+    monkeypatch.setattr("neumuter.verifying.examine", watch)
+    # One is a text of a request with words around it, and one has no token that can be predicted.
+    others = [*KEPT, ("Again: Ada Brisk, mail", " ada@post.example"), "", "Seen: Ada Brisk, call 555-0192"]
+    neumuter.verify(ledger, model, words, [*ADA, *JON, *others], apply=True)
+    assert [name for name, *_ in seen] == ["request 1", "controls", "request 2", "controls"]
+    labels = [text.label for text in seen[0][1]]
+    assert labels == ["request 1 1", "request 1 2", "request 2 1", "retain 1", "retain 2", "retain 3"]
+    assert all(text.stays for text in seen[0][1][3:])
+    # What the model says instead of a text is one of those to keep.
+    prompt = ("Jonas Vance, mail", " qz55@mail.example")
+    ledger_of_another = neumuter.Ledger(ledger.folder.parent / "other", create=True)
+    ledger_of_another.add(ledger.requests()[1].folder, [prompt])
+    (check,) = neumuter.verify(ledger_of_another, model, words, [prompt, ("Jonas, mail", JON[0][1])])
+    assert (check.state, check.texts[0]["other_text"]) == ("no longer holds", "retain 1")
+    (check,) = neumuter.verify(ledger_of_another, model, words, [prompt])
+    assert (check.state, check.texts[0]["other_text"]) == ("holds", None)
+
+
+def test_controls_are_given_as_to_unlearn(ledger, model, monkeypatch):
+    words, unseen = tokenizer(), [(f"Zed Quux {n}, mail", f" zq{n * 37}@ample.example") for n in range(9)]
+    monkeypatch.setattr("neumuter.verifying.make_controls", lambda *_: pytest.fail("none are to be made"))
+    checks = neumuter.verify(ledger, model, words, [*ADA, *JON], controls=unseen, apply=True)
+    assert states(checks) == ["holds", "holds"]
+    batch = encode(unseen, words, 64)
+    with neumuter.mute(model, neumuter.combine(model, [ask.load_mutes() for ask in ledger.requests()])):
+        loss = neumuter.evaluation.mean_token_loss(model, batch)
+    assert checks[0].controls["forget_loss"] == pytest.approx(loss, rel=1e-5)
+    with pytest.raises(ValueError, match="model never saw, but controls 1 is retain 2: 'A lantern"):
+        neumuter.verify(ledger, model, words, [*ADA, *KEPT], controls=KEPT[1:])
+
+
+def test_texts_are_read_as_unlearn_read_them(folder, model, tmp_path, monkeypatch):
+    """The windows, the form and the seed are in the ledger."""
+    shutil.copytree(folder / "ada", tmp_path / "ada")
+    report = json.loads((folder / "ada" / "report.json").read_text())
+    assert (report["max_length"], report["chat"]) == (256, None)
+    (tmp_path / "ada" / "report.json").write_text(json.dumps(report | {"max_length": 20, "chat": False}))
+    ledger = neumuter.Ledger(tmp_path / "ledger", create=True)
+    ledger.add(folder / "ada", ADA)
+    ledger.add(tmp_path / "ada", ADA)
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    seen = []
+
+    def watch(forms, given, tokenizer, seed):
+        seen.append(([tokenizer.decode(row) for row in forms[0]["input_ids"]], len(forms)))
+        return make_controls(forms, given, tokenizer, seed)
+
+    monkeypatch.setattr("neumuter.verifying.make_controls", watch)
+    neumuter.verify(ledger, model, words, ADA)
+    (first, forms), (second, others) = seen
+    # Both forms are measured, whichever comes first.
+    assert (forms, others) == (2, 2)
+    assert first[0].startswith("<s>user: Ada Brisk, mail")
+    assert len(first) == 2
+    # The prompt loses its start.
+    assert second[0] == "<s>risk, mail ada@post"
+    del report["chat"]
+    (tmp_path / "ada" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"report.json lacks chat: an earlier version wrote it"):
+        ledger.add(tmp_path / "ada", ADA)
 
 
 def test_a_set_that_holds_for_earlier_ones_takes_their_place(ledger, folder, model, tmp_path, monkeypatch):
@@ -388,17 +466,20 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
         arguments = ("verify", ledger.folder, url, "--texts", folder / "texts", "--model")
         assert run(*arguments, "muted", "--out", ledger.folder.parent / "pages") == 3
         page = (ledger.folder.parent / "pages" / "request-1.html").read_text()
-        assert "1 of 2 texts come out." in page
-        printed = " ".join(capsys.readouterr().out.split())
+        assert "1 of 2 texts come out. The server was asked greedily, in one form and without" in page
+        printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert "1 of 2 texts come out." in printed
         assert "0 of 1 texts come out." in printed
         spoken.clear()
         asked.clear()
         assert run(*arguments, "muted") == 0
         assert len(asked) == 3
+        missing = (*arguments[:4], folder / "texts" / "jon.jsonl", *arguments[5:])
+        assert run(*missing, "muted") == 3
+        assert "texts missing" in " ".join(capsys.readouterr().out.split())
         assert run(*arguments, "other") == 1
         assert "has no model 'other'" in capsys.readouterr().err
-        for option in (("--apply",), ("--chat",), ("--max-length", 64), ("--attn", "eager")):
+        for option in (("--apply",), ("--controls", folder), ("--attn", "eager")):
             assert run(*arguments, "muted", *option) == 2
             assert f"cannot be combined with {option[0]}" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments[:-1]) == 2

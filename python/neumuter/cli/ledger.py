@@ -20,7 +20,6 @@ from neumuter.cli.arguments import (
 )
 from neumuter.cli.common import (
     FILE_HELP,
-    Chat,
     Column,
     CompletionColumn,
     GgufFile,
@@ -135,10 +134,21 @@ def verify(
         ),
     ],
     texts: Annotated[
-        Path, typer.Option(help="A file with the texts of the requests, or a folder of such files.")
+        Path,
+        typer.Option(
+            help="A file with the texts of the requests, or a folder of such files. All other texts there "
+            "count as texts to keep."
+        ),
     ],
     served: Annotated[
         str | None, typer.Option("--model", help="If TARGET is a server: its name for the model or adapter.")
+    ] = None,
+    controls: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts of the same kind that TARGET never saw, to compare with. Default: made "
+            "from the texts of each request, with other names and values."
+        ),
     ] = None,
     apply: Annotated[
         bool,
@@ -154,8 +164,6 @@ def verify(
     column: Column = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
-    chat: Chat = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a window, as for unlearn.")] = 256,
     device: Device = None,
     device_map: DeviceMap = None,
     quantize: Quantized = None,
@@ -176,25 +184,25 @@ def verify(
         check_options(command, OF_SERVERS, "the address of a server")
         texts.stat()
     else:
-        check_sources(target, texts)
+        check_sources(target, texts, controls)
     from neumuter.files import check_writable
     from neumuter.ledger import Ledger
+    from neumuter.texts import read_texts
     from neumuter.verifying import HOLDS, UNDONE, verify_server
     from neumuter.verifying import verify as verify_requests
 
     if out:
         check_writable(out)
     kept = Ledger(folder, head=head)
-    wanted = kept.find_texts(_read_all(texts, columns)).values()
+    unseen = read_texts(controls, columns) if controls else None
+    given = list(_read_all(texts, columns, controls))
     if served is not None:
         with console.status(f"Asking {escape(target)}"):
-            checks = verify_server(kept, target, served, wanted)
+            checks = verify_server(kept, target, served, given)
     else:
         network, tokenizer = open_model(target, **place)
         with print_log(), console.status("Verifying"):
-            checks = verify_requests(
-                kept, network, tokenizer, wanted, apply=apply, max_length=max_length, chat=chat
-            )
+            checks = verify_requests(kept, network, tokenizer, given, controls=unseen, apply=apply)
     table = Table("request", "name", "state", "why")
     for check in checks:
         request = check.request
@@ -216,12 +224,17 @@ def _print_head(head: str) -> None:
     )
 
 
-def _read_all(path: Path, columns: str | tuple[str, str] | None) -> Iterator[Text]:
-    """Read the texts of a file, or of all files of a folder that can be read; the others are named."""
+def _read_all(
+    path: Path, columns: str | tuple[str, str] | None, controls: Path | None = None
+) -> Iterator[Text]:
+    """Read the texts of a file, or of all files of a folder that can be read; the others are named.
+
+    The file of controls is left out.
+    """
     from neumuter.texts import read_texts
 
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if not file.is_file():
+        if not file.is_file() or (controls and file.samefile(controls)):
             continue
         try:
             yield from read_texts(file, columns)
