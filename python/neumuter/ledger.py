@@ -45,22 +45,44 @@ class LedgerError(ValueError):
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A mute set of a request. folder: where its files are. entry: the whole entry that brought it."""
+
+    folder: Path
+    entry: dict[str, Any]
+
+    def load_mutes(self) -> MuteSet:
+        return MuteSet.load(self.folder / MUTE_FILE)
+
+
+@dataclass(frozen=True)
 class Request:
     """A request of a ledger.
 
-    number: from 1. name: what its owner calls it. texts: the keyed hash of each text. folder: where its files
-    are. entry: the whole entry. undone: whether it was taken back.
+    number: from 1. name: what its owner calls it. texts: the keyed hash of each text. fits: its mute sets,
+    that with which it was added first, then those that were fitted anew. undone: whether it was taken back.
     """
 
     number: int
     name: str
     texts: list[str]
-    folder: Path
-    entry: dict[str, Any]
+    fits: list[Fit]
     undone: bool
 
-    def load_mutes(self) -> MuteSet:
-        return MuteSet.load(self.folder / MUTE_FILE)
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The whole entry with which the request was added."""
+        return self.fits[0].entry
+
+    @property
+    def newest(self) -> Fit:
+        """The newest of its mute sets."""
+        return self.fits[-1]
+
+    @property
+    def holds_for_earlier(self) -> bool:
+        """Whether its mute sets hold for all earlier requests, too: slopes of these were in the first fit."""
+        return "former" in self.fits[0].load_mutes().method
 
 
 class Ledger:
@@ -98,18 +120,15 @@ class Ledger:
     def requests(self) -> list[Request]:
         """List all requests, in order."""
         undone = {entry["request"] for entry in self.entries if entry["kind"] == "undo"}
-        return [
-            Request(
-                number=entry["number"],
-                name=entry["name"],
-                texts=entry["texts"],
-                folder=self.folder / REQUESTS / str(entry["number"]),
-                entry=entry,
-                undone=entry["number"] in undone,
-            )
-            for entry in self.entries
-            if entry["kind"] == "request"
-        ]
+        found: dict[int, Request] = {}
+        for entry in self.entries:
+            number, kind = entry["number"], entry["kind"]
+            fit = Fit(self.folder / REQUESTS / str(number), entry)
+            if kind == "request":
+                found[number] = Request(number, entry["name"], entry["texts"], [fit], number in undone)
+            elif kind == "refit":
+                found[entry["request"]].fits.append(fit)
+        return list(found.values())
 
     def request(self, number: int) -> Request:
         """Find a request by its number.
@@ -142,42 +161,31 @@ class Ledger:
             TypeError: ``texts`` is one text, or the name of a file.
         """
         check_texts("texts", texts)
-        folder, hashes = Path(folder), [self.hash_text(text) for text in texts]
+        hashes = [self.hash_text(text) for text in texts]
         if not hashes:
             raise ValueError("texts holds no text")
-        # Mute files have None for what is no number.
-        report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
-        mutes = MuteSet.load(folder / MUTE_FILE)
-        # Many runs have the same number of neurons and the same seed.
-        told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]
-        if told != [mutes.count, mutes.seed, *(mutes.metrics.get(state) for state in ("before", "after"))]:
-            raise ValueError(
-                f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed, number of neurons or what "
-                "was measured differ"
-            )
-        if missing := [key for key in TOLD if key not in report and key != "model"]:
-            raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: an earlier version wrote it")
+        result = _read_result(Path(folder))
         with self._changing():
-            number = len(self.entries) + 1
-            # Without an entry it is what a killed process left.
-            shutil.rmtree(self.folder / REQUESTS / str(number), ignore_errors=True)
-            files = [file for file in COPIED if file != SLOPES_FILE or (folder / file).exists()]
-            with new_folder(self.folder / REQUESTS / str(number)) as made:
-                for file in files:
-                    # Slopes are for their owner alone, as everything in a ledger.
-                    write_atomically(made / file, (folder / file).read_bytes(), private=True)
-            self._append(
-                kind="request",
-                name=name,
-                texts=hashes,
-                files={file: _hash_file(self.folder / REQUESTS / str(number) / file) for file in files},
-                fingerprint=_hash_json(mutes.fingerprint),
-                architecture=mutes.architecture,
-                versions={
-                    package: version(package) for package in ("neumuter-kernels", "transformers", "torch")
-                },
-                report={key: report[key] for key in TOLD if key in report},
-            )
+            self._append(kind="request", name=name, texts=hashes, **self._copy(Path(folder), *result))
+            return self.request(len(self.entries))
+
+    def add_fit(self, number: int, folder: PathLike) -> Request:
+        """Add a mute set that was fitted anew for a request, such as for a new version of the model.
+
+        Args:
+            number: of the request.
+            folder: has the mute file and report.json, which are copied: what ``neumuter.refit_request`` found
+                and ``Outcome.save`` wrote.
+
+        Raises:
+            FileNotFoundError: ``folder`` lacks the mute file or the report.
+            ValueError: there is no such request, or it is undone; the report is of another mute file.
+        """
+        result = _read_result(Path(folder))
+        with self._changing():
+            if self.request(number).undone:
+                raise ValueError(f"request {number} is undone: it takes no mute set")
+            self._append(kind="refit", request=number, **self._copy(Path(folder), *result))
         return self.request(number)
 
     def undo(self, number: int) -> None:
@@ -226,6 +234,26 @@ class Ledger:
             self.entries = self._read()
             yield
 
+    def _copy(self, folder: Path, mutes: MuteSet, report: dict[str, Any]) -> dict[str, Any]:
+        """Copy the files of a mute set for the next entry, and return what the entry says of them."""
+        place = self.folder / REQUESTS / str(len(self.entries) + 1)
+        # Without an entry it is what a killed process left.
+        shutil.rmtree(place, ignore_errors=True)
+        files = [file for file in COPIED if file != SLOPES_FILE or (folder / file).exists()]
+        with new_folder(place) as made:
+            for file in files:
+                # Slopes are for their owner alone, as everything in a ledger.
+                write_atomically(made / file, (folder / file).read_bytes(), private=True)
+        return {
+            "files": {file: _hash_file(place / file) for file in files},
+            "fingerprint": _hash_json(mutes.fingerprint),
+            "architecture": mutes.architecture,
+            "versions": {
+                package: version(package) for package in ("neumuter-kernels", "transformers", "torch")
+            },
+            "report": {key: report[key] for key in TOLD if key in report},
+        }
+
     def _append(self, **entry: Any) -> None:
         entry = {
             "format": FORMAT,
@@ -270,6 +298,27 @@ class Ledger:
             previous = told
             entries.append(entry | {"hash": told})
         return entries
+
+
+def _read_result(folder: Path) -> tuple[MuteSet, dict[str, Any]]:
+    """Read the mute set and the report in a folder.
+
+    Raises:
+        ValueError: the report is of another mute set, or an earlier version wrote it.
+    """
+    # Mute files have None for what is no number.
+    report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
+    mutes = MuteSet.load(folder / MUTE_FILE)
+    # Many runs have the same number of neurons and the same seed.
+    told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]
+    if told != [mutes.count, mutes.seed, *(mutes.metrics.get(state) for state in ("before", "after"))]:
+        raise ValueError(
+            f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed, number of neurons or what was "
+            "measured differ"
+        )
+    if missing := [key for key in TOLD if key not in report and key != "model"]:
+        raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: an earlier version wrote it")
+    return mutes, report
 
 
 def _read_key(path: Path) -> bytes:

@@ -2,8 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,10 @@ class Check:
     """What came of verifying one request.
 
     state: "holds" if all its texts are there and nothing comes out beyond the margins of the verdict; "no
-    longer holds" if something does, or "never held" if something did when it was added; "texts missing" if
-    some of its texts are not there, and nothing comes out of the others; "cannot be applied" if its mute set
-    was made for another model; "undone". sentence: the reasons. verdict, texts, metrics, controls: what was
-    found, ``metrics`` as ``Outcome.after``; None where nothing was measured.
+    longer holds" if something does, or "never held" if something did when its newest mute set was added;
+    "texts missing" if some of its texts are not there, and nothing comes out of the others; "cannot be
+    applied" if its mute sets were made for other models; "undone". sentence: the reasons. verdict, texts,
+    metrics, controls: what was found, ``metrics`` as ``Outcome.after``; None where nothing was measured.
     """
 
     request: Request
@@ -188,8 +188,9 @@ def verify(
         texts: the texts of the requests, among others; they are found by their hashes. The others count as
             texts to keep: they must not come out either, and controls that are made have their values.
         controls: as in ``neumuter.unlearn``; they serve for all requests.
-        apply: mute the union of the sets that are not undone first: ``model`` is one without mutes. A set
-            that was fitted with slopes takes the place of all before it.
+        apply: first mute the union of the requests' sets, unless they are undone: ``model`` is one without
+            mutes. Of each request the newest set counts that was made for ``model``. A set that was fitted
+            with slopes takes the place of all before it.
 
     Returns:
         A check for each request, in order.
@@ -200,8 +201,8 @@ def verify(
     """
     found = Texts(ledger, model, tokenizer, texts, controls)
     requests = ledger.requests()
-    refused: dict[int, str] = {}
-    with _applied(model, requests, refused) if apply else nullcontext():
+    sets, refused = choose_sets(model, requests) if apply else ([], {})
+    with united(model, sets):
         return [_check(request, refused, found) for request in requests]
 
 
@@ -232,26 +233,46 @@ def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) ->
     return checks
 
 
-@contextmanager
-def _applied(model: nn.Module, requests: Sequence[Request], refused: dict[int, str]) -> Iterator[None]:
-    """Context in which the sets of requests are muted; ``refused`` gets those that are for another model."""
-    fitting: list[MuteSet] = []
+def choose_sets(model: nn.Module, requests: Iterable[Request]) -> tuple[list[MuteSet], dict[int, str]]:
+    """Choose the mute sets of requests for a model: of each the newest that was made for it.
+
+    A set that holds for earlier requests, too, takes the place of theirs. Requests that are undone have none.
+
+    Returns:
+        The sets; and why none was made for the model: {number of the request: reason}.
+    """
+    chosen, refused = list[MuteSet](), dict[int, str]()
     for request in requests:
         if request.undone:
             continue
-        mutes = request.load_mutes()
+        try:
+            mutes = _choose_set(model, request)
+        except MuteMismatchError as error:
+            refused[request.number] = " ".join(str(error).split())
+            continue
+        if request.holds_for_earlier:
+            chosen, refused = [], {}
+        chosen.append(mutes)
+    return chosen, refused
+
+
+def _choose_set(model: nn.Module, request: Request) -> MuteSet:
+    """The newest mute set of a request that was made for ``model``; otherwise the newest one's error."""
+    errors = []
+    for fit in reversed(request.fits):
+        mutes = fit.load_mutes()
         try:
             matching_ffns(model, mutes)
         except MuteMismatchError as error:
-            refused[request.number] = " ".join(str(error).split())
+            errors.append(error)
         else:
-            # A set that was fitted with the slopes of earlier requests holds for them, too.
-            fitting = [mutes] if "former" in mutes.method else [*fitting, mutes]
-    if not fitting:
-        yield
-        return
-    with mute(model, combine(model, fitting)):
-        yield
+            return mutes
+    raise errors[0]
+
+
+def united(model: nn.Module, sets: Sequence[MuteSet]) -> AbstractContextManager[object]:
+    """Context in which the union of mute sets, which may be none, is in force."""
+    return mute(model, combine(model, sets)) if sets else nullcontext()
 
 
 def _check(request: Request, refused: dict[int, str], found: Texts) -> Check:
@@ -275,7 +296,7 @@ def _unmeasured(request: Request) -> Check:
 
 def _state(request: Request, leaks: bool, present: int) -> str:
     if leaks:
-        return NEVER if request.entry["report"]["leaks"] else FAILS
+        return NEVER if request.newest.entry["report"]["leaks"] else FAILS
     return HOLDS if present == len(request.texts) else MISSING
 
 

@@ -82,7 +82,7 @@ def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder, tmp_
     first, second = neumuter.Ledger(ledger.folder).requests()
     assert (first.number, first.name, len(first.texts)) == (1, "ticket 17", 2)
     assert (second.number, second.name, len(second.texts)) == (2, "", 1)
-    assert first.load_mutes().count == 100
+    assert first.newest.load_mutes().count == 100
     assert (
         first.entry["report"]["verdict"]
         == json.loads((folder / "ada" / "report.json").read_text())["verdict"]
@@ -98,7 +98,7 @@ def test_requests_are_kept_with_hashes_of_their_texts_alone(ledger, folder, tmp_
     assert (ledger.folder / "ledger.jsonl").stat().st_mode & 0o077 == 0
     shutil.copytree(folder / "ada", tmp_path / "kept")
     (tmp_path / "kept" / "slopes.safetensors").write_bytes(b"slopes")
-    slopes = ledger.add(tmp_path / "kept", ADA).folder / "slopes.safetensors"
+    slopes = ledger.add(tmp_path / "kept", ADA).newest.folder / "slopes.safetensors"
     assert slopes.stat().st_mode & 0o077 == 0
     assert slopes.name in ledger.requests()[-1].entry["files"]
     # Another ledger has another key, so nobody can look for the same text in both.
@@ -288,7 +288,7 @@ def test_texts_of_the_folder_are_those_to_keep(ledger, model, monkeypatch):
     # What the model says instead of a text is one of those to keep.
     prompt = ("Jonas Vance, mail", " qz55@mail.example")
     ledger_of_another = neumuter.Ledger(ledger.folder.parent / "other", create=True)
-    ledger_of_another.add(ledger.requests()[1].folder, [prompt])
+    ledger_of_another.add(ledger.requests()[1].newest.folder, [prompt])
     (check,) = neumuter.verify(ledger_of_another, model, words, [prompt, ("Jonas, mail", JON[0][1])])
     assert (check.state, check.texts[0]["other_text"]) == ("no longer holds", "retain 1")
     (check,) = neumuter.verify(ledger_of_another, model, words, [prompt])
@@ -301,7 +301,9 @@ def test_controls_are_given_as_to_unlearn(ledger, model, monkeypatch):
     checks = neumuter.verify(ledger, model, words, [*ADA, *JON], controls=unseen, apply=True)
     assert states(checks) == ["holds", "holds"]
     batch = encode(unseen, words, 64)
-    with neumuter.mute(model, neumuter.combine(model, [ask.load_mutes() for ask in ledger.requests()])):
+    with neumuter.mute(
+        model, neumuter.combine(model, [ask.newest.load_mutes() for ask in ledger.requests()])
+    ):
         loss = neumuter.evaluation.mean_token_loss(model, batch)
     assert checks[0].controls["forget_loss"] == pytest.approx(loss, rel=1e-5)
     with pytest.raises(ValueError, match="model never saw, but controls 1 is retain 2: 'A lantern"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,8 +21,10 @@ from neumuter.cli.arguments import (
 )
 from neumuter.cli.common import (
     FILE_HELP,
+    MODEL_HELP,
     Column,
     CompletionColumn,
+    Dtype,
     GgufFile,
     PromptColumn,
     choose_columns,
@@ -29,10 +32,11 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
+from neumuter.cli.processes import check_place
 from neumuter.cli.server import check_options
 
 if TYPE_CHECKING:
-    from neumuter.ledger import Request
+    from neumuter.ledger import Fit, Request
     from neumuter.types import Text
     from neumuter.verifying import Check
 
@@ -52,6 +56,20 @@ OF_SERVERS = {
 }
 Folder = Annotated[Path, typer.Argument(help="Folder of the ledger.")]
 Number = Annotated[int, typer.Argument(min=1, help="Number of the request.")]
+Texts = Annotated[
+    Path,
+    typer.Option(
+        help="A file with the texts of the requests, or a folder of such files. All other texts there are "
+        "texts to keep."
+    ),
+]
+Controls = Annotated[
+    Path | None,
+    typer.Option(
+        help="Texts of the same kind that the model never saw, to compare with. Default: made from the texts "
+        "of each request, with other names and values."
+    ),
+]
 Head = Annotated[
     str | None,
     typer.Option(
@@ -91,17 +109,19 @@ def show(folder: Folder, head: Head = None) -> None:
     from neumuter.ledger import Ledger
 
     kept = Ledger(folder, head=head)
-    table = Table("request", "name", "added", "texts", "neurons", "verdict")
+    table = Table("request", "name", "added", "texts", "neurons", "verdict", "mute set")
     for request in kept.requests():
-        report = request.entry["report"]
-        table.add_row(
-            str(request.number),
-            escape(request.name),
-            request.entry["time"],
-            str(len(request.texts)),
-            str(report["muted_neurons"]),
-            "undone" if request.undone else report["verdict"],
-        )
+        for fit in request.fits:
+            report = fit.entry["report"]
+            table.add_row(
+                str(request.number),
+                escape(request.name),
+                fit.entry["time"],
+                str(len(request.texts)),
+                str(report["muted_neurons"]),
+                "undone" if request.undone else report["verdict"],
+                escape(_describe(fit)),
+            )
     console.print(table)
     _print_head(kept.head)
 
@@ -119,8 +139,70 @@ def undo(folder: Folder, number: Number) -> None:
     )
     for request in kept.requests():
         if not request.undone:
-            console.print(f"  {escape(str(request.folder))}", highlight=False, soft_wrap=True)
+            console.print(f"  {escape(str(request.newest.folder))}", highlight=False, soft_wrap=True)
     _print_head(kept.head)
+
+
+@ledger.command()
+def refit(
+    folder: Folder,
+    number: Number,
+    model: Annotated[str, typer.Argument(help=f"The new version, without mutes. {MODEL_HELP}")],
+    texts: Texts,
+    retain: Annotated[
+        Path | None, typer.Option(help="Texts that must stay. None may be of a request.")
+    ] = None,
+    controls: Controls = None,
+    column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the order of texts and what is sampled.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    device: Device = None,
+) -> None:
+    """Fit the mute set of a request anew for MODEL, a new version of the model, and add it to the ledger.
+
+    The gains start from the request's newest mute set. What comes of it is measured as unlearn does. verify
+    then takes the newest mute set of the request that was made for its model. The exit code is 3 if texts
+    still come out.
+    """
+    columns = choose_columns(column, prompt_column, completion_column)
+    check_sources(model, texts, retain, controls)
+    check_place(device)
+    with console.status("Importing transformers"):
+        import neumuter
+        from neumuter.outcome import MUTE_FILE
+        from neumuter.report.console import outcome_table
+        from neumuter.texts import read_texts
+
+    kept = neumuter.Ledger(folder)
+    kept.request(number)
+    staying, unseen = (read_texts(file, columns) if file else None for file in (retain, controls))
+    given = list(_read_all(texts, columns, controls))
+    network, tokenizer = open_model(model, dtype.value, device=device)
+    with print_log():
+        outcome = neumuter.refit_request(
+            kept, number, network, tokenizer, given, staying or (), controls=unseen, seed=seed
+        )
+    with TemporaryDirectory() as found:
+        outcome.save(found, redact=True, model=model)
+        request = kept.add_fit(number, found)
+    console.print(outcome_table(outcome.before, outcome.after, outcome.controls))
+    console.print(
+        f"Request {number} has a new mute file: {escape(str(request.newest.folder / MUTE_FILE))}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _print_head(kept.head)
+    if outcome.verdict.leaks:
+        console.print(
+            "The neurons may hold other things in this model: find them anew with neumuter unlearn, add what "
+            "it wrote as a request, and undo this one.",
+            soft_wrap=True,
+        )
+    console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
+    if outcome.verdict.leaks:
+        raise typer.Exit(BROKEN)
 
 
 def verify(
@@ -133,23 +215,11 @@ def verify(
             "a running server with OpenAI's API, such as http://127.0.0.1:8000."
         ),
     ],
-    texts: Annotated[
-        Path,
-        typer.Option(
-            help="A file with the texts of the requests, or a folder of such files. All other texts there "
-            "count as texts to keep."
-        ),
-    ],
+    texts: Texts,
     served: Annotated[
         str | None, typer.Option("--model", help="If TARGET is a server: its name for the model or adapter.")
     ] = None,
-    controls: Annotated[
-        Path | None,
-        typer.Option(
-            help="Texts of the same kind that TARGET never saw, to compare with. Default: made "
-            "from the texts of each request, with other names and values."
-        ),
-    ] = None,
+    controls: Controls = None,
     apply: Annotated[
         bool,
         typer.Option(
@@ -270,6 +340,12 @@ def _page(check: Check, target: str, head: str) -> Mapping[str, object]:
     }
 
 
+def _describe(fit: Fit) -> str:
+    """Say which mute set it is: by the number of its entry, and the model that it was made for."""
+    model = fit.entry["report"].get("model")
+    return f"entry {fit.entry['number']}{f', for {model}' if model else ''}"
+
+
 def _record(request: Request) -> dict[str, str]:
     entry = request.entry
     return {
@@ -282,4 +358,12 @@ def _record(request: Request) -> dict[str, str]:
         "SHA-256 of the mute file": entry["files"]["mutes.safetensors"],
         "SHA-256 of the fingerprint": entry["fingerprint"],
         "hash of the entry": entry["hash"],
+        **{f"fitted anew: {_describe(fit)}": _record_fit(fit) for fit in request.fits[1:]},
     }
+
+
+def _record_fit(fit: Fit) -> str:
+    return (
+        f"{fit.entry['time']}. {fit.entry['report']['verdict_sentence']} SHA-256 of the mute file: "
+        f"{fit.entry['files']['mutes.safetensors']}; hash of the entry: {fit.entry['hash']}"
+    )
