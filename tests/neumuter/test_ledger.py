@@ -1,5 +1,6 @@
 """The ledger of requests, and whether they hold: through Python and the command line."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -12,8 +13,9 @@ from neumuter.cli.app import main
 from neumuter.evaluation import examine, make_controls
 from neumuter.ledger import _hash_json
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
+from neumuter.refitting import refit
 from neumuter.texts import encode
-from tests.models import build, learn, tokenizer
+from tests.models import build, learn, same, tokenizer
 from tests.neumuter.test_chat import TEMPLATE
 from tests.neumuter.test_server import serving
 
@@ -357,6 +359,60 @@ def test_a_set_that_holds_for_earlier_ones_takes_their_place(ledger, folder, mod
     ledger.undo(3)
     neumuter.verify(ledger, model, tokenizer(), ADA, apply=True)
     assert len(united) == 2
+
+
+def test_a_set_of_several_requests_is_moved_for_all_of_them(ledger, folder, model, tmp_path, monkeypatch):
+    shutil.copytree(folder / "jon", tmp_path / "both")
+    both = neumuter.MuteSet.load(folder / "jon" / "mutes.safetensors")
+    dataclasses.replace(both, method={"former": 2}).save(tmp_path / "both" / "mutes.safetensors")
+    ledger.undo(2)
+    ledger.add(tmp_path / "both", JON)
+    newer, words, asked = copy.deepcopy(model), tokenizer(), []
+    with torch.no_grad():
+        for layer in newer.model.layers:
+            layer.mlp.down_proj.weight.mul_(1.05)
+    texts = [*ADA, *JON, *KEPT]
+    assert states(neumuter.verify(ledger, newer, words, texts, apply=True)) == [
+        "cannot be applied", "undone", "cannot be applied",
+    ]  # fmt: skip
+
+    def watch(*arguments, **options):
+        asked.append(options["forget"])
+        return refit(*arguments, **options)
+
+    monkeypatch.setattr("neumuter.moving.refit", watch)
+    quick = {"recipe": FittedConfig(GainsConfig(steps=40, kl_target=2.0)), "callback": lambda *_: None}
+    outcome = neumuter.refit_request(ledger, 4, newer, words, texts, KEPT, **quick)
+    assert asked == [[*ADA, *JON]]
+    assert outcome.before["forget_extraction"] == 1
+    assert outcome.after["retain_loss"] != outcome.before["retain_loss"]
+    outcome.save(tmp_path / "moved")
+    assert ledger.add_fit(4, tmp_path / "moved").newest.load_mutes().method["recipe"] == "refit"
+    # The set holds for the first request, too, although none of that request's own was moved.
+    assert states(neumuter.verify(ledger, newer, words, texts, apply=True)) == ["holds", "undone", "holds"]
+    (tmp_path / "both" / "report.json").write_text("{}")
+    entries = lines_of(ledger)
+    for number, name, said in (
+        (1, "both", "does not belong to"),
+        (2, "moved", "request 2 is undone"),
+        (7, "moved", "no request 7"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ledger.add_fit(number, tmp_path / name)
+    assert lines_of(ledger) == entries
+
+
+def test_a_moved_set_is_measured_with_those_of_other_requests_in_force(ledger, model, monkeypatch):
+    united = []
+    monkeypatch.setattr(
+        "neumuter.verifying.combine", lambda model, sets: united.append(sets) or neumuter.combine(model, sets)
+    )
+    quick = {"recipe": FittedConfig(GainsConfig(steps=1)), "callback": lambda *_: None, "samples": 0}
+    neumuter.refit_request(ledger, 1, model, tokenizer(), [*ADA, *JON], KEPT, **quick)
+    before, after = united
+    other = ledger.request(2).newest.load_mutes()
+    assert (len(before), len(after)) == (1, 2)
+    assert all(same(sets[0], other) for sets in united)
 
 
 def test_a_model_that_cannot_take_the_set_is_told_apart(ledger):

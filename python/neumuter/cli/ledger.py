@@ -109,7 +109,7 @@ def show(folder: Folder, head: Head = None) -> None:
     from neumuter.ledger import Ledger
 
     kept = Ledger(folder, head=head)
-    table = Table("request", "name", "added", "texts", "neurons", "verdict", "mute set")
+    table = Table("request", "name", "added", "texts", "neurons", "verdict", "entry")
     for request in kept.requests():
         for fit in request.fits:
             report = fit.entry["report"]
@@ -120,9 +120,16 @@ def show(folder: Folder, head: Head = None) -> None:
                 str(len(request.texts)),
                 str(report["muted_neurons"]),
                 "undone" if request.undone else report["verdict"],
-                escape(_describe(fit)),
+                str(fit.entry["number"]),
             )
     console.print(table)
+    for request in kept.requests():
+        for fit in request.fits[1:]:
+            console.print(
+                f"Request {request.number} was fitted anew: {escape(_describe(fit))}.",
+                highlight=False,
+                soft_wrap=True,
+            )
     _print_head(kept.head)
 
 
