@@ -163,7 +163,11 @@ def _encode_some(
             continue
         readable.append(text)
     if len(readable) < len(texts):
-        logger.warning("%d texts to keep cannot be encoded, and do not count.", len(texts) - len(readable))
+        logger.warning(
+            "%d of %d texts to keep cannot be encoded, and do not count.",
+            len(texts) - len(readable),
+            len(texts),
+        )
     return {"retain": make_forms(readable, tokenizer, max_length, chat)[0][0]} if readable else {}
 
 

@@ -271,7 +271,7 @@ def test_requests_hold_where_their_mutes_are_in_force(ledger, model):
     assert states(neumuter.verify(ledger, model, words, [*ADA, *JON], apply=True)) == ["holds", "undone"]
 
 
-def test_texts_of_the_folder_are_those_to_keep(ledger, model, monkeypatch):
+def test_texts_of_the_folder_are_those_to_keep(ledger, model, monkeypatch, caplog):
     """They can come out instead, and give values to the controls, as in unlearn."""
     words, seen = tokenizer(), []
 
@@ -285,8 +285,14 @@ def test_texts_of_the_folder_are_those_to_keep(ledger, model, monkeypatch):
     neumuter.verify(ledger, model, words, [*ADA, *JON, *others], apply=True)
     assert [name for name, *_ in seen] == ["request 1", "controls", "request 2", "controls"]
     labels = [text.label for text in seen[0][1]]
+    assert "1 of 6 texts to keep cannot be encoded, and do not count." in caplog.text
     assert labels == ["request 1 1", "request 1 2", "request 2 1", "retain 1", "retain 2", "retain 3"]
     assert all(text.stays for text in seen[0][1][3:])
+    seen.clear()
+    monkeypatch.setattr("neumuter.verifying.SAMPLED", 2)
+    neumuter.verify(ledger, model, words, [*ADA, *KEPT])
+    assert [text.label for text in seen[0][1]][2:] == ["retain 1", "retain 2"]
+    assert "Of 3 texts to keep, 2 are looked at, drawn at random." in caplog.text
     # What the model says instead of a text is one of those to keep.
     prompt = ("Jonas Vance, mail", " qz55@mail.example")
     ledger_of_another = neumuter.Ledger(ledger.folder.parent / "other", create=True)
@@ -402,17 +408,23 @@ def test_a_set_of_several_requests_is_moved_for_all_of_them(ledger, folder, mode
     assert lines_of(ledger) == entries
 
 
-def test_a_moved_set_is_measured_with_those_of_other_requests_in_force(ledger, model, monkeypatch):
+def test_a_moved_set_is_measured_with_those_of_other_requests_in_force(ledger, model, tmp_path, monkeypatch):
     united = []
     monkeypatch.setattr(
         "neumuter.verifying.combine", lambda model, sets: united.append(sets) or neumuter.combine(model, sets)
     )
     quick = {"recipe": FittedConfig(GainsConfig(steps=1)), "callback": lambda *_: None, "samples": 0}
-    neumuter.refit_request(ledger, 1, model, tokenizer(), [*ADA, *JON], KEPT, **quick)
+    outcome = neumuter.refit_request(ledger, 1, model, tokenizer(), [*ADA, *JON], KEPT, **quick)
     before, after = united
     other = ledger.request(2).newest.load_mutes()
     assert (len(before), len(after)) == (1, 2)
     assert all(same(sets[0], other) for sets in united)
+    # Of the sets that were made for a model, the newest counts.
+    outcome.save(tmp_path / "moved")
+    newest = ledger.add_fit(1, tmp_path / "moved").newest.load_mutes()
+    united.clear()
+    neumuter.verify(ledger, model, tokenizer(), [*ADA, *JON], apply=True)
+    assert [same(mutes, newest) for mutes in united[0]] == [True, False]
 
 
 def test_a_model_that_cannot_take_the_set_is_told_apart(ledger):

@@ -142,7 +142,8 @@ def undo(folder: Folder, number: Number) -> None:
     kept.undo(number)
     console.print(
         f"Request {number} is undone. Stop serving its mute file. A mute file that was found with --former "
-        "makes the model forget this request, too: fit it anew with neumuter refit. These requests stay:"
+        "makes the model forget this request, too: fit it anew with neumuter refit, or with neumuter ledger "
+        "refit if you have the texts of the requests that stay. These requests stay:"
     )
     for request in kept.requests():
         if not request.undone:
