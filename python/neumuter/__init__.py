@@ -29,6 +29,7 @@ _HOMES = {
     "fold_gguf": "serving.fold_gguf",
     "mute": "serving.live",
     "refit": "refitting",
+    "refit_request": "moving",
     "register_family": "models.families",
     "shrink": "serving.shrink",
     "subtract": "mutes.algebra",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # the same, told to type checkers
     from neumuter.models.families import register_family as register_family
     from neumuter.models.modules import MaskedGatedMLP as MaskedGatedMLP
     from neumuter.models.modules import MaskedMLP as MaskedMLP
+    from neumuter.moving import refit_request as refit_request
     from neumuter.mutes.algebra import combine as combine
     from neumuter.mutes.algebra import subtract as subtract
     from neumuter.mutes.container import MuteFileError as MuteFileError

@@ -1,8 +1,9 @@
 """A ledger of requests to forget: what was asked, what was done, and what came of it.
 
 A folder holds ``ledger.jsonl``, one JSON object a line, and the files of each request. Texts are kept as
-keyed hashes alone. Every entry has the SHA-256 of the one before it and of its files, so a changed, removed
-or inserted entry is seen. Entries cut off at the end are seen by who knows the last hash.
+keyed hashes alone. Every entry has the SHA-256 of the one before it, of its files and of the key, so whoever
+changes, removes or inserts an entry is found out, unless they compute all hashes behind it anew or cut off
+all entries behind it. Only a hash that was kept elsewhere shows that: see ``Ledger``.
 """
 
 import hashlib
@@ -31,11 +32,12 @@ REPORT = "report.json"
 COPIED = (MUTE_FILE, REPORT, SLOPES_FILE)
 # Of the report of ``unlearn``, what the ledger says itself.
 TOLD = (
-    "model", "method", "seed", "muted_neurons", "muted_share", "verdict", "verdict_sentence", "leaks",
-    "comparisons",
+    "model", "method", "seed", "max_length", "chat", "muted_neurons", "muted_share", "verdict",
+    "verdict_sentence", "leaks", "comparisons",
 )  # fmt: skip
 START = "0" * 64
-FORMAT = 1
+# Format 1, which no release wrote, had no hash of the key and no windows.
+FORMAT = 2
 
 
 class LedgerError(ValueError):
@@ -43,22 +45,44 @@ class LedgerError(ValueError):
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A mute set of a request. folder: where its files are. entry: the whole entry that brought it."""
+
+    folder: Path
+    entry: dict[str, Any]
+
+    def load_mutes(self) -> MuteSet:
+        return MuteSet.load(self.folder / MUTE_FILE)
+
+
+@dataclass(frozen=True)
 class Request:
     """A request of a ledger.
 
-    number: from 1. name: what its owner calls it. texts: the keyed hash of each text. folder: where its files
-    are. entry: the whole entry. undone: whether it was taken back.
+    number: from 1. name: what its owner calls it. texts: the keyed hash of each text. fits: its mute sets,
+    that with which it was added first, then those that were fitted anew. undone: whether it was taken back.
     """
 
     number: int
     name: str
     texts: list[str]
-    folder: Path
-    entry: dict[str, Any]
+    fits: list[Fit]
     undone: bool
 
-    def load_mutes(self) -> MuteSet:
-        return MuteSet.load(self.folder / MUTE_FILE)
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The whole entry with which the request was added."""
+        return self.fits[0].entry
+
+    @property
+    def newest(self) -> Fit:
+        """The newest of its mute sets."""
+        return self.fits[-1]
+
+    @property
+    def holds_for_earlier(self) -> bool:
+        """Whether its mute sets hold for all earlier requests, too: slopes of these were in the first fit."""
+        return "former" in self.fits[0].load_mutes().method
 
 
 class Ledger:
@@ -66,13 +90,15 @@ class Ledger:
 
     Args:
         folder: the folder; it is made, with a new key, if it does not exist or is empty, and ``create``.
+        head: what ``head`` was at an earlier time, kept elsewhere. The entries up to that one must still be
+            there, as they were. None compares with nothing.
 
     Raises:
         FileNotFoundError: there is no ledger.
-        LedgerError: an entry, a file of a request or the key was changed.
+        LedgerError: an entry, a file of a request or the key was changed; or no entry has the hash ``head``.
     """
 
-    def __init__(self, folder: PathLike, create: bool = False) -> None:
+    def __init__(self, folder: PathLike, create: bool = False, head: str | None = None) -> None:
         self.folder = Path(folder)
         if create and not (self.folder / ENTRIES).exists():
             self._create()
@@ -80,27 +106,29 @@ class Ledger:
             raise FileNotFoundError(f"{self.folder} is not a ledger: it has no {ENTRIES}")
         self._key = _read_key(self.folder / KEY)
         self.entries = self._read()
+        if head is not None and head not in (START, *(entry["hash"] for entry in self.entries)):
+            raise LedgerError(
+                f"no entry of {self.folder / ENTRIES} has the hash {head}: since it was noted, entries were "
+                "changed or cut off, and the hashes were computed anew"
+            )
 
     @property
     def head(self) -> str:
-        """The hash of the last entry. Who keeps it elsewhere sees if entries are cut off."""
+        """The hash of the last entry. Keep it elsewhere: it shows if entries were rewritten or cut off."""
         return self.entries[-1]["hash"] if self.entries else START
 
     def requests(self) -> list[Request]:
         """List all requests, in order."""
         undone = {entry["request"] for entry in self.entries if entry["kind"] == "undo"}
-        return [
-            Request(
-                number=entry["number"],
-                name=entry["name"],
-                texts=entry["texts"],
-                folder=self.folder / REQUESTS / str(entry["number"]),
-                entry=entry,
-                undone=entry["number"] in undone,
-            )
-            for entry in self.entries
-            if entry["kind"] == "request"
-        ]
+        found: dict[int, Request] = {}
+        for entry in self.entries:
+            number, kind = entry["number"], entry["kind"]
+            fit = Fit(self.folder / REQUESTS / str(number), entry)
+            if kind == "request":
+                found[number] = Request(number, entry["name"], entry["texts"], [fit], number in undone)
+            elif kind == "refit":
+                found[entry["request"]].fits.append(fit)
+        return list(found.values())
 
     def request(self, number: int) -> Request:
         """Find a request by its number.
@@ -133,42 +161,31 @@ class Ledger:
             TypeError: ``texts`` is one text, or the name of a file.
         """
         check_texts("texts", texts)
-        folder, hashes = Path(folder), [self.hash_text(text) for text in texts]
+        hashes = [self.hash_text(text) for text in texts]
         if not hashes:
             raise ValueError("texts holds no text")
-        # Mute files have None for what is no number.
-        report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
-        mutes = MuteSet.load(folder / MUTE_FILE)
-        # Many runs have the same number of neurons and the same seed.
-        told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]
-        if told != [mutes.count, mutes.seed, *(mutes.metrics.get(state) for state in ("before", "after"))]:
-            raise ValueError(
-                f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed, number of neurons or what "
-                "was measured differ"
-            )
-        if missing := [key for key in TOLD if key not in report and key != "model"]:
-            raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: an earlier version wrote it")
+        result = _read_result(Path(folder))
         with self._changing():
-            number = len(self.entries) + 1
-            # Without an entry it is what a killed process left.
-            shutil.rmtree(self.folder / REQUESTS / str(number), ignore_errors=True)
-            files = [file for file in COPIED if file != SLOPES_FILE or (folder / file).exists()]
-            with new_folder(self.folder / REQUESTS / str(number)) as made:
-                for file in files:
-                    # Slopes are for their owner alone, as everything in a ledger.
-                    write_atomically(made / file, (folder / file).read_bytes(), private=True)
-            self._append(
-                kind="request",
-                name=name,
-                texts=hashes,
-                files={file: _hash_file(self.folder / REQUESTS / str(number) / file) for file in files},
-                fingerprint=_hash_json(mutes.fingerprint),
-                architecture=mutes.architecture,
-                versions={
-                    package: version(package) for package in ("neumuter-kernels", "transformers", "torch")
-                },
-                report={key: report[key] for key in TOLD if key in report},
-            )
+            self._append(kind="request", name=name, texts=hashes, **self._copy(Path(folder), *result))
+            return self.request(len(self.entries))
+
+    def add_fit(self, number: int, folder: PathLike) -> Request:
+        """Add a mute set that was fitted anew for a request, such as for a new version of the model.
+
+        Args:
+            number: of the request.
+            folder: has the mute file and report.json, which are copied: what ``neumuter.refit_request`` found
+                and ``Outcome.save`` wrote.
+
+        Raises:
+            FileNotFoundError: ``folder`` lacks the mute file or the report.
+            ValueError: there is no such request, or it is undone; the report is of another mute file.
+        """
+        result = _read_result(Path(folder))
+        with self._changing():
+            if self.request(number).undone:
+                raise ValueError(f"request {number} is undone: it takes no mute set")
+            self._append(kind="refit", request=number, **self._copy(Path(folder), *result))
         return self.request(number)
 
     def undo(self, number: int) -> None:
@@ -182,19 +199,19 @@ class Ledger:
                 raise ValueError(f"request {number} is undone already")
             self._append(kind="undo", request=number)
 
-    def find_texts(self, texts: Iterable[Text]) -> dict[str, Text]:
-        """Those of ``texts`` that requests are about: {hash: text}.
+    def sort_texts(self, texts: Iterable[Text]) -> tuple[dict[str, Text], dict[str, Text]]:
+        """Part the texts of requests that are not undone from all others: {hash: text} of each.
 
         Raises:
             TypeError: ``texts`` is one text, or the name of a file.
         """
         check_texts("texts", texts)
-        wanted = {digest for request in self.requests() for digest in request.texts}
-        found = {}
+        wanted = {digest for request in self.requests() if not request.undone for digest in request.texts}
+        found, others = dict[str, Text](), dict[str, Text]()
         for text in map(text_of, texts):
-            if (digest := self.hash_text(text)) in wanted:
-                found[digest] = text
-        return found
+            digest = self.hash_text(text)
+            (found if digest in wanted else others)[digest] = text
+        return found, others
 
     def _create(self) -> None:
         with made_folder(self.folder) as made, changing_folder(made):
@@ -217,12 +234,33 @@ class Ledger:
             self.entries = self._read()
             yield
 
+    def _copy(self, folder: Path, mutes: MuteSet, report: dict[str, Any]) -> dict[str, Any]:
+        """Copy the files of a mute set for the next entry, and return what the entry says of them."""
+        place = self.folder / REQUESTS / str(len(self.entries) + 1)
+        # Without an entry it is what a killed process left.
+        shutil.rmtree(place, ignore_errors=True)
+        files = [file for file in COPIED if file != SLOPES_FILE or (folder / file).exists()]
+        with new_folder(place) as made:
+            for file in files:
+                # Slopes are for their owner alone, as everything in a ledger.
+                write_atomically(made / file, (folder / file).read_bytes(), private=True)
+        return {
+            "files": {file: _hash_file(place / file) for file in files},
+            "fingerprint": _hash_json(mutes.fingerprint),
+            "architecture": mutes.architecture,
+            "versions": {
+                package: version(package) for package in ("neumuter-kernels", "transformers", "torch")
+            },
+            "report": {key: report[key] for key in TOLD if key in report},
+        }
+
     def _append(self, **entry: Any) -> None:
         entry = {
             "format": FORMAT,
             "number": len(self.entries) + 1,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **entry,
+            "key": _hash_key(self._key),
             "previous": self.head,
         }
         entry["hash"] = _hash_json(entry)
@@ -245,10 +283,14 @@ class Ledger:
                 raise LedgerError(f"{where} is damaged: it is not an entry of a ledger") from None
             if told != _hash_json(entry):
                 raise LedgerError(f"{where} was changed: its hash does not match its content")
-            if entry["previous"] != previous or entry["number"] != number:
+            if entry.get("format") != FORMAT:
+                raise LedgerError(
+                    f"{where} has format {entry.get('format')}; this version reads format {FORMAT}"
+                )
+            if (entry.get("previous"), entry.get("number")) != (previous, number):
                 raise LedgerError(f"{where} does not follow the one before it: entries were removed or added")
-            if entry["format"] != FORMAT:
-                raise LedgerError(f"{where} has format {entry['format']}; this version reads format {FORMAT}")
+            if entry.get("key") != _hash_key(self._key):
+                raise LedgerError(f"{self.folder / KEY} was replaced since entry {number} was written")
             for file, digest in entry.get("files", {}).items():
                 path = self.folder / REQUESTS / str(number) / file
                 if not path.is_file() or _hash_file(path) != digest:
@@ -256,6 +298,27 @@ class Ledger:
             previous = told
             entries.append(entry | {"hash": told})
         return entries
+
+
+def _read_result(folder: Path) -> tuple[MuteSet, dict[str, Any]]:
+    """Read the mute set and the report in a folder.
+
+    Raises:
+        ValueError: the report is of another mute set, or an earlier version wrote it.
+    """
+    # Mute files have None for what is no number.
+    report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
+    mutes = MuteSet.load(folder / MUTE_FILE)
+    # Many runs have the same number of neurons and the same seed.
+    told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]
+    if told != [mutes.count, mutes.seed, *(mutes.metrics.get(state) for state in ("before", "after"))]:
+        raise ValueError(
+            f"{folder / REPORT} does not belong to {folder / MUTE_FILE}: seed, number of neurons or what was "
+            "measured differ"
+        )
+    if missing := [key for key in TOLD if key not in report and key != "model"]:
+        raise ValueError(f"{folder / REPORT} lacks {', '.join(missing)}: an earlier version wrote it")
+    return mutes, report
 
 
 def _read_key(path: Path) -> bytes:
@@ -267,6 +330,10 @@ def _read_key(path: Path) -> bytes:
     if len(key) != KEY_BYTES:
         raise LedgerError(f"{path} is damaged: it is no key of a ledger")
     return key
+
+
+def _hash_key(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
 
 
 def _hash_json(value: Any) -> str:

@@ -50,6 +50,7 @@ class Outcome:
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
     seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process.
+    max_length, chat: how the texts were read, as ``unlearn`` was told.
     slopes: for ``former`` of later requests, if they were asked for. They are made of the texts.
     """
 
@@ -64,6 +65,8 @@ class Outcome:
     samples: list[dict[str, str]]
     seconds: float
     peak_memory: int
+    max_length: int
+    chat: bool | None
     slopes: Slopes | None = None
 
     def save(self, folder: PathLike, redact: bool = False, **facts: Any) -> Path:
@@ -90,6 +93,8 @@ class Outcome:
             "muted_share": self.mutes.share,
             "method": self.mutes.method,
             "seed": self.mutes.seed,
+            "max_length": self.max_length,
+            "chat": self.chat,
             "curve": self.curve,
             "verdict": self.verdict.kind,
             "verdict_sentence": self.verdict.sentence,

@@ -5,12 +5,14 @@ The module is not called ``refit``, so that importing it never hides the functio
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.calibrating import estimate_ceilings, widen_margin
 from neumuter.evaluation import list_given
 from neumuter.models.loading import limit_length
 from neumuter.mutes.matching import alike_ffns, matching_ffns
@@ -27,8 +29,10 @@ from neumuter.recipes import FittedConfig, refit_gains
 from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, join_batches
+from neumuter.texts.corpus import Corpus
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
+from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.types import Callback
 
@@ -57,7 +61,8 @@ def refit(
     use the undone texts, give them in ``retain``, too.
 
     After the model was trained further, give ``forget``, the texts of all requests: the gains start where
-    they were, and are fitted to the new weights.
+    they were, and are fitted to the new weights. They are calibrated (see ``unlearn``) if those of
+    ``existing`` were.
 
     Args:
         existing: the mute set in force, or its file. With ``undone`` it is one that ``unlearn`` found with
@@ -98,8 +103,15 @@ def refit(
     found = []
     if retain is not None:
         found += encode_forms_of("retain", collect_texts("retain", retain), words, length, chat)[:1]
+    ceilings, config = None, recipe or FittedConfig()
     if texts is not None:
-        refuse_overlap(list_given({"forget": texts} | ({"retain": found[0]} if found else {}), words))
+        given = list_given({"forget": texts} | ({"retain": found[0]} if found else {}), words)
+        refuse_overlap(given)
+        if mutes.method.get("calibrated"):
+            # A callback is told of steps.
+            shown = watch if callback is None else None
+            corpus = Corpus(texts, texts, [texts])
+            ceilings = estimate_ceilings(Journal(), network, words, corpus, given, seed, shown)
     # A set for other weights cannot be in force.
     with mute(network, mutes) if texts is None else nullcontext():
         width = next((batch["labels"].shape[1] for batch in (texts, *found) if batch is not None), length)
@@ -109,5 +121,9 @@ def refit(
     if not found:
         raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
     with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
-        pair = PairedBatches(masked, texts, join_batches(*found))
-        return refit_gains(pair, mutes, staying, leaving, (recipe or FittedConfig()).gains, seed, advance)
+        pair = PairedBatches(masked, texts, join_batches(*found), ceilings)
+        gains = (config if ceilings is None else widen_margin(config)).gains
+        fitted = refit_gains(pair, mutes, staying, leaving, gains, seed, advance)
+    if ceilings is None:
+        return fitted
+    return dataclasses.replace(fitted, method=fitted.method | {"calibrated": True})

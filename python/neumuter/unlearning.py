@@ -320,7 +320,9 @@ def unlearn(
             for old, new in zip(said_before, said_after, strict=True)
         ],
         seconds=journal.seconds + time.perf_counter() - start,
-        peak_memory=_peak_memory(),
+        peak_memory=measure_peak_memory(),
+        max_length=max_length,
+        chat=chat,
     )
     return agree(outcome)
 
@@ -377,7 +379,8 @@ def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: Watch) -> 
         return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
 
 
-def _peak_memory() -> int:
+def measure_peak_memory() -> int:
+    """Measure the largest memory that was in use so far, in bytes: of the GPU, or else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

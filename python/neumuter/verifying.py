@@ -1,7 +1,9 @@
 """Do the requests of a ledger still hold, on the model that is served today?"""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import (
+    Examination,
     Verdict,
     ask_server,
     examine,
+    find_overlap,
     judge_texts,
     list_given,
     make_controls,
@@ -22,22 +26,31 @@ from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.matching import MuteMismatchError, matching_ffns
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.preparing import encode_forms_of, refuse_seen
 from neumuter.serving.live import mute
-from neumuter.texts import encode_forms
+from neumuter.texts import collect_texts
+from neumuter.texts.corpus import SAMPLED
+from neumuter.texts.encoding import make_forms
+from neumuter.texts.sources import TextSource
 from neumuter.types import Batch, Text
 
 HOLDS, FAILS, NEVER = "holds", "no longer holds", "never held"
 MISSING, OTHER_MODEL, UNDONE = "texts missing", "cannot be applied", "undone"
+# What a server says is less than what a model does.
+BY_SERVER = "The server was asked greedily, in one form and without controls."
+
+logger = logging.getLogger("neumuter")
 
 
 @dataclass(frozen=True)
 class Check:
     """What came of verifying one request.
 
-    state: "holds" if nothing comes out beyond the margins of the verdict; "no longer holds", or "never held"
-    if it did not when it was added; "texts missing" if none of its texts is there; "cannot be applied" if its
-    mute set was made for another model; "undone". sentence: the reasons. verdict, texts, metrics, controls:
-    what was found, ``metrics`` as ``Outcome.after``; None where nothing was measured.
+    state: "holds" if all its texts are there and nothing comes out beyond the margins of the verdict; "no
+    longer holds" if something does, or "never held" if something did when its newest mute set was added;
+    "texts missing" if some of its texts are not there, and nothing comes out of the others; "cannot be
+    applied" if its mute sets were made for other models; "undone". sentence: the reasons. verdict, texts,
+    metrics, controls: what was found, ``metrics`` as ``Outcome.after``; None where nothing was measured.
     """
 
     request: Request
@@ -49,64 +62,168 @@ class Check:
     controls: dict[str, float] | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Texts that were read in windows of one length and through a chat template or not.
+
+    forms: {number of a request: its texts that were found, in each form}. given: all texts, those of requests
+    first. controls: those that the user gave, in each form; None where they are to be made.
+    """
+
+    forms: dict[int, list[Batch]]
+    given: list[GivenText]
+    controls: list[Batch] | None
+
+    def examine(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, request: Request
+    ) -> tuple[Examination, Examination]:
+        """Examine the texts of a request, of which at least one was found, and their controls."""
+        forms, seed = self.forms[request.number], request.entry["report"]["seed"]
+        unseen = self.controls or make_controls(forms, self.given, tokenizer, seed)
+        return (
+            examine(model, tokenizer, forms, self.given, f"request {request.number}"),
+            examine(model, tokenizer, unseen, self.given, "controls"),
+        )
+
+    def own(self, request: Request) -> list[GivenText]:
+        """The given texts that are the request's."""
+        return [text for text in self.given if text.label.startswith(f"request {request.number} ")]
+
+
+class Texts:
+    """The texts of a ledger's requests, found among others by their hashes, and read as ``unlearn`` did.
+
+    Args:
+        texts: the texts. Those of no request that is not undone count as texts to keep, unless they hold or
+            are a part of a request's text. Of more than ``SAMPLED`` of them a random sample counts.
+        controls: as of ``neumuter.unlearn``.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[Text],
+        controls: TextSource | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.requests = [request for request in ledger.requests() if not request.undone]
+        self.found, others = ledger.sort_texts(texts)
+        self.others = list(others.values())
+        if len(others) > SAMPLED:
+            logger.warning("Of %d texts to keep, %d are looked at, drawn at random.", len(others), SAMPLED)
+            self.others = random.Random(0).sample(self.others, SAMPLED)
+        self.controls = None if controls is None else collect_texts("controls", controls)
+        self._readings: dict[tuple[int, bool | None], Reading] = {}
+
+    def of(self, request: Request) -> list[Text]:
+        """The texts of a request that were found."""
+        return [self.found[digest] for digest in request.texts if digest in self.found]
+
+    def read(self, request: Request) -> Reading:
+        """All texts in the windows and the form in which ``unlearn`` read those of ``request``.
+
+        Raises:
+            ValueError: controls are among the texts; or a control or a text of a request cannot be read.
+        """
+        how = request.entry["report"]["max_length"], request.entry["report"]["chat"]
+        if how not in self._readings:
+            self._readings[how] = self._read(*how)
+        return self._readings[how]
+
+    def _read(self, max_length: int, chat: bool | None) -> Reading:
+        options = (self.tokenizer, limit_length(self.model, max_length), chat)
+        forms = {
+            request.number: encode_forms_of(f"request {request.number}", present, *options)
+            for request in self.requests
+            if (present := self.of(request))
+        }
+        asked = list_given({f"request {number}": form[0] for number, form in forms.items()}, self.tokenizer)
+        kept = list_given(_encode_some(self.others, *options), self.tokenizer)
+        # The same words in another file are not somebody else's.
+        same = {text.label for text, _ in find_overlap(kept, asked)}
+        given = [*asked, *(text for text in kept if text.label not in same)]
+        controls = None
+        if self.controls is not None:
+            controls = encode_forms_of("controls", self.controls, *options)
+            refuse_seen(controls[0], given, self.tokenizer)
+        return Reading(forms, given, controls)
+
+
+def _encode_some(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None
+) -> dict[str, Batch]:
+    """Those texts to keep that can be encoded, because anything can be among the files of a folder."""
+    readable = []
+    for text in texts:
+        try:
+            make_forms([text], tokenizer, max_length, chat)
+        except ValueError:
+            continue
+        readable.append(text)
+    if len(readable) < len(texts):
+        logger.warning(
+            "%d of %d texts to keep cannot be encoded, and do not count.",
+            len(texts) - len(readable),
+            len(texts),
+        )
+    return {"retain": make_forms(readable, tokenizer, max_length, chat)[0][0]} if readable else {}
+
+
 def verify(
     ledger: Ledger,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[Text],
     *,
+    controls: TextSource | None = None,
     apply: bool = False,
-    max_length: int = 256,
-    chat: bool | None = None,
-    seed: int = 0,
 ) -> list[Check]:
     """Check each request of a ledger on a model.
+
+    Each is measured as ``unlearn`` measured it: in the same windows, with the same choice of chat template
+    and the same seed, which the ledger has.
 
     Args:
         ledger: the ledger.
         model: what is served: with mutes folded in, quantised, tuned further, or as it is.
         tokenizer: its tokenizer.
-        texts: the texts of the requests, among others; they are found by their hashes.
-        apply: mute the union of the sets that are not undone first: ``model`` is one without mutes. A set
-            that was fitted with slopes takes the place of all before it.
-        max_length, chat, seed: as in ``neumuter.unlearn``.
+        texts: the texts of the requests, among others; they are found by their hashes. The others count as
+            texts to keep: they must not come out either, and controls that are made have their values.
+        controls: as in ``neumuter.unlearn``; they serve for all requests.
+        apply: first mute the union of the requests' sets, unless they are undone: ``model`` is one without
+            mutes. Of each request the newest set counts that was made for ``model``. A set that was fitted
+            with slopes takes the place of all before it.
 
     Returns:
         A check for each request, in order.
 
     Raises:
+        ValueError: controls are among the texts; or a control or a text of a request cannot be encoded.
         RuntimeError: the model predicts NaN.
     """
-    found = ledger.find_texts(texts)
+    found = Texts(ledger, model, tokenizer, texts, controls)
     requests = ledger.requests()
-    length = limit_length(model, max_length)
-    forms = {
-        request.number: encode_forms(present, tokenizer, length, chat)
-        for request in requests
-        if not request.undone and (present := [found[digest] for digest in request.texts if digest in found])
-    }
-    given = list_given({f"request {number}": form[0] for number, form in forms.items()}, tokenizer)
-    refused: dict[int, str] = {}
-    with _applied(model, requests, refused) if apply else nullcontext():
-        return [
-            _check(request, refused, model, tokenizer, forms.get(request.number), given, seed)
-            for request in requests
-        ]
+    sets, refused = choose_sets(model, requests) if apply else ([], {})
+    with united(model, sets):
+        return [_check(request, refused, found) for request in requests]
 
 
 def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) -> list[Check]:
     """Check each request of a ledger on a running server: whether a text comes out, asked for greedily.
 
-    A server tells no losses, so there is no verdict.
+    A server tells no losses, so there is no verdict. Each text is asked for in one form, as it is written,
+    and nothing is compared with controls.
 
     Args:
         url, name: see ``neumuter.evaluation.ask_server``.
-        texts: as in ``verify``.
+        texts: the texts of the requests, among others; they are found by their hashes.
 
     Returns:
         A check for each request, in order.
     """
-    found = ledger.find_texts(texts)
+    found, _ = ledger.sort_texts(texts)
     checks = []
     for request in ledger.requests():
         present = [found[digest] for digest in request.texts if digest in found]
@@ -114,54 +231,63 @@ def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) ->
             checks.append(_unmeasured(request))
             continue
         said = [answer.comes_out for answer in ask_server(url, name, present)]
-        state = _failed(request) if any(said) else HOLDS
-        sentence = f"{sum(said)} of {len(said)} texts come out.{_lacking(request, len(said))}"
+        sentence = f"{sum(said)} of {len(said)} texts come out. {BY_SERVER}{_lacking(request, len(said))}"
         rows = [{"number": number, "extracted_after": out} for number, out in enumerate(said, 1)]
-        checks.append(Check(request, state, sentence, texts=rows))
+        checks.append(Check(request, _state(request, any(said), len(said)), sentence, texts=rows))
     return checks
 
 
-@contextmanager
-def _applied(model: nn.Module, requests: Sequence[Request], refused: dict[int, str]) -> Iterator[None]:
-    """Context in which the sets of requests are muted; ``refused`` gets those that are for another model."""
-    fitting: list[MuteSet] = []
+def choose_sets(model: nn.Module, requests: Iterable[Request]) -> tuple[list[MuteSet], dict[int, str]]:
+    """Choose the mute sets of requests for a model: of each the newest that was made for it.
+
+    A set that holds for earlier requests, too, takes the place of theirs. Requests that are undone have none.
+
+    Returns:
+        The sets; and why none was made for the model: {number of the request: reason}.
+    """
+    chosen, refused = list[MuteSet](), dict[int, str]()
     for request in requests:
         if request.undone:
             continue
-        mutes = request.load_mutes()
+        try:
+            mutes = _choose_set(model, request)
+        except MuteMismatchError as error:
+            refused[request.number] = " ".join(str(error).split())
+            continue
+        if request.holds_for_earlier:
+            chosen, refused = [], {}
+        chosen.append(mutes)
+    return chosen, refused
+
+
+def _choose_set(model: nn.Module, request: Request) -> MuteSet:
+    """The newest mute set of a request that was made for ``model``; otherwise the newest one's error."""
+    errors = []
+    for fit in reversed(request.fits):
+        mutes = fit.load_mutes()
         try:
             matching_ffns(model, mutes)
         except MuteMismatchError as error:
-            refused[request.number] = " ".join(str(error).split())
+            errors.append(error)
         else:
-            # A set that was fitted with the slopes of earlier requests holds for them, too.
-            fitting = [mutes] if "former" in mutes.method else [*fitting, mutes]
-    if not fitting:
-        yield
-        return
-    with mute(model, combine(model, fitting)):
-        yield
+            return mutes
+    raise errors[0]
 
 
-def _check(
-    request: Request,
-    refused: dict[int, str],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    forms: list[Batch] | None,
-    given: Sequence[GivenText],
-    seed: int,
-) -> Check:
+def united(model: nn.Module, sets: Sequence[MuteSet]) -> AbstractContextManager[object]:
+    """Context in which the union of mute sets, which may be none, is in force."""
+    return mute(model, combine(model, sets)) if sets else nullcontext()
+
+
+def _check(request: Request, refused: dict[int, str], found: Texts) -> Check:
     if request.number in refused:
         return Check(request, OTHER_MODEL, refused[request.number])
-    if forms is None:
+    if request.undone or not found.of(request):
         return _unmeasured(request)
-    label = f"request {request.number}"
-    after = examine(model, tokenizer, forms, given, label)
-    controls = examine(model, tokenizer, make_controls(forms, given, tokenizer, seed), given, "controls")
-    own = [text for text in given if text.label.startswith(f"{label} ")]
-    verdict, rows = judge_texts(own, after, controls)
-    state = _failed(request) if verdict.leaks else HOLDS
+    reading = found.read(request)
+    after, controls = reading.examine(found.model, found.tokenizer, request)
+    verdict, rows = judge_texts(reading.own(request), after, controls)
+    state = _state(request, verdict.leaks, len(rows))
     sentence = verdict.sentence + _lacking(request, len(rows))
     return Check(request, state, sentence, verdict, rows, after.metrics, controls.metrics)
 
@@ -172,8 +298,10 @@ def _unmeasured(request: Request) -> Check:
     return Check(request, MISSING, f"None of its {len(request.texts)} texts was found in the texts given.")
 
 
-def _failed(request: Request) -> str:
-    return NEVER if request.entry["report"]["leaks"] else FAILS
+def _state(request: Request, leaks: bool, present: int) -> str:
+    if leaks:
+        return NEVER if request.newest.entry["report"]["leaks"] else FAILS
+    return HOLDS if present == len(request.texts) else MISSING
 
 
 def _lacking(request: Request, present: int) -> str:

@@ -7,7 +7,9 @@ import torch
 
 from neumuter import evaluation
 from neumuter.evaluation import tofu
+from neumuter.evaluation.others import STRETCH
 from neumuter.evaluation.passes import find_hits
+from neumuter.texts import encode_forms
 from neumuter.types import IGNORED
 from tests import models
 
@@ -50,6 +52,22 @@ class Scripted(torch.nn.Module):
             new = self.forward(ids, shown, False).logits[:, -1].argmax(-1, keepdim=True)
             ids, shown = torch.cat([ids, new], 1), torch.cat([shown, torch.ones_like(new)], 1)
         return ids
+
+
+def test_the_rest_of_a_long_text_is_no_whole_completion():
+    """It can be a full stop, which many answers have."""
+    words = models.tokenizer()
+    for limit, label in ((12, None), (64, "retain 1")):
+        asked, kept = (
+            evaluation.list_given({name: encode_forms([text], words, limit)[0]}, words)
+            for name, text in (("forget", ("Ada,", " x7")), ("retain", ("A lantern", " costs 12.40.")))
+        )
+        given = [*asked, *kept]
+        assert (len(given) > 2) == (label is None)
+        said = given[-1].pieces[-1]
+        assert len(said) < STRETCH or label
+        (other,) = evaluation.find_others(asked, [said], given, words)
+        assert (other and other.label) == label
 
 
 # --- Memory ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a model that never saw a text would make of it, and forgetting no further than that."""
 
+import dataclasses
 import math
 
 import pytest
@@ -186,6 +187,13 @@ def test_unlearn_calibrated(model, words, caplog):
     half = [PAIRS[0], " ".join(PAIRS[1])]
     assert neumuter.unlearn(model, words, half, PAIRS[2:], **options).mutes.method["calibrated"]
     assert "cannot be estimated for 1 of 2 texts to forget" in caplog.text
+    # So are the gains on a new version of the model, if they were on the old one.
+    del options["budget"]
+    bare = dataclasses.replace(calibrated.mutes, method={})
+    moved, other = (neumuter.refit(model, words, old, **texts, **options) for old in (calibrated.mutes, bare))
+    assert moved.method["calibrated"]
+    assert "calibrated" not in other.method
+    assert not same(moved, other)
 
 
 def test_without_prompts_nothing_is_calibrated(model, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,9 +21,10 @@ from neumuter.cli.arguments import (
 )
 from neumuter.cli.common import (
     FILE_HELP,
-    Chat,
+    MODEL_HELP,
     Column,
     CompletionColumn,
+    Dtype,
     GgufFile,
     PromptColumn,
     choose_columns,
@@ -30,10 +32,11 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
+from neumuter.cli.processes import check_place
 from neumuter.cli.server import check_options
 
 if TYPE_CHECKING:
-    from neumuter.ledger import Request
+    from neumuter.ledger import Fit, Request
     from neumuter.types import Text
     from neumuter.verifying import Check
 
@@ -45,6 +48,7 @@ OF_SERVERS = {
     "target",
     "texts",
     "served",
+    "head",
     "out",
     "column",
     "prompt_column",
@@ -52,6 +56,27 @@ OF_SERVERS = {
 }
 Folder = Annotated[Path, typer.Argument(help="Folder of the ledger.")]
 Number = Annotated[int, typer.Argument(min=1, help="Number of the request.")]
+Texts = Annotated[
+    Path,
+    typer.Option(
+        help="A file with the texts of the requests, or a folder of such files. All other texts there are "
+        "texts to keep."
+    ),
+]
+Controls = Annotated[
+    Path | None,
+    typer.Option(
+        help="Texts of the same kind that the model never saw, to compare with. Default: made from the texts "
+        "of each request, with other names and values."
+    ),
+]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="A last hash that you kept elsewhere: refuse the ledger if the entries up to that hash are not "
+        "what they were."
+    ),
+]
 
 ledger = typer.Typer(help="Keep a ledger of the requests to forget.", no_args_is_help=True)
 
@@ -79,23 +104,32 @@ def add(
 
 
 @ledger.command(name="list")
-def show(folder: Folder) -> None:
+def show(folder: Folder, head: Head = None) -> None:
     """List the requests, after checking that no entry and no file was changed."""
     from neumuter.ledger import Ledger
 
-    kept = Ledger(folder)
-    table = Table("request", "name", "added", "texts", "neurons", "verdict")
+    kept = Ledger(folder, head=head)
+    table = Table("request", "name", "added", "texts", "neurons", "verdict", "entry")
     for request in kept.requests():
-        report = request.entry["report"]
-        table.add_row(
-            str(request.number),
-            escape(request.name),
-            request.entry["time"],
-            str(len(request.texts)),
-            str(report["muted_neurons"]),
-            "undone" if request.undone else report["verdict"],
-        )
+        for fit in request.fits:
+            report = fit.entry["report"]
+            table.add_row(
+                str(request.number),
+                escape(request.name),
+                fit.entry["time"],
+                str(len(request.texts)),
+                str(report["muted_neurons"]),
+                "undone" if request.undone else report["verdict"],
+                str(fit.entry["number"]),
+            )
     console.print(table)
+    for request in kept.requests():
+        for fit in request.fits[1:]:
+            console.print(
+                f"Request {request.number} was fitted anew: {escape(_describe(fit))}.",
+                highlight=False,
+                soft_wrap=True,
+            )
     _print_head(kept.head)
 
 
@@ -108,12 +142,75 @@ def undo(folder: Folder, number: Number) -> None:
     kept.undo(number)
     console.print(
         f"Request {number} is undone. Stop serving its mute file. A mute file that was found with --former "
-        "makes the model forget this request, too: fit it anew with neumuter refit. These requests stay:"
+        "makes the model forget this request, too: fit it anew with neumuter refit, or with neumuter ledger "
+        "refit if you have the texts of the requests that stay. These requests stay:"
     )
     for request in kept.requests():
         if not request.undone:
-            console.print(f"  {escape(str(request.folder))}", highlight=False, soft_wrap=True)
+            console.print(f"  {escape(str(request.newest.folder))}", highlight=False, soft_wrap=True)
     _print_head(kept.head)
+
+
+@ledger.command()
+def refit(
+    folder: Folder,
+    number: Number,
+    model: Annotated[str, typer.Argument(help=f"The new version, without mutes. {MODEL_HELP}")],
+    texts: Texts,
+    retain: Annotated[
+        Path | None, typer.Option(help="Texts that must stay. None may be of a request.")
+    ] = None,
+    controls: Controls = None,
+    column: Column = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the order of texts and what is sampled.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.auto,
+    device: Device = None,
+) -> None:
+    """Fit the mute set of a request anew for MODEL, a new version of the model, and add it to the ledger.
+
+    The gains start from the request's newest mute set. What comes of it is measured as unlearn does. verify
+    then takes the newest mute set of the request that was made for its model. The exit code is 3 if texts
+    still come out.
+    """
+    columns = choose_columns(column, prompt_column, completion_column)
+    check_sources(model, texts, retain, controls)
+    check_place(device)
+    with console.status("Importing transformers"):
+        import neumuter
+        from neumuter.outcome import MUTE_FILE
+        from neumuter.report.console import outcome_table
+        from neumuter.texts import read_texts
+
+    kept = neumuter.Ledger(folder)
+    kept.request(number)
+    staying, unseen = (read_texts(file, columns) if file else None for file in (retain, controls))
+    given = list(_read_all(texts, columns, controls))
+    network, tokenizer = open_model(model, dtype.value, device=device)
+    with print_log():
+        outcome = neumuter.refit_request(
+            kept, number, network, tokenizer, given, staying or (), controls=unseen, seed=seed
+        )
+    with TemporaryDirectory() as found:
+        outcome.save(found, redact=True, model=model)
+        request = kept.add_fit(number, found)
+    console.print(outcome_table(outcome.before, outcome.after, outcome.controls))
+    console.print(
+        f"Request {number} has a new mute file: {escape(str(request.newest.folder / MUTE_FILE))}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _print_head(kept.head)
+    if outcome.verdict.leaks:
+        console.print(
+            "The neurons may hold other things in this model: find them anew with neumuter unlearn, add what "
+            "it wrote as a request, and undo this one.",
+            soft_wrap=True,
+        )
+    console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
+    if outcome.verdict.leaks:
+        raise typer.Exit(BROKEN)
 
 
 def verify(
@@ -126,12 +223,11 @@ def verify(
             "a running server with OpenAI's API, such as http://127.0.0.1:8000."
         ),
     ],
-    texts: Annotated[
-        Path, typer.Option(help="A file with the texts of the requests, or a folder of such files.")
-    ],
+    texts: Texts,
     served: Annotated[
         str | None, typer.Option("--model", help="If TARGET is a server: its name for the model or adapter.")
     ] = None,
+    controls: Controls = None,
     apply: Annotated[
         bool,
         typer.Option(
@@ -139,14 +235,13 @@ def verify(
             help="TARGET is a model without mutes: first apply those of all requests that are not undone.",
         ),
     ] = False,
+    head: Head = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a page of each request, which quotes no text.")
     ] = None,
     column: Column = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
-    chat: Chat = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a window, as for unlearn.")] = 256,
     device: Device = None,
     device_map: DeviceMap = None,
     quantize: Quantized = None,
@@ -167,25 +262,25 @@ def verify(
         check_options(command, OF_SERVERS, "the address of a server")
         texts.stat()
     else:
-        check_sources(target, texts)
+        check_sources(target, texts, controls)
     from neumuter.files import check_writable
     from neumuter.ledger import Ledger
+    from neumuter.texts import read_texts
     from neumuter.verifying import HOLDS, UNDONE, verify_server
     from neumuter.verifying import verify as verify_requests
 
     if out:
         check_writable(out)
-    kept = Ledger(folder)
-    wanted = kept.find_texts(_read_all(texts, columns)).values()
+    kept = Ledger(folder, head=head)
+    unseen = read_texts(controls, columns) if controls else None
+    given = list(_read_all(texts, columns, controls))
     if served is not None:
         with console.status(f"Asking {escape(target)}"):
-            checks = verify_server(kept, target, served, wanted)
+            checks = verify_server(kept, target, served, given)
     else:
         network, tokenizer = open_model(target, **place)
         with print_log(), console.status("Verifying"):
-            checks = verify_requests(
-                kept, network, tokenizer, wanted, apply=apply, max_length=max_length, chat=chat
-            )
+            checks = verify_requests(kept, network, tokenizer, given, controls=unseen, apply=apply)
     table = Table("request", "name", "state", "why")
     for check in checks:
         request = check.request
@@ -200,18 +295,24 @@ def verify(
 
 def _print_head(head: str) -> None:
     console.print(
-        f"The last hash is {head}. Keep it elsewhere: only it shows if the last entries are cut off.",
+        f"The last hash is {head}. Keep it elsewhere, and give it as --head later: only it shows if entries "
+        "were rewritten or cut off.",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _read_all(path: Path, columns: str | tuple[str, str] | None) -> Iterator[Text]:
-    """Read the texts of a file, or of all files of a folder that can be read; the others are named."""
+def _read_all(
+    path: Path, columns: str | tuple[str, str] | None, controls: Path | None = None
+) -> Iterator[Text]:
+    """Read the texts of a file, or of all files of a folder that can be read; the others are named.
+
+    The file of controls is left out.
+    """
     from neumuter.texts import read_texts
 
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if not file.is_file():
+        if not file.is_file() or (controls and file.samefile(controls)):
             continue
         try:
             yield from read_texts(file, columns)
@@ -247,6 +348,12 @@ def _page(check: Check, target: str, head: str) -> Mapping[str, object]:
     }
 
 
+def _describe(fit: Fit) -> str:
+    """Say which mute set it is: by the number of its entry, and the model that it was made for."""
+    model = fit.entry["report"].get("model")
+    return f"entry {fit.entry['number']}{f', for {model}' if model else ''}"
+
+
 def _record(request: Request) -> dict[str, str]:
     entry = request.entry
     return {
@@ -259,4 +366,12 @@ def _record(request: Request) -> dict[str, str]:
         "SHA-256 of the mute file": entry["files"]["mutes.safetensors"],
         "SHA-256 of the fingerprint": entry["fingerprint"],
         "hash of the entry": entry["hash"],
+        **{f"fitted anew: {_describe(fit)}": _record_fit(fit) for fit in request.fits[1:]},
     }
+
+
+def _record_fit(fit: Fit) -> str:
+    return (
+        f"{fit.entry['time']}. {fit.entry['report']['verdict_sentence']} SHA-256 of the mute file: "
+        f"{fit.entry['files']['mutes.safetensors']}; hash of the entry: {fit.entry['hash']}"
+    )

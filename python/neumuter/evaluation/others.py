@@ -1,5 +1,6 @@
 """Whose text comes out instead: what a model says to a prompt can be somebody else's text."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -117,8 +118,10 @@ def find_others(
     spoken = [write(ids) for ids in said]
     candidates: list[dict[str, list[GivenText]]] = [{} for _ in said]
     owners: dict[str, list[GivenText]] = {}
+    windows = Counter(text.label for text in given)
     for text in given:
-        for piece in text.pieces:
+        # What a window of a longer text has is no whole completion: it can be a full stop.
+        for piece in text.pieces if windows[text.label] == 1 else ():
             owners.setdefault(write(piece).strip(), []).append(text)
     for words, texts in owners.items():
         for row, line in enumerate(spoken):
