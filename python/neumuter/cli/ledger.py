@@ -116,7 +116,8 @@ def show(folder: Folder, head: Head = None) -> None:
             table.add_row(
                 str(request.number),
                 escape(request.name),
-                fit.entry["time"],
+                # The day; the page of the request has the time.
+                fit.entry["time"][:10],
                 str(len(request.texts)),
                 str(report["muted_neurons"]),
                 "undone" if request.undone else report["verdict"],
