@@ -3,7 +3,10 @@
 import contextlib
 import json
 import re
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +61,23 @@ def test_one_process_prints_and_writes(folder, two):
     mutes = neumuter.MuteSet.load(folder / "two" / "mutes.safetensors")
     assert mutes.count == 30
     assert len(list((folder / "two").iterdir())) == 4
+
+
+def test_accelerate_launch_starts_two_processes(folder):
+    """By the line of the documentation; Accelerate keeps what each process prints."""
+    page = (Path(__file__).parents[2] / "docs/many-gpus.md").read_text()
+    start = shlex.split(re.search("^accelerate launch (.*) unlearn small-model", page, re.MULTILINE)[1])
+    logs = ["--tee", "3", "--log_dir", str(folder / "logs"), "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *logs, *start]
+    options = unlearn(folder, "accelerated", **{"--steps": 1, "--device": "cpu"})
+    ended = subprocess.run([*launcher, *options], capture_output=True, text=True)
+    report = json.loads((folder / "accelerated" / "report.json").read_text())
+    assert ended.returncode == int(report["leaks"]), ended.stderr
+    printed = {int(file.parent.name): file.read_text() for file in (folder / "logs").rglob("stdout.log")}
+    assert printed.keys() == {0, 1}
+    assert printed[0].count(report["verdict_sentence"]) == 1
+    assert not printed[1]
+    assert len(list((folder / "accelerated").iterdir())) == 4
 
 
 @pytest.mark.parametrize("forget", ["absent.jsonl", "forget{rank}.jsonl"])
