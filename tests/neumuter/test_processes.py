@@ -29,10 +29,11 @@ SHARED = [
     ("mixtral", "fsdp", 2, ("modulate",)), ("qwen3_moe", "fsdp", 2, ()),
     ("gpt_neo", "fully_shard", 2, ()), ("gemma2", "fully_shard", 2, ()),
     ("mixtral", "tp", 2, ("modulate",)), ("qwen3_moe", "tp", 2, ()), ("gpt_oss", "tp", 2, ()),
+    ("deepseek_v3", "tp", 2, ("modulate",)), ("deepseek_v3", "fsdp", 2, ()),
     ("llama", "4bit", 2, ("modulate",)), ("llama", "8bit", 2, ()), ("phi3", "int8", 2, ("modulate",)),
     ("llama", "int4", 2, ()),
     ("llama", "fsdp+tp", 4, ("modulate",)), ("mixtral", "fsdp+tp", 4, ()),
-    ("llama", "tp", 2, ("modulate", "mute")), ("phi3", "tp", 2, ("modulate",)), ("gemma2", "tp", 2, ()),
+    ("llama", "tp", 2, ("modulate", "mute")), ("phi3", "tp", 2, ()), ("gemma2", "tp", 2, ()),
 ]  # fmt: skip
 
 
