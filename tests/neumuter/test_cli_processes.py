@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import os
+import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +24,16 @@ from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.cli.arguments import check_size
 from neumuter.models.layouts import check_layout, divide, make_distributed_config
+from neumuter.outcome import MUTE_FILE
+from neumuter.training.journal import UNFINISHED
 from neumuter.training.plan import plan, plan_tensor_parallel
 from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
 from tests.models import build, config, tokenizer
 from tests.neumuter import jobs
-from tests.neumuter.launching import end
+from tests.neumuter.launching import end, kill, run
+
+KILLS, SEED = 4, 0
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +55,15 @@ def unlearn(folder, out, forget="forget.jsonl", **more):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return end(jobs.command, 2, folder, *unlearn(folder, "two"))
+    """What two processes ended with and printed, and the seconds that they took."""
+    run(os.getcwd, 2, folder)  # by then the process has imported all of which they are forks
+    start = time.perf_counter()
+    ended = end(jobs.command, 2, folder, *unlearn(folder, "two"))
+    return ended, time.perf_counter() - start
 
 
 def test_one_process_prints_and_writes(folder, two):
-    ended = two
+    ended, _ = two
     report = json.loads((folder / "two" / "report.json").read_text())
     # A launcher ends all as soon as one ends with another code than 0.
     assert [code for code, _ in ended] == [3 if report["leaks"] else 0, 0]
@@ -78,6 +90,25 @@ def test_accelerate_launch_starts_two_processes(folder):
     assert printed[0].count(report["verdict_sentence"]) == 1
     assert not printed[1]
     assert len(list((folder / "accelerated").iterdir())) == 4
+
+
+def test_processes_that_are_killed_at_random_moments_go_on(folder, two):
+    """Both are killed; a run that has ended before begins anew."""
+    whole, seconds = (folder / "two" / MUTE_FILE).read_bytes(), two[1]
+    out, draw, interrupted = folder / "killed", random.Random(SEED), 0
+    job = (jobs.saving_command, 2, folder, *unlearn(folder, "killed"), "--resume")
+    while interrupted < KILLS:
+        kill(seconds * draw.random(), *job)
+        if (out / UNFINISHED).exists():
+            interrupted += 1
+        elif (out / MUTE_FILE).exists():
+            assert (out / MUTE_FILE).read_bytes() == whole
+            shutil.rmtree(out)
+        else:  # nothing was found by then
+            seconds *= 1.1
+    ended = end(*job)
+    assert ended[0][0] in (0, 3), ended[0][1]
+    assert (out / MUTE_FILE).read_bytes() == whole
 
 
 @pytest.mark.parametrize("forget", ["absent.jsonl", "forget{rank}.jsonl"])
