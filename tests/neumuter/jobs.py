@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -152,24 +153,25 @@ class Killed(Exception):
     pass
 
 
-def run_anew(model, folder, rank):
-    """The job is killed in the middle and goes on, from a file that the first process wrote and reads."""
+def kill_in_the_middle(model, folder):
+    """Leaves an unfinished job in a folder."""
 
     def kill(step, total, info):
         if step == 4:
             raise Killed
 
-    with mock.patch.object(journal, "SAVE_SECONDS", -1):
-        with pytest.raises(Killed):
-            unlearn(model, "modulate", folder=folder / "killed", callback=kill)
-        dist.barrier()
-        steps = []
-        outcome = unlearn(
-            model, "modulate", folder=folder / "killed", resume=True,
-            callback=lambda step, *_: steps.append(step),
-        )  # fmt: skip
+    with mock.patch.object(journal, "SAVE_SECONDS", -1), pytest.raises(Killed):
+        unlearn(model, "modulate", folder=folder, callback=kill)
+
+
+def resume(model, folder):
+    """The outcome of the job that ``kill_in_the_middle`` left."""
+    steps = []
+    outcome = unlearn(
+        model, "modulate", folder=folder, resume=True, callback=lambda step, *_: steps.append(step)
+    )
     assert steps[0] == 4
-    dataclasses.replace(outcome, seconds=0).save(folder / f"resumed-{rank}")
+    return dataclasses.replace(outcome, seconds=0)
 
 
 def need_library(kind):
@@ -234,7 +236,15 @@ def shared(model, layout, jobs, folder):
         if job == "modulate":
             torch.save(logits(model, outcome.mutes), Path(folder) / f"logits-{rank}")
     if "modulate" in jobs and layout in COPIES:
-        run_anew(model, Path(folder), rank)
+        # The first process writes the file, and reads it for all.
+        kill_in_the_middle(model, Path(folder) / "killed")
+        dist.barrier()
+        if rank == 0:
+            shutil.copytree(Path(folder) / "killed", Path(folder) / "begun")
+        dist.barrier()
+        resume(model, Path(folder) / "killed").save(Path(folder) / f"resumed-{rank}")
+    if "elsewhere" in jobs:
+        resume(model, Path(folder) / "alone").save(Path(folder) / f"elsewhere-{rank}")
     if "refit" in jobs:
         refit(model).save(Path(folder) / f"refit-{rank}.safetensors")
     for name, value in {"seed": rank, "budget": 30 + rank}.items() if "differing" in jobs else ():
