@@ -144,11 +144,45 @@ def test_a_layout_splits_the_model(folder):
         torch.testing.assert_close(layer.gains, split[path].gains, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("layout", ["tp", "fsdp"])
+def test_a_split_model_is_evaluated(layout, folder):
+    files = {"--mute": folder / "two" / MUTE_FILE, "--forget": folder / "forget.jsonl"}
+    files |= {"--retain": folder / "retain.txt", "--heldout": folder / "retain.txt"}
+    given = ["evaluate", str(folder / "model"), *(str(x) for pair in files.items() for x in pair)]
+    whole, split = folder / "whole.json", folder / f"{layout}.json"
+    if not whole.exists():
+        assert end(jobs.command, 1, folder, *given, "--max-length", "32", "--out", str(whole))[0][0] == 0
+    ended = end(
+        jobs.command, 2, folder, *given, "--max-length", "32", "--layout", layout, "--out", str(split)
+    )
+    assert ended[1] == (0, "")
+    assert ended[0][0] == 0, ended[0][1]
+    expected, found = (json.loads(file.read_text()) for file in (whole, split))
+    assert ended[0][1].count(found["verdict_sentence"]) == 1
+    for state in ("before", "metrics"):
+        assert found[state] == pytest.approx(expected[state], rel=1e-4, abs=1e-4)
+        assert found[state].keys() >= {"heldout_perplexity", "min_k_auc", "loss_auc"}
+    assert found["metrics"]["heldout_kl"] > 0
+    assert found["verdict"] == expected["verdict"]
+
+
+def test_copies_of_a_model_are_not_evaluated(folder):
+    ended = end(
+        jobs.command, 2, folder, "evaluate", str(folder / "model"), "--forget", str(folder / "absent")
+    )
+    assert [code for code, _ in ended] == [2, 0]
+    told = re.sub(r"[\s│]+", " ", ended[0][1])
+    assert "of 2 processes would do the same work: split it with --layout fsdp, tp, fsdp+tp" in told
+
+
 def test_places_that_several_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(processes, "count_processes", lambda: 2)
     for options, message in (({"device_map": "auto"}, "device-map"), ({"device": "cuda:1"}, "must be cpu")):
         with pytest.raises(processes.typer.BadParameter, match=message):
             processes.check_place(**{"device": None, "device_map": None} | options)
+    with pytest.raises(processes.typer.BadParameter, match="fsdp cannot be combined with --robust, --tasks"):
+        processes.check_split(processes.Split.fsdp, None, None, robust=True, tasks="arc_easy", quantize=None)
     with pytest.raises(processes.typer.BadParameter, match="tp cannot be combined with --quantize"):
         processes.check_place(None, layout=processes.Layout.tp, **{"quantize": "4bit", "gguf-file": None})
     monkeypatch.setattr(processes, "count_processes", lambda: 1)
