@@ -226,11 +226,14 @@ TORCHAO = {
     "quant_method": "torchao",
     "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}},
 }
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 QUANTISED = [
     ("fsdp", EIGHT, "by bitsandbytes, and are not split"), ("tp", TORCHAO, "by torchao, and are not split"),
     ("ddp", EIGHT, "the result would depend on the number of processes"),
     ("ddp", EIGHT | {"llm_int8_threshold": 0.0}, None), ("ddp", TORCHAO, None),
-    ("fsdp", {"quant_method": "mxfp4"}, None),
+    ("ddp", {"quant_method": "mxfp4"}, None),
+    ("fsdp", {"quant_method": "mxfp4"}, "by mxfp4, and are not split"),
+    ("ddp", FP8, None), ("fsdp", FP8, "by fp8, and are not split"), ("tp", FP8, "by fp8, and are not split"),
 ]  # fmt: skip
 
 
