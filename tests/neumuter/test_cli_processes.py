@@ -31,7 +31,7 @@ from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
 from tests.models import build, config, tokenizer
 from tests.neumuter import jobs
-from tests.neumuter.launching import end, kill, run
+from tests.neumuter.launching import FORKS, end, kill, run
 
 KILLS, SEED = 4, 0
 
@@ -294,6 +294,8 @@ def test_auto_takes_a_copy_in_each_process_where_that_fits(wanted, tmp_path, mon
     count = 4 if wanted == ("fsdp+tp", False) else 2
     monkeypatch.setattr(processes, "count_processes", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Its process of its own imports all anew, which takes many seconds.
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: FORKS)
     given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
     free = 1e3
     if count == 4:
