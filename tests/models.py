@@ -70,11 +70,16 @@ FAMILIES = {
     "mixtral": ("mixtral", LLAMA_LIKE | LOCAL),
     "qwen2_moe": ("qwen2_moe", LLAMA_LIKE | MOE | dict(shared_expert_intermediate_size=40)),
     "qwen3_moe": ("qwen3_moe", LLAMA_LIKE | HEADS | MOE),
+    "deepseek_v3": ("deepseek_v3", LLAMA_LIKE | dict(
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=1,
+    )),
     "gpt_oss": ("gpt_oss", LLAMA_LIKE | HEADS | LOCAL),
     "llama4": ("llama4_text", LLAMA_LIKE | HEADS | LOCAL | dict(intermediate_size_mlp=40, moe_layers=[1, 2])),
     "jetmoe": ("jetmoe", LLAMA_LIKE | LOCAL | dict(kv_channels=8)),
 }  # fmt: skip
-OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "jetmoe")
+OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4", "jetmoe")
 SMALL = ("llama", "llama_bias", "qwen2", "gpt2", "gpt_neo", "phi3", "mixtral")  # one of each kind
 
 
@@ -97,7 +102,7 @@ def build(name, dtype=torch.float32, seed=0, **changes):
 def build_double(name):
     """A model in float64, which transformers' grouped products of experts do not have."""
     model = build(name).double()
-    if name in OF_EXPERTS[:4]:
+    if name in OF_EXPERTS[:5]:
         model.set_experts_implementation("eager")
     return model
 

@@ -71,7 +71,7 @@ from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import attach, neuron_count, split_ffns
-from neumuter.training.processes import agree, find_processes, is_first
+from neumuter.training.processes import agree, describe_layout, find_processes, is_first
 from neumuter.types import Batch, Callback, Text
 
 # Retain texts whose loss is measured.
@@ -165,7 +165,8 @@ def unlearn(
             minute, for its owner alone, what is found so far (unfinished.safetensors), which
             ``outcome.save(folder)`` removes.
         resume: go on from what an unfinished run with the same arguments left in ``folder``, to the same
-            result on the same kind of machine. Where nothing was left, the run starts anew.
+            result on the same kind of machine, but for rounding if the number of processes or the layout is
+            another one. Where nothing was left, the run starts anew.
         callback: called as (step, total, info) after every step, instead of a progress bar.
 
     Returns:
@@ -219,7 +220,8 @@ def unlearn(
             "start_layer": start_layer, "max_length": max_length, "chat": chat, "seed": seed,
         }  # fmt: skip
         weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
-        journal = Journal(folder, request, weights, resume, kinds=(Examination, Found))
+        layout = describe_layout(network)
+        journal = Journal(folder, request, weights, layout, resume, kinds=(Examination, Found))
     found = []
     if rewrite_with:
         rewritten = journal.once(

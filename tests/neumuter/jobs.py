@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from transformers.distributed import DistributedConfig
 
 import neumuter
 from neumuter import preparing, recipes
 from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.evaluation import continuations, controls, examination
+from neumuter.models.layouts import make_distributed_config
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
 from neumuter.texts import encode, join_batches
 from neumuter.training import journal
@@ -98,9 +99,7 @@ def gradients(model, change=0, at_once=None):
 QUANTISED = ("4bit", "8bit", "int8", "int4")
 COPIES = ("ddp", *QUANTISED)
 # Those in which transformers splits it.
-SPLIT = {
-    "fsdp": dict(fsdp_size=2), "tp": dict(tp_plan="auto"), "fsdp+tp": dict(fsdp_size=2, tp_size=2),
-}  # fmt: skip
+SPLIT = ("fsdp", "tp", "fsdp+tp")
 JOBS = {
     "modulate": dict(recipe=FittedConfig(GainsConfig(steps=6, batch_size=3))),
     "mute": dict(recipe=FittedConfig(support=SupportConfig(steps=6, batch_size=2)), mode="mute"),
@@ -154,24 +153,25 @@ class Killed(Exception):
     pass
 
 
-def run_anew(model, folder, rank):
-    """The job is killed in the middle and goes on, from a file that the first process wrote and reads."""
+def kill_in_the_middle(model, folder):
+    """Leaves an unfinished job in a folder."""
 
     def kill(step, total, info):
         if step == 4:
             raise Killed
 
-    with mock.patch.object(journal, "SAVE_SECONDS", -1):
-        with pytest.raises(Killed):
-            unlearn(model, "modulate", folder=folder / "killed", callback=kill)
-        dist.barrier()
-        steps = []
-        outcome = unlearn(
-            model, "modulate", folder=folder / "killed", resume=True,
-            callback=lambda step, *_: steps.append(step),
-        )  # fmt: skip
+    with mock.patch.object(journal, "SAVE_SECONDS", -1), pytest.raises(Killed):
+        unlearn(model, "modulate", folder=folder, callback=kill)
+
+
+def resume(model, folder):
+    """The outcome of the job that ``kill_in_the_middle`` left."""
+    steps = []
+    outcome = unlearn(
+        model, "modulate", folder=folder, resume=True, callback=lambda step, *_: steps.append(step)
+    )
     assert steps[0] == 4
-    dataclasses.replace(outcome, seconds=0).save(folder / f"resumed-{rank}")
+    return dataclasses.replace(outcome, seconds=0)
 
 
 def need_library(kind):
@@ -200,13 +200,13 @@ def quantised(model, kind):
     return loaded.eval()
 
 
-def placed(model, layout):
+def placed(model, layout, dtype="auto"):
     """The model of a folder in that layout."""
     if layout in QUANTISED:
         return quantised(model, layout)
     if layout in SPLIT:
-        config = DistributedConfig(**SPLIT[layout])
-        return AutoModelForCausalLM.from_pretrained(model, distributed_config=config).eval()
+        config = make_distributed_config(layout, dist.get_world_size())
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=config).eval()
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     if layout == "fully_shard":
         for layer in max((m for m in loaded.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
@@ -226,6 +226,9 @@ def shared(model, layout, jobs, folder):
     if not jobs:
         split.gradient_checkpointing_enable()
     torch.save(gradients(split, at_once=at_once), Path(folder) / f"gradients-{rank}")
+    if "double" in jobs:
+        double = placed(model, layout, torch.float64)
+        torch.save(gradients(double), Path(folder) / f"double-{rank}")
     model = placed(model, layout)
     for job in set(jobs) & set(JOBS):
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
@@ -233,10 +236,18 @@ def shared(model, layout, jobs, folder):
         if job == "modulate":
             torch.save(logits(model, outcome.mutes), Path(folder) / f"logits-{rank}")
     if "modulate" in jobs and layout in COPIES:
-        run_anew(model, Path(folder), rank)
+        # The first process writes the file, and reads it for all.
+        kill_in_the_middle(model, Path(folder) / "killed")
+        dist.barrier()
+        if rank == 0:
+            shutil.copytree(Path(folder) / "killed", Path(folder) / "begun")
+        dist.barrier()
+        resume(model, Path(folder) / "killed").save(Path(folder) / f"resumed-{rank}")
+    if "elsewhere" in jobs:
+        resume(model, Path(folder) / "alone").save(Path(folder) / f"elsewhere-{rank}")
     if "refit" in jobs:
         refit(model).save(Path(folder) / f"refit-{rank}.safetensors")
-    for name, value in {"seed": rank, "budget": 30 + rank}.items():
+    for name, value in {"seed": rank, "budget": 30 + rank}.items() if "differing" in jobs else ():
         with pytest.raises(ValueError, match=f"{name} must be the same in all processes, but is"):
             unlearn(model, "modulate", **{name: value})
     with pytest.raises(ValueError, match="forget_batch must be the same in all processes"):
@@ -249,6 +260,12 @@ def command(*arguments):
     preparing.SAMPLES = 4
     with shorter():
         main([argument.format(rank=os.environ["RANK"]) for argument in arguments])
+
+
+def saving_command(*arguments):
+    """A command, as torchrun starts it, which writes at once what it has found."""
+    journal.SAVE_SECONDS = 0
+    command(*arguments)
 
 
 def write_slowly(folder):

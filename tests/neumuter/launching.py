@@ -1,7 +1,9 @@
 """Starts real processes on the CPU, as torchrun does, but without its seconds of imports."""
 
+import contextlib
 import multiprocessing
 import os
+import time
 from multiprocessing import connection
 from pathlib import Path
 
@@ -22,20 +24,37 @@ def run(target, processes, folder, *arguments):
 
 def end(target, processes, folder, *arguments):
     """Of each of so many processes that call ``target(*arguments)``, its exit code and what it printed."""
+    with _started(target, processes, folder, arguments) as running:
+        waiting = {process.sentinel: process for process in running}
+        while waiting:
+            ready = connection.wait(waiting, SECONDS if any(p.exitcode for p in running) else None)
+            for sentinel in ready:
+                waiting.pop(sentinel).join()
+            if not ready:
+                for process in waiting.values():  # they wait for the one that failed
+                    process.kill()
+    return [(p.exitcode, (Path(folder) / f"{rank}.log").read_text()) for rank, p in enumerate(running)]
+
+
+def kill(seconds, target, processes, folder, *arguments):
+    """Kills so many processes that call ``target(*arguments)``, after so many seconds."""
+    with _started(target, processes, folder, arguments) as running:
+        time.sleep(seconds)
+        for process in running:
+            process.kill()
+        for process in running:
+            process.join()
+
+
+@contextlib.contextmanager
+def _started(target, processes, folder, arguments):
+    """Context: the processes, and the store by which they find each other."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     about = (processes, store.port, folder, target, arguments)
     running = [FORKS.Process(target=_process, args=(rank, *about)) for rank in range(processes)]
     for process in running:
         process.start()
-    waiting = {process.sentinel: process for process in running}
-    while waiting:
-        ready = connection.wait(waiting, SECONDS if any(p.exitcode for p in running) else None)
-        for sentinel in ready:
-            waiting.pop(sentinel).join()
-        if not ready:
-            for process in waiting.values():  # they wait for the one that failed
-                process.kill()
-    return [(p.exitcode, (Path(folder) / f"{rank}.log").read_text()) for rank, p in enumerate(running)]
+    yield running
 
 
 def _process(rank, world, port, folder, target, arguments):

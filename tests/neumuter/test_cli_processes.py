@@ -2,8 +2,15 @@
 
 import contextlib
 import json
+import os
+import random
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +24,16 @@ from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.cli.arguments import check_size
 from neumuter.models.layouts import check_layout, divide, make_distributed_config
+from neumuter.outcome import MUTE_FILE
+from neumuter.training.journal import UNFINISHED
 from neumuter.training.plan import plan, plan_tensor_parallel
 from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
 from tests.models import build, config, tokenizer
 from tests.neumuter import jobs
-from tests.neumuter.launching import end
+from tests.neumuter.launching import FORKS, end, kill, run
+
+KILLS, SEED = 4, 0
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +55,15 @@ def unlearn(folder, out, forget="forget.jsonl", **more):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return end(jobs.command, 2, folder, *unlearn(folder, "two"))
+    """What two processes ended with and printed, and the seconds that they took."""
+    run(os.getcwd, 2, folder)  # by then the process has imported all of which they are forks
+    start = time.perf_counter()
+    ended = end(jobs.command, 2, folder, *unlearn(folder, "two"))
+    return ended, time.perf_counter() - start
 
 
 def test_one_process_prints_and_writes(folder, two):
-    ended = two
+    ended, _ = two
     report = json.loads((folder / "two" / "report.json").read_text())
     # A launcher ends all as soon as one ends with another code than 0.
     assert [code for code, _ in ended] == [3 if report["leaks"] else 0, 0]
@@ -58,6 +73,42 @@ def test_one_process_prints_and_writes(folder, two):
     mutes = neumuter.MuteSet.load(folder / "two" / "mutes.safetensors")
     assert mutes.count == 30
     assert len(list((folder / "two").iterdir())) == 4
+
+
+def test_accelerate_launch_starts_two_processes(folder):
+    """By the line of the documentation; Accelerate keeps what each process prints."""
+    page = (Path(__file__).parents[2] / "docs/many-gpus.md").read_text()
+    start = shlex.split(re.search("^accelerate launch (.*) unlearn small-model", page, re.MULTILINE)[1])
+    logs = ["--tee", "3", "--log_dir", str(folder / "logs"), "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *logs, *start]
+    options = unlearn(folder, "accelerated", **{"--steps": 1, "--device": "cpu"})
+    ended = subprocess.run([*launcher, *options], capture_output=True, text=True)
+    report = json.loads((folder / "accelerated" / "report.json").read_text())
+    assert ended.returncode == int(report["leaks"]), ended.stderr
+    printed = {int(file.parent.name): file.read_text() for file in (folder / "logs").rglob("stdout.log")}
+    assert printed.keys() == {0, 1}
+    assert printed[0].count(report["verdict_sentence"]) == 1
+    assert not printed[1]
+    assert len(list((folder / "accelerated").iterdir())) == 4
+
+
+def test_processes_that_are_killed_at_random_moments_go_on(folder, two):
+    """Both are killed; a run that has ended before begins anew."""
+    whole, seconds = (folder / "two" / MUTE_FILE).read_bytes(), two[1]
+    out, draw, interrupted = folder / "killed", random.Random(SEED), 0
+    job = (jobs.saving_command, 2, folder, *unlearn(folder, "killed"), "--resume")
+    while interrupted < KILLS:
+        kill(seconds * draw.random(), *job)
+        if (out / UNFINISHED).exists():
+            interrupted += 1
+        elif (out / MUTE_FILE).exists():
+            assert (out / MUTE_FILE).read_bytes() == whole
+            shutil.rmtree(out)
+        else:  # nothing was found by then
+            seconds *= 1.1
+    ended = end(*job)
+    assert ended[0][0] in (0, 3), ended[0][1]
+    assert (out / MUTE_FILE).read_bytes() == whole
 
 
 @pytest.mark.parametrize("forget", ["absent.jsonl", "forget{rank}.jsonl"])
@@ -93,11 +144,45 @@ def test_a_layout_splits_the_model(folder):
         torch.testing.assert_close(layer.gains, split[path].gains, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("layout", ["tp", "fsdp"])
+def test_a_split_model_is_evaluated(layout, folder):
+    files = {"--mute": folder / "two" / MUTE_FILE, "--forget": folder / "forget.jsonl"}
+    files |= {"--retain": folder / "retain.txt", "--heldout": folder / "retain.txt"}
+    given = ["evaluate", str(folder / "model"), *(str(x) for pair in files.items() for x in pair)]
+    whole, split = folder / "whole.json", folder / f"{layout}.json"
+    if not whole.exists():
+        assert end(jobs.command, 1, folder, *given, "--max-length", "32", "--out", str(whole))[0][0] == 0
+    ended = end(
+        jobs.command, 2, folder, *given, "--max-length", "32", "--layout", layout, "--out", str(split)
+    )
+    assert ended[1] == (0, "")
+    assert ended[0][0] == 0, ended[0][1]
+    expected, found = (json.loads(file.read_text()) for file in (whole, split))
+    assert ended[0][1].count(found["verdict_sentence"]) == 1
+    for state in ("before", "metrics"):
+        assert found[state] == pytest.approx(expected[state], rel=1e-4, abs=1e-4)
+        assert found[state].keys() >= {"heldout_perplexity", "min_k_auc", "loss_auc"}
+    assert found["metrics"]["heldout_kl"] > 0
+    assert found["verdict"] == expected["verdict"]
+
+
+def test_copies_of_a_model_are_not_evaluated(folder):
+    ended = end(
+        jobs.command, 2, folder, "evaluate", str(folder / "model"), "--forget", str(folder / "absent")
+    )
+    assert [code for code, _ in ended] == [2, 0]
+    told = re.sub(r"[\s│]+", " ", ended[0][1])
+    assert "of 2 processes would do the same work: split it with --layout fsdp, tp, fsdp+tp" in told
+
+
 def test_places_that_several_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(processes, "count_processes", lambda: 2)
     for options, message in (({"device_map": "auto"}, "device-map"), ({"device": "cuda:1"}, "must be cpu")):
         with pytest.raises(processes.typer.BadParameter, match=message):
             processes.check_place(**{"device": None, "device_map": None} | options)
+    with pytest.raises(processes.typer.BadParameter, match="fsdp cannot be combined with --robust, --tasks"):
+        processes.check_split(processes.Split.fsdp, None, None, robust=True, tasks="arc_easy", quantize=None)
     with pytest.raises(processes.typer.BadParameter, match="tp cannot be combined with --quantize"):
         processes.check_place(None, layout=processes.Layout.tp, **{"quantize": "4bit", "gguf-file": None})
     monkeypatch.setattr(processes, "count_processes", lambda: 1)
@@ -141,11 +226,14 @@ TORCHAO = {
     "quant_method": "torchao",
     "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}},
 }
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 QUANTISED = [
     ("fsdp", EIGHT, "by bitsandbytes, and are not split"), ("tp", TORCHAO, "by torchao, and are not split"),
     ("ddp", EIGHT, "the result would depend on the number of processes"),
     ("ddp", EIGHT | {"llm_int8_threshold": 0.0}, None), ("ddp", TORCHAO, None),
-    ("fsdp", {"quant_method": "mxfp4"}, None),
+    ("ddp", {"quant_method": "mxfp4"}, None),
+    ("fsdp", {"quant_method": "mxfp4"}, "by mxfp4, and are not split"),
+    ("ddp", FP8, None), ("fsdp", FP8, "by fp8, and are not split"), ("tp", FP8, "by fp8, and are not split"),
 ]  # fmt: skip
 
 
@@ -206,6 +294,8 @@ def test_auto_takes_a_copy_in_each_process_where_that_fits(wanted, tmp_path, mon
     count = 4 if wanted == ("fsdp+tp", False) else 2
     monkeypatch.setattr(processes, "count_processes", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Its process of its own imports all anew, which takes many seconds.
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: FORKS)
     given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
     free = 1e3
     if count == 4:

@@ -110,9 +110,9 @@ class Commands:
         # 3: it is done, and a random model had nothing to forget.
         return 0 if status == 3 else status, text
 
-    def killed(self, command, out, seconds):
+    def killed(self, command, out, seconds, prepare=lambda: None):
         """Whether kill -9 after so many seconds was before the end."""
-        pid, output = self.start(command, out)
+        pid, output = self.start(command, out, prepare)
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)
         output.close()
@@ -220,7 +220,7 @@ def resume(commands, place, name, number, times):
     out = place / "out"
 
     def prepare():
-        journal.SAVE_SECONDS = 0
+        save_at_once()
         if kills < times:
             kill_before_change(out / f".{name}", number)
 
@@ -241,6 +241,39 @@ def resume(commands, place, name, number, times):
     assert left == contents(place / "whole").keys()
     assert not list(out.glob(f".{journal.UNFINISHED}*"))
     return kills
+
+
+def save_at_once():
+    from neumuter.training import journal
+
+    journal.SAVE_SECONDS = 0
+
+
+def resume_from_anywhere(commands, place, times):
+    """Kill a run at random moments; it goes on so often from what is left, and then ends.
+
+    One that has ended before it is killed begins anew.
+    """
+    from neumuter.training.journal import UNFINISHED
+
+    out, draw, interrupted = place / "out", random.Random(SEED), 0
+    start = time.perf_counter()
+    status, output = commands.run("unlearn", place / "whole", save_at_once)
+    seconds = time.perf_counter() - start
+    assert status == 0, output
+    whole = contents(place / "whole")
+    while interrupted < times:
+        commands.killed("resume", out, seconds * draw.random(), save_at_once)
+        if (out / UNFINISHED).exists():
+            interrupted += 1
+        elif (out / "mutes.safetensors").exists():
+            assert same_result("unlearn", out, whole)
+            shutil.rmtree(out)
+        else:  # nothing was found by then
+            seconds *= 1.1
+    status, output = commands.run("resume", out)
+    assert status == 0, output
+    assert same_result("unlearn", out, whole)
 
 
 def fill_disk(commands, place, command, sizes):
@@ -312,6 +345,10 @@ def test_killed_at_any_moment(warm, command):
 def test_killed_again_and_again_and_resumed(warm):
     """Each process writes twice what it has found so far, and is killed before it renames what comes next."""
     assert 3 <= warm(resume, "unfinished.safetensors", 5, 30) < 30
+
+
+def test_killed_at_random_moments_and_resumed(warm):
+    warm(resume_from_anywhere, 4)
 
 
 @pytest.mark.parametrize("name", ["mutes.safetensors", "report.html"])

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -100,6 +101,29 @@ def test_bitsandbytes(bits, tmp_path):
     mutes = check(model, tolerance=0.1, trains=trains)
     with pytest.raises(ValueError, match="it is quantised"):
         neumuter.fold(model, mutes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers may compute in FP8 here")
+def test_fp8_is_plain_where_nothing_computes_with_it(tmp_path):
+    """As DeepSeek-V3 is published: blocks of 8 bits with a scale each."""
+    model = build("llama", torch.bfloat16)
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    model.config.save_pretrained(tmp_path)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        tensors[name] = weight.contiguous()
+        if name.endswith("proj.weight"):
+            tensors[name] = weight.to(torch.float8_e4m3fn)
+            scales = torch.full((weight.shape[0] // 8, weight.shape[1] // 8), 0.5)
+            tensors[name.replace("weight", "weight_scale_inv")] = scales
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not hasattr(loaded.config, "quantization_config")
+    weights = dict(loaded.named_parameters())
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert torch.equal(weights[name], tensor.bfloat16() / 2)
+    check(loaded, tolerance=0.03)
 
 
 @pytest.mark.parametrize("kind", jobs.QUANTISED)

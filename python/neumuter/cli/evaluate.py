@@ -19,6 +19,7 @@ from neumuter.cli.arguments import (
     DeviceMap,
     Quantized,
     check_report,
+    check_size,
     check_sources,
     choose_place,
     need_packages,
@@ -39,6 +40,7 @@ from neumuter.cli.common import (
     print_log,
     unite,
 )
+from neumuter.cli.processes import Split, check_split, count_processes, is_first
 from neumuter.cli.server import OPTIONS, check_options, evaluate_server
 from neumuter.files import write_json
 
@@ -144,6 +146,13 @@ def evaluate(
     quantize: Quantized = None,
     attention: Attention = None,
     gguf_file: GgufFile = None,
+    layout: Annotated[
+        Split | None,
+        typer.Option(
+            help="With torchrun: how MODEL is split over processes. Each reads all texts, so this is "
+            "for a MODEL that one GPU does not hold."
+        ),
+    ] = None,
     server: Annotated[
         str | None,
         typer.Option(
@@ -188,7 +197,10 @@ def evaluate(
     reference = _read_report(retrained)
     auc = reference["metrics"].get("min_k_auc") if reference else None
     place = choose_place(device, device_map, quantize, attention, gguf_file)
-    check_report(out)
+    whole_only = {"quantize": quantize, "gguf-file": gguf_file, "robust": robust, "tasks": tasks}
+    laid_out = check_split(layout, device, device_map, **whole_only).value
+    if is_first():
+        check_report(out)
     if suite is Suite.tofu:
         need_packages("--suite tofu", "rouge-score", *(["scipy"] if retrained else []))
     if robust:
@@ -223,8 +235,10 @@ def evaluate(
         questions = {name: read_questions(file, limit) for name, file in given_files.items()}
     else:
         texts = {name: read_texts(file, columns, limit) for name, file in given_files.items()}
+    if layout:
+        check_size(model, 0, 1.0, laid_out, count_processes())
     # Copies are trained and quantised.
-    network, tokenizer = open_model(model, **place, merge=robust)
+    network, tokenizer = open_model(model, **place, merge=robust, layout=laid_out)
     if suite is not Suite.tofu:
         default = TDEC_TOKENS if suite is Suite.tdec else TOKENS
         length = limit_length(network, max_length or default)
@@ -303,7 +317,7 @@ def evaluate(
 def _write_evaluation(out: Path | None, report: dict[str, Any], mutes: MuteSet | None, redact: bool) -> None:
     from neumuter.report.html import write_report
 
-    if out:
+    if out and is_first():
         # What the model says is in the page alone.
         texts = [{name: row[name] for name in row if name != "said"} for row in report.get("texts", [])]
         write_json(out, report | ({"texts": texts} if texts else {}))

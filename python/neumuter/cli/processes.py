@@ -16,8 +16,8 @@ from typing import Any
 
 import typer
 
-# Commands that share their work among processes; any other would do all of it in each.
-SHARED = ("unlearn", "refit")
+# Commands that share their work, or their model, among processes; any other would do all of it in each.
+SHARED = ("unlearn", "refit", "evaluate")
 # What a launcher sets beside WORLD_SIZE.
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Processes wait for each other so long: they may load a large model at different speeds.
@@ -29,6 +29,14 @@ class Layout(str, Enum):
 
     auto = "auto"
     ddp = "ddp"
+    fsdp = "fsdp"
+    tp = "tp"
+    both = "fsdp+tp"
+
+
+class Split(str, Enum):
+    """The layouts that split the model."""
+
     fsdp = "fsdp"
     tp = "tp"
     both = "fsdp+tp"
@@ -49,7 +57,7 @@ def check_command(name: str | None) -> None:
     if count_processes() > 1 and name not in SHARED:
         raise typer.BadParameter(
             f"neumuter {name} runs in one process, but WORLD_SIZE says that {count_processes()} were "
-            f"started; only {' and '.join(SHARED)} can share their work among several"
+            f"started; only {', '.join(SHARED)} can run in several"
         )
 
 
@@ -176,6 +184,18 @@ def _plan_both(config: Any, samples: int, tokens: int, dtype: Any, recompute: bo
             return float(sum(apart.submit(plan_tensor_parallel, *given).result().values()))
     except (ImportError, ValueError):
         return math.inf
+
+
+def check_split(layout: Split | None, device: str | None, device_map: str | None, **others: object) -> Layout:
+    """Do as ``check_place`` for a command in which every process sees all texts, and return the layout."""
+    if layout is None and count_processes() > 1:
+        raise typer.BadParameter(
+            f"a copy of the model in each of {count_processes()} processes would do the same work: split it "
+            f"with --layout {', '.join(Split)}, or start one process"
+        )
+    found = Layout(layout.value) if layout else Layout.ddp
+    check_place(device, device_map, found, **others)
+    return found
 
 
 def check_place(

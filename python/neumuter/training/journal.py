@@ -49,6 +49,8 @@ class Journal:
         request: {name: value} of all that the result depends on: numbers and words as they are, ``digest`` of
             anything larger, and dataclasses of constants.
         weights: {path: sketch} of the model; see ``neumuter.mutes.fingerprint``.
+        layout: how the model is laid out over processes, in words. A run that goes on in another layout ends
+            with the same result but for rounding, and the log says so.
         resume: go on from the file, if there is one.
         kinds: the classes of values other than tensors, numbers, words and containers of these.
 
@@ -65,6 +67,7 @@ class Journal:
         folder: PathLike | None = None,
         request: Mapping[str, Any] | None = None,
         weights: Mapping[str, Sequence[float]] | None = None,
+        layout: str = "",
         resume: bool = False,
         kinds: Sequence[type] = (),
     ) -> None:
@@ -74,7 +77,7 @@ class Journal:
         self._found: dict[str, Any] = {}
         self._request = _flatten(request or {}) | {name: version(name) for name in PACKAGES}
         self._weights = {path: list(sketch) for path, sketch in (weights or {}).items()}
-        self._prefix, self._kinds = "", kinds
+        self._layout, self._prefix, self._kinds = layout, "", kinds
         self._start = self._written = time.monotonic()
         if resume and self.path:
             if is_first():
@@ -153,6 +156,7 @@ class Journal:
         state = {
             "request": self._request,
             "weights": self._weights,
+            "layout": self._layout,
             "seconds": self.seconds + time.monotonic() - self._start,
             "history": self.history,
             "found": self._found,
@@ -169,7 +173,9 @@ class Journal:
         try:
             state = unpack(path.read_bytes(), self._kinds)
             differences = _compare(state["request"], self._request, state["weights"], self._weights)
-            self.seconds, self.history, self._found = (state[key] for key in ("seconds", "history", "found"))
+            former, self.seconds, self.history, self._found = (
+                state[key] for key in ("layout", "seconds", "history", "found")
+            )
         except (LookupError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is not what an unfinished run leaves: {error}") from None
         if differences:
@@ -177,7 +183,13 @@ class Journal:
                 f"the unfinished run in {path} cannot go on, because {'; '.join(differences)}. Ask for the "
                 "same as then, or remove that file to start anew"
             )
-        logger.warning("The run in %s goes on after %d steps.", path.parent, len(self.history))
+        rounded = ""
+        if former != self._layout:
+            rounded = (
+                f" It ran in {former} and goes on in {self._layout}: sums are rounded in another order, so "
+                "that the result can differ in the last digits."
+            )
+        logger.warning("The run in %s goes on after %d steps.%s", path.parent, len(self.history), rounded)
 
 
 def refuse_unfinished(folder: PathLike) -> None:

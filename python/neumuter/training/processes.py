@@ -66,14 +66,10 @@ def find_processes(model: nn.Module) -> Processes | None:
     """
     if not _are_many():
         return None
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    # Of FSDP2 with tensor parallelism, some are split by FSDP2 alone.
-    parts = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    split = max(parts, key=lambda parameter: parameter.device_mesh.ndim, default=None)
-    refuse_quantised(getattr(unwrapped(model), "config", None), split=sharded or split is not None)
-    if split is None:
+    sharded, mesh = _find_split(model)
+    refuse_quantised(getattr(unwrapped(model), "config", None), split=sharded or mesh is not None)
+    if mesh is None:
         return Processes()
-    mesh = split.device_mesh
     names = mesh.mesh_dim_names or ()
     if sharded and "tp" not in names:
         return Processes()
@@ -84,6 +80,25 @@ def find_processes(model: nn.Module) -> Processes | None:
             "alone or with FSDP2 in one more dimension"
         )
     return Processes(mesh[next(name for name in names if name != "tp")]) if sharded else None
+
+
+def describe_layout(model: nn.Module) -> str:
+    """Say over how many processes ``model`` is laid out, and how, such as "2 processes (fsdp)"."""
+    if not _are_many():
+        return "1 process"
+    sharded, mesh = _find_split(model)
+    parallel = mesh is not None and (not sharded or "tp" in (mesh.mesh_dim_names or ()))
+    layout = "+".join(["fsdp"] * sharded + ["tp"] * parallel) or "ddp"
+    return f"{dist.get_world_size()} processes ({layout})"
+
+
+def _find_split(model: nn.Module) -> tuple[bool, DeviceMesh | None]:
+    """Whether FSDP2 splits ``model``; and the mesh over which it or tensor parallelism splits the weights."""
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    # Of FSDP2 with tensor parallelism, some are split by FSDP2 alone.
+    parts = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    split = max(parts, key=lambda parameter: parameter.device_mesh.ndim, default=None)
+    return sharded, None if split is None else split.device_mesh
 
 
 def check_same(given: Callable[[], Mapping[str, object]]) -> None:
