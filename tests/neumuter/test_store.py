@@ -7,6 +7,7 @@ import torch
 
 import neumuter
 from neumuter.texts import Windows, encode, store_windows
+from neumuter.texts.encoding import count_tokens
 from neumuter.training import references
 from neumuter.training.batches import PairedBatches
 from tests.models import tokenizer
@@ -63,7 +64,7 @@ def test_a_fit_to_windows_is_that_to_a_batch(llama, recipe):
         with neumuter.attach(llama, start_layer=1) as masked:
             pair = PairedBatches(masked, forget, keep)
             results.append(RECIPES[recipe](pair))
-            sizes = pair.count_all_tokens(), pair.count_tokens(range(12)), pair.count_tokens([7, 2], True)
+            sizes = count_tokens(keep), pair.count_tokens(range(12)), pair.count_tokens([7, 2], True)
             results.append((sizes, pair.forget_rows(torch.tensor([2, 0]))))
     (batch, (sizes, rows)), (windows, (other_sizes, other_rows)) = results[:2], results[2:]
     assert same(batch, windows)

@@ -201,6 +201,11 @@ def count_rows(batch: Batch | Windows) -> int:
     return len(batch) if isinstance(batch, Windows) else len(batch["labels"])
 
 
+def count_tokens(batch: Batch | Windows) -> int:
+    """Count the tokens of a batch, or of windows, whether they count in losses or not."""
+    return batch.tokens if isinstance(batch, Windows) else int(batch["attention_mask"].sum())
+
+
 def sample_rows(batch: Batch | Windows, count: int, seed: int) -> Batch:
     """Draw ``count`` rows of a batch at random, in their order; all of them if there are no more."""
     total = count_rows(batch)

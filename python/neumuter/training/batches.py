@@ -256,14 +256,6 @@ class PairedBatches:
             counts[i >= self.forget_count] += self._count_places(i, everywhere)
         return counts[0], counts[1]
 
-    def count_all_tokens(self) -> tuple[int, int]:
-        """Count the tokens of all forget and of all retain samples, whether they count in losses or not."""
-        forget, retain = (
-            batch.tokens if isinstance(batch, Windows) else int(batch["attention_mask"].sum())
-            for batch in self._batches
-        )
-        return forget, retain
-
     def describe(self) -> dict[str, str]:
         """Describe what processes that share this must have in common: {what: a digest}."""
         closed = torch.cat([score.detach().isinf().cpu() for score in self.masked.scores.values()])
