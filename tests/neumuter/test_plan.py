@@ -173,6 +173,23 @@ def test_the_first_layout_that_fits_is_chosen():
     assert found.choose(peaks["tensor parallel"] * 1.06) == fitting[0]
 
 
+def test_layouts_are_in_the_order_in_which_they_are_said_to_be(capsys):
+    found = plan(config("llama", num_key_value_heads=4), devices=4, samples=2, tokens=16)
+    order = [*planning.LAYOUTS, "device_map"]
+    assert list(found.layouts) == order
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    names = [
+        "a copy on each GPU",
+        "FSDP2",
+        "FSDP2 with tensor parallelism",
+        "tensor parallelism",
+        "one process",
+    ]
+    assert f"the first that fits of: {', '.join(names)}." in printed
+
+
 def test_fewer_texts_are_planned_where_as_many_do_not_fit():
     model = config("llama", num_hidden_layers=8)
     least = sum(plan(model, samples=4, tokens=64, recompute=True).layouts["one device"].values())

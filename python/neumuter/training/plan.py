@@ -38,7 +38,9 @@ FILLED = 0.95
 STATE_BYTES = 16
 # GPUs of a machine, unless it is said how many.
 MACHINE = 8
-# What ``neumuter.models.layouts`` calls the layouts over several processes, those first that are faster.
+# What ``neumuter.models.layouts`` calls the layouts over several processes. Their order is that of how much a
+# step communicates, and not measured: nothing but a number per neuron; the weights of each layer, while other
+# layers run; both; and activations of each layer, for which all wait.
 LAYOUTS = {
     "DDP": "ddp", "FSDP2, ZeRO-3": "fsdp", "FSDP2 and tensor parallel": "fsdp+tp", "tensor parallel": "tp",
 }  # fmt: skip
@@ -50,7 +52,8 @@ LEAST_SAMPLES = SAMPLES_PER_PASS // 2
 class Plan:
     """Sizes in bytes.
 
-    layouts: {name: {part: bytes per device}} for the number of devices asked, those first that are faster.
+    layouts: {name: {part: bytes per device}} for the number of devices asked, in the order of
+        ``LAYOUTS``, and one process last.
     refused: {name: why} of those that there are not for this model.
     """
 
