@@ -1,7 +1,7 @@
 """Windows of more texts than fit into memory: their tokens are in a file that is mapped into it.
 
-The file is our own, and not one of ``datasets``, because that would leave the texts that are to be forgotten in
-a cache folder, needs pyarrow and pandas, and takes half a second and 100 MB to import.
+The file is our own, and not one of ``datasets``, because that would leave the texts to forget in a cache
+folder, needs pyarrow and pandas, and takes half a second and 100 MB to import.
 """
 
 import hashlib
