@@ -90,7 +90,7 @@ def _find(
     from neumuter.training.plan import LAYOUTS, find_fitting
 
     found = find_fitting(config, memory, count, batch, tokens, dtype, machine, recompute, processes=True)
-    return found.layout and (LAYOUTS[found.layout], found.batch, found.recompute)
+    return None if found.layout is None else (LAYOUTS[found.layout], found.batch, found.recompute)
 
 
 def _run_apart(function: Any, *given: Any) -> Any:
