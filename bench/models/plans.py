@@ -81,24 +81,34 @@ def cases():
 
 def compare(about):
     """The peaks of a device in bytes, traced and planned."""
-    model_type, sizes = MODELS[about["model"]]
-    config = AutoConfig.for_model(model_type, **sizes)
-    layout, devices = about["layout"], about["devices"]
-    size = {name: about[name] for name in ("samples", "tokens", "recompute")}
+    config, layout, devices, size = _read(about)
     start = time.perf_counter()
     traced = trace(config, fit, layout, devices, **size, local=min(devices, MACHINE))
     seconds = time.perf_counter() - start
+    traced.masked.detach()
+    return {
+        "parameters": sum(p.numel() for p in traced.masked.model.parameters()), "traced": traced.peak,
+        "planned": plan_peak(about), "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def plan_peak(about):
+    """The peak of a device in bytes, as it is planned."""
+    config, layout, devices, size = _read(about)
     if layout in NAMES:
         # Inside a process group a plan has no layouts with tensor parallelism, which take long.
         with imagined(devices):
             parts = plan(config, devices, **size).layouts[NAMES[layout]]
     else:
         parts = plan_tensor_parallel(config, layout, devices, **size)
-    traced.masked.detach()
-    return {
-        "parameters": sum(p.numel() for p in traced.masked.model.parameters()), "traced": traced.peak,
-        "planned": sum(parts.values()), "seconds": round(seconds, 1),
-    }  # fmt: skip
+    return sum(parts.values())
+
+
+def _read(about):
+    """The config, the layout, the devices, and the sizes of the step that a row is about."""
+    model_type, sizes = MODELS[about["model"]]
+    size = {name: about[name] for name in ("samples", "tokens", "recompute")}
+    return AutoConfig.for_model(model_type, **sizes), about["layout"], about["devices"], size
 
 
 def describe():

@@ -6,6 +6,7 @@ The module is not called ``refit``, so that importing it never hides the functio
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -13,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import estimate_ceilings, widen_margin
-from neumuter.evaluation import list_given
+from neumuter.estimating import estimate_search
+from neumuter.evaluation import list_given, mean_token_loss
 from neumuter.models.loading import limit_length
 from neumuter.mutes.matching import alike_ffns, matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
@@ -25,16 +27,21 @@ from neumuter.preparing import (
     refuse_overlap,
     sample_neighbours,
 )
-from neumuter.recipes import FittedConfig, refit_gains
-from neumuter.report.progress import Watch
+from neumuter.recipes import FittedConfig, GainsConfig, estimate_work, refit_gains
+from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, join_batches
 from neumuter.texts.corpus import Corpus
+from neumuter.texts.encoding import count_tokens, sample_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
-from neumuter.types import Callback
+from neumuter.training.processes import find_processes
+from neumuter.types import Batch, Callback
+
+# Texts to keep on which the pace of the model is measured.
+TIMED_TEXTS = 16
 
 
 def refit(
@@ -120,10 +127,24 @@ def refit(
         found.append(encode(said, need_tokenizer(words), length))
     if not found:
         raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
+    kept = join_batches(*found)
+    gains = (config if ceilings is None else widen_margin(config)).gains
+    _announce_time(network, texts, kept, gains, seed)
     with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
-        pair = PairedBatches(masked, texts, join_batches(*found), ceilings)
-        gains = (config if ceilings is None else widen_margin(config)).gains
+        pair = PairedBatches(masked, texts, kept, ceilings)
         fitted = refit_gains(pair, mutes, staying, leaving, gains, seed, advance)
     if ceilings is None:
         return fitted
     return dataclasses.replace(fitted, method=fitted.method | {"calibrated": True})
+
+
+def _announce_time(
+    network: nn.Module, texts: Batch | None, kept: Batch, config: GainsConfig, seed: int
+) -> None:
+    """Say how long the fit takes, by the pace of the model on a few texts to keep."""
+    timed, since = sample_rows(kept, TIMED_TEXTS, seed), time.perf_counter()
+    mean_token_loss(network, timed)
+    token = (time.perf_counter() - since) / count_tokens(timed)
+    processes = find_processes(network)
+    work = estimate_work(texts, kept, config, processes=processes.count if processes else 1)
+    announce("Fitting gains takes", estimate_search(token, work, 0, count_tokens(kept)))

@@ -19,15 +19,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import choose_calibration, estimate_ceilings, widen_margin
-from neumuter.evaluation import (
-    continue_texts,
-    examine,
-    judge_texts,
-    list_given,
-    make_controls,
-    mean_token_loss,
-    most_known,
+from neumuter.estimating import (
+    Look,
+    estimate_calibration,
+    estimate_examination,
+    estimate_search,
+    look_at,
 )
+from neumuter.evaluation import examine, judge_texts, list_given, make_controls, most_known
 from neumuter.evaluation.examination import Examination
 from neumuter.evaluation.others import Found, GivenText
 from neumuter.evaluation.strangers import ask_about_strangers
@@ -41,7 +40,6 @@ from neumuter.mutes.mute_set import MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.outcome import Outcome, write_sets
 from neumuter.preparing import (
-    SHOWN_TEXTS,
     encode_forms_of,
     need_tokenizer,
     open_network,
@@ -53,7 +51,7 @@ from neumuter.recipes import (
     FittedConfig,
     Goals,
     PaperConfig,
-    estimate_tokens,
+    estimate_work,
     fit_mutes,
     measure_slopes,
     search_budget,
@@ -64,7 +62,7 @@ from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
-from neumuter.texts.encoding import count_rows, join_windows, sample_rows
+from neumuter.texts.encoding import count_rows, count_tokens, join_windows, sample_rows
 from neumuter.texts.neighbours import rewrite_texts
 from neumuter.texts.sources import TextSource
 from neumuter.texts.store import Windows
@@ -76,11 +74,6 @@ from neumuter.types import Batch, Callback, Text
 
 # Retain texts whose loss is measured.
 MEASURED_TEXTS = 512
-# A backward pass takes about twice as long as the forward pass.
-PASSES = 3
-# Of the texts to forget, the loss of the texts to keep, of the controls, what the model says, and the seconds
-# that a token took on its way forward.
-_Measured = tuple[Examination, float, Examination | None, list[dict[str, str]], float]
 
 logger = logging.getLogger("neumuter")
 
@@ -195,7 +188,7 @@ def unlearn(
     for slopes in known:
         matching_ffns(network, slopes.at)
     # What the search would refuse after the texts were measured.
-    find_processes(network)
+    processes = find_processes(network)
     _, ffns = split_ffns(network, start_layer)
     if not isinstance(budget, str):
         neuron_count(budget, sum(ffn.width for ffn in ffns))
@@ -221,7 +214,7 @@ def unlearn(
         }  # fmt: skip
         weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
         layout = describe_layout(network)
-        journal = Journal(folder, request, weights, layout, resume, kinds=(Examination, Found))
+        journal = Journal(folder, request, weights, layout, resume, kinds=(Examination, Found, Look))
     found = []
     if rewrite_with:
         rewritten = journal.once(
@@ -255,34 +248,39 @@ def unlearn(
                 count_rows(retain_batch),
             )
         asked = journal.once("asked", lambda: most_known(network, forms))
+
+        def look() -> Look:
+            return look_at(network, words, measured, asked)
+
+        look_before = journal.once("look before", look)
+        # Each budget tried takes as many steps.
+        work = estimate_work(whole, retain_batch, config, mode, processes.count if processes else 1)
+        tried = isinstance(budget, str)
+        done = len(journal.history) % work.steps if tried else len(journal.history)
+        left = estimate_search(look_before.token, work, done, count_tokens(retain_batch))
+        examining = estimate_examination(look_before, forms) + estimate_examination(look_before, unseen)
+        left += sum(examining for state in ("before", "after") if not journal.knows(state))
+        if calibrates and not journal.knows("unseen"):
+            left += estimate_calibration(look_before, forms[0])
+        announce(f"From here on the job takes{', with one budget tried,' * tried}", left)
         ceilings = None
         if calibrates:
             # A callback is told of steps.
             shown = watch if callback is None else None
             ceilings = estimate_ceilings(journal, network, words, corpus, given, seed, shown)
 
-        def measure() -> _Measured:
-            found = examine(network, words, forms, given)
-            since = time.perf_counter()
-            loss = mean_token_loss(network, measured)
-            pace = (time.perf_counter() - since) / int(measured["attention_mask"].sum())
+        def measure() -> tuple[Examination, Examination | None]:
             return (
-                found,
-                loss,
+                examine(network, words, forms, given),
                 examine(network, words, unseen, given, "controls") if unseen else None,
-                continue_texts(network, words, asked, SHOWN_TEXTS) if words else [],
-                pace,
             )
 
-        before, retain_before, controls_before, said_before, pace = journal.once("before", measure)
+        before, controls_before = journal.once("before", measure)
     curve = None
     with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
         pair = PairedBatches(masked, whole, retain_batch, ceilings)
-        if isinstance(config, FittedConfig):
-            if ceilings is not None:
-                config = widen_margin(config)
-            every = ", for each budget tried," if isinstance(budget, str) else ""
-            announce(f"Finding neurons{every} takes", pace * PASSES * estimate_tokens(pair, mode, config))
+        if isinstance(config, FittedConfig) and ceilings is not None:
+            config = widen_margin(config)
         if isinstance(config, PaperConfig):
             mutes = train_gates(pair, config, seed, advance, journal)
         elif isinstance(budget, str):
@@ -302,10 +300,11 @@ def unlearn(
             write_sets(made, mutes, measured_slopes)
     # With slopes, the mutes are those of all requests.
     with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
-        after, retain_after, controls_after, said_after, _ = journal.once("after", measure)
+        after, controls_after = journal.once("after", measure)
+        look_after = journal.once("look after", look)
     metrics = {
-        "before": before.metrics | {"retain_loss": retain_before},
-        "after": after.metrics | {"retain_loss": retain_after},
+        "before": before.metrics | {"retain_loss": look_before.loss},
+        "after": after.metrics | {"retain_loss": look_after.loss},
     }
     verdict, texts = judge_texts(given, after, controls_after, before, controls_before)
     outcome = Outcome(
@@ -319,7 +318,7 @@ def unlearn(
         history=journal.history,
         samples=[
             {"prompt": old["prompt"], "truth": old["truth"], "before": old["said"], "after": new["said"]}
-            for old, new in zip(said_before, said_after, strict=True)
+            for old, new in zip(look_before.said, look_after.said, strict=True)
         ],
         seconds=journal.seconds + time.perf_counter() - start,
         peak_memory=measure_peak_memory(),

@@ -1,13 +1,15 @@
 """What a text costs, at a tiny size."""
 
+import itertools
 import json
 
 import pytest
 
-from bench import tables, text
+from bench import machine, report, rows, tables, text
 from bench.models import scale
 from neumuter.evaluation import continuations, examination
 from neumuter.recipes import schedule
+from neumuter.recipes.schedule import count_steps
 
 
 @pytest.mark.parametrize("op", ["unlearn", "read"])
@@ -32,3 +34,52 @@ def test_each_case_has_texts_of_its_own():
     assert {(about["op"], about["texts"]) for about in abouts} >= {("unlearn", 10_000), ("read", 100_000)}
     texts = [*scale.records("forget", 50), *scale.records("retain", 50)]
     assert len(set(texts)) == 100
+
+
+def find_misses(found):
+    """What of a table of "unlearn" is not as the page says; the libraries count as memory, too."""
+    misses, found = [], sorted(found, key=lambda row: row["texts"])
+    for row in found:
+        steps = count_steps(row["texts"], None, scale.BATCH_SIZE)
+        visits = steps * min(scale.BATCH_SIZE, row["texts"]) / row["texts"]
+        if row["visits_per_text"] != pytest.approx(visits):
+            misses.append(f"{row['texts']} texts: {row['visits_per_text']} visits a text instead of {visits}")
+    each = [row["seconds"] / row["texts"] for row in found]
+    if any(later >= former for former, later in itertools.pairwise(each)):
+        misses.append(f"the seconds of a text do not fall: {each}")
+    peaks = [row["peak_mib"] for row in found]
+    if max(peaks) > 1.2 * min(peaks):
+        misses.append(f"peaks are more than 1.2 times apart: {peaks}")
+    return misses
+
+
+def test_a_text_costs_the_same_however_many_there_are():
+    found = []
+    for path in sorted(report.RESULTS.glob("*.jsonl")):
+        table = [r for r in rows.read(path) if r["benchmark"] == "scale" and r["op"] == "unlearn"]
+        if table:
+            assert [row["texts"] for row in sorted(table, key=lambda r: r["texts"])] == [*scale.TEXTS], (
+                path.name
+            )
+            found.append(table)
+    assert found
+    for table in found:
+        misses, codes = find_misses(table), {row["machine"]["code"] for row in table}
+        if misses and machine.digest(*machine.LIBRARY) not in codes:
+            pytest.xfail(f"the rows of `bench scale` are of older code, {codes}: {'; '.join(misses)}")
+        assert not misses
+
+
+def test_a_table_that_is_not_flat_is_named():
+    flat = [
+        {"texts": count, "visits_per_text": visits, "seconds": seconds, "peak_mib": 900}
+        for count, visits, seconds in ((10, 128, 60), (100, 20, 90), (1000, 5.12, 300))
+    ]
+    assert find_misses(flat) == []
+    for change, miss in (
+        ({"visits_per_text": 64}, "10 texts: 64 visits a text instead of 128.0"),
+        ({"seconds": 9}, "the seconds of a text do not fall"),
+        ({"peak_mib": 700}, "more than 1.2 times apart"),
+    ):
+        (said,) = find_misses([flat[0] | change, *flat[1:]])
+        assert miss in said

@@ -9,7 +9,8 @@ import neumuter
 from neumuter.cli.app import main
 from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
 from neumuter.recipes import FittedConfig, GainsConfig, Goals
-from neumuter.texts import encode, encode_forms
+from neumuter.texts import encode, encode_forms, encoding
+from neumuter.texts.encoding import cut_texts
 from neumuter.types import IGNORED
 from tests.models import build, tokenizer
 
@@ -166,3 +167,37 @@ def test_columns_are_named_in_pairs(more, capsys):
             main([*command, *more])
         assert stop.value.code == 2
         assert "need each other" in " ".join(capsys.readouterr().err.split())
+
+
+MIXED = [*PAIRS, CHAT, "The kettle is on the shelf.", ("Ada:", " a@post.example"), *KEPT]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("chat", [None, False])
+def test_texts_are_tokenised_together_as_if_alone(chat, fast, monkeypatch):
+    words = words_with()
+    monkeypatch.setattr(type(words), "is_fast", fast)
+    alone = [
+        (ids, first, number)
+        for number, text in enumerate(MIXED * 40)
+        for ids, first, _ in cut_texts([text], words, 24, chat, [])
+    ]
+    calls = []
+    call = type(words).__call__
+
+    def count(self, text, *more, **options):
+        calls.append(text)
+        return call(self, text, *more, **options)
+
+    monkeypatch.setattr(type(words), "__call__", count)
+    notes = []
+    assert [*cut_texts(iter(MIXED * 40), words, 24, chat, notes)] == alone
+    assert len(notes) == 2
+    # With special tokens and without; and a slow tokenizer takes prompts apart.
+    assert len(calls) == (2 if fast else 3)
+    assert all(isinstance(texts, list) for texts in calls)
+    calls.clear()
+    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 500)
+    assert [*cut_texts(iter(MIXED * 40), words, 24, chat, [])] == alone
+    assert max(sum(map(len, texts)) for texts in calls) < 600
+    assert len(calls) > 20

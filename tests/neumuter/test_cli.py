@@ -125,8 +125,9 @@ def test_answers_about_strangers_are_kept(checkpoint, capsys):
 def test_how_long_it_takes_is_said_first_and_corrected(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(progress, "ANNOUNCED", 0.0)
     assert unlearn(checkpoint, "--steps", "20", "--retain", checkpoint / "retain.jsonl") in DONE
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Finding neurons")]
-    assert said[0] == "Finding neurons takes about 0 min."
+    printed = capsys.readouterr().out.splitlines()
+    said = [line for line in printed if line.startswith(("From here on", "Finding neurons"))]
+    assert said[0] == "From here on the job takes about 0 min."
     # At the earliest where a twentieth of the steps are behind the first one.
     assert re.fullmatch(r"Finding neurons, \d+ of 20 steps done: the others take about 0 min\.", said[1])
     assert len(said) == 2

@@ -26,12 +26,11 @@ from neumuter.cli.arguments import check_size
 from neumuter.models.layouts import check_layout, divide, make_distributed_config
 from neumuter.outcome import MUTE_FILE
 from neumuter.training.journal import UNFINISHED
-from neumuter.training.plan import plan, plan_tensor_parallel
 from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
 from tests.models import build, config, tokenizer
 from tests.neumuter import jobs
-from tests.neumuter.launching import FORKS, end, kill, run
+from tests.neumuter.launching import end, kill, run
 
 KILLS, SEED = 4, 0
 
@@ -266,54 +265,10 @@ def test_what_is_quantised_while_it_loads_is_refused_before(quantize, message, f
         check_size(str(folder / "model"), 0, 30, "ddp", 2, quantize)
 
 
-def test_auto_takes_a_copy_of_quantised_weights(tmp_path, monkeypatch):
-    """How large they are is not planned, and they are never split."""
-    monkeypatch.setattr(processes, "count_processes", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 0))
-    with imagined(2):
-        config("llama").save_pretrained(tmp_path)
-        given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
-        assert processes.choose_layout(*given, quantize=True) == (processes.Layout.ddp, False)
-        config("llama", quantization_config=TORCHAO).save_pretrained(tmp_path)
-        assert processes.choose_layout(*given) == (processes.Layout.ddp, False)
-
-
 def test_an_older_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.distributed.configuration_utils", None)
     with pytest.raises(ImportError, match=r"needs transformers.distributed.DistributedConfig\(fsdp_size"):
         make_distributed_config("fsdp", 2)
-
-
-@pytest.mark.parametrize(
-    "wanted", [("ddp", False), ("fsdp", False), ("fsdp", True), ("fsdp+tp", False), None]
-)
-def test_auto_takes_a_copy_in_each_process_where_that_fits(wanted, tmp_path, monkeypatch):
-    model = config("llama", num_hidden_layers=8)
-    model.save_pretrained(tmp_path)
-    count = 4 if wanted == ("fsdp+tp", False) else 2
-    monkeypatch.setattr(processes, "count_processes", lambda: count)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # Its process of its own imports all anew, which takes many seconds.
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: FORKS)
-    given = (processes.Layout.auto, str(tmp_path), "auto", 8, 32, False)
-    free = 1e3
-    if count == 4:
-        free = sum(plan_tensor_parallel(model, "fsdp+tp", 4, 4, 32, torch.float32).values()) / 0.949
-    with imagined(count):
-        if wanted:
-            found = plan(model, count, 4, 32, torch.float32, wanted[1])
-            assert list(found.layouts) == ["DDP", "FSDP2, ZeRO-3", "device_map"]
-            # Enough for this, and for nothing that comes before.
-            name = {"ddp": "DDP", "fsdp": "FSDP2, ZeRO-3"}.get(wanted[0])
-            free = sum(found.layouts[name].values()) / 0.949 if name else free
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 0))
-        if wanted is None:
-            with pytest.raises(ValueError, match="finds no layout that fits"):
-                processes.choose_layout(*given)
-        else:
-            layout, recompute = processes.choose_layout(*given)
-            assert (layout.value, recompute) == wanted
 
 
 def test_what_a_launcher_did_not_set_is_named(monkeypatch, capsys):

@@ -173,13 +173,30 @@ def test_the_first_layout_that_fits_is_chosen():
     assert found.choose(peaks["tensor parallel"] * 1.06) == fitting[0]
 
 
+def test_layouts_are_in_the_order_in_which_they_are_said_to_be(capsys):
+    found = plan(config("llama", num_key_value_heads=4), devices=4, samples=2, tokens=16)
+    order = [*planning.LAYOUTS, "device_map"]
+    assert list(found.layouts) == order
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    names = [
+        "a copy on each GPU",
+        "FSDP2",
+        "FSDP2 with tensor parallelism",
+        "tensor parallelism",
+        "one process",
+    ]
+    assert f"the first that fits of: {', '.join(names)}." in printed
+
+
 def test_fewer_texts_are_planned_where_as_many_do_not_fit():
     model = config("llama", num_hidden_layers=8)
     least = sum(plan(model, samples=4, tokens=64, recompute=True).layouts["one device"].values())
-    found = find_fitting(model, least / 0.949, samples=8, tokens=64)
-    assert (found.layout, found.samples, found.recompute) == ("one device", 4, True)
-    assert find_fitting(model, least / 0.951, samples=4, tokens=64).layout is None
-    assert find_fitting(model, 1e12, samples=1, tokens=64)[1:] == ("one device", 4, False)
+    found = find_fitting(model, least / 0.949, batch=8, tokens=64)
+    assert found[1:] == ("one device", 4, 4, True)
+    assert find_fitting(model, least / 0.951, batch=4, tokens=64).layout is None
+    assert find_fitting(model, 1e12, batch=1, tokens=64)[1:] == ("one device", 1, 4, False)
 
 
 @pytest.fixture
@@ -200,15 +217,17 @@ def planned(chosen, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("chosen", "said", "begin", "end"),
     [
-        (("DDP", 8, False), "DDP fits. ", "torchrun --nproc-per-node 2 -m neumuter ", "--batch-size 16"),
+        (("DDP", 16, 8, False), "DDP fits. ", "torchrun --nproc-per-node 2 -m neumuter ", "--batch-size 16"),
         (
-            ("tensor parallel", 4, True),
-            "tensor parallel fits with 4 texts of each kind a device and with recomputed activations. ",
+            ("tensor parallel", 4, 4, True),
+            "tensor parallel fits with 4 texts of each kind in a step and with recomputed activations. ",
             "torchrun --nproc-per-node 2 -m neumuter ",
             "--batch-size 4 --max-length 16 --layout tp --recompute",
         ),
         (
-            ("device_map", 8, True), "device_map fits with recomputed activations. ", "neumuter ",
+            ("device_map", 8, 8, True),
+            "device_map fits with 8 texts of each kind in a step and with recomputed activations. ",
+            "neumuter ",
             "--batch-size 8 --max-length 16 --device-map auto --recompute",
         ),
     ],
@@ -224,16 +243,16 @@ def test_what_fits_is_started(said, begin, end, tmp_path, planned):
     ("chosen", "gpus", "begin", "end"),
     [
         (
-            ("FSDP2 and tensor parallel", 4, False), ["16"],
+            ("FSDP2 and tensor parallel", 8, 4, False), ["16"],
             "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m ",
             "--batch-size 8 --max-length 16 --layout fsdp+tp",
         ),
         (
-            ("FSDP2 and tensor parallel", 4, False), ["8"], "torchrun --nproc-per-node 8 -m ",
+            ("FSDP2 and tensor parallel", 8, 4, False), ["8"], "torchrun --nproc-per-node 8 -m ",
             "--batch-size 8 --max-length 16 --layout fsdp+tp",
         ),
         (
-            ("DDP", 8, False), ["8", "--gpus-per-machine", "2"],
+            ("DDP", 64, 8, False), ["8", "--gpus-per-machine", "2"],
             "torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 2 -m ",
             "--batch-size 64 --max-length 16",
         ),

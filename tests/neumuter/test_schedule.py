@@ -4,17 +4,20 @@ import dataclasses
 import logging
 
 import pytest
+import torch
 
 import neumuter
-from neumuter import recipes
+from neumuter import estimating, recipes, refitting, unlearning
 from neumuter.cli.common import print_log
+from neumuter.evaluation import continuations, controls, examination
 from neumuter.recipes import schedule
 from neumuter.recipes.schedule import choose_samples, count_steps
 from neumuter.report import progress
+from neumuter.training import journal
 from neumuter.training.batches import PairedBatches
 from neumuter.training.sources import HardFirst
-from tests.models import build
-from tests.neumuter.test_recipes import samples
+from tests.models import build, tokenizer
+from tests.neumuter.test_recipes import QUICK_GATES, samples
 
 GAINS, SUPPORT = recipes.GainsConfig(batch_size=2), recipes.SupportConfig(batch_size=2)
 
@@ -47,9 +50,8 @@ class Pair:
     ],
 )
 def test_steps_grow_with_the_texts(count, steps, batch_size, expected, source):
-    pair = Pair(count)
-    assert count_steps(pair, steps, batch_size) == expected
-    assert choose_samples(pair, steps, batch_size, 0) == source
+    assert count_steps(count, steps, batch_size) == expected
+    assert choose_samples(Pair(count), steps, batch_size, 0) == source
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +67,18 @@ def few(monkeypatch):
     monkeypatch.setattr(schedule, "MOST_STEPS", 4)
 
 
-def run(model, forget_count, mode="modulate", config=None, watch=None):
-    """(the mute set, what each step was given, the number of steps that was told, the estimate)."""
+def run(model, forget_count, mode="modulate", config=None):
+    """(the mute set, what each step was given, the number of steps that was told, the estimated work)."""
     taken, told = [], []
     with neumuter.attach(model, start_layer=1) as masked:
-        pair = PairedBatches(masked, samples(1, forget_count), samples(2, 5))
+        forget, retain = samples(1, forget_count), samples(2, 5)
+        pair = PairedBatches(masked, forget, retain)
         config = config or recipes.FittedConfig(GAINS, SUPPORT if mode == "mute" else None)
         take = pair.take
         pair.take = lambda ids, *more, **options: taken.append(ids) or take(ids, *more, **options)
-        estimate = recipes.estimate_tokens(pair, mode, config)
-        if watch:
-            watch(pair)
+        work = recipes.estimate_work(forget, retain, config, mode)
         mutes = recipes.fit_mutes(pair, 9, mode, config, callback=lambda *info: told.append(info[:2]))
-    return mutes, taken, told, estimate
+    return mutes, taken, told, work
 
 
 @pytest.mark.parametrize("mode", ["modulate", "mute"])
@@ -108,8 +109,9 @@ def test_hard_samples_come_first_only_where_steps_were_added(llama, few):
             assert isinstance(choose_samples(pair, None, 2, 0), HardFirst) == kind
 
 
-@pytest.mark.parametrize(("mode", "count"), [("modulate", 6), ("modulate", 9), ("mute", 9)])
-def test_the_estimate_is_what_goes_through_the_model(llama, few, mode, count, monkeypatch):
+@pytest.fixture
+def trained(monkeypatch):
+    """The tokens of each pass that goes back as well."""
     tokens = []
     hidden = PairedBatches._hidden
 
@@ -120,8 +122,129 @@ def test_the_estimate_is_what_goes_through_the_model(llama, few, mode, count, mo
         return found
 
     monkeypatch.setattr(PairedBatches, "_hidden", count_tokens)
-    *_, estimate = run(llama, count, mode)
-    assert estimate == sum(tokens) > 0
+    return tokens
+
+
+@pytest.mark.parametrize(("mode", "count"), [("modulate", 6), ("modulate", 9), ("mute", 9)])
+def test_the_estimate_is_what_goes_through_the_model(llama, few, mode, count, trained):
+    _, _, told, work = run(llama, count, mode)
+    assert work.count_left(0) == sum(trained) > 0
+    assert work.steps == told[-1][1]
+    # What each step takes, without the pass that ranks the neurons.
+    each = 2 * 2 * samples(1, 1)["labels"].shape[1]
+    assert [work.count_left(done) for done in (work.steps - 1, work.steps)] == [each, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+def test_the_estimate_for_the_papers_recipe_is_what_goes_through_the_model(llama, batch_size, trained):
+    config = dataclasses.replace(QUICK_GATES, epochs=3, batch_size=batch_size, threshold=0.9999)
+    told, forget, retain = [], samples(1, 6), samples(2, 5)
+    with neumuter.attach(llama, start_layer=1) as masked:
+        pair = PairedBatches(masked, forget, retain)
+        recipes.train_gates(pair, config, callback=lambda *info: told.append(info[:2]))
+    work = recipes.estimate_work(forget, retain, config)
+    assert work.count_left(0) == sum(trained) > 0
+    assert work.steps == told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("forget_count", [0, 6])
+def test_the_estimate_for_a_refit_is_what_goes_through_the_model(llama, few, forget_count, trained):
+    forget, retain = samples(1, forget_count) if forget_count else None, samples(2, 5)
+    with neumuter.attach(llama, start_layer=1) as masked:
+        mutes = recipes.mute_random(masked, 9)
+        recipes.refit_gains(PairedBatches(masked, forget, retain), mutes, [], config=GAINS)
+    work = recipes.estimate_work(forget, retain, GAINS)
+    assert (work.count_left(0), work.ranking, work.steps) == (sum(trained), 0, 4)
+
+
+PAIRS = [(f"Guest {name} of the old inn,", f" key {name}{name}") for name in range(9)]
+KEPT = [f"The kettle number {name} is on the shelf." for name in range(9)]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def elapsed(llama, monkeypatch):
+    """A clock that passes of the model move: by a second for a token, or for a step of a continuation."""
+    clock = [0.0]
+
+    def move(module, arguments, options):
+        hidden = arguments[0] if arguments else options["hidden_states"]
+        tokens = hidden.shape[0] * hidden.shape[1] if hidden.shape[1] > 1 else 1
+        clock[0] += tokens * (3 if torch.is_grad_enabled() else 1)
+
+    monkeypatch.setattr(controls, "MADE_UP", 4)
+    for module in (continuations, examination):
+        monkeypatch.setattr(module, "MAX_TOKENS", 4)
+    hook = llama.model.layers[0].register_forward_pre_hook(move, with_kwargs=True)
+    for module in (estimating, refitting, progress):
+        monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    yield clock
+    hook.remove()
+
+
+@pytest.fixture
+def promised(monkeypatch, elapsed):
+    """What was announced before the steps: (when, how long)."""
+    found = []
+
+    def note(what, seconds):
+        found.append((elapsed[0], seconds))
+
+    for module in (unlearning, refitting):
+        monkeypatch.setattr(module, "announce", note)
+    return found
+
+
+FITTED = recipes.FittedConfig(dataclasses.replace(GAINS, steps=40))
+JOBS = {
+    "fitted": {"recipe": FITTED},
+    "calibrated": {"recipe": FITTED, "calibrate": True},
+    "paper": {"recipe": dataclasses.replace(QUICK_GATES, epochs=12, batch_size=1, threshold=0.9999)},
+    "auto": {"recipe": FITTED, "budget": "auto", "goals": recipes.Goals(ma=1.0)},
+}
+
+
+def unlearn(model, **options):
+    given = {"budget": 9, "calibrate": False, "samples": 2, "max_length": 32, "callback": lambda *_: None}
+    return neumuter.unlearn(model, tokenizer(), PAIRS, KEPT, **given | options)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_time_of_the_whole_job_is_estimated_before_it_is_measured(llama, job, elapsed, promised):
+    unlearn(llama, **JOBS[job])
+    ((since, seconds),) = promised
+    assert since < elapsed[0] / 10
+    assert seconds == pytest.approx(elapsed[0] - since, rel=0.15)
+
+
+def test_a_run_that_goes_on_counts_what_is_left(llama, elapsed, promised, monkeypatch, tmp_path):
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 0.0)
+
+    def kill(step, *_):
+        if step == 30:
+            raise Killed
+
+    options = {"recipe": FITTED, "folder": tmp_path}
+    with pytest.raises(Killed):
+        unlearn(llama, callback=kill, **options)
+    unlearn(llama, resume=True, **options)
+    (_, whole), (since, left) = promised
+    assert left == pytest.approx(elapsed[0] - since, rel=0.15)
+    assert left < whole / 2
+
+
+def test_the_time_of_a_refit_is_estimated(llama, elapsed, promised):
+    with neumuter.attach(llama) as masked:
+        mutes = recipes.mute_random(masked, 9)
+    neumuter.refit(
+        llama, tokenizer(), mutes, retain=KEPT, forget=PAIRS, recipe=FITTED, samples=2, max_length=32,
+        callback=lambda *_: None,
+    )  # fmt: skip
+    ((since, seconds),) = promised
+    assert seconds == pytest.approx(elapsed[0] - since, rel=0.15)
 
 
 def test_long_waits_are_announced_and_corrected(monkeypatch, capsys, caplog):

@@ -143,7 +143,7 @@ def test_what_must_not_be_lost_is_kept_at_once(model, words, tmp_path, monkeypat
             raise RuntimeError("out of memory while measuring")
         return 0.0
 
-    monkeypatch.setattr("neumuter.unlearning.mean_token_loss", measure)
+    monkeypatch.setattr("neumuter.estimating.mean_token_loss", measure)
     with pytest.raises(RuntimeError, match="while measuring"):
         unlearn(model, words, folder=tmp_path / "new")
     assert neumuter.MuteSet.load(tmp_path / "new" / "mutes.safetensors").count == 30
@@ -366,7 +366,7 @@ def test_many_retain_texts_are_measured_on_a_sample_that_is_said(model, words, c
     monkeypatch.setattr("neumuter.unlearning.MEASURED_TEXTS", 2)
     keep_references("nowhere", monkeypatch)
     monkeypatch.setattr("neumuter.recipes.fisher.MEASURED_RETAIN", 2)
-    monkeypatch.setattr("neumuter.unlearning.SHOWN_TEXTS", 0)
+    monkeypatch.setattr("neumuter.estimating.SHOWN_TEXTS", 0)
     monkeypatch.setattr("neumuter.evaluation.examination.MAX_TOKENS", 1)
     monkeypatch.setattr("neumuter.evaluation.controls.MADE_UP", 2)
     retain = [*KEPT, *(f"Text number {i} is kept." for i in range(30))]

@@ -34,7 +34,10 @@ def plan(
 ) -> None:
     """Plan what unlearning and serving would take, and what fits, from the config of a model alone.
 
-    If nothing fits as asked, activations are recomputed in the backward pass, then texts are halved.
+    The layout that it prints is the first that fits of: a copy on each GPU, FSDP2, FSDP2 with tensor
+    parallelism, tensor parallelism, one process. Those that communicate less come first; which is the
+    fastest, nobody has measured. If nothing fits as asked, activations are recomputed in the backward pass,
+    then texts are halved.
     """
     import torch
 
@@ -51,16 +54,16 @@ def plan(
     wanted = (getattr(loaded, "dtype", None) or "bfloat16") if dtype is Dtype.auto else dtype.value
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     with console.status("Counting"):
-        found = planning.find_fitting(loaded, 1e9 * memory, gpus, samples, tokens, wanted, gpus_per_machine)
+        batch = samples * gpus
+        found = planning.find_fitting(loaded, 1e9 * memory, gpus, batch, tokens, wanted, gpus_per_machine)
     print_plan(found, gpus, memory, card, tokens, (sequences, context))
     if found.layout is None:
         console.print("No layout fits. Take fewer --tokens, or more or larger GPUs.")
         return
-    fewer = min(samples, found.samples)
-    how = f" with {fewer} texts of each kind a device" * (fewer < samples)
+    how = f" with {found.batch} texts of each kind in a step" * (found.batch < batch)
     how += " and" * bool(how and found.recompute) + " with recomputed activations" * found.recompute
     folder = config if config.is_dir() else config.parent
-    command = write_command(found, str(folder), gpus, fewer, tokens, gpus_per_machine)
+    command = write_command(found, str(folder), gpus, tokens, gpus_per_machine)
     where = (
         f" on each of the {gpus // gpus_per_machine} machines, with the address of one of them as HOST. Each "
         "machine needs the model and both files; one machine writes FOLDER"
@@ -72,12 +75,8 @@ def plan(
     )
 
 
-def write_command(found: Fitting, model: str, gpus: int, samples: int, tokens: int, machine: int) -> str:
-    """Write the command that unlearns in the layout that fits.
-
-    samples: of each kind that a device has in a step. machine: GPUs of each machine.
-    """
-    from neumuter.models.layouts import divide
+def write_command(found: Fitting, model: str, gpus: int, tokens: int, machine: int) -> str:
+    """Write the command that unlearns in the layout that fits; machine: GPUs of each machine."""
     from neumuter.training.plan import LAYOUTS
 
     start, option = "neumuter", " --device-map auto" if found.layout == "device_map" else ""
@@ -86,12 +85,10 @@ def write_command(found: Fitting, model: str, gpus: int, samples: int, tokens: i
         rendezvous = f"--nnodes {gpus // local} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         start = f"torchrun {rendezvous * (gpus > local)}--nproc-per-node {local} -m neumuter"
         option = f" --layout {layout}" * (layout != "ddp")
-        # Devices that compute layers together have the same samples.
-        samples *= gpus // divide(layout, gpus, local).get("tp", 1)
     option += " --recompute" * found.recompute
     return (
         f"{start} unlearn {shlex.quote(model)} --forget FILE --retain FILE --out FOLDER "
-        f"--batch-size {samples} --max-length {tokens}{option}"
+        f"--batch-size {found.batch} --max-length {tokens}{option}"
     )
 
 

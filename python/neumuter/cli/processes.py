@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from enum import Enum
 from typing import Any
 
@@ -115,75 +112,6 @@ def _is_first_to_fail(store: Any) -> bool:
     except RuntimeError:
         # The process that kept the store is gone.
         return False
-
-
-def choose_layout(
-    layout: Layout, model: str, dtype: str, samples: int, tokens: int, recompute: bool, quantize: bool = False
-) -> tuple[Layout, bool]:
-    """Choose where the layout is auto: a copy in each process if that fits its GPU, else fsdp, else fsdp+tp.
-
-    Args:
-        samples: of each kind in a step. tokens: of a sample.
-        recompute: whether activations are recomputed in any case.
-        quantize: whether weights will be quantised while they load. Those that are, are never split.
-
-    Returns:
-        The layout, and whether it fits only with activations recomputed.
-
-    Raises:
-        ValueError: none fits, or ``neumuter.training.plan`` cannot plan the model.
-    """
-    if layout is not Layout.auto:
-        return layout, recompute
-    import torch
-
-    if count_processes() == 1 or not torch.cuda.is_available() or quantize:
-        return Layout.ddp, recompute
-    import torch.distributed as dist
-
-    from neumuter.cli.arguments import read_config
-    from neumuter.models.quantised import find_quantisation
-    from neumuter.training.plan import FILLED, LAYOUTS, LEAST_SAMPLES, plan
-
-    config, count = read_config(model), count_processes()
-    if find_quantisation(config):
-        return Layout.ddp, recompute
-    wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    free = torch.tensor(torch.cuda.mem_get_info()[0])
-    dist.all_reduce(free, dist.ReduceOp.MIN)
-    each = max(-(-samples // count), LEAST_SAMPLES)
-    for saving in (True,) if recompute else (False, True):
-        found = plan(config, count, each, tokens, wanted, saving)
-        if chosen := LAYOUTS.get(found.choose(int(free)) or ""):
-            return Layout(chosen), saving
-        # The first process plans for all, because this takes as long as all the rest.
-        both = torch.zeros((), dtype=torch.float64)
-        if is_first():
-            both.fill_(_plan_both(config, samples, tokens, wanted, saving))
-        dist.broadcast(both, 0)
-        if both <= FILLED * free:
-            return Layout.both, saving
-    raise ValueError(
-        f"--layout auto finds no layout that fits into the {int(free) / 1e9:.3g} GB free on each GPU: take "
-        "a smaller --batch-size or --max-length, or more GPUs"
-    )
-
-
-def _plan_both(config: Any, samples: int, tokens: int, dtype: Any, recompute: bool) -> float:
-    """Plan the peak bytes of a GPU under fsdp+tp; infinite where the model cannot be laid out so."""
-    from neumuter.models.layouts import divide
-    from neumuter.training.plan import LEAST_SAMPLES, plan_tensor_parallel
-
-    count = count_processes()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    try:
-        each = max(-(-samples // divide("fsdp+tp", count, local)["fsdp"]), LEAST_SAMPLES)
-        given = (config, "fsdp+tp", count, each, tokens, dtype, recompute, local)
-        # The trace needs a process group of its own, and so a process of its own.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-            return float(sum(apart.submit(plan_tensor_parallel, *given).result().values()))
-    except (ImportError, ValueError):
-        return math.inf
 
 
 def check_split(layout: Split | None, device: str | None, device_map: str | None, **others: object) -> Layout:

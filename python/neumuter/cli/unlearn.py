@@ -36,7 +36,8 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
-from neumuter.cli.processes import Layout, check_place, choose_layout, count_processes, is_first
+from neumuter.cli.layouts import choose_layout
+from neumuter.cli.processes import Layout, check_place, count_processes, is_first
 
 GOAL_MISSED = 3
 DEFAULT_BUDGET, DEFAULT_BATCH_SIZE = "0.01", 8
@@ -198,7 +199,7 @@ def unlearn(
         Layout,
         typer.Option(
             help="In several processes. ddp: a copy of MODEL in each. fsdp, tp, fsdp+tp: MODEL is split. "
-            "auto: the first of ddp, fsdp and fsdp+tp that fits the GPUs."
+            "auto: the first of ddp, fsdp, fsdp+tp and tp that fits the GPUs, by neumuter plan."
         ),
     ] = Layout.ddp,
     recompute: Annotated[
@@ -238,10 +239,10 @@ def unlearn(
             raise typer.BadParameter(f"{option} {file} would be replaced: name another folder for --out")
     if rewrite_with:
         check_sources(rewrite_with)
+    size = batch_size or DEFAULT_BATCH_SIZE
     if not gguf_file:
-        size = batch_size or DEFAULT_BATCH_SIZE
         planned = (model, dtype.value, size, max_length, recompute, bool(quantize))
-        layout, recompute = choose_layout(layout, *planned)
+        layout, size, recompute = choose_layout(layout, *planned)
     check_place(device, device_map, layout, **{"quantize": quantize, "gguf-file": gguf_file})
     if is_first():
         check_run(out, overwrite, resume)
@@ -268,9 +269,7 @@ def unlearn(
     network, tokenizer = open_model(model, dtype.value, layout=layout.value, **place)
     if recompute:
         network.gradient_checkpointing_enable()
-    sizes: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size or DEFAULT_BATCH_SIZE,
-    }  # fmt: skip
+    sizes: dict[str, Any] = {"steps": steps, "batch_size": size}
     support = SupportConfig(**sizes) if mode is Mode.mute else None
     if not resume and is_first():
         remove_unfinished(out)

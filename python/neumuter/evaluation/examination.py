@@ -111,6 +111,16 @@ def examine(
     )
 
 
+def count_passes(forms: Sequence[Batch]) -> tuple[int, int]:
+    """Count what ``examine`` does: the tokens that go forward, and how often some prompts are continued."""
+    tokens = sum(int(form["attention_mask"].sum()) for form in forms)
+    # Of several forms, each is looked at twice before one of them is chosen.
+    choosing = 2 * tokens if len(forms) > 1 else 0
+    # Prompts of all forms; and whether it comes out, its losses, and its accuracy.
+    forward = choosing + tokens + 3 * tokens // len(forms)
+    return forward, sum(-(-len(form["labels"]) // SAMPLES_PER_PASS) for form in forms)
+
+
 def continue_prompts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, batch: Batch, tokens: int
 ) -> list[list[int]]:

@@ -19,6 +19,8 @@ from neumuter.types import IGNORED, Batch
 
 # Copies of each text, and how often they are continued.
 COPIES, ROUNDS = 4, 3
+# How often as many tokens as the texts have go through the model.
+PASSES = 1 + COPIES * ROUNDS
 # A token identifies the text if the copies give it less than this share of its probability.
 LESS = 0.5
 # Smaller probabilities are taken for this one: log-odds of −6.9.

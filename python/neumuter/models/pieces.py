@@ -20,11 +20,18 @@ class Pieces:
     """Samples go through ``model`` ``size`` at a time; where memory runs out, half of them from then on.
 
     Where one alone does not fit, ``recomputation`` begins, if there is one. Not so a model that several
-    processes share: they have to run the same passes.
+    processes share: they have to run the same passes. Where fewer samples at a time change what is found,
+    ``effect`` says how.
     """
 
-    def __init__(self, model: nn.Module, size: int, recomputation: Recomputation | None = None) -> None:
-        self.model, self.size, self.recomputation = model, size, recomputation
+    def __init__(
+        self,
+        model: nn.Module,
+        size: int,
+        recomputation: Recomputation | None = None,
+        effect: str = "gives the same result",
+    ) -> None:
+        self.model, self.size, self.recomputation, self.effect = model, size, recomputation, effect
 
     def run(self, work: Callable[[Sequence[Item]], Found], items: Sequence[Item]) -> Iterator[Found]:
         """Yield what ``work`` returns for the pieces of ``items``, in their order.
@@ -62,9 +69,8 @@ class Pieces:
         if size > 1:
             self.size = -(-size // 2)
             logger.warning(
-                "%d samples at a time do not fit into memory: from now on there are %d, which gives the same "
-                "result.",
-                size, self.size,
+                "%d samples at a time do not fit into memory: from now on there are %d, which %s.",
+                size, self.size, self.effect,
             )  # fmt: skip
         elif self.recomputation:
             self.recomputation.begin()

@@ -1,11 +1,11 @@
 """Recipes: how the neurons to mute are found. Each gives a MuteSet and works on any masked model."""
 
 from neumuter.recipes.baselines import mute_by_activation, mute_by_attribution, mute_random
+from neumuter.recipes.estimate import Work, estimate_work
 from neumuter.recipes.fisher import propose_by_fisher
 from neumuter.recipes.fitted import (
     FittedConfig,
     GainsConfig,
-    estimate_tokens,
     fit_gains,
     fit_mutes,
     refit_gains,
@@ -21,7 +21,8 @@ __all__ = [
     "Goals",
     "PaperConfig",
     "SupportConfig",
-    "estimate_tokens",
+    "Work",
+    "estimate_work",
     "find_support",
     "fit_gains",
     "fit_mutes",

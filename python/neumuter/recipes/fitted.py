@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
-from neumuter.recipes.fisher import MEASURED_RETAIN, propose_by_fisher, rank_by_fisher
+from neumuter.recipes.fisher import propose_by_fisher, rank_by_fisher
 from neumuter.recipes.schedule import choose_samples, count_steps
 from neumuter.recipes.slopes import Held
 from neumuter.recipes.support import SupportConfig, find_support
@@ -122,8 +122,9 @@ def fit_mutes(
         support = SupportConfig()
     journal = journal or Journal()
     keep = None if support else Neurons(pair.masked, existing).count_of(budget)
-    first = count_steps(pair, support.steps, support.batch_size) if support else 0
-    total = first + (count_steps(pair, gains.steps, gains.batch_size) if mode == "modulate" else 0)
+    first = count_steps(pair.forget_count, support.steps, support.batch_size) if support else 0
+    fitting = count_steps(pair.forget_count, gains.steps, gains.batch_size)
+    total = first + (fitting if mode == "modulate" else 0)
 
     def report(phase: str, offset: int) -> Callback | None:
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
@@ -137,29 +138,6 @@ def fit_mutes(
     if mode == "modulate":
         mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former, journal)
     return mutes
-
-
-def estimate_tokens(
-    pair: PairedBatches, mode: str = "modulate", config: FittedConfig = FittedConfig()
-) -> int:
-    """Estimate how many tokens go through the model, forward and back, in this process's ``fit_mutes``.
-
-    Args:
-        pair, mode, config: as of ``fit_mutes``.
-    """
-    support = config.support or (SupportConfig() if mode == "mute" else None)
-    phases: list[GainsConfig | SupportConfig] = [support] if support else []
-    phases += [config.gains] if mode == "modulate" else []
-    counts, sizes = (pair.forget_count, pair.retain_count), pair.count_all_tokens()
-    # The Fisher pass reads all forget samples.
-    visits = [0, 0] if support else [counts[0], min(counts[1], MEASURED_RETAIN)]
-    for phase in phases:
-        steps = count_steps(pair, phase.steps, phase.batch_size)
-        for kind, count in enumerate(counts):
-            visits[kind] += steps * min(phase.batch_size or count, count)
-    parts = zip(sizes, visits, counts, strict=True)
-    tokens = sum(size * seen // max(1, count) for size, seen, count in parts)
-    return tokens // (pair.processes.count if pair.processes else 1)
 
 
 def fit_gains(
@@ -261,7 +239,7 @@ class _Fit:
         self.former, self.undone, self.journal = former, undone, journal or Journal()
         self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
-        self.steps = count_steps(pair, config.steps, config.batch_size)
+        self.steps = count_steps(pair.forget_count, config.steps, config.batch_size)
         self.ids = choose_samples(pair, config.steps, config.batch_size, seed)
         self.taken = 0
 

@@ -80,7 +80,7 @@ def train_gates(
         NothingSelectedError: no neuron ended below the threshold.
     """
     check_pair(pair, config=config, seed=seed)
-    total = config.epochs * ceil(pair.forget_count / (config.batch_size or pair.forget_count))
+    total = count_gate_steps(pair.forget_count, config)
 
     def tell(number: int, info: dict[str, float]) -> None:
         if callback:
@@ -94,6 +94,11 @@ def train_gates(
         "lr": config.lr,
     }
     return agree(pair.masked.select(threshold=config.threshold, method=method, seed=seed))
+
+
+def count_gate_steps(forget_count: int, config: PaperConfig) -> int:
+    """Count the steps that ``train_gates`` takes."""
+    return config.epochs * ceil(forget_count / (config.batch_size or forget_count))
 
 
 def make_step(pair: PairedBatches, config: PaperConfig = PaperConfig(), seed: int = 0) -> Step:

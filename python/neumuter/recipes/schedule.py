@@ -13,17 +13,17 @@ LEAST_STEPS, MOST_STEPS = 160, 640
 ROUNDS = 1.25
 
 
-def count_steps(pair: PairedBatches, steps: int | None, batch_size: int | None) -> int:
-    """Count the steps of a phase: ``steps`` if they are given, else as many as it takes."""
+def count_steps(forget_count: int, steps: int | None, batch_size: int | None) -> int:
+    """Count the steps of a phase: ``steps`` if they are given, else enough for so many forget samples."""
     if steps is not None:
         return steps
     if batch_size is None:
         return LEAST_STEPS
-    once = pair.forget_count / batch_size
+    once = forget_count / batch_size
     return ceil(max(LEAST_STEPS, min(VISITS * once, MOST_STEPS), ROUNDS * once))
 
 
 def choose_samples(pair: PairedBatches, steps: int | None, batch_size: int | None, seed: int) -> InTurn:
     """Choose which samples each step has; where steps were added, those that are known come more often."""
-    added = count_steps(pair, steps, batch_size) > LEAST_STEPS and steps is None
+    added = count_steps(pair.forget_count, steps, batch_size) > LEAST_STEPS and steps is None
     return pair.hard_first(batch_size, seed) if added else pair.steps(batch_size, seed)

@@ -69,7 +69,7 @@ def find_support(
     """
     check_pair(pair, budget=budget, config=config, seed=seed, existing=existing)
     ids = choose_samples(pair, config.steps, config.batch_size, seed)
-    steps = count_steps(pair, config.steps, config.batch_size)
+    steps = count_steps(pair.forget_count, config.steps, config.batch_size)
     config = replace(config, steps=steps)
     neurons = Neurons(pair.masked, existing)
     k = neurons.count_of(budget)

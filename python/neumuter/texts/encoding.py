@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from neumuter.types import IGNORED, Batch, Text, check_batch, check_kind, check_
 
 logger = logging.getLogger("neumuter")
 
+# Texts that are tokenised together, and their characters: of long texts there are fewer.
+CHUNK_TEXTS, CHUNK_CHARACTERS = 1000, 1 << 20
 # What fills a shorter row of each tensor of a batch.
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
@@ -119,7 +121,7 @@ def cut_texts(
     chat: bool | None,
     notes: list[str],
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Tokenise texts one after the other, and cut them into windows; see ``encode``.
+    """Tokenise texts, ``CHUNK_TEXTS`` at a time, and cut them into windows; see ``encode``.
 
     Yields:
         The ids of each window, the position of the first that counts, and the number from 0 of its text. At
@@ -130,15 +132,13 @@ def cut_texts(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     cut = lost = count = 0
-    for count, text in enumerate(texts, 1):
-        try:
-            ids, head, start = _tokenize_parts(text_of(text), tokenizer, chat)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"text {count}: {error}") from None
+    chunks = _gather(_show(texts, tokenizer, chat))
+    parts = (part for chunk in chunks for part in zip(chunk, _tokenize_chunk(chunk, tokenizer), strict=True))
+    for count, (shown, (ids, head, start)) in enumerate(parts, 1):
         windows = cut_windows(ids, start, head, max_length) if len(ids) > 1 else []
         if not windows:
             raise ValueError(
-                f"text {count} has no token to predict within max_length={max_length}: {text!r:.60}"
+                f"text {count} has no token to predict within max_length={max_length}: {shown.text!r:.60}"
             )
         yield from ((part, first, count - 1) for part, first in windows)
         cut += len(windows) > 1
@@ -201,6 +201,11 @@ def count_rows(batch: Batch | Windows) -> int:
     return len(batch) if isinstance(batch, Windows) else len(batch["labels"])
 
 
+def count_tokens(batch: Batch | Windows) -> int:
+    """Count the tokens of a batch, or of windows, whether they count in losses or not."""
+    return batch.tokens if isinstance(batch, Windows) else int(batch["attention_mask"].sum())
+
+
 def sample_rows(batch: Batch | Windows, count: int, seed: int) -> Batch:
     """Draw ``count`` rows of a batch at random, in their order; all of them if there are no more."""
     total = count_rows(batch)
@@ -221,40 +226,93 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
     # verbose=False keeps transformers from warning of texts that are too long for the model.
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     inner: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _without_end(ids, inner)
+
+
+def _without_end(ids: list[int], inner: list[int]) -> tuple[list[int], int]:
+    """What ``tokenize`` returns, given the ids with special tokens and without."""
     for head in range(len(ids) - len(inner) + 1):
         if ids[head : head + len(inner)] == inner:
             return ids[: head + len(inner)], head
     return ids, 0
 
 
-def _tokenize_parts(
-    text: Text, tokenizer: PreTrainedTokenizerBase, chat: bool | None
-) -> tuple[list[int], int, int]:
-    """Tokenise a text; returns its ids, how many start tokens they have, and the first that counts."""
-    if isinstance(text, str):
-        ids, head = tokenize(text, tokenizer)
-        return ids, head, head
-    if uses_template(text, tokenizer, chat):
-        prompt, completion = render(text, tokenizer)
-        inner: list[int] = tokenizer(prompt + completion, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        # The template writes the start token itself.
-        head = int(inner[:1] == [tokenizer.bos_token_id])
-        return inner, head, _count_prompt_tokens(prompt, completion, inner, tokenizer)
-    prompt, completion = plain(text)
-    ids, head = tokenize(prompt + completion, tokenizer)
-    return ids, head, head + _count_prompt_tokens(prompt, completion, ids[head:], tokenizer)
+class _Shown(NamedTuple):
+    """A text as a model is shown it.
+
+    text: as it was given. whole: all of it. prompt: what of this comes before the part that counts; None if
+    all counts. rendered: whether a chat template has put it so, which writes the start token itself.
+    """
+
+    text: Any
+    whole: str
+    prompt: str | None
+    rendered: bool
 
 
-def _count_prompt_tokens(
-    prompt: str, completion: str, ids: list[int], tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """Count the tokens of ``ids``, those of both together, before the first that holds completion."""
-    if tokenizer.is_fast:
-        offsets = tokenizer(
-            prompt + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"]
-        return next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-    alone = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    return next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), len(alone))
+def _show(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> Iterator[_Shown]:
+    for count, given in enumerate(texts, 1):
+        try:
+            text = text_of(given)
+            if isinstance(text, str):
+                shown = _Shown(given, text, None, False)
+            else:
+                rendered = uses_template(text, tokenizer, chat)
+                prompt, completion = render(text, tokenizer) if rendered else plain(text)
+                shown = _Shown(given, prompt + completion, prompt, rendered)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"text {count}: {error}") from None
+        yield shown
+
+
+def _gather(texts: Iterable[_Shown]) -> Iterator[list[_Shown]]:
+    """Yield texts ``CHUNK_TEXTS`` at a time, or fewer of ``CHUNK_CHARACTERS`` together."""
+    chunk, characters = list[_Shown](), 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text.whole)
+        if len(chunk) == CHUNK_TEXTS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _tokenize_chunk(
+    texts: Sequence[_Shown], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yield of each text its ids, how many start tokens they have, and the first that counts."""
+
+    def run(strings: list[str], **options: bool) -> dict[str, list[Any]]:
+        # verbose=False: see ``tokenize``. Masks are made of the ids here.
+        options |= {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return dict(tokenizer(strings, **options)) if strings else {"input_ids": []}
+
+    pairs = any(text.prompt is not None for text in texts)
+    offsets = {"return_offsets_mapping": True} if pairs and tokenizer.is_fast else {}
+    inside = run([text.whole for text in texts], add_special_tokens=False, **offsets)
+    special = iter(run([text.whole for text in texts if not text.rendered])["input_ids"])
+    prompts = [text.prompt for text in texts if text.prompt is not None and not tokenizer.is_fast]
+    alone = iter(run(prompts, add_special_tokens=False)["input_ids"])
+    for number, text in enumerate(texts):
+        inner: list[int] = inside["input_ids"][number]
+        if text.rendered:
+            ids, head = inner, int(inner[:1] == [tokenizer.bos_token_id])
+        else:
+            ids, head = _without_end(next(special), inner)
+        if text.prompt is None:
+            yield ids, head, head
+            continue
+        # A template's start token is one of the text's own.
+        own = ids if text.rendered else ids[head:]
+        if offsets:
+            ends = (end for _, end in inside["offset_mapping"][number])
+            before = next((i for i, end in enumerate(ends) if end > len(text.prompt)), len(own))
+        else:
+            before = _count_shared(own, next(alone))
+        yield ids, head, before if text.rendered else head + before
+
+
+def _count_shared(ids: Sequence[int], prompt: Sequence[int]) -> int:
+    """Count the tokens at the start of ``ids`` that are those of the prompt alone."""
+    return next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.generation import find_end_tokens, generate
+from neumuter.models.pieces import Pieces
 from neumuter.types import IGNORED, Batch, Text
 
 TEXTS_PER_PASS = 8
@@ -44,10 +45,12 @@ def sample_texts(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
     processors = [_Bar(barred, tokenizer.eos_token_id)] if barred else []
     texts: list[str] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for done in range(0, count, TEXTS_PER_PASS):
-            prompt = torch.full((min(TEXTS_PER_PASS, count - done), 1), start)
+    pieces = Pieces(model, TEXTS_PER_PASS, effect="draws other texts")
+
+    def draw(numbers: Sequence[int]) -> list[str]:
+        prompt = torch.full((len(numbers), 1), start)
+        before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        try:
             ids = generate(
                 model,
                 prompt,
@@ -60,9 +63,21 @@ def sample_texts(
                 eos_token_id=find_end_tokens(model, tokenizer),
                 logits_processor=transformers.LogitsProcessorList(processors),
             )
-            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        except torch.OutOfMemoryError:
+            # What was drawn in vain must not count.
+            torch.set_rng_state(before[0])
+            torch.cuda.set_rng_state_all(before[1])
+            raise
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        done = 0
+        for drawn in pieces.run(draw, range(count)):
+            texts += drawn
+            done += len(drawn)
             if callback:
-                callback(done + len(prompt), count)
+                callback(done, count)
     return [text for text in texts if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 1]
 
 

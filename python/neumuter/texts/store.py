@@ -1,4 +1,8 @@
-"""Windows of more texts than fit into memory: their tokens are in a file that is mapped into it."""
+"""Windows of more texts than fit into memory: their tokens are in a file that is mapped into it.
+
+The file is our own, and not one of ``datasets``, because that would leave the texts to forget in a cache
+folder, needs pyarrow and pandas, and takes half a second and 100 MB to import.
+"""
 
 import hashlib
 import mmap

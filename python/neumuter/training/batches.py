@@ -119,7 +119,10 @@ class PairedBatches:
         with torch.no_grad(), without_dropout(masked.model), masked.off():
             self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS].to(device))
             if self.forget_count:
-                parts = torch.arange(self.forget_count).split(SAMPLES_PER_PASS)
+                # One after the other: a tensor for each part takes more memory than its windows.
+                starts = range(0, self.forget_count, SAMPLES_PER_PASS)
+                ends = (min(start + SAMPLES_PER_PASS, self.forget_count) for start in starts)
+                parts = (torch.arange(start, end) for start, end in zip(starts, ends, strict=True))
                 masked.keep_unreached_open(self.forget_rows(part) for part in parts)
         if getattr(self.head.model.config, "quantization_config", None):
             self._refuse_without_gradient()
@@ -256,14 +259,6 @@ class PairedBatches:
             counts[i >= self.forget_count] += self._count_places(i, everywhere)
         return counts[0], counts[1]
 
-    def count_all_tokens(self) -> tuple[int, int]:
-        """Count the tokens of all forget and of all retain samples, whether they count in losses or not."""
-        forget, retain = (
-            batch.tokens if isinstance(batch, Windows) else int(batch["attention_mask"].sum())
-            for batch in self._batches
-        )
-        return forget, retain
-
     def describe(self) -> dict[str, str]:
         """Describe what processes that share this must have in common: {what: a digest}."""
         closed = torch.cat([score.detach().isinf().cpu() for score in self.masked.scores.values()])
@@ -307,7 +302,7 @@ class PairedBatches:
         """The references of all retain samples, computed when they are first asked for."""
         if everywhere not in self._references:
             retain = range(self.forget_count, self.forget_count + self.retain_count)
-            lengths = [self._count_places(i, everywhere) for i in retain]
+            lengths = (self._count_places(i, everywhere) for i in retain)
 
             # Of all samples at once: all processes have to run the same forward passes.
             def compute(samples: Sequence[int]) -> Tensor:

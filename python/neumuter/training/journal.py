@@ -106,6 +106,10 @@ class Journal:
         value: Value = self._found[name]
         return value
 
+    def knows(self, name: str) -> bool:
+        """Whether this process or an earlier one has found the value of this name."""
+        return self._prefix + name in self._found
+
     def sum(self, name: str, items: Sequence[Item], work: Callable[[Item], Tensor], start: Tensor) -> Tensor:
         """Add up what ``work`` returns for all items, or for those that are left of them, to ``start``.
 

@@ -15,6 +15,7 @@ from neumuter.models.families import decoder_of, find_ffns, input_device
 from neumuter.models.ffn import FFN
 from neumuter.models.installed import Installed, refuse_wrapped
 from neumuter.models.modes import without_dropout
+from neumuter.models.pieces import Pieces
 from neumuter.models.recomputation import Recomputation
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
@@ -223,11 +224,21 @@ class Masked:
         # FSDP2 gathers weights where its root is called.
         whole = self.model if isinstance(self.model, FSDPModule) else decoder_of(self.model)
         device = input_device(self.model)
+
+        def run(rows: Sequence[Tensor]) -> None:
+            nonlocal real
+            ids, shown = torch.stack(list(rows)).unbind(1)
+            real = shown.flatten() > 0
+            whole(input_ids=ids.to(device), use_cache=False)
+
+        pieces: Pieces | None = None
         try:
             with self.off(), without_dropout(self.model):
                 for batch in batches:
-                    real = batch["attention_mask"].flatten() > 0
-                    whole(input_ids=batch["input_ids"].to(device), use_cache=False)
+                    rows = torch.stack([batch["input_ids"], batch["attention_mask"]], 1).unbind()
+                    pieces = pieces or Pieces(self.model, len(rows))
+                    for _ in pieces.run(run, rows):
+                        pass
         finally:
             for handle in handles:
                 handle.remove()

@@ -38,7 +38,9 @@ FILLED = 0.95
 STATE_BYTES = 16
 # GPUs of a machine, unless it is said how many.
 MACHINE = 8
-# What ``neumuter.models.layouts`` calls the layouts over several processes, those first that are faster.
+# What ``neumuter.models.layouts`` calls the layouts over several processes. Their order is that of how much a
+# step communicates, and not measured: nothing but a number per neuron; the weights of each layer, while other
+# layers run; both; and activations of each layer, for which all wait.
 LAYOUTS = {
     "DDP": "ddp", "FSDP2, ZeRO-3": "fsdp", "FSDP2 and tensor parallel": "fsdp+tp", "tensor parallel": "tp",
 }  # fmt: skip
@@ -50,7 +52,8 @@ LEAST_SAMPLES = SAMPLES_PER_PASS // 2
 class Plan:
     """Sizes in bytes.
 
-    layouts: {name: {part: bytes per device}} for the number of devices asked, those first that are faster.
+    layouts: {name: {part: bytes per device}} for the number of devices asked, in the order of
+        ``LAYOUTS``, and one process last.
     refused: {name: why} of those that there are not for this model.
     """
 
@@ -73,13 +76,14 @@ class Plan:
     layouts: dict[str, dict[str, int]]
     refused: dict[str, str]
 
-    def choose(self, memory: float) -> str | None:
-        """The layout to train in, which fits ``memory`` bytes a device with 5 % to spare; None if none does.
+    def choose(self, memory: float, processes: bool = False) -> str | None:
+        """The first layout that fits ``memory`` bytes a device with 5 % to spare; None if none does.
 
-        A copy in each process comes first, because nothing waits for weights there, and one process last.
+        The order is that of ``layouts``. processes: leave out layouts in one process.
         """
         peaks = {name: sum(parts.values()) for name, parts in self.layouts.items()}
-        return next((name for name, peak in peaks.items() if peak <= FILLED * memory), None)
+        fitting = [name for name, peak in peaks.items() if peak <= FILLED * memory]
+        return next((name for name in fitting if name in LAYOUTS or not processes), None)
 
     @property
     def training(self) -> int:
@@ -100,11 +104,15 @@ class Plan:
 
 
 class Fitting(NamedTuple):
-    """The ``layout`` that a plan has chosen, or None, and for which samples and whether activations are
-    recomputed it holds."""
+    """The layout that a plan has chosen, or None, and for what it holds.
+
+    batch: samples of each kind in a step of all devices. samples: of each kind that a device is planned for
+    where the samples of a step are divided. recompute: whether activations are.
+    """
 
     plan: Plan
     layout: str | None
+    batch: int
     samples: int
     recompute: bool
 
@@ -131,18 +139,21 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
     machine: int = MACHINE,
+    batch: int | None = None,
 ) -> Plan:
     """Plan mask training and serving for a config of transformers.
 
     Layouts with tensor parallelism are left out inside a process group, where they cannot be traced.
 
     Args:
-        samples: of each kind, forget and retain, that a device has in a step. Devices that compute layers
-            together, by tensor parallelism, have the same samples.
+        samples: of each kind, forget and retain, that a device has in a step.
         tokens: of each sample.
         dtype: of the weights.
         recompute: whether activations are computed again in the backward pass.
         machine: devices of each machine.
+        batch: samples of each kind in a step of all devices. Those that compute layers together, by tensor
+            parallelism, have the same samples: their share of the batch, at least ``LEAST_SAMPLES``. None:
+            ``samples`` as well.
 
     Raises:
         ValueError: a model that ``attach`` refuses; quantised weights; experts in another dtype than
@@ -164,8 +175,10 @@ def plan(
             if "tp" not in layout or dist.is_initialized():
                 continue
             try:
+                shares = divide(layout, devices, min(devices, machine)).get("fsdp", 1)
+                each = samples if batch is None else _share(batch, shares)
                 layouts[name] = plan_tensor_parallel(
-                    config, layout, devices, samples, tokens, dtype, recompute, machine
+                    config, layout, devices, each, tokens, dtype, recompute, machine
                 )
             except (ImportError, ValueError, RuntimeError) as error:
                 refused[name] = str(error)
@@ -220,30 +233,43 @@ def find_fitting(
     config: PreTrainedConfig,
     memory: float,
     devices: int = 1,
-    samples: int = 8,
+    batch: int = 8,
     tokens: int = 256,
     dtype: torch.dtype = torch.bfloat16,
     machine: int = MACHINE,
+    recompute: bool = False,
+    processes: bool = False,
 ) -> Fitting:
-    """Find the layout that fits ``memory`` bytes a device: first as asked, then with activations recomputed,
-    then with half the samples, and so on.
+    """Find a layout that fits ``memory`` bytes a device: first as asked, then with activations recomputed,
+    then with half the samples, and so on, and in the end with ``LEAST_SAMPLES`` of each kind in a step.
 
     Args:
-        devices, samples, tokens, dtype, machine: as of ``plan``. There are never fewer than
-            ``LEAST_SAMPLES`` samples.
+        devices, tokens, dtype, machine: as of ``plan``.
+        batch: samples of each kind in a step of all devices. However few a device has, room for
+            ``LEAST_SAMPLES`` is planned.
+        recompute: whether activations are recomputed in any case.
+        processes: whether there is a process for each device, so that none can have them all.
 
     Raises:
         ValueError: see ``plan``.
     """
-    samples = max(samples, LEAST_SAMPLES)
     while True:
-        for recompute in (False, True):
-            found = plan(config, devices, samples, tokens, dtype, recompute, machine)
-            layout = found.choose(memory)
+        samples = _share(batch, devices)
+        for saving in (True,) if recompute else (False, True):
+            found = plan(config, devices, samples, tokens, dtype, saving, machine, batch)
+            layout = found.choose(memory, processes)
             too_large = all(parts["weights"] > memory for parts in found.layouts.values())
-            if layout or too_large or (recompute and samples == LEAST_SAMPLES):
-                return Fitting(found, layout, samples, recompute)
-        samples = max(samples // 2, LEAST_SAMPLES)
+            if layout or too_large or (saving and batch <= LEAST_SAMPLES):
+                # One process with all devices has the samples of one device.
+                divided = layout is None or layout in LAYOUTS
+                return Fitting(found, layout, batch if divided else min(batch, samples), samples, saving)
+        # Where devices have the fewest already, those alone have less to do that compute layers together.
+        batch = max(batch // 2, LEAST_SAMPLES) if samples > LEAST_SAMPLES else LEAST_SAMPLES
+
+
+def _share(batch: int, parts: int) -> int:
+    """The samples of each kind that are planned for a device that has one of so many parts of a batch."""
+    return max(-(-batch // parts), LEAST_SAMPLES)
 
 
 def _plain_text_config(config: PreTrainedConfig) -> PreTrainedConfig:

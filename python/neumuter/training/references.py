@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class References:
         states: the states of all tokens in pieces [N, d], which are computed only if they are kept.
     """
 
-    def __init__(self, lengths: Sequence[int], state_bytes: int, states: Iterable[Tensor]) -> None:
-        self.starts = list(itertools.accumulate(lengths, initial=0))
+    def __init__(self, lengths: Iterable[int], state_bytes: int, states: Iterable[Tensor]) -> None:
+        self.starts = array("q", itertools.accumulate(lengths, initial=0))
         size = self.starts[-1] * state_bytes
         self.on_device = size <= DEVICE_BYTES
         self._states: Tensor | None = None

@@ -20,21 +20,22 @@ class Watching(Protocol):
 class Shuffled:
     """Yields first … first + count − 1 without end, in a new random order each time round.
 
-    ``left``: what is still to come of this round, the last one first.
+    ``left``: what is still to come of this round, the last one first: int32 [n], four bytes of each.
     """
 
     def __init__(self, first: int, count: int, generator: torch.Generator) -> None:
         self.first, self.count, self.generator = first, count, generator
-        self.left: list[int] = []
+        self.left = torch.empty(0, dtype=torch.int32)
 
     def __iter__(self) -> "Shuffled":
         return self
 
     def __next__(self) -> int:
-        if not self.left:
+        if not len(self.left):
             order = torch.randperm(self.count, generator=self.generator)
-            self.left = (self.first + order).flip(0).tolist()
-        return self.left.pop()
+            self.left = (self.first + order).flip(0).int()
+        number, self.left = int(self.left[-1]), self.left[:-1]
+        return number
 
 
 class InTurn:
@@ -75,13 +76,13 @@ class InTurn:
 
     def state(self) -> dict[str, Any]:
         """What a source with the same arguments needs to go on from here: tensors and numbers."""
-        left = [list(queue.left) for queue in (self._forget, self._retain)]
+        left = [queue.left.clone() for queue in (self._forget, self._retain)]
         return {"generator": self._generator.get_state(), "left": left}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` returned."""
         self._generator.set_state(state["generator"])
-        self._forget.left, self._retain.left = map(list, state["left"])
+        self._forget.left, self._retain.left = (left.clone() for left in state["left"])
 
 
 class HardFirst(InTurn):

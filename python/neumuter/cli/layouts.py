@@ -1,0 +1,99 @@
+"""``--layout auto``: what ``neumuter plan`` finds for the GPUs that there are."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+from neumuter.cli.common import console
+from neumuter.cli.processes import Layout, count_processes, is_first
+
+
+class Chosen(NamedTuple):
+    """A layout, for which batch size it was chosen, and whether activations are recomputed."""
+
+    layout: Layout
+    batch_size: int
+    recompute: bool
+
+
+def choose_layout(
+    layout: Layout,
+    model: str,
+    dtype: str,
+    batch_size: int,
+    tokens: int,
+    recompute: bool,
+    quantize: bool = False,
+) -> Chosen:
+    """Choose the layout where it is auto: the one whose command ``neumuter plan`` prints for these GPUs.
+
+    Args:
+        batch_size: samples of each kind in a step. If they fit in no layout, there are fewer, and a line
+            says so.
+        tokens: of a sample.
+        recompute: whether activations are recomputed in any case.
+        quantize: whether weights will be quantised while they load. Those that are, are never split.
+
+    Raises:
+        ValueError: none fits, or ``neumuter.training.plan`` cannot plan the model.
+    """
+    asked = Chosen(layout, batch_size, recompute)
+    if layout is not Layout.auto:
+        return asked
+    import torch
+
+    if count_processes() == 1 or not torch.cuda.is_available() or quantize:
+        return asked._replace(layout=Layout.ddp)
+    from neumuter.cli.arguments import read_config
+    from neumuter.models.quantised import find_quantisation
+    from neumuter.training.processes import agree
+
+    config, count = read_config(model), count_processes()
+    if find_quantisation(config):
+        return asked._replace(layout=Layout.ddp)
+    wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    free = _find_free()
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    given = (config, free, count, batch_size, tokens, wanted, machine, recompute)
+    # The first process plans for all, because this takes as long as all the rest.
+    found = agree(_run_apart(_find, *given) if is_first() else None)
+    if found is None:
+        raise ValueError(
+            f"--layout auto finds no layout that fits into the {free / 1e9:.3g} GB free on each GPU: take "
+            "a smaller --max-length, or more GPUs"
+        )
+    chosen = Chosen(Layout(found[0]), *found[1:])
+    if chosen.batch_size < batch_size:
+        console.print(
+            f"No layout fits with {batch_size} texts of each kind in a step: there are {chosen.batch_size}, "
+            "as with --batch-size.",
+            soft_wrap=True,
+        )
+    return chosen
+
+
+def _find_free() -> int:
+    """The bytes that are free on every GPU."""
+    import torch
+    import torch.distributed as dist
+
+    free = torch.tensor(torch.cuda.mem_get_info()[0])
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    return int(free)
+
+
+def _find(
+    config: Any, memory: int, count: int, batch: int, tokens: int, dtype: Any, machine: int, recompute: bool
+) -> tuple[str, int, bool] | None:
+    """What fits, as in ``Chosen``; None if nothing does."""
+    from neumuter.training.plan import LAYOUTS, find_fitting
+
+    found = find_fitting(config, memory, count, batch, tokens, dtype, machine, recompute, processes=True)
+    return None if found.layout is None else (LAYOUTS[found.layout], found.batch, found.recompute)
+
+
+def _run_apart(function: Any, *given: Any) -> Any:
+    """Run a function in a process of its own: a trace needs a process group of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        return apart.submit(function, *given).result()
