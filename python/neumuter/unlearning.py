@@ -253,15 +253,12 @@ def unlearn(
             return look_at(network, words, measured, asked)
 
         look_before = journal.once("look before", look)
-        # Each budget tried takes as many steps.
         work = estimate_work(whole, retain_batch, config, mode, processes.count if processes else 1)
+        # Each budget tried takes as many steps.
         tried = isinstance(budget, str)
         done = len(journal.history) % work.steps if tried else len(journal.history)
         left = estimate_search(look_before.token, work, done, count_tokens(retain_batch))
-        examining = estimate_examination(look_before, forms) + estimate_examination(look_before, unseen)
-        left += sum(examining for state in ("before", "after") if not journal.knows(state))
-        if calibrates and not journal.knows("unseen"):
-            left += estimate_calibration(look_before, forms[0])
+        left += _estimate_measuring(journal, look_before, forms, unseen, calibrates)
         announce(f"From here on the job takes{', with one budget tried,' * tried}", left)
         ceilings = None
         if calibrates:
@@ -343,6 +340,17 @@ def _make_controls(
     found = encode_forms_of("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
     refuse_seen(found[0], given, tokenizer)
     return found
+
+
+def _estimate_measuring(
+    journal: Journal, look: Look, forms: list[Batch], unseen: list[Batch] | None, calibrates: bool
+) -> float:
+    """Estimate the seconds that all but the search takes, as far as ``journal`` does not know it."""
+    once = estimate_examination(look, forms) + estimate_examination(look, unseen)
+    left = sum(once for state in ("before", "after") if not journal.knows(state))
+    if calibrates and not journal.knows("unseen"):
+        left += estimate_calibration(look, forms[0])
+    return left
 
 
 def _check_recipe(
