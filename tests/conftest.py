@@ -24,9 +24,20 @@ def pytest_xdist_auto_num_workers():
     return (os.cpu_count() or 1) + 1
 
 
+# Files that take a minute or more come first, so that none runs alone at the end.
+LONG = (
+    "test_docs", "test_processes", "test_plan", "test_experiments", "test_examples", "test_cli",
+    "test_interrupted", "test_packaging", "test_masked_ffn",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Files of repo and bench, which take long, come first, so that none runs alone at the end."""
-    items.sort(key=lambda item: item.path.parent.name not in ("repo", "bench"))
+    """Files that take long come first; then the rest of repo and bench."""
+    order = {name: place for place, name in enumerate(LONG)}
+    rest = len(LONG)
+    items.sort(
+        key=lambda item: order.get(item.path.stem, rest + (item.path.parent.name not in ("repo", "bench")))
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,8 @@ from neumuter.training.masked import attach, neuron_count, split_ffns
 from neumuter.training.processes import agree, describe_layout, find_processes, is_first
 from neumuter.types import Batch, Callback, Text
 
+# What an unfinished run has found so far is made of these.
+KEPT = (Examination, Found, Look)
 # Retain texts whose loss is measured.
 MEASURED_TEXTS = 512
 
@@ -214,7 +216,7 @@ def unlearn(
         }  # fmt: skip
         weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
         layout = describe_layout(network)
-        journal = Journal(folder, request, weights, layout, resume, kinds=(Examination, Found, Look))
+        journal = Journal(folder, request, weights, layout, resume, kinds=KEPT)
     found = []
     if rewrite_with:
         rewritten = journal.once(

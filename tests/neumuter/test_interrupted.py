@@ -212,10 +212,9 @@ def resume(commands, place, name, number, times):
 
     Returns how often it was killed.
     """
-    from neumuter.evaluation.examination import Examination
-    from neumuter.evaluation.others import Found
     from neumuter.training import journal
     from neumuter.training.values import unpack
+    from neumuter.unlearning import KEPT
 
     out = place / "out"
 
@@ -235,7 +234,7 @@ def resume(commands, place, name, number, times):
         kills += 1
         if (out / journal.UNFINISHED).exists():
             assert stat.S_IMODE((out / journal.UNFINISHED).stat().st_mode) == 0o600
-            unpack((out / journal.UNFINISHED).read_bytes(), (Examination, Found))
+            unpack((out / journal.UNFINISHED).read_bytes(), KEPT)
     assert same_result("unlearn", out, contents(place / "whole"))
     left = {name for name in contents(out) if not TEMPORARY.fullmatch(name)}
     assert left == contents(place / "whole").keys()

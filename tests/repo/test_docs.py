@@ -21,6 +21,7 @@ import pytest
 
 from neumuter.cli.app import main
 from neumuter.models import families
+from neumuter.recipes import schedule
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [
@@ -35,6 +36,8 @@ BLOCK = re.compile(
 # A line of bash, with those that continue it.
 LINE = re.compile(r"(?:[^\n]*\\\n)*[^\n]*\n")
 AFTER = re.compile(r"^<!-- after: (\S+) -->$", re.MULTILINE)
+# In this process a fit takes half of the default's steps, which no page relies on.
+STEPS = schedule.LEAST_STEPS // 2
 
 
 class Block(NamedTuple):
@@ -64,6 +67,12 @@ def runnable(page):
 
 def run_page(page, folder):
     """Run the blocks of a page from ``folder`` on; returns the folder in which it ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "LEAST_STEPS", STEPS)
+        return _run_blocks(page, folder)
+
+
+def _run_blocks(page, folder):
     names = {"__name__": "__page__"}
     os.chdir(folder)
     for block in runnable(page):
