@@ -255,7 +255,7 @@ def planted(rows, _):
 def rounded(rows, model):
     """Each method in each format, beside the original in the same format."""
     lines, rows = [], _where(rows, model=model)
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in ("before", "retrained", "calibrated", "live", "npo", "simnpo", "difference"):
         for name in FORMATS:
             found = _where(rows, method=method, format=name)
             originals = {row["seed"]: row for row in _where(rows, method="before", format=name)}
