@@ -18,12 +18,6 @@ if not HAVE_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One worker more than cores: many tests wait for processes that they have started."""
-    return (os.cpu_count() or 1) + 1
-
-
 # Files that take a minute or more come first, so that none runs alone at the end.
 LONG = (
     "test_docs", "test_processes", "test_plan", "test_experiments", "test_examples", "test_cli",

@@ -26,7 +26,7 @@ import torch
 
 from neumuter import MuteSet
 
-MOMENTS, SEED = 10, 0
+MOMENTS, SEED = 6, 0
 COMPLETED = 5  # kills until a run may end; those in between start from what the last one left
 TEMPORARY = re.compile(r"\.[\w.-]+\.tmp")  # hidden names, all that a kill may leave
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.copyfile"}

@@ -148,7 +148,7 @@ def test_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
     assert load_config(tmp_path).model_type == "llama"
     with pytest.raises(SystemExit) as stop:
-        main(["plan", str(tmp_path), "--gpus", "2", "--memory", "0.0001"])
+        main(["plan", str(tmp_path), "--gpus", "2", "--memory", "0.0001", "--tokens", "16"])
     assert not stop.value.code
     printed = capsys.readouterr().out
     for part in ("LlamaForCausalLM", "time on one H100", "weights", "FSDP2", "no", "No layout fits"):
@@ -191,7 +191,7 @@ def test_layouts_are_in_the_order_in_which_they_are_said_to_be(capsys):
 
 
 def test_fewer_texts_are_planned_where_as_many_do_not_fit():
-    model = config("llama", num_hidden_layers=8)
+    model = config("llama", num_hidden_layers=4)
     least = sum(plan(model, samples=4, tokens=64, recompute=True).layouts["one device"].values())
     found = find_fitting(model, least / 0.949, batch=8, tokens=64)
     assert found[1:] == ("one device", 4, 4, True)
