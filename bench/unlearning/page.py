@@ -263,9 +263,9 @@ def rounded(rows, model):
             cells = (
                 _cell([row["forget_extraction"] for row in found], "{:.2f}"),
                 _cell([row["forget_secrets"] for row in found], "{:.2f}"),
-                _cell([row["others"] for row in found if "others" in row], "{:.2f}"),
+                _cell(_complete(found, "others"), "{:.2f}"),
                 _cell([row["retain_extraction"] / o["retain_extraction"] for row, o in pairs], "{:.2f}"),
-                _cell([row["retain_least"] for row in found if "retain_least" in row], "{:.1f}"),
+                _cell(_complete(found, "retain_least"), "{:.1f}"),
                 _cell(
                     [row["heldout_perplexity"] / o["heldout_perplexity"] - 1 for row, o in pairs], "{:+.1%}"
                 ),
@@ -283,6 +283,11 @@ def rounded(rows, model):
         "perplexity over the original's in this format",
     ]
     return text.table(head, lines, "---:") if lines else None
+
+
+def _complete(rows, column):
+    """The values of a column that was added later; none unless all rows have it."""
+    return [row[column] for row in rows] if all(column in row for row in rows) else []
 
 
 def relearned(rows, _):
