@@ -182,7 +182,13 @@ def test_controls_are_the_same_texts_in_all_forms(words):
     given = list_given({"forget": plain}, words)
     made = make_controls([plain, chat], given, words)
     assert [form["texts"].tolist() for form in made] == [list(range(33))] * 2
-    assert len(examine(models.build("llama"), words, made, given, "controls").loss) == 33
+    # It is by chance if it is so in all forms.
+    for form, place in zip(made, (0, 1), strict=True):
+        form["by_chance"] = torch.ones(33, dtype=torch.bool)
+        form["by_chance"][place] = False
+    found = examine(models.build("llama"), words, made, given, "controls")
+    assert len(found.loss) == 33
+    assert found.by_chance == [False, False, *[True] * 31]
 
 
 def test_other_words_that_take_more_tokens_leave_the_start_token(words):

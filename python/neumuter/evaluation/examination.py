@@ -107,7 +107,10 @@ def examine(
         min_k=[min_k_score(of_text) for of_text in by_text],
         said=[said[number] for number in numbers],
         others=[others.get(number) for number in numbers],
-        by_chance=forms[0]["by_chance"].tolist() if "by_chance" in forms[0] else [True] * len(windows),
+        by_chance=[
+            all(bool(form["by_chance"][place]) for form in forms if "by_chance" in form)
+            for place in range(len(windows))
+        ],
     )
 
 

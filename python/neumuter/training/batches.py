@@ -120,9 +120,10 @@ class PairedBatches:
             self.head = Head(masked.model, self._sample(0).ids[None, :PROBE_TOKENS].to(device))
             if self.forget_count:
                 # One after the other: a tensor for each part takes more memory than its windows.
-                starts = range(0, self.forget_count, SAMPLES_PER_PASS)
-                ends = (min(start + SAMPLES_PER_PASS, self.forget_count) for start in starts)
-                parts = (torch.arange(start, end) for start, end in zip(starts, ends, strict=True))
+                parts = (
+                    torch.arange(start, min(start + SAMPLES_PER_PASS, self.forget_count))
+                    for start in range(0, self.forget_count, SAMPLES_PER_PASS)
+                )
                 masked.keep_unreached_open(self.forget_rows(part) for part in parts)
         if getattr(self.head.model.config, "quantization_config", None):
             self._refuse_without_gradient()
