@@ -43,9 +43,8 @@ def estimate_work(
         config: of ``fit_mutes`` with ``mode``, of ``refit_gains``, or of ``train_gates``.
         processes: how many share the samples of each step.
     """
-    texts = [texts for texts in (forget, retain) if texts is not None]
-    counts = [0] * (2 - len(texts)) + [count_rows(batch) for batch in texts]
-    sizes = [0] * (2 - len(texts)) + [count_tokens(batch) for batch in texts]
+    counts = [0 if batch is None else count_rows(batch) for batch in (forget, retain)]
+    sizes = [0 if batch is None else count_tokens(batch) for batch in (forget, retain)]
 
     def count(visits: list[int]) -> int:
         """The tokens of so many visits to samples of each kind."""
