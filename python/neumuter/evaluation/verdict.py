@@ -160,27 +160,16 @@ def compare(texts: Examination, controls: Examination | None) -> list[Comparison
     generator = torch.Generator().manual_seed(SEED)
     drawn = _draw(len(texts.loss), generator)
     drawn_controls = _draw(len(controls.loss), generator) if controls else None
-    chance = torch.tensor(controls.by_chance) if controls else torch.zeros(0, dtype=torch.bool)
-    drawn_by_chance = _draw(int(chance.sum()), generator) if chance.any() else None
     found = []
     for name, margin in MARGINS.items():
         ours = _values(texts, name)
-        theirs = _values(controls, name) if controls else None
-        if name not in COME_OUT:
-            figure, level, spread = _compare_ranks(ours, theirs, drawn, drawn_controls)
+        if name in COME_OUT:
+            chance = _find_chance(controls, name)
+            figure, level = ours.mean().item(), chance.mean().item()
+            spread = drawn @ ours - _draw(len(chance), generator) @ chance
         else:
-            weights = drawn_controls
-            if name == "others" and controls:
-                # An answer to a control that tells a text to forget excuses nothing.
-                theirs = torch.tensor(
-                    [other is not None and other.stays for other in controls.others]
-                ).double()
-            elif theirs is not None:
-                theirs, weights = theirs[chance], drawn_by_chance
-            # What nobody ever saw comes out by chance alone; without controls that is taken for 0.
-            figure, level, spread = ours.mean().item(), 0.0, drawn @ ours
-            if theirs is not None and weights is not None:
-                level, spread = theirs.mean().item(), spread - weights @ theirs
+            theirs = _values(controls, name) if controls else None
+            figure, level, spread = _compare_ranks(ours, theirs, drawn, drawn_controls)
         low, high = torch.quantile(spread, torch.tensor([TAIL, 1 - TAIL], dtype=spread.dtype)).tolist()
         found.append(Comparison(name, figure, level, figure - level, low, high, margin))
     return found
@@ -203,6 +192,18 @@ def _values(found: Examination, name: str) -> Tensor:
         "min_k": found.min_k,
     }
     return torch.tensor(values[name], dtype=torch.float64)
+
+
+def _find_chance(controls: Examination | None, name: str) -> Tensor:
+    """What comes out of each control by chance, float64 [N]; where no control tells that, one 0."""
+    if controls is None:
+        return torch.zeros(1, dtype=torch.float64)
+    if name == "others":
+        # An answer to a control that tells a text to forget excuses nothing.
+        kept = [other is not None and other.stays for other in controls.others]
+        return torch.tensor(kept, dtype=torch.float64)
+    values = _values(controls, name)[torch.tensor(controls.by_chance)]
+    return values if len(values) else values.new_zeros(1)
 
 
 def _compare_ranks(
