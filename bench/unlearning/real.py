@@ -27,8 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPE = torch.bfloat16 if HALVES else torch.float32
 TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
-# The method was chosen on seeds 311 and 401; on 307, what may be known by heart, and that wording stays.
-SEEDS = (307, 313, 317)
+# The method was chosen on seeds 307, 311 and 401. Nobody has tuned anything on these.
+SEEDS = (313, 317, 331)
 PEOPLE = 8  # half of them to forget, six questions each
 WINDOWS = 32  # of held-out text, 64 tokens each
 SAMPLES, SAMPLE_TOKENS = 16, 48  # texts of the model itself among the neighbours

@@ -16,7 +16,8 @@ from neumuter.demo import task
 from neumuter.demo.model import Training, architecture, build, load_or_train
 from neumuter.texts.neighbours import sample_texts
 
-SEEDS = (11, 23, 47)
+# Nobody has tuned anything on these.
+SEEDS = (307, 311, 313)
 WINDOWS = 8  # of ordinary text among the neighbours
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.10, 0.15)
 OURS = ("neumuter, mute", "neumuter, trained support", "neumuter, modulate")
