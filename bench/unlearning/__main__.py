@@ -51,7 +51,7 @@ NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options
 RESULTS = ALL_RESULTS / "unlearning"
 CODE = (
     "python/neumuter/recipes/*.py", "python/neumuter/training/*.py", "python/neumuter/unlearning.py",
-    "python/neumuter/calibrating.py", "python/neumuter/evaluation/unseen.py",
+    "python/neumuter/job.py", "python/neumuter/calibrating.py", "python/neumuter/evaluation/unseen.py",
     "python/neumuter/evaluation/made_up.py", "bench/unlearning/methods.py",
 )  # fmt: skip
 

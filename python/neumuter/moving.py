@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import Examination, judge_texts, mean_token_loss
+from neumuter.job import MEASURED_TEXTS
 from neumuter.ledger import Ledger
 from neumuter.models.families import find_ffns
 from neumuter.models.loading import limit_length
@@ -21,7 +22,7 @@ from neumuter.refitting import refit
 from neumuter.texts.encoding import sample_rows
 from neumuter.texts.sources import TextSource
 from neumuter.types import Callback, Text, check_texts
-from neumuter.unlearning import MEASURED_TEXTS, measure_peak_memory
+from neumuter.unlearning import measure_peak_memory
 from neumuter.verifying import Texts, choose_sets, united
 
 

@@ -14,68 +14,32 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.calibrating import choose_calibration, estimate_ceilings, widen_margin
-from neumuter.estimating import (
-    Look,
-    estimate_calibration,
-    estimate_examination,
-    estimate_search,
-    look_at,
-)
-from neumuter.evaluation import examine, judge_texts, list_given, make_controls, most_known
-from neumuter.evaluation.examination import Examination
-from neumuter.evaluation.others import Found, GivenText
-from neumuter.evaluation.strangers import ask_about_strangers
+from neumuter.calibrating import choose_calibration, estimate_ceilings
+from neumuter.evaluation import judge_texts, list_given, make_controls
 from neumuter.files import PathLike, made_folder
-from neumuter.models.hub import find_model
-from neumuter.models.loading import limit_length, load_tokenizer
+from neumuter.job import KEPT, Job, Request, Texts
+from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MuteSource, load_mutes
-from neumuter.mutes.slopes import SlopesSource, load_slopes
+from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
+from neumuter.mutes.slopes import Slopes, SlopesSource, load_slopes
 from neumuter.outcome import Outcome, write_sets
-from neumuter.preparing import (
-    encode_forms_of,
-    need_tokenizer,
-    open_network,
-    refuse_overlap,
-    refuse_seen,
-    sample_neighbours,
-)
-from neumuter.recipes import (
-    FittedConfig,
-    Goals,
-    PaperConfig,
-    estimate_work,
-    fit_mutes,
-    measure_slopes,
-    search_budget,
-    train_gates,
-)
-from neumuter.report.progress import Watch, announce
+from neumuter.preparing import encode_forms_of, open_network, refuse_overlap, refuse_seen
+from neumuter.recipes import FittedConfig, Goals, PaperConfig
+from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
-from neumuter.texts import collect_texts, encode
+from neumuter.texts import collect_texts
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
-from neumuter.texts.encoding import count_rows, count_tokens, join_windows, sample_rows
-from neumuter.texts.neighbours import rewrite_texts
 from neumuter.texts.sources import TextSource
-from neumuter.texts.store import Windows
-from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest, refuse_unfinished
-from neumuter.training.masked import attach, neuron_count, split_ffns
+from neumuter.training.masked import neuron_count, split_ffns
 from neumuter.training.processes import agree, describe_layout, find_processes, is_first
-from neumuter.types import Batch, Callback, Text
-
-# What an unfinished run has found so far is made of these.
-KEPT = (Examination, Found, Look)
-# Retain texts whose loss is measured.
-MEASURED_TEXTS = 512
+from neumuter.types import Callback
 
 logger = logging.getLogger("neumuter")
 
@@ -184,135 +148,51 @@ def unlearn(
         raise ValueError("resume needs folder, where the unfinished run is")
     if folder is not None and not resume and is_first():
         refuse_unfinished(folder)
+    request = Request(
+        config, budget, mode, goals, keep_slopes, samples, made_up, calibrate, rewrite_with, start_layer,
+        max_length, chat, seed,
+    )  # fmt: skip
     earlier = None if existing is None else load_mutes(existing)
     known = load_slopes(former)
     network, words = open_network(model, tokenizer)
-    for slopes in known:
-        matching_ffns(network, slopes.at)
-    # What the search would refuse after the texts were measured.
-    processes = find_processes(network)
-    _, ffns = split_ffns(network, start_layer)
-    if not isinstance(budget, str):
-        neuron_count(budget, sum(ffn.width for ffn in ffns))
-    length = limit_length(network, max_length)
+    _refuse_unfit(network, request, known)
     watch = Watch(callback)
-    corpus = read_corpus("forget", forget, words, length, chat, seed)
-    kept = None if retain is None else read_corpus("retain", retain, words, length, chat, seed)
-    forms = corpus.forms
-    calibrates = choose_calibration(calibrate, config, mode, words, corpus)
-    given = list_given({"forget": forms[0]} | ({"retain": kept.forms[0]} if kept else {}), words)
-    refuse_overlap(given)
-    unseen = _make_controls(controls, forms, given, words, length, chat, seed)
-    if chat is None and max(len(forms), len(kept.forms) if kept else 0) > 1:
-        logger.warning(TEMPLATE_USED)
+    texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
+    calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
     journal = Journal()
     if folder is not None:
-        request = {
-            "forget": digest(corpus), "retain": digest(kept), "controls": digest(unseen),
-            "existing": digest(earlier), "former": digest(known), "recipe": config, "goals": goals,
-            "budget": budget, "mode": mode, "keep_slopes": keep_slopes, "samples": samples,
-            "made_up": made_up, "calibrate": calibrate, "rewrite_with": rewrite_with,
-            "start_layer": start_layer, "max_length": max_length, "chat": chat, "seed": seed,
-        }  # fmt: skip
-        weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
-        layout = describe_layout(network)
-        journal = Journal(folder, request, weights, layout, resume, kinds=KEPT)
-    found = []
-    if rewrite_with:
-        rewritten = journal.once(
-            "rewritten", lambda: agree(_rewrite(corpus.sample, rewrite_with, seed, watch))
-        )
-        found.append(encode(rewritten, need_tokenizer(words), length, chat))
+        journal = _open_journal(folder, resume, request, texts, earlier, known, network)
+    job = Job(network, words, request, texts, earlier, known, journal, watch)
     with mute(network, earlier) if earlier else nullcontext():
-        if made_up:
-            options = (need_tokenizer(words), forms[0], given, made_up, length, seed)
-            answered = journal.once("answered", lambda: agree(ask_about_strangers(network, *options)))
-            found += [answered] if answered else []
-        whole = corpus.windows
-        width = whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
-        others = kept is not None or bool(found)
-        said = journal.once(
-            "said",
-            lambda: sample_neighbours(network, words, forms[0], width, others, samples, seed, watch),
-        )
-        if said:
-            found.append(encode(said, need_tokenizer(words), length))
-        if not others and not found:
-            raise ValueError(
-                "there is nothing to keep: the model said nothing when sampled from; give retain"
-            )
-        retain_batch = join_windows(kept and kept.windows, found)
-        measured = sample_rows(retain_batch, MEASURED_TEXTS, seed)
-        if len(measured["labels"]) < count_rows(retain_batch):
-            logger.warning(
-                "The retain loss is measured on %d of %d texts, drawn at random.",
-                len(measured["labels"]),
-                count_rows(retain_batch),
-            )
-        asked = journal.once("asked", lambda: most_known(network, forms))
-
-        def look() -> Look:
-            return look_at(network, words, measured, asked)
-
-        look_before = journal.once("look before", look)
-        work = estimate_work(whole, retain_batch, config, mode, processes.count if processes else 1)
-        # Each budget tried takes as many steps.
-        tried = isinstance(budget, str)
-        done = len(journal.history) % work.steps if tried else len(journal.history)
-        left = estimate_search(look_before.token, work, done, count_tokens(retain_batch))
-        left += _estimate_measuring(journal, look_before, forms, unseen, calibrates)
-        announce(f"From here on the job takes{', with one budget tried,' * tried}", left)
+        retain_batch = job.gather_retain()
+        look_before = job.look("before", retain_batch)
+        job.announce(look_before, retain_batch, calibrates)
         ceilings = None
         if calibrates:
             # A callback is told of steps.
             shown = watch if callback is None else None
-            ceilings = estimate_ceilings(journal, network, words, corpus, given, seed, shown)
-
-        def measure() -> tuple[Examination, Examination | None]:
-            return (
-                examine(network, words, forms, given),
-                examine(network, words, unseen, given, "controls") if unseen else None,
-            )
-
-        before, controls_before = journal.once("before", measure)
-    curve = None
-    with attach(network, start_layer) as masked, watch("Finding neurons", journal.history) as advance:
-        pair = PairedBatches(masked, whole, retain_batch, ceilings)
-        if isinstance(config, FittedConfig) and ceilings is not None:
-            config = widen_margin(config)
-        if isinstance(config, PaperConfig):
-            mutes = train_gates(pair, config, seed, advance, journal)
-        elif isinstance(budget, str):
-            mutes, curve = search_budget(
-                pair, goals or Goals(), mode=mode, config=config, seed=seed,
-                callback=advance, existing=earlier, forms=forms, former=known, journal=journal,
-            )  # fmt: skip
-        else:
-            mutes = fit_mutes(
-                pair, budget, mode, config, seed, advance, earlier, former=known, journal=journal
-            )
-        if ceilings is not None:
-            mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
-        measured_slopes = measure_slopes(pair, mutes, earlier) if keep_slopes else None
+            ceilings = estimate_ceilings(journal, network, words, texts.forget, texts.given, seed, shown)
+        before, controls_before = job.measure("before")
+    mutes, measured_slopes, curve = job.search(retain_batch, ceilings)
     if folder is not None and is_first():
         with made_folder(folder) as made:
             write_sets(made, mutes, measured_slopes)
     # With slopes, the mutes are those of all requests.
     with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
-        after, controls_after = journal.once("after", measure)
-        look_after = journal.once("look after", look)
+        after, controls_after = job.measure("after")
+        look_after = job.look("after", retain_batch)
     metrics = {
         "before": before.metrics | {"retain_loss": look_before.loss},
         "after": after.metrics | {"retain_loss": look_after.loss},
     }
-    verdict, texts = judge_texts(given, after, controls_after, before, controls_before)
+    verdict, judged = judge_texts(texts.given, after, controls_after, before, controls_before)
     outcome = Outcome(
         mutes=dataclasses.replace(mutes, metrics=metrics),
         slopes=measured_slopes,
         **metrics,
         controls=controls_after.metrics if controls_after else None,
         verdict=verdict,
-        texts=texts,
+        texts=judged,
         curve=curve,
         history=journal.history,
         samples=[
@@ -327,32 +207,59 @@ def unlearn(
     return agree(outcome)
 
 
-def _make_controls(
+def _refuse_unfit(network: nn.Module, request: Request, known: Sequence[Slopes]) -> None:
+    """Raise now what the search would raise after the texts were measured."""
+    for slopes in known:
+        matching_ffns(network, slopes.at)
+    find_processes(network)
+    _, ffns = split_ffns(network, request.start_layer)
+    if not isinstance(request.budget, str):
+        neuron_count(request.budget, sum(ffn.width for ffn in ffns))
+
+
+def _read_texts(
+    forget: TextSource,
+    retain: TextSource | None,
     controls: TextSource | None,
-    forms: list[Batch],
-    given: Sequence[GivenText],
     tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    chat: bool | None,
-    seed: int,
-) -> list[Batch] | None:
-    """The texts that the model never saw, in all their forms; None where nobody can make any."""
+    length: int,
+    request: Request,
+) -> Texts:
+    """Read all texts, and refuse those that contradict each other."""
+    options = (tokenizer, length, request.chat, request.seed)
+    corpus = read_corpus("forget", forget, *options)
+    kept = None if retain is None else read_corpus("retain", retain, *options)
+    given = list_given({"forget": corpus.forms[0]} | ({"retain": kept.forms[0]} if kept else {}), tokenizer)
+    refuse_overlap(given)
     if controls is None:
-        return make_controls(forms, given, tokenizer, seed) if tokenizer else None
-    found = encode_forms_of("controls", collect_texts("controls", controls), tokenizer, max_length, chat)
-    refuse_seen(found[0], given, tokenizer)
-    return found
+        # Nobody can make any without a tokenizer.
+        unseen = make_controls(corpus.forms, given, tokenizer, request.seed) if tokenizer else None
+    else:
+        found = collect_texts("controls", controls)
+        unseen = encode_forms_of("controls", found, tokenizer, length, request.chat)
+        refuse_seen(unseen[0], given, tokenizer)
+    if request.chat is None and max(len(corpus.forms), len(kept.forms) if kept else 0) > 1:
+        logger.warning(TEMPLATE_USED)
+    return Texts(corpus, kept, given, unseen, length)
 
 
-def _estimate_measuring(
-    journal: Journal, look: Look, forms: list[Batch], unseen: list[Batch] | None, calibrates: bool
-) -> float:
-    """Estimate the seconds that all but the search takes, as far as ``journal`` does not know it."""
-    once = estimate_examination(look, forms) + estimate_examination(look, unseen)
-    left = sum(once for state in ("before", "after") if not journal.knows(state))
-    if calibrates and not journal.knows("unseen"):
-        left += estimate_calibration(look, forms[0])
-    return left
+def _open_journal(
+    folder: PathLike,
+    resume: bool,
+    request: Request,
+    texts: Texts,
+    earlier: MuteSet | None,
+    known: Sequence[Slopes],
+    network: nn.Module,
+) -> Journal:
+    """The file from which a later call with the same arguments goes on."""
+    all_of_it = vars(request) | {
+        "forget": digest(texts.forget), "retain": digest(texts.retain), "controls": digest(texts.controls),
+        "existing": digest(earlier), "former": digest(known),
+    }  # fmt: skip
+    _, ffns = split_ffns(network, request.start_layer)
+    weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
+    return Journal(folder, all_of_it, weights, describe_layout(network), resume, kinds=KEPT)
 
 
 def _check_recipe(
@@ -376,18 +283,6 @@ def _check_recipe(
     if isinstance(config, PaperConfig) and (existing is not None or with_slopes):
         raise ValueError('recipe "paper" takes no existing, no former and no keep_slopes; use "fitted"')
     return config
-
-
-def _rewrite(texts: list[Text] | Batch, model: str, seed: int, watch: Watch) -> list[Text]:
-    """Neighbours by a masked language model."""
-    if isinstance(texts, dict):
-        raise ValueError("rewrite_with needs texts in forget, not a batch of token ids")
-    network = transformers.AutoModelForMaskedLM.from_pretrained(
-        model, trust_remote_code=False, local_files_only=find_model(model)
-    ).eval()
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-    with watch("Rewriting texts") as advance:
-        return rewrite_texts(texts, network, load_tokenizer(model), seed=seed, callback=advance)
 
 
 def measure_peak_memory() -> int:

@@ -212,9 +212,9 @@ def resume(commands, place, name, number, times):
 
     Returns how often it was killed.
     """
+    from neumuter.job import KEPT
     from neumuter.training import journal
     from neumuter.training.values import unpack
-    from neumuter.unlearning import KEPT
 
     out = place / "out"
 

@@ -174,12 +174,12 @@ def test_answers_about_strangers_are_kept(model, words, monkeypatch):
         asked.append(ask_about_strangers(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr("neumuter.unlearning.ask_about_strangers", ask)
+    monkeypatch.setattr("neumuter.job.ask_about_strangers", ask)
     options = {"calibrate": False}
     outcome = unlearn(model, words, retain=None, made_up=5, **options)
     assert 0 < len(asked[0]["labels"]) <= 5
     assert same(outcome.mutes, unlearn(model, words, retain=asked[0], **options).mutes)
-    monkeypatch.setattr("neumuter.unlearning.ask_about_strangers", lambda *_: None)
+    monkeypatch.setattr("neumuter.job.ask_about_strangers", lambda *_: None)
     with pytest.raises(ValueError, match="there is nothing to keep"):
         unlearn(model, words, retain=None, made_up=5)
 
@@ -363,7 +363,7 @@ def test_the_end_of_a_long_text_is_measured_and_looked_at(model, words):
 
 
 def test_many_retain_texts_are_measured_on_a_sample_that_is_said(model, words, caplog, monkeypatch):
-    monkeypatch.setattr("neumuter.unlearning.MEASURED_TEXTS", 2)
+    monkeypatch.setattr("neumuter.job.MEASURED_TEXTS", 2)
     keep_references("nowhere", monkeypatch)
     monkeypatch.setattr("neumuter.recipes.fisher.MEASURED_RETAIN", 2)
     monkeypatch.setattr("neumuter.estimating.SHOWN_TEXTS", 0)

@@ -1,0 +1,214 @@
+"""The parts of one job of ``neumuter.unlearn``, each of which a later process finds in the journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from neumuter.calibrating import widen_margin
+from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
+from neumuter.evaluation import examine, most_known
+from neumuter.evaluation.examination import Examination
+from neumuter.evaluation.others import Found, GivenText
+from neumuter.evaluation.strangers import ask_about_strangers
+from neumuter.models.hub import find_model
+from neumuter.models.loading import load_tokenizer
+from neumuter.mutes.mute_set import MuteSet
+from neumuter.mutes.slopes import Slopes
+from neumuter.preparing import need_tokenizer, sample_neighbours
+from neumuter.recipes import (
+    FittedConfig,
+    Goals,
+    PaperConfig,
+    estimate_work,
+    fit_mutes,
+    measure_slopes,
+    search_budget,
+    train_gates,
+)
+from neumuter.report.progress import Watch, announce
+from neumuter.texts import encode
+from neumuter.texts.corpus import Corpus
+from neumuter.texts.encoding import count_rows, count_tokens, join_windows, sample_rows
+from neumuter.texts.neighbours import rewrite_texts
+from neumuter.texts.store import Windows
+from neumuter.training.batches import PairedBatches
+from neumuter.training.journal import Journal
+from neumuter.training.masked import attach
+from neumuter.training.processes import agree, find_processes
+from neumuter.types import Batch, Text
+
+# What an unfinished run has found so far is made of these.
+KEPT = (Examination, Found, Look)
+# Retain texts whose loss is measured.
+MEASURED_TEXTS = 512
+
+logger = logging.getLogger("neumuter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """On these arguments of ``unlearn`` the outcome depends, besides the model and the texts."""
+
+    recipe: FittedConfig | PaperConfig
+    budget: int | float | str
+    mode: str
+    goals: Goals | None
+    keep_slopes: bool
+    samples: int | None
+    made_up: int
+    calibrate: bool | None
+    rewrite_with: str | None
+    start_layer: int
+    max_length: int
+    chat: bool | None
+    seed: int
+
+
+class Texts(NamedTuple):
+    """The texts of a request. given: those to forget and those to keep, in words. controls: in all forms."""
+
+    forget: Corpus
+    retain: Corpus | None
+    given: list[GivenText]
+    controls: list[Batch] | None
+    # Tokens of a window.
+    length: int
+
+
+class Job(NamedTuple):
+    """The parts of the work, each of which a later process finds in the journal."""
+
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    request: Request
+    texts: Texts
+    earlier: MuteSet | None
+    known: Sequence[Slopes]
+    journal: Journal
+    watch: Watch
+
+    def gather_retain(self) -> Windows | Batch:
+        """What is to be kept: the texts that were given, and those that models write."""
+        request, texts, journal = self.request, self.texts, self.journal
+        found = []
+        if request.rewrite_with:
+            rewritten = journal.once("rewritten", lambda: agree(self._rewrite()))
+            found.append(encode(rewritten, need_tokenizer(self.tokenizer), texts.length, request.chat))
+        if request.made_up:
+            answered = journal.once("answered", lambda: agree(self._ask_about_strangers()))
+            found += [answered] if answered else []
+        have_others = texts.retain is not None or bool(found)
+        if said := journal.once("said", lambda: self._sample(have_others)):
+            found.append(encode(said, need_tokenizer(self.tokenizer), texts.length))
+        if not have_others and not found:
+            raise ValueError(
+                "there is nothing to keep: the model said nothing when sampled from; give retain"
+            )
+        return join_windows(texts.retain and texts.retain.windows, found)
+
+    def _rewrite(self) -> list[Text]:
+        """The texts to forget as a masked language model rewrites them."""
+        texts, name = self.texts.forget.sample, str(self.request.rewrite_with)
+        if isinstance(texts, dict):
+            raise ValueError("rewrite_with needs texts in forget, not a batch of token ids")
+        network = transformers.AutoModelForMaskedLM.from_pretrained(
+            name, trust_remote_code=False, local_files_only=find_model(name)
+        ).eval()
+        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        with self.watch("Rewriting texts") as advance:
+            return rewrite_texts(
+                texts, network, load_tokenizer(name), seed=self.request.seed, callback=advance
+            )
+
+    def _ask_about_strangers(self) -> Batch | None:
+        """What the model answers to prompts with made-up names."""
+        forms, given, length = self.texts.forget.forms, self.texts.given, self.texts.length
+        words, count, seed = need_tokenizer(self.tokenizer), self.request.made_up, self.request.seed
+        return ask_about_strangers(self.network, words, forms[0], given, count, length, seed)
+
+    def _sample(self, have_others: bool) -> list[Text]:
+        """What the model says of its own accord, in windows as wide as those of the texts to forget."""
+        whole, request = self.texts.forget.windows, self.request
+        width = whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
+        return sample_neighbours(
+            self.network, self.tokenizer, self.texts.forget.forms[0], width, have_others, request.samples,
+            request.seed, self.watch,
+        )  # fmt: skip
+
+    def look(self, state: str, retain_batch: Windows | Batch) -> Look:
+        """A look at the loss of texts to keep, and at what the model says of a few texts to forget."""
+        measured = sample_rows(retain_batch, MEASURED_TEXTS, self.request.seed)
+        asked = self.journal.once("asked", lambda: most_known(self.network, self.texts.forget.forms))
+        return self.journal.once(
+            f"look {state}", lambda: look_at(self.network, self.tokenizer, measured, asked)
+        )
+
+    def measure(self, state: str) -> tuple[Examination, Examination | None]:
+        """What the model knows of the texts to forget, and of the controls."""
+        forget, given, unseen = self.texts.forget.forms, self.texts.given, self.texts.controls
+        return self.journal.once(
+            state,
+            lambda: (
+                examine(self.network, self.tokenizer, forget, given),
+                examine(self.network, self.tokenizer, unseen, given, "controls") if unseen else None,
+            ),
+        )
+
+    def announce(self, look: Look, retain_batch: Windows | Batch, calibrates: bool) -> None:
+        """Say how long the rest will take."""
+        request, texts, journal = self.request, self.texts, self.journal
+        if (rows := count_rows(retain_batch)) > MEASURED_TEXTS:
+            logger.warning(
+                "The retain loss is measured on %d of %d texts, drawn at random.", MEASURED_TEXTS, rows
+            )
+        processes = find_processes(self.network)
+        count = processes.count if processes else 1
+        work = estimate_work(texts.forget.windows, retain_batch, request.recipe, request.mode, count)
+        # Each budget tried takes as many steps.
+        tried = isinstance(request.budget, str)
+        done = len(journal.history) % work.steps if tried else len(journal.history)
+        left = estimate_search(look.token, work, done, count_tokens(retain_batch))
+        forms = texts.forget.forms
+        once = estimate_examination(look, forms) + estimate_examination(look, texts.controls)
+        left += sum(once for state in ("before", "after") if not journal.knows(state))
+        if calibrates and not journal.knows("unseen"):
+            left += estimate_calibration(look, forms[0])
+        announce(f"From here on the job takes{', with one budget tried,' * tried}", left)
+
+    def search(
+        self, retain_batch: Windows | Batch, ceilings: Tensor | None
+    ) -> tuple[MuteSet, Slopes | None, list[dict[str, Any]] | None]:
+        """The mute set, the slopes if they are to be kept, and the budgets if several were tried."""
+        request, journal, known = self.request, self.journal, self.known
+        config, curve = request.recipe, None
+        with (
+            attach(self.network, request.start_layer) as masked,
+            self.watch("Finding neurons", journal.history) as advance,
+        ):
+            pair = PairedBatches(masked, self.texts.forget.windows, retain_batch, ceilings)
+            if isinstance(config, FittedConfig) and ceilings is not None:
+                config = widen_margin(config)
+            if isinstance(config, PaperConfig):
+                mutes = train_gates(pair, config, request.seed, advance, journal)
+            elif isinstance(request.budget, str):
+                mutes, curve = search_budget(
+                    pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
+                    callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
+                    journal=journal,
+                )  # fmt: skip
+            else:
+                mutes = fit_mutes(
+                    pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
+                    former=known, journal=journal,
+                )  # fmt: skip
+            if ceilings is not None:
+                mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
+            return mutes, measure_slopes(pair, mutes, self.earlier) if request.keep_slopes else None, curve
