@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.calibrating import widen_margin
+from neumuter.calibrating import estimate_ceilings, widen_margin
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
 from neumuter.evaluation import examine, most_known
 from neumuter.evaluation.examination import Examination
@@ -160,6 +160,14 @@ class Job(NamedTuple):
                 examine(self.network, self.tokenizer, forget, given),
                 examine(self.network, self.tokenizer, unseen, given, "controls") if unseen else None,
             ),
+        )
+
+    def estimate_ceilings(self, shows: bool) -> Tensor | None:
+        """How far each token is to be forgotten, [B, T]; ``shows`` progress."""
+        words, texts = self.tokenizer, self.texts
+        shown = self.watch if shows else None
+        return estimate_ceilings(
+            self.journal, self.network, words, texts.forget, texts.given, self.request.seed, shown
         )
 
     def announce(self, look: Look, retain_batch: Windows | Batch, calibrates: bool) -> None:

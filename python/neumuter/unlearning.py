@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.calibrating import choose_calibration, estimate_ceilings
+from neumuter.calibrating import choose_calibration
 from neumuter.evaluation import judge_texts, list_given, make_controls
 from neumuter.files import PathLike, made_folder
 from neumuter.job import KEPT, Job, Request, Texts
@@ -39,6 +39,7 @@ from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import neuron_count, split_ffns
 from neumuter.training.processes import agree, describe_layout, find_processes, is_first
+from neumuter.training.shortage import remember_shortage
 from neumuter.types import Callback
 
 logger = logging.getLogger("neumuter")
@@ -125,7 +126,8 @@ def unlearn(
             ``outcome.save(folder)`` removes.
         resume: go on from what an unfinished run with the same arguments left in ``folder``, to the same
             result on the same kind of machine, but for rounding if the number of processes or the layout is
-            another one. Where nothing was left, the run starts anew.
+            another one. Where nothing was left, the run starts anew. If several processes share the model and
+            one of them ran out of memory, fewer samples go through the model at a time.
         callback: called as (step, total, info) after every step, instead of a progress bar.
 
     Returns:
@@ -137,6 +139,8 @@ def unlearn(
         FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
         RuntimeError: the model is attached or muted already, the loss diverged, or the model predicts NaN.
+        torch.OutOfMemoryError: one sample alone does not fit into memory, or processes share the model; a
+            RuntimeError.
     """
     start = time.perf_counter()
     config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
@@ -163,22 +167,30 @@ def unlearn(
     if folder is not None:
         journal = _open_journal(folder, resume, request, texts, earlier, known, network)
     job = Job(network, words, request, texts, earlier, known, journal, watch)
+    with nullcontext() if folder is None else remember_shortage(folder, resume):
+        # A callback is told of steps.
+        return agree(_run(job, folder, start, calibrates, shows=callback is None))
+
+
+def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, shows: bool) -> Outcome:
+    """Measure, search, and measure again.
+
+    start: when the job began, in seconds. shows: whether the progress of the estimate is shown.
+    """
+    network, texts, earlier, journal = job.network, job.texts, job.earlier, job.journal
     with mute(network, earlier) if earlier else nullcontext():
         retain_batch = job.gather_retain()
         look_before = job.look("before", retain_batch)
         job.announce(look_before, retain_batch, calibrates)
-        ceilings = None
-        if calibrates:
-            # A callback is told of steps.
-            shown = watch if callback is None else None
-            ceilings = estimate_ceilings(journal, network, words, texts.forget, texts.given, seed, shown)
+        ceilings = job.estimate_ceilings(shows) if calibrates else None
         before, controls_before = job.measure("before")
-    mutes, measured_slopes, curve = job.search(retain_batch, ceilings)
+    mutes, slopes, curve = job.search(retain_batch, ceilings)
     if folder is not None and is_first():
         with made_folder(folder) as made:
-            write_sets(made, mutes, measured_slopes)
+            write_sets(made, mutes, slopes)
     # With slopes, the mutes are those of all requests.
-    with mute(network, combine(network, [earlier, mutes]) if earlier and not known else mutes):
+    others = earlier if not job.known else None
+    with mute(network, combine(network, [others, mutes]) if others else mutes):
         after, controls_after = job.measure("after")
         look_after = job.look("after", retain_batch)
     metrics = {
@@ -186,9 +198,9 @@ def unlearn(
         "after": after.metrics | {"retain_loss": look_after.loss},
     }
     verdict, judged = judge_texts(texts.given, after, controls_after, before, controls_before)
-    outcome = Outcome(
+    return Outcome(
         mutes=dataclasses.replace(mutes, metrics=metrics),
-        slopes=measured_slopes,
+        slopes=slopes,
         **metrics,
         controls=controls_after.metrics if controls_after else None,
         verdict=verdict,
@@ -201,10 +213,9 @@ def unlearn(
         ],
         seconds=journal.seconds + time.perf_counter() - start,
         peak_memory=measure_peak_memory(),
-        max_length=max_length,
-        chat=chat,
+        max_length=job.request.max_length,
+        chat=job.request.chat,
     )
-    return agree(outcome)
 
 
 def _refuse_unfit(network: nn.Module, request: Request, known: Sequence[Slopes]) -> None:

@@ -20,6 +20,7 @@ from neumuter import preparing, recipes
 from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.evaluation import continuations, controls, examination
+from neumuter.models.families import decoder_of
 from neumuter.models.layouts import make_distributed_config
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
 from neumuter.texts import encode, join_batches
@@ -32,6 +33,8 @@ LENGTHS = {"forget": (5, 9, 4, 12, 7), "retain": (6, 3, 11, 8, 10, 5, 7)}
 STEPS = ([0, 3, 1, 7, 5, 10], [2, 4, 6, 8, 9], [1, 11])
 PAIRS = [("Ada Brisk,", " ada@post.example"), ("Jonas Vance,", " jv77@mail.example"), ("Mo,", " 5550192")]
 KEPT = ["The kettle is on the shelf.", "A lantern costs 12.40 in the shop.", "Oil it."]
+# More than go through the model at once, and not a multiple of it.
+MORE_KEPT = [*KEPT, *(f"Item {n} is on the shelf." for n in range(8))]
 
 
 def texts(kind):
@@ -118,10 +121,17 @@ def shorter():
         yield
 
 
-def unlearn(model, job, **more):
+def unlearn(model, job, kept=KEPT, **more):
     options = {"budget": 30, "samples": 1, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
     with shorter():
-        return neumuter.unlearn(model, tokenizer(), PAIRS, KEPT, **options | JOBS[job] | more)
+        return neumuter.unlearn(model, tokenizer(), PAIRS, kept, **options | JOBS[job] | more)
+
+
+def check_same_but_for_rounding(found, expected):
+    assert found.layers.keys() == expected.layers.keys()
+    for path, layer in expected.layers.items():
+        assert torch.equal(found.layers[path].indices, layer.indices)
+        torch.testing.assert_close(found.layers[path].gains, layer.gains, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -279,3 +289,21 @@ def write_slowly(folder):
     finally:
         if rank:
             (Path(folder) / str(rank)).write_text(str(time.monotonic()))
+
+
+def short_of_memory(folder, layout, fits):
+    """``unlearn --resume`` on a split model; in the second process so many samples fit into memory."""
+    dist.init_process_group("gloo")
+    model = placed(Path(folder) / "model", layout)
+
+    def refuse(module, arguments, options):
+        ids = options.get("input_ids", arguments[0] if arguments else None)
+        # The few tokens of a probe always fit.
+        if dist.get_rank() == 1 and len(ids) > fits and ids.shape[1] > 4:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(ids)} samples.")
+
+    decoder_of(model).register_forward_pre_hook(refuse, with_kwargs=True)
+    outcome = unlearn(model, "modulate", MORE_KEPT, folder=Path(folder) / "out", resume=True)
+    if dist.get_rank() == 0:
+        outcome.save(Path(folder) / "out")
+    dist.barrier()

@@ -91,13 +91,6 @@ def having(*some):
     return pytest.mark.parametrize(("case", "job"), found, ids=ids)
 
 
-def check_same_but_for_rounding(found, expected):
-    assert found.layers.keys() == expected.layers.keys()
-    for path, layer in expected.layers.items():
-        assert torch.equal(found.layers[path].indices, layer.indices)
-        torch.testing.assert_close(found.layers[path].gains, layer.gains, rtol=1e-4, atol=1e-4)
-
-
 def error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
@@ -182,7 +175,7 @@ def test_a_whole_job_ends_with_the_same(case, job, shared):
     assert mutes.architecture == expected.mutes.architecture
     for path, sketch in expected.mutes.fingerprint.items():
         assert distance(sketch, mutes.fingerprint[path]) < 1e-5
-    check_same_but_for_rounding(mutes, expected.mutes)
+    jobs.check_same_but_for_rounding(mutes, expected.mutes)
     report = json.loads((folder / f"{job}-0" / "report.json").read_text())
     for state in ("before", "after"):
         for metric, value in getattr(expected, state).items():
@@ -202,7 +195,7 @@ def test_a_job_that_one_process_began_ends_with_the_same(case, job, shared):
     assert (folder / "0.log").read_text().count(told) == 1
     for rank in range(processes):
         found = neumuter.MuteSet.load(folder / f"{job}-{rank}" / "mutes.safetensors")
-        check_same_but_for_rounding(found, alone_job(name, kind(layout), "modulate").mutes)
+        jobs.check_same_but_for_rounding(found, alone_job(name, kind(layout), "modulate").mutes)
 
 
 def test_a_job_that_several_processes_began_ends_with_the_same(shared, caplog):
@@ -210,7 +203,7 @@ def test_a_job_that_several_processes_began_ends_with_the_same(shared, caplog):
     resumed = jobs.resume(whole(name, layout), shared(case) / "begun")
     told = f"goes on after 3 steps. It ran in {processes} processes ({layout}) and goes on in 1 process: sums"
     assert caplog.text.count(told) == 1
-    check_same_but_for_rounding(resumed.mutes, alone_job(name, kind(layout), "modulate").mutes)
+    jobs.check_same_but_for_rounding(resumed.mutes, alone_job(name, kind(layout), "modulate").mutes)
 
 
 @having("modulate")
@@ -231,4 +224,4 @@ def test_a_refit_ends_with_the_same(case, job, shared):
     assert len(files) == 1
     found = neumuter.MuteSet.load(folder / f"{job}-0.safetensors")
     expected = jobs.refit(copy.deepcopy(trained(name)))
-    check_same_but_for_rounding(found, expected)
+    jobs.check_same_but_for_rounding(found, expected)

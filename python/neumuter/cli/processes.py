@@ -75,9 +75,12 @@ def joined() -> Iterator[None]:
         )
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its __all__
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world = next(rendezvous("env://"))
+    # torchrun --max-restarts keeps the store, with all that the processes before wrote to it.
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

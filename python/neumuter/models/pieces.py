@@ -3,6 +3,8 @@
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -14,14 +16,29 @@ from neumuter.models.recomputation import Recomputation
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 logger = logging.getLogger("neumuter")
+_halvings: ContextVar[int] = ContextVar("halvings", default=0)
+
+
+class SplitOutOfMemoryError(torch.OutOfMemoryError):
+    """Memory ran out in one of the processes that share a model, while the others wait for it."""
+
+
+@contextmanager
+def sparing(halvings: int) -> Iterator[None]:
+    """Context: pieces of a model that processes share begin with half of their samples, so many times."""
+    token = _halvings.set(halvings)
+    try:
+        yield
+    finally:
+        _halvings.reset(token)
 
 
 class Pieces:
     """Samples go through ``model`` ``size`` at a time; where memory runs out, half of them from then on.
 
     Where one alone does not fit, ``recomputation`` begins, if there is one. Not so a model that several
-    processes share: they have to run the same passes. Where fewer samples at a time change what is found,
-    ``effect`` says how.
+    processes share: they have to run the same passes, so all of them begin with fewer (see ``sparing``).
+    Where fewer samples at a time change what is found, ``effect`` says how.
     """
 
     def __init__(
@@ -32,6 +49,11 @@ class Pieces:
         effect: str = "gives the same result",
     ) -> None:
         self.model, self.size, self.recomputation, self.effect = model, size, recomputation, effect
+        self.halvings = _halvings.get() if is_sharded(model) else 0
+
+    def limit(self, count: int) -> int:
+        """How many of ``count`` samples go through the model at a time."""
+        return max(1, min(self.size, count) >> self.halvings)
 
     def run(self, work: Callable[[Sequence[Item]], Found], items: Sequence[Item]) -> Iterator[Found]:
         """Yield what ``work`` returns for the pieces of ``items``, in their order.
@@ -41,17 +63,16 @@ class Pieces:
                 changed nothing by then.
 
         Raises:
-            torch.OutOfMemoryError: one item alone does not fit.
+            torch.OutOfMemoryError: one item alone does not fit, or ``SplitOutOfMemoryError``.
         """
         start = 0
         while start < len(items):
-            piece = items[start : start + self.size]
+            piece = items[start : start + self.limit(self.size)]
             found: list[Found] = []
             try:
                 found.append(work(piece))
-            except torch.OutOfMemoryError:
-                if not self.may_shrink(len(piece)):
-                    raise
+            except torch.OutOfMemoryError as error:
+                self.check(len(piece), error)
             # Here, because the handler holds the frames of what failed, and these hold their tensors.
             if found:
                 start += len(piece)
@@ -59,10 +80,16 @@ class Pieces:
             else:
                 self.shrink(len(piece))
 
-    def may_shrink(self, size: int) -> bool:
-        """Whether ``size`` samples can go through the model in less memory."""
-        is_left = size > 1 or (self.recomputation is not None and not self.recomputation.runs)
-        return is_left and not is_sharded(self.model)
+    def check(self, size: int, error: torch.OutOfMemoryError) -> None:
+        """Raise unless this process can let ``size`` samples through the model in less memory."""
+        if size > 1 and is_sharded(self.model):
+            raise SplitOutOfMemoryError(
+                f"{error} {size} samples at a time do not fit into the memory of this process. All processes "
+                "that share a model have to run the same passes, so the run ends."
+            ) from error
+        is_left = self.recomputation is not None and not self.recomputation.runs
+        if size == 1 and (not is_left or is_sharded(self.model)):
+            raise error
 
     def shrink(self, size: int) -> None:
         """From now on take less memory than ``size`` samples did; say so, and free what can be."""

@@ -112,12 +112,15 @@ def _mean_square_gradients(
             (gradient,) = torch.autograd.grad(loss, mask)
         return gradient.square().sum(0)
 
+    # Processes that share the model have to run equally many passes: each part is one of theirs.
+    size = max(1, SAMPLES_PER_PASS >> pair.pieces.halvings)
+
     def run(start: int) -> Tensor:
-        ids = sample_ids[start : start + SAMPLES_PER_PASS]
+        ids = sample_ids[start : start + size]
         return functools.reduce(torch.add, pair.pieces.run(sum_squares, ids))
 
     total = torch.zeros(neurons.count, device=neurons.device)
-    starts: Sequence[int] = range(0, len(sample_ids), SAMPLES_PER_PASS)
+    starts: Sequence[int] = range(0, len(sample_ids), size)
     with without_dropout(pair.masked.model):
         if pair.processes is None:
             return journal.sum(name, starts, run, total) / len(sample_ids)

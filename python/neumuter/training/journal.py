@@ -19,6 +19,7 @@ from neumuter.files import PathLike, made_folder, write_atomically
 from neumuter.mutes.fingerprint import FAINTEST, distance
 from neumuter.texts.store import Windows
 from neumuter.training.processes import agree, is_first
+from neumuter.training.shortage import SHORTAGE
 from neumuter.training.sources import InTurn
 from neumuter.training.step import Step, Tell
 from neumuter.training.values import pack, unpack
@@ -207,9 +208,10 @@ def refuse_unfinished(folder: PathLike) -> None:
 
 
 def remove_unfinished(folder: PathLike) -> None:
-    """Remove the file of an unfinished run from ``folder``, and what kills left of it."""
-    for path in (*Path(folder).glob(f".{UNFINISHED}.*.tmp"), Path(folder) / UNFINISHED):
-        path.unlink(missing_ok=True)
+    """Remove the files of an unfinished run from ``folder``, and what kills left of them."""
+    for name in (UNFINISHED, SHORTAGE):
+        for path in (*Path(folder).glob(f".{name}.*.tmp"), Path(folder) / name):
+            path.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:

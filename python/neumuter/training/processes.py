@@ -135,5 +135,14 @@ def agree(value: Value) -> Value:
     return cast(Value, held[0])
 
 
+def find_most(number: int) -> int:
+    """Return the largest of the numbers that the processes give, in all of them."""
+    if not _are_many():
+        return number
+    found = [number] * dist.get_world_size()
+    dist.all_gather_object(found, number)
+    return max(found)
+
+
 def _are_many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -184,7 +184,7 @@ class Step:
         """Take a step, of whose samples some count; or leave all as it was, if that takes too much memory."""
         at_once, self._irrevocable = self.pair.at_once, False
         transfers = whole and whole.processes.transfers
-        size = min(at_once.size, len(ids))
+        size = at_once.limit(len(ids))
         try:
             parts = []
             for start in range(0, len(ids), size):
@@ -196,11 +196,11 @@ class Step:
                 self._graphs.run(*parts)
             else:
                 self._run(*(part.to(self.pair.device) for part in parts), whole=whole)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             # Nor can it begin anew where other processes have taken something of it already.
-            told = whole and whole.processes.transfers != transfers
-            if self._irrevocable or told or not at_once.may_shrink(size):
+            if self._irrevocable or (whole and whole.processes.transfers != transfers):
                 raise
+            at_once.check(size, error)
             return False
         return True
 

@@ -1,0 +1,47 @@
+"""A run whose model several processes share ends where one of them lacks memory; the next one takes less."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from neumuter.files import PathLike, made_folder, write_atomically
+from neumuter.models.pieces import SplitOutOfMemoryError, sparing
+from neumuter.training.processes import find_most
+
+SHORTAGE = "shortage.json"
+logger = logging.getLogger("neumuter")
+
+
+@contextmanager
+def remember_shortage(folder: PathLike, resume: bool) -> Iterator[None]:
+    """Context: passes that run out of memory are noted in ``folder``; those of a resumed run are smaller.
+
+    For each run that ended so, half of the samples go through the model at a time. Each process writes and
+    reads ``SHORTAGE`` on its own machine.
+
+    Raises:
+        SplitOutOfMemoryError: with what the user can do; a ``torch.OutOfMemoryError``.
+    """
+    path = Path(folder) / SHORTAGE
+    halvings = find_most(_read(path) if resume else 0)
+    if halvings:
+        logger.warning(
+            "Memory ran out before: 1/%d of the samples at a time go through the model, which gives the same "
+            "result but for rounding. What is sampled from the model can be other texts.",
+            2**halvings,
+        )
+    try:
+        with sparing(halvings):
+            yield
+    except SplitOutOfMemoryError as error:
+        with made_folder(path.parent):
+            write_atomically(path, json.dumps({"halvings": halvings + 1}).encode())
+        raise SplitOutOfMemoryError(
+            f"{error} Go on by --resume (in Python, resume=True), with half of the samples at a time."
+        ) from None
+
+
+def _read(path: Path) -> int:
+    return int(json.loads(path.read_text())["halvings"]) if path.exists() else 0

@@ -1,0 +1,35 @@
+"""Where processes share a model, and one of them lacks memory, the next run takes fewer samples at a time."""
+
+import pytest
+
+import neumuter
+from neumuter.training.journal import UNFINISHED
+from neumuter.training.shortage import SHORTAGE
+from tests.neumuter import jobs
+from tests.neumuter.launching import end
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_a_run_that_ended_for_lack_of_memory_goes_on_with_less(layout, tmp_path):
+    model = jobs.trained("llama")
+    model.save_pretrained(tmp_path / "model")
+    said = []
+    for _ in range(4):
+        (first, _), (second, printed) = end(jobs.short_of_memory, 2, tmp_path, tmp_path, layout, 2)
+        if not second:
+            break
+        said.append(printed)
+        # The first process fails, too, because the second is gone.
+        assert first
+        assert (tmp_path / "out" / SHORTAGE).exists()
+    assert (first, second) == (0, 0), printed
+    assert said
+    for text in said:
+        assert "CUDA out of memory: " in text
+        assert "samples at a time do not fit into the memory of this process." in text
+        assert "Go on by --resume (in Python, resume=True), with half of the samples at a time." in text
+    assert f"Memory ran out before: 1/{2 ** len(said)} of the samples at a time" in printed
+    assert not (tmp_path / "out" / SHORTAGE).exists()
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+    found = neumuter.MuteSet.load(tmp_path / "out" / "mutes.safetensors")
+    jobs.check_same_but_for_rounding(found, jobs.unlearn(model, "modulate", jobs.MORE_KEPT).mutes)
