@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import Examination, judge_texts, mean_token_loss
 from neumuter.job import MEASURED_TEXTS
-from neumuter.ledger import Ledger
+from neumuter.ledger import Ledger, Request
 from neumuter.models.families import find_ffns
 from neumuter.models.loading import limit_length
 from neumuter.mutes.matching import alike_ffns
@@ -81,19 +81,8 @@ def refit_request(
             "retain"
         )
     found = Texts(ledger, model, tokenizer, [*texts, *kept], controls)
-    asked = []
-    for other in requests:
-        earlier = request.holds_for_earlier and other.number < number
-        if other.number != number and (other.undone or not earlier):
-            continue
-        asked.append(other.number)
-        if missing := len(other.texts) - len(found.of(other)):
-            raise ValueError(
-                f"{missing} of {len(other.texts)} texts of request {other.number} are not among the texts "
-                "given: a mute set is fitted with all of them"
-            )
-    forget = [text for other in requests if other.number in asked for text in found.of(other)]
-    sets, _ = choose_sets(model, [other for other in requests if other.number not in asked])
+    fitted = _choose_requests(request, requests, found)
+    sets, _ = choose_sets(model, [other for other in requests if other not in fitted])
     max_length, chat = (request.entry["report"][name] for name in ("max_length", "chat"))
     measured = None
     if kept:
@@ -110,7 +99,8 @@ def refit_request(
     with united(model, sets):
         before, controls_before, metrics_before = measure()
     mutes = refit(
-        model, tokenizer, old, retain=kept or None, forget=forget, recipe=recipe, samples=samples,
+        model, tokenizer, old, retain=kept or None, recipe=recipe, samples=samples,
+        forget=[text for other in fitted for text in found.of(other)],
         start_layer=[ffn.path for ffn in find_ffns(model)].index(next(iter(old.widths))),
         max_length=max_length, chat=chat, seed=seed, callback=callback,
     )  # fmt: skip
@@ -132,3 +122,24 @@ def refit_request(
         max_length=max_length,
         chat=chat,
     )
+
+
+def _choose_requests(request: Request, requests: Sequence[Request], found: Texts) -> list[Request]:
+    """List the requests for whose texts the set of ``request`` is fitted.
+
+    Raises:
+        ValueError: some of these texts are missing.
+    """
+    chosen = [
+        other
+        for other in requests
+        if other.number == request.number
+        or (request.holds_for_earlier and other.number < request.number and not other.undone)
+    ]
+    for other in chosen:
+        if missing := len(other.texts) - len(found.of(other)):
+            raise ValueError(
+                f"{missing} of {len(other.texts)} texts of request {other.number} are not among the texts "
+                "given: a mute set is fitted with all of them"
+            )
+    return chosen
