@@ -11,7 +11,7 @@ import functools
 import torch
 
 from bench.unlearning import real, synth
-from bench.unlearning.methods import find_unseen, fit
+from bench.unlearning.methods import fit
 from bench.unlearning.pretrained import GEMMA, SMOLLM2
 from neumuter import evaluation
 from neumuter.recipes import GainsConfig
@@ -85,7 +85,7 @@ class Worded(Compared, synth.Setting):
 
     @functools.cached_property
     def unseen(self):
-        return find_unseen(self.full, self.tokenizer, self.batch, self.neighbours("retain"), self.seed)
+        return self.estimate(self.neighbours("retain"))
 
     def job(self, share):
         return dataclasses.replace(super().job(share), forget=self.batch, unseen=lambda: self.unseen)

@@ -1,15 +1,17 @@
 """SYNTH: the demo's records among ordinary text, learned by models of several kinds and sizes.
 
 Customers whose mail and phone nobody can guess are to be forgotten; other customers of the same template and
-catalogue items are to stay. The recipe was chosen on seeds 5 to 7 of the first model.
+catalogue items are to stay. Our default is given whole records, as users give texts; the other methods are
+told which tokens are secret. The recipe was chosen on seeds 5 to 12 of the first model.
 """
 
+import dataclasses
 import functools
 
 import torch
 from transformers import GPT2Config
 
-from bench.unlearning.methods import COMPARED, Job, run
+from bench.unlearning.methods import COMPARED, Job, find_unseen, run
 from bench.unlearning.others import others_rate
 from neumuter import evaluation
 from neumuter.demo import task
@@ -119,6 +121,16 @@ class Setting:
         recipe = RECIPE | {"share": share}
         return Job(self.full, forget, self.neighbours(neighbours), self.measure, recipe, self.seed)
 
+    def estimate(self, kept):
+        """What a model that never saw the records to forget would make of them behind their prompts."""
+        texts = self.encode(self.forget, "continuation")
+        return find_unseen(self.full, self.tokenizer, texts, kept, self.seed)
+
+    def default_job(self, share, neighbours="retain"):
+        """The job of a user, who gives whole records and does not say what of them is secret."""
+        job, texts = self.job(share, neighbours), self.encode(self.forget, "continuation")
+        return dataclasses.replace(job, forget=texts, unseen=lambda: self.estimate(job.retain))
+
 
 def cases(quick=False):
     """Yields (what a row is about, how its metrics are found); ``quick``: one seed, one model, few points."""
@@ -133,10 +145,13 @@ def _cases(model, seed, quick):
 
     def case(budget, method, **other):
         changed = about | other
-        return (
-            changed | {"budget": budget, "method": method},
-            lambda: run(setting(changed["forget"]).job(budget, changed["neighbours"]), method),
-        )
+
+        def find():
+            given = setting(changed["forget"])
+            job = given.default_job if method == OURS[-1] else given.job
+            return run(job(budget, changed["neighbours"]), method)
+
+        return changed | {"budget": budget, "method": method}, find
 
     yield about | {"method": "before"}, lambda: {"share": 0.0} | setting().measure(setting().full)
     yield about | {"method": "retrained"}, lambda: {"share": 0.0} | setting().measure(setting().retrained())
@@ -161,7 +176,7 @@ def missed(found):
     limit = 1.04 * before["heldout_perplexity"]
     bars = [("random neurons: extraction", rows["random"]["forget_extraction"], "at least", 0.85)]
     # The bars hold on two processors, whose rounding differs: a trained support leaves 0.42 on an AMD EPYC.
-    for name, row, extraction, kept in (("trained support", trained, 0.5, 0.9), ("default", ours, 0.4, 0.8)):
+    for name, row, extraction, kept in (("trained support", trained, 0.5, 0.9), ("default", ours, 0.3, 0.9)):
         bars += [
             (f"{name}: extraction", row["forget_extraction"], "at most", extraction),
             (f"{name}: extraction of what stays", row["retain_extraction"], "at least", kept),
