@@ -26,6 +26,7 @@ from neumuter.models.families import find_ffns
 from neumuter.recipes import schedule
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
+from neumuter.types import IGNORED
 from tests.bench.quick import quick_rows
 
 
@@ -89,6 +90,20 @@ def test_a_crowd_is_of_different_customers():
     people = [record.prompt for record in crowd.forget + crowd.retain_same]
     assert len(set(people)) == 62
     assert crowd == slopes.make_crowd(3, 50) != slopes.make_crowd(4, 50)
+
+
+def test_synth_gives_whole_records_to_the_default_alone(tiny, monkeypatch):
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
+    setting = synth.Setting("gated, 0.9 M", 3)
+    told, given = setting.job(0.05), setting.default_job(0.05)
+    counted = [(job.forget["labels"] != IGNORED).sum() for job in (told, given)]
+    assert told.unseen is None
+    assert counted[0] < counted[1]
+    assert given.unseen().shape == given.forget["labels"].shape
+    seen = []
+    monkeypatch.setattr(synth, "run", lambda job, method: seen.append((method, job.unseen is None)) or {})
+    quick_rows(synth.cases(quick=True))
+    assert seen == [("random", True), *((method, method != "neumuter, modulate") for method in synth.OURS)]
 
 
 def test_calibrated_runs(tiny, monkeypatch):
