@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import neumuter
-from neumuter import estimating, recipes, refitting, unlearning
+from neumuter import estimating, job, recipes, refitting
 from neumuter.cli.common import print_log
 from neumuter.evaluation import continuations, controls, examination
 from neumuter.recipes import schedule
@@ -193,7 +193,7 @@ def promised(monkeypatch, elapsed):
     def note(what, seconds):
         found.append((elapsed[0], seconds))
 
-    for module in (unlearning, refitting):
+    for module in (job, refitting):
         monkeypatch.setattr(module, "announce", note)
     return found
 
