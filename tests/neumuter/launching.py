@@ -24,7 +24,21 @@ def run(target, processes, folder, *arguments):
 
 def end(target, processes, folder, *arguments):
     """Of each of so many processes that call ``target(*arguments)``, its exit code and what it printed."""
-    with _started(target, processes, folder, arguments) as running:
+    return _end(_store(), 0, target, processes, folder, arguments)
+
+
+def end_twice(target, processes, folder, *arguments):
+    """Do as ``end``, and once more as torchrun starts processes again, with the store of the first ones."""
+    store = _store()
+    return [_end(store, attempt, target, processes, folder, arguments) for attempt in range(2)]
+
+
+def _store():
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def _end(store, attempt, target, processes, folder, arguments):
+    with _started(store, attempt, target, processes, folder, arguments) as running:
         waiting = {process.sentinel: process for process in running}
         while waiting:
             ready = connection.wait(waiting, SECONDS if any(p.exitcode for p in running) else None)
@@ -38,7 +52,7 @@ def end(target, processes, folder, *arguments):
 
 def kill(seconds, target, processes, folder, *arguments):
     """Kills so many processes that call ``target(*arguments)``, after so many seconds."""
-    with _started(target, processes, folder, arguments) as running:
+    with _started(_store(), 0, target, processes, folder, arguments) as running:
         time.sleep(seconds)
         for process in running:
             process.kill()
@@ -47,17 +61,16 @@ def kill(seconds, target, processes, folder, *arguments):
 
 
 @contextlib.contextmanager
-def _started(target, processes, folder, arguments):
-    """Context: the processes, and the store by which they find each other."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    about = (processes, store.port, folder, target, arguments)
+def _started(store, attempt, target, processes, folder, arguments):
+    """Context: the processes, which find each other by the store."""
+    about = (processes, store.port, attempt, folder, target, arguments)
     running = [FORKS.Process(target=_process, args=(rank, *about)) for rank in range(processes)]
     for process in running:
         process.start()
     yield running
 
 
-def _process(rank, world, port, folder, target, arguments):
+def _process(rank, world, port, attempt, folder, target, arguments):
     """Process ``rank`` of ``world``; the others find it by the store at ``port``, as torchrun's do."""
     log = os.open(Path(folder) / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -65,6 +78,6 @@ def _process(rank, world, port, folder, target, arguments):
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     store = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt}
     os.environ.update({key: str(value) for key, value in (ranks | store | agent).items()})
     target(*arguments)

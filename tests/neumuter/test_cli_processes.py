@@ -30,7 +30,7 @@ from neumuter.training.processes import find_processes
 from neumuter.training.tracing import _imagined as imagined
 from tests.models import build, config, tokenizer
 from tests.neumuter import jobs
-from tests.neumuter.launching import end, kill, run
+from tests.neumuter.launching import end, end_twice, kill, run
 
 KILLS, SEED = 4, 0
 
@@ -120,6 +120,14 @@ def test_an_error_of_all_or_of_one_is_one_message(folder, forget):
     assert "No such file" in told
     assert "Traceback" not in told
     assert not (folder / "failed").exists()
+
+
+def test_processes_that_are_started_again_tell_their_error_too(folder):
+    for ended in end_twice(jobs.command, 2, folder, *unlearn(folder, "failed", "absent.jsonl")):
+        told = "".join(log for _, log in ended)
+        assert {code for code, _ in ended} == {1}
+        assert told.count("error:") == 1
+        assert "No such file" in told
 
 
 def test_other_commands_run_in_one_process(folder):

@@ -3,8 +3,11 @@
 import pytest
 
 import neumuter
-from neumuter.training.journal import UNFINISHED
+from neumuter.recipes.fisher import rank_by_fisher
+from neumuter.training.batches import PairedBatches
+from neumuter.training.journal import UNFINISHED, Journal
 from neumuter.training.shortage import SHORTAGE
+from tests.models import build
 from tests.neumuter import jobs
 from tests.neumuter.launching import end
 
@@ -33,3 +36,16 @@ def test_a_run_that_ended_for_lack_of_memory_goes_on_with_less(layout, tmp_path)
     assert not (tmp_path / "out" / UNFINISHED).exists()
     found = neumuter.MuteSet.load(tmp_path / "out" / "mutes.safetensors")
     jobs.check_same_but_for_rounding(found, jobs.unlearn(model, "modulate", jobs.MORE_KEPT).mutes)
+
+
+def test_what_fits_does_not_change_the_parts_that_a_journal_counts(monkeypatch):
+    """Under tensor parallelism alone one process's journal is that of all."""
+    counted, add_up = [], Journal.sum
+    monkeypatch.setattr(Journal, "sum", lambda *given: counted.append(list(given[2])) or add_up(*given))
+    with neumuter.attach(build("llama"), start_layer=0) as masked:
+        for halvings in (0, 2):
+            pair = PairedBatches(masked, jobs.texts("forget"), jobs.texts("retain"))
+            pair.pieces.halvings = halvings
+            rank_by_fisher(pair)
+    assert len(counted) == 4
+    assert counted[:2] == counted[2:]

@@ -112,8 +112,9 @@ def _mean_square_gradients(
             (gradient,) = torch.autograd.grad(loss, mask)
         return gradient.square().sum(0)
 
-    # Processes that share the model have to run equally many passes: each part is one of theirs.
-    size = max(1, SAMPLES_PER_PASS >> pair.pieces.halvings)
+    # Processes that share samples have to run equally many passes: each part is one. Otherwise the journal
+    # counts the parts, so their size must not depend on what fits.
+    size = max(1, SAMPLES_PER_PASS >> (pair.pieces.halvings if pair.processes else 0))
 
     def run(start: int) -> Tensor:
         ids = sample_ids[start : start + size]
