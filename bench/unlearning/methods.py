@@ -15,8 +15,8 @@ from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import NothingSelectedError
 from neumuter.training.neurons import Neurons
+from neumuter.training.selection import NothingSelectedError
 from neumuter.training.weights import WeightsConfig, tune_weights
 
 

@@ -23,7 +23,7 @@ from neumuter.evaluation import tofu
 from neumuter.serving.live import mute
 from neumuter.texts import encode, read_texts
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
-from neumuter.training.masked import NothingSelectedError
+from neumuter.training.selection import NothingSelectedError
 
 TOKENS = 200  # of a TDEC text
 SAMPLES = 32  # neighbours that the model says itself

@@ -37,8 +37,9 @@ from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
 from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, digest, refuse_unfinished
-from neumuter.training.masked import neuron_count, split_ffns
+from neumuter.training.masked import split_ffns
 from neumuter.training.processes import agree, describe_layout, find_processes, is_first
+from neumuter.training.selection import neuron_count
 from neumuter.training.shortage import remember_shortage
 from neumuter.types import Callback
 

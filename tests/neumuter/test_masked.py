@@ -5,7 +5,7 @@ import torch
 
 import neumuter
 from neumuter.training.gates import INITIAL_SCORE
-from neumuter.training.masked import neuron_count
+from neumuter.training.selection import neuron_count
 from tests.models import SMALL, WIDTH, batch, build, build_double, randomise
 
 DTYPES = [torch.float32, torch.bfloat16]

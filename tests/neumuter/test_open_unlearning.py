@@ -17,7 +17,7 @@ from neumuter import MuteSet, attach, fold
 from neumuter.evaluation import extraction_likelihood, mean_token_loss, memorization_accuracy
 from neumuter.integrations.open_unlearning import register
 from neumuter.integrations.open_unlearning.batches import batch_of
-from neumuter.training.masked import NothingSelectedError
+from neumuter.training.selection import NothingSelectedError
 from tests import models
 
 ROOT = Path(__file__).parents[2]

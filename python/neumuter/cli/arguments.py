@@ -117,7 +117,8 @@ def check_size(
 
     from neumuter.models.layouts import check_layout
     from neumuter.models.quantised import make_quantisation
-    from neumuter.training.masked import neuron_count, split_ffns
+    from neumuter.training.masked import split_ffns
+    from neumuter.training.selection import neuron_count
 
     config = read_config(model)
     if quantize:

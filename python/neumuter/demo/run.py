@@ -35,7 +35,8 @@ from neumuter.serving.fold import fold
 from neumuter.serving.live import mute
 from neumuter.serving.saved import save_verified
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import NothingSelectedError, attach
+from neumuter.training.masked import attach
+from neumuter.training.selection import NothingSelectedError
 from neumuter.types import Batch
 from neumuter.unlearning import unlearn
 

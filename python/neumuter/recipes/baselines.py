@@ -9,8 +9,9 @@ from neumuter.models.families import input_device
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.losses import token_losses
-from neumuter.training.masked import Masked, neuron_count
+from neumuter.training.masked import Masked
 from neumuter.training.neurons import Neurons
+from neumuter.training.selection import neuron_count
 from neumuter.types import Batch, check_batch
 
 

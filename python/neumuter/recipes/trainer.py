@@ -30,7 +30,8 @@ from neumuter.recipes.paper import (
     sample_gates,
 )
 from neumuter.training.batches import PairedBatches
-from neumuter.training.masked import NothingSelectedError, attach
+from neumuter.training.masked import attach
+from neumuter.training.selection import NothingSelectedError
 from neumuter.types import Batch
 
 # The file of the scores in a checkpoint.

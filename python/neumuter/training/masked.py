@@ -30,11 +30,8 @@ from neumuter.training.gates import (
     TrainableGates,
     sample_at_once,
 )
-from neumuter_kernels import neuron_budget, select_muted
-
-
-class NothingSelectedError(ValueError):
-    """No neuron is selected, or only neurons whose gates are open."""
+from neumuter.training.selection import NothingSelectedError, neuron_count
+from neumuter_kernels import select_muted
 
 
 class Masked:
@@ -406,22 +403,6 @@ def _checked(row_ids: Tensor | Sequence[int] | None, rows: int) -> Tensor | None
             f"row_ids must be integers from -1 to {rows - 1}, got {ids.dtype} {tuple(ids.shape)}"
         )
     return ids
-
-
-def neuron_count(budget: int | float, total: int) -> int:
-    """Count the neurons of ``budget`` out of ``total``.
-
-    A float in (0, 1] is a share, rounded down but at least one neuron; an int is the count.
-
-    Raises:
-        TypeError, ValueError: anything else.
-    """
-    count = neuron_budget(budget, total)
-    if isinstance(budget, float):
-        count = max(1, count)
-    if not 1 <= count <= total:
-        raise ValueError(f"budget as a count must be from 1 to {total} neurons, got {budget!r}")
-    return count
 
 
 def split_ffns(model: nn.Module, start_layer: int) -> tuple[list[FFN], list[FFN]]:

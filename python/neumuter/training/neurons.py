@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from neumuter.mutes.mute_set import MuteSet
-from neumuter.training.masked import Masked, neuron_count
+from neumuter.training.masked import Masked
+from neumuter.training.selection import neuron_count
 from neumuter.types import check_kind
 
 

@@ -15,7 +15,7 @@ from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.recipes.trainer import SCORES, NeuMuterConfig, NeuMuterTrainer
 from neumuter.serving.fold import fold
 from neumuter.training.losses import predicting
-from neumuter.training.masked import NothingSelectedError
+from neumuter.training.selection import NothingSelectedError
 from neumuter.types import Batch
 from neumuter.unlearning import unlearn
 
