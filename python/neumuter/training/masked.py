@@ -1,21 +1,16 @@
 """Trainable gates on the FFN neurons of a frozen model, and the way back."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from neumuter.models.devices import is_fake, move
-from neumuter.models.experts import find_reached
-from neumuter.models.families import decoder_of, find_ffns, input_device
+from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN
 from neumuter.models.installed import Installed, refuse_wrapped
-from neumuter.models.modes import without_dropout
-from neumuter.models.pieces import Pieces
 from neumuter.models.recomputation import Recomputation
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
@@ -30,8 +25,8 @@ from neumuter.training.gates import (
     TrainableGates,
     sample_at_once,
 )
-from neumuter.training.selection import NothingSelectedError, neuron_count
-from neumuter_kernels import select_muted
+from neumuter.training.reached import find_reached_experts
+from neumuter.training.selection import select_lowest
 
 
 class Masked:
@@ -203,47 +198,16 @@ class Masked:
             batches: the forget texts: "input_ids" and "attention_mask", int64 [B, T], padded on the right.
                 Where padding is routed to does not matter.
         """
-        experts = [ffn for ffn in self.ffns if not ffn.is_dense]
         # Where there are no values, nobody knows.
-        if not experts or is_fake(next(self.model.parameters())):
+        if is_fake(next(self.model.parameters())):
             return
-        reached = {f.path: torch.zeros(f.experts, dtype=torch.bool, device=f.device) for f in experts}
-        real = torch.empty(0, dtype=torch.bool)
-
-        def record(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-                chosen = find_reached(self.seams[path], module, real, *arguments, **options)
-                reached[path][chosen[chosen < len(reached[path])]] = True
-
-            return hook
-
-        handles = [f.module.register_forward_pre_hook(record(f.path), with_kwargs=True) for f in experts]
-        # FSDP2 gathers weights where its root is called.
-        whole = self.model if isinstance(self.model, FSDPModule) else decoder_of(self.model)
-        device = input_device(self.model)
-
-        def run(rows: Sequence[Tensor]) -> None:
-            nonlocal real
-            ids, shown = torch.stack(list(rows)).unbind(1)
-            real = shown.flatten() > 0
-            whole(input_ids=ids.to(device), use_cache=False)
-
-        pieces: Pieces | None = None
-        try:
-            with self.off(), without_dropout(self.model):
-                for batch in batches:
-                    rows = torch.stack([batch["input_ids"], batch["attention_mask"]], 1).unbind()
-                    pieces = pieces or Pieces(self.model, len(rows))
-                    for _ in pieces.run(run, rows):
-                        pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self.off():
+            reached = find_reached_experts(self.model, self.ffns, self.seams, batches)
         scores = self.scores
-        for ffn in experts:
-            by_expert = scores[ffn.path].view(ffn.experts, -1)
+        for path, found in reached.items():
+            by_expert = scores[path].view(len(found), -1)
             by_expert[by_expert.isinf()] = INITIAL_SCORE
-            by_expert[~reached[ffn.path]] = torch.inf
+            by_expert[~found] = torch.inf
 
     def select(
         self,
@@ -277,39 +241,7 @@ class Masked:
 
         Takes and raises what ``select`` does; the tensors are on the CPU.
         """
-        scores = self.full_scores()
-        total = sum(len(s) for s in scores.values())
-        if (budget is None) == (threshold is None):
-            raise ValueError("give either budget or threshold")
-        if budget is not None:
-            budget = neuron_count(budget, total)
-        elif not isinstance(threshold, float) or not 0 < threshold < 1:
-            raise ValueError(f"threshold must be a float in (0, 1), got {threshold!r}")
-        for path, score in scores.items():
-            if score.isnan().any():
-                raise ValueError(f"the scores of {path} hold NaN: training diverged, nothing can be selected")
-        eligible = sum(int(score.isfinite().sum()) for score in scores.values())
-        if budget is not None and budget > eligible:
-            raise ValueError(
-                f"budget asks for {budget} neurons, but the experts that the forget texts reach have "
-                f"{eligible}"
-            )
-        device = next(iter(scores.values())).device
-        flat = [score.to(device) for score in scores.values()]
-        indptr, indices, gains = (t.cpu() for t in select_muted(flat, budget=budget, threshold=threshold))
-        ends = indptr.tolist()
-        lowest = min(score.min().sigmoid().item() for score in flat)
-        if ends[-1] == 0:
-            raise NothingSelectedError(
-                f"no neuron has σ(score) below {threshold}; the lowest is {lowest:.3f}"
-            )
-        if (gains[: ends[-1]] > 1 - 1e-6).all():
-            raise NothingSelectedError(
-                f"every selected gate is fully open (lowest σ(score) {lowest:.3f}), so muting would "
-                "change nothing: train the scores first"
-            )
-        runs = [slice(start, end) for start, end in pairwise(ends)]
-        return {path: (indices[run], gains[run]) for path, run in zip(scores, runs, strict=True)}
+        return select_lowest(self.full_scores(), budget, threshold)
 
     def mute_set(
         self,
