@@ -184,11 +184,11 @@ def predictions(rows, _):
     return _table(["pass", "dtype", "card", "registers", "occupancy", "predicted, µs"], table)
 
 
-def scale(rows, op):
-    """What a text costs where there are many: "unlearn" or "read"."""
-    table = []
+def scale(rows, what):
+    """What a text costs where there are many: "read" or "unlearn", and the model."""
+    table, (op, model) = [], what.split()
     for row in _of(rows, "scale"):
-        if row["op"] != op:
+        if (row["op"], row["model"]) != (op, model):
             continue
         count, visits = row["texts"], row["visits_per_text"]
         each = 1e3 * row["seconds"] / count

@@ -53,7 +53,8 @@ def row_text(row):
         what = f"{row['model']}, {row['layout']} on {row['devices']}" + ", recomputed" * row["recompute"]
         return f"{what}: {row['traced'] / 1e9:.2f} GB traced, {row['planned'] / 1e9:.2f} GB planned"
     if "texts" in row:
-        return f"{row['op']}, {row['texts']} texts: {row['seconds']:.1f} s, peak {row['peak_mib']:.0f} MiB"
+        about = f"{row['op']}, {row['model']}, {row['texts']} texts"
+        return f"{about}: {row['seconds']:.1f} s, peak {row['peak_mib']:.0f} MiB"
     what = [row["op"], row["pass"], shape(row), *(row.get(key) for key in ("dtype", "activation", "scores"))]
     if "mask_rows" in row:
         what.append(f"{row['mask_rows']} mask row" + "s" * (row["mask_rows"] > 1))

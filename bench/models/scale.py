@@ -1,7 +1,8 @@
 """What a text costs where there are many: seconds, visits and memory of ``unlearn``, and of reading alone.
 
-A model of the demo's shape with random weights, which makes no difference to what is measured, and made-up
-records, as many to keep as to forget. Every case has a process of its own, whose peak is measured.
+Models of the demo's shape and of SmolLM2-135M's with random weights, which makes no difference to what is
+measured, and made-up records: the same number to keep as to forget. Every case has its own process, whose
+peak is measured.
 """
 
 import functools
@@ -16,14 +17,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import neumuter
+from bench.models import step
 from neumuter.demo import task
 from neumuter.demo.model import architecture
 from neumuter.texts.corpus import read_corpus
 from neumuter.training.batches import PairedBatches
 
-TEXTS = (10, 100, 1000, 10_000)
-READ = (1000, 100_000)
-SMALL_TEXTS, SMALL_READ = (4, 8), (8, 16)
+# Of each op and model, how many texts.
+CASES = {
+    ("read", "demo"): (1000, 100_000, 1_000_000),
+    ("unlearn", "demo"): (10, 100, 1000, 10_000),
+    ("unlearn", "135M"): (24, 240, 960),
+}
+SMALL_CASES = {("read", "demo"): (8, 16), ("unlearn", "demo"): (4, 8)}
 MAX_LENGTH, BATCH_SIZE = 64, 8
 # Of texts that are only read, so many steps' samples go through the model.
 STEPS = 20
@@ -31,16 +37,25 @@ STEPS = 20
 
 def cases(device, effort, small=False):
     """Yields (what a row is about, how it is measured)."""
-    for op, counts in (("read", SMALL_READ if small else READ), ("unlearn", SMALL_TEXTS if small else TEXTS)):
+    for (op, model), counts in (SMALL_CASES if small else CASES).items():
         for count in counts:
-            yield {"op": op, "texts": count}, functools.partial(in_a_process, op, count, device)
+            about = {"op": op, "model": model, "texts": count}
+            yield about, functools.partial(in_a_process, op, model, count, device)
 
 
-def in_a_process(op, count, device):
+def in_a_process(op, model, count, device):
     threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "bench.models.scale", op, str(count), device, threads]
+    command = [sys.executable, "-m", "bench.models.scale", op, model, str(count), device, threads]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(answer.stdout.splitlines()[-1])
+
+
+def build(name, device):
+    """The model, with random weights."""
+    if name in step.SHAPES:
+        return step.build(name, torch.bfloat16, device)[0]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(architecture()).eval().to(device)
 
 
 def records(kind, count):
@@ -80,12 +95,10 @@ def peak_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def main(op, count, device, threads):
+def main(op, name, count, device, threads):
     torch.set_num_threads(int(threads))
     texts, _ = task.read_corpus(50_000)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architecture()).eval().to(device)
-    tokenizer = task.train_tokenizer(texts)
+    model, tokenizer = build(name, device), task.train_tokenizer(texts)
     before, start, count = peak_mib(device), time.perf_counter(), int(count)
     visits = {"unlearn": unlearn, "read": read}[op](model, tokenizer, count)
     found = {

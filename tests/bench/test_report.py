@@ -58,8 +58,7 @@ TEMPLATE = """# Performance
 def test_every_benchmark_gives_rows_and_the_page_shows_them(run, pages, tmp_path, monkeypatch, capsys):
     # tests/bench/test_step.py and test_scale.py have these.
     monkeypatch.setattr(step, "peak_mib", lambda *about: 1.0)
-    monkeypatch.setattr(scale, "SMALL_TEXTS", ())
-    monkeypatch.setattr(scale, "SMALL_READ", (8,))
+    monkeypatch.setattr(scale, "SMALL_CASES", {("read", "demo"): (8,)})
     folder = tmp_path / "results/performance"
     for name in command.BENCHMARKS:
         assert run(name, "--quick", "--out", str(folder)) == 0

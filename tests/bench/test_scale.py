@@ -17,21 +17,27 @@ def test_what_a_text_costs(op, capsys, monkeypatch):
     for module in (continuations, examination):
         monkeypatch.setattr(module, "MAX_TOKENS", 2)
     monkeypatch.setattr(schedule, "LEAST_STEPS", 9)
-    scale.main(op, "3", "cpu", "1")
-    row = {"benchmark": "scale", "op": op, "texts": 3} | json.loads(capsys.readouterr().out.splitlines()[-1])
+    model = "15M" if op == "unlearn" else "demo"
+    scale.main(op, model, "3", "cpu", "1")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    row = {"benchmark": "scale", "op": op, "model": model, "texts": 3} | found
     assert row["seconds"] > 0
     assert row["peak_mib"] >= row["before_mib"] > 0
     # All three texts in each step.
     assert row["visits_per_text"] == (9 if op == "unlearn" else None)
-    assert f"{op}, 3 texts" in text.row_text(row)
-    *_, line = tables.scale([row, row | {"op": "other"}], op).strip().splitlines()
+    assert f"{op}, {model}, 3 texts" in text.row_text(row)
+    *_, line = (
+        tables.scale([row, row | {"op": "other"}, row | {"model": "other"}], f"{op} {model}")
+        .strip()
+        .splitlines()
+    )
     assert line.count("|") == (7 if op == "unlearn" else 6)
     assert "| 3 |" in line
 
 
 def test_each_case_has_texts_of_its_own():
-    abouts = [about for about, _ in scale.cases("cpu", None)]
-    assert {(about["op"], about["texts"]) for about in abouts} >= {("unlearn", 10_000), ("read", 100_000)}
+    found = {(about["op"], about["model"], about["texts"]) for about, _ in scale.cases("cpu", None)}
+    assert found >= {("unlearn", "demo", 10_000), ("unlearn", "135M", 960), ("read", "demo", 1_000_000)}
     texts = [*scale.records("forget", 50), *scale.records("retain", 50)]
     assert len(set(texts)) == 100
 
@@ -62,10 +68,11 @@ def test_a_text_costs_the_same_however_many_there_are():
     page = (report.TEMPLATES / "performance.md").read_text(encoding="utf-8")
     found = []
     for path in sorted(report.RESULTS.glob("*.jsonl")):
-        table = [r for r in rows.read(path) if r["benchmark"] == "scale" and r["op"] == "unlearn"]
-        if table:
-            assert sorted(row["texts"] for row in table) == [*scale.TEXTS], path.name
-            found.append(table)
+        measured = [row for row in rows.read(path) if row["benchmark"] == "scale"]
+        for op, model in scale.CASES if measured else ():
+            table = [row for row in measured if (row["op"], row["model"]) == (op, model)]
+            assert sorted(row["texts"] for row in table) == [*scale.CASES[op, model]], path.name
+            found += [table] if op == "unlearn" else []
     assert found
     for table in found:
         assert find_misses(table) == []
