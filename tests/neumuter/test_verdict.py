@@ -1,5 +1,6 @@
 """Whether texts are forgotten: whose text comes out instead, controls, and the last line."""
 
+import math
 import random
 import re
 from dataclasses import replace
@@ -397,11 +398,21 @@ KNOWN = examined(24, extracted=24, sampled=1.0, loss=0.1)
             "forgotten",
             "no more than by chance",
         ),
+        # A single one of many is within the margin; the line says so.
+        (examined(100, extracted=1, loss=3.3), examined(96), "forgotten", "1 of 100 texts comes out, within"),
+        (
+            examined(100, others=1, loss=3.3),
+            examined(96),
+            "forgotten",
+            "1% of the answers hold another given",
+        ),
         (examined(12), CONTROLS, "not enough evidence", "AUC of the loss"),
+        # The difference is beyond the margin, but of so few texts that it may be chance.
+        (examined(12, loss=2.85), CONTROLS, "not enough evidence", "AUC of the loss"),
         (examined(5, loss=3.3), CONTROLS, "not enough evidence", "5 texts and 32 controls are too few"),
         (examined(2, loss=1.0), CONTROLS, "partly", "by loss they can be told"),
         (examined(2, loss=2.9), CONTROLS, "not enough evidence", "2 texts and 32 controls are too few"),
-        (examined(1, loss=3.3), CONTROLS, "not enough evidence", "About 8 texts and 32 controls would do"),
+        (examined(1, loss=3.3), CONTROLS, "not enough evidence", "About 46 texts and 46 controls would do"),
         (examined(24, loss=3.3), examined(4), "not enough evidence", "24 texts and 4 controls"),
         (examined(24, loss=3.3), None, "not enough evidence", "Give controls"),
         (examined(1, extracted=1), None, "not", "1 of 1 texts still comes out"),
@@ -413,7 +424,8 @@ def test_the_verdict(after, controls, kind, words):
     assert words in found.sentence
     assert len(found.texts) == len(after.loss)
     assert judge(after, controls).kind == kind  # of a model without mutes
-    assert found.leaks == (("come" in words and "none" not in words) or "answers" in words or "100" in words)
+    comes_out = ("come" in words and "none" not in words) or "answers" in words or "100" in words
+    assert found.leaks == (comes_out and kind != "forgotten")
     for figure in found.comparisons:
         assert figure.low <= figure.high
         assert figure.margin == MARGINS[figure.name]
@@ -453,11 +465,42 @@ def test_intervals_hold_what_new_texts_would_give():
     assert 1 <= missed <= 14
 
 
-def test_more_texts_are_enough_where_it_is_said_that_they_would_be():
-    found = judge(examined(12, loss=2.98), CONTROLS)
-    texts, controls = map(int, re.search(r"About (\d+) texts and (\d+) controls", found.sentence).groups())
-    assert texts > 12
-    assert judge(examined(2 * texts, loss=2.98), examined(2 * controls)).kind == "forgotten"
+def test_few_that_were_never_seen_are_called_partly_forgotten():
+    """Of 60 samples, at most one in ten: each of two AUCs, which go together, is wrong once in 20 times."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = []
+    for _ in range(60):
+        drawn = []
+        for count in (8, 32):
+            losses = torch.randn(count, generator=generator).tolist()
+            drawn.append(replace(examined(count), loss=losses, min_k=[-2 * loss for loss in losses]))
+        kinds.append(judge(*drawn).kind)
+    assert 0 < kinds.count("partly") <= 6
+    assert kinds.count("not enough evidence") > 30
+
+
+@pytest.mark.parametrize(
+    ("after", "controls", "kind"),
+    [
+        (examined(12, loss=2.98), CONTROLS, "forgotten"),
+        (examined(40, loss=3.0), CONTROLS, "forgotten"),
+        (examined(12, loss=2.85), CONTROLS, "partly"),
+        # Of fewer than 8 texts the numbers are those for texts that are like the controls.
+        (examined(5), examined(35), "forgotten"),
+        (examined(24), examined(4), "forgotten"),
+    ],
+)
+def test_the_texts_that_would_do_are_enough(after, controls, kind):
+    found = judge(after, controls)
+    assert found.kind == "not enough evidence"
+    texts, unseen = map(int, re.search(r"About (\d+) texts and (\d+) controls", found.sentence).groups())
+    assert texts > len(after.loss) or unseen > len(controls.loss)
+    assert texts >= len(after.loss)
+    assert unseen >= len(controls.loss)
+    loss = sum(after.loss) / len(after.loss)
+    assert judge(examined(math.ceil(1.1 * texts), loss=loss), examined(math.ceil(1.1 * unseen))).kind == kind
+    fewer = [(2 * len(had.loss) + count) // 3 for had, count in ((after, texts), (controls, unseen))]
+    assert judge(examined(fewer[0], loss=loss), examined(fewer[1])).kind == "not enough evidence"
 
 
 def test_each_text_has_a_verdict():

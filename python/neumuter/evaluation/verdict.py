@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ COME_OUT = ("extraction", "sampled", "others")
 # The intervals hold 90 % of what texts and controls, drawn anew, would give: each of their bounds is exceeded
 # once in 20 times.
 TAIL, DRAWS, SEED = 0.05, 2000, 0
+# A normal distribution exceeds its mean by so many standard deviations in ``TAIL`` of all cases.
+Z = NormalDist().inv_cdf(1 - TAIL)
 # With fewer texts or controls nothing can be said of how likely they are.
 FEWEST = 8
 # A text of which so large a share of the controls is less likely stands out.
@@ -90,9 +93,10 @@ def judge(
 
     - "not": the lower bound of extraction is above the controls' level.
     - "forgotten": every upper bound is below its margin.
-    - "not enough evidence": nothing exceeds its margin, but an interval reaches beyond it, because there are
-      few texts or controls. Of fewer than ``FEWEST`` no AUC is believed.
-    - "partly": what is between.
+    - "partly": more comes out than a margin allows, or an AUC reaches its margin and its lower bound is
+      above 0.
+    - "not enough evidence": what is between. An interval reaches beyond a margin, because there are few
+      texts or controls; of fewer than ``FEWEST`` no AUC is believed.
     - "nothing to forget": before, no text of ``STRETCH`` tokens came out, no lower bound but that of samples
       was above the controls' level, and no figure above its margin.
 
@@ -120,7 +124,7 @@ def judge(
     if still:
         come = f"{still} of {count} texts still come{'s' * (still == 1)} out"
     few = min(count, len(controls.loss) if controls else 0) < FEWEST
-    over = [figure for figure in found if figure.difference >= _allowed(figure, few)]
+    over = [figure for figure in found if _is_over(figure, few)]
     unsure = [figure for figure in found if figure.high >= figure.margin and figure not in over]
     if found[0].low > 0:
         advice = "Try more steps or a larger budget; the budget 'auto' searches for it"
@@ -130,10 +134,7 @@ def judge(
         return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
     if unsure:
         return Verdict("not enough evidence", _unsure(come, unsure, after, controls), found, texts)
-    like = _like_controls(controls)
-    if still:
-        come = f"{still} of {count} texts come{'s' * (still == 1)} out, no more than by chance"
-    return Verdict("forgotten", f"Forgotten: {come}, and {like}.", found, texts)
+    return Verdict("forgotten", _forgotten(come, found, controls), found, texts)
 
 
 def judge_texts(
@@ -251,6 +252,12 @@ def _allowed(figure: Comparison, few: bool) -> float:
     return figure.margin if figure.name in COME_OUT or not few else STANDS_OUT - 0.5
 
 
+def _is_over(figure: Comparison, few: bool) -> bool:
+    """Whether a figure is beyond its margin; of how likely texts are, also beyond what chance would give."""
+    reached = figure.difference >= _allowed(figure, few)
+    return reached and (few or figure.low > 0 or figure.name in COME_OUT)
+
+
 def _exceeds(figure: Comparison) -> str:
     if figure.name not in COME_OUT:
         test = "loss" if figure.name == "loss" else "Min-40%"
@@ -263,26 +270,52 @@ def _exceeds(figure: Comparison) -> str:
             f"in 100 samples {figure.texts:.0%} of the texts are expected to come out, and "
             f"{figure.controls:.0%} of the controls"
         )
+    return _tells_others(figure)
+
+
+def _tells_others(figure: Comparison) -> str:
     return (
         f"{figure.texts:.0%} of the answers hold another given text, and {figure.controls:.0%} of those to "
         "the controls"
     )
 
 
+def _forgotten(come: str, found: Sequence[Comparison], controls: Examination | None) -> str:
+    """The sentence where all is within the margins; it names what comes out nevertheless."""
+    figures = {figure.name: figure for figure in found}
+    out, others = figures["extraction"], figures["others"]
+    if out.texts:
+        chance = out.difference <= 0
+        allowed = "no more than by chance" if chance else f"within the margin of {out.margin:.0%}"
+        come = f"{come.replace(' still', '')}, {allowed}"
+    told = f", {_tells_others(others)}" if others.texts else ""
+    count = len(controls.loss) if controls else 0
+    return f"Forgotten: {come}{told}, and they look like the {count} controls, which the model never saw."
+
+
 def _unsure(come: str, unsure: Sequence[Comparison], after: Examination, controls: Examination | None) -> str:
     if controls is None:
         return f"Not enough evidence: {come}, but there are no texts that the model never saw. Give controls."
     texts, others = len(after.loss), len(controls.loss)
-    times = max((figure.high - figure.difference) / (figure.margin - figure.difference) for figure in unsure)
-    needed = [max(FEWEST, math.ceil(count * times**2)) for count in (texts, others)]
-    if min(texts, others) < FEWEST:
-        needed = [max(FEWEST, texts), max(FEWEST, others)]
+    needed = max(_find_needed(figure, texts, others) for figure in unsure)
     names = ", ".join(TITLES[figure.name] for figure in unsure)
     return (
         f"Not enough evidence: {come}, but {texts} text{'s' * (texts != 1)} and {others} controls are too "
         f"few to tell whether {'they look' if texts != 1 else 'it looks'} like never seen ({names}). About "
-        f"{needed[0]} texts and {needed[1]} controls would do."
+        f"{max(texts, needed)} texts and {max(others, needed)} controls would do."
     )
+
+
+def _find_needed(figure: Comparison, texts: int, controls: int) -> int:
+    """How many texts, and the same number of controls, would decide a figure that stays as it is."""
+    difference, width = figure.difference, figure.high - figure.difference
+    if min(texts, controls) < FEWEST and figure.name not in COME_OUT:
+        # The interval is everything. This is that of an AUC of 0.5, which has the variance of
+        # Mann and Whitney (1947), without the term that vanishes for many texts.
+        difference, width = 0.0, Z * math.sqrt((1 / texts + 1 / controls) / 12)
+    wanted = figure.margin - difference if difference < figure.margin else difference
+    # The variance goes with 1/texts + 1/controls.
+    return math.ceil(2 * (width / wanted) ** 2 / (1 / texts + 1 / controls))
 
 
 def _nothing(figures: Sequence[Comparison]) -> str:
@@ -293,8 +326,3 @@ def _nothing(figures: Sequence[Comparison]) -> str:
         "Nothing to forget: the untouched model knows these texts no better than texts that it never saw "
         f"(above these: {shown}). Check that the prompts are those that it learned."
     )
-
-
-def _like_controls(controls: Examination | None) -> str:
-    count = len(controls.loss) if controls else 0
-    return f"they look like the {count} controls, which the model never saw"
