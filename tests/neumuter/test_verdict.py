@@ -21,7 +21,7 @@ from neumuter.evaluation import (
     make_controls,
     sampled_extraction,
 )
-from neumuter.evaluation.controls import MADE_UP
+from neumuter.evaluation.controls import MADE_UP, TIMES
 from neumuter.evaluation.made_up import make_up, rename
 from neumuter.evaluation.others import Found
 from neumuter.evaluation.verdict import MARGINS, compare
@@ -172,6 +172,15 @@ def test_a_long_text_leaves_room_for_controls_of_the_others(words):
     assert len(written) == MADE_UP
     for ending in ("post.example", "mail.example", "cy.example"):
         assert sum(text.strip().endswith(ending) for text in written) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "controls"), [(1, MADE_UP), (20, 40), (MADE_UP, MADE_UP), (90, 90), (200, TIMES * MADE_UP)]
+)
+def test_the_more_texts_the_more_controls(words, texts, controls):
+    forget = [(f"Mail of Ada{n}:", f" a{n}@post.example") for n in range(texts)]
+    (made,) = make_controls([encode(forget, words, 64)], listed(words, forget=forget), words)
+    assert len(made["labels"]) == len(made["by_chance"]) == controls
 
 
 def test_controls_are_the_same_texts_in_all_forms(words):

@@ -13,9 +13,10 @@ from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.texts import join_batches
 from neumuter.types import IGNORED, Batch
 
-# Controls: several of each text where there are few, and one of each of the first where there are many. Of a
-# text that has several windows, further ones follow where there are fewer texts.
-MADE_UP = 32
+# At least so many controls: where there are fewer texts, several of each. Where there are more texts, one of
+# each, up to ``TIMES`` that number: with few controls, no verdict on many texts is sure. Of a text that
+# has several windows, further ones follow where there are fewer texts.
+MADE_UP, TIMES = 32, 4
 
 
 def make_controls(
@@ -49,8 +50,9 @@ def _choose_rows(forms: Sequence[Batch]) -> list[list[int]]:
     """Of each form the rows that controls are made of: the same windows, although one may have more."""
     windows = [group_rows(form) for form in forms]
     shared = [min(map(len, of_text)) for of_text in zip(*windows, strict=True)]
-    chosen = sorted((place, text) for text, count in enumerate(shared) for place in range(count))[:MADE_UP]
-    return [sorted(of_form[text][place] for place, text in chosen) for of_form in windows]
+    chosen = sorted((place, text) for text, count in enumerate(shared) for place in range(count))
+    count = max(MADE_UP, min(len(shared), TIMES * MADE_UP))
+    return [sorted(of_form[text][place] for place, text in chosen[:count]) for of_form in windows]
 
 
 def _rename_all(
