@@ -16,6 +16,7 @@ from bench.unlearning import (
     calibrated,
     capacity,
     instead,
+    judged,
     location,
     nothing_to_keep,
     paper,
@@ -45,6 +46,7 @@ CASES = {
     "slopes": lambda options: slopes.cases(options.quick),
     "nothing_to_keep": lambda options: nothing_to_keep.cases(options.quick),
     "instead": lambda options: instead.cases(options.quick),
+    "judged": lambda options: judged.cases(options.quick),
     "paper": paper.cases,
 }
 NEEDS = {"tdec": ("data",), "paper": ("model", "data")}  # options

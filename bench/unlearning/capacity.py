@@ -98,6 +98,12 @@ def _mute(setting, share):
 
 def tune(setting, method, lr=None):
     """The row of a method that tunes weights; ``lr``: another learning rate than that of ``RATES``."""
+    model, steps = tune_model(setting, method, lr)
+    return {"steps": steps} | setting.measure(model)
+
+
+def tune_model(setting, method, lr=None):
+    """A model that a method has tuned, and in how many steps."""
     model = copy.deepcopy(setting.full).requires_grad_(True)
     config = WeightsConfig(
         method=method, batch_size=BATCH_SIZE, steps=VISITS * len(setting.forget) // BATCH_SIZE,
@@ -105,4 +111,4 @@ def tune(setting, method, lr=None):
     )  # fmt: skip
     forget = setting.encode(setting.forget, "secret")
     tune_weights(model, forget, setting.neighbours("retain"), config, setting.seed)
-    return {"steps": config.steps} | setting.measure(model.requires_grad_(False))
+    return model.requires_grad_(False), config.steps

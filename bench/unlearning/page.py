@@ -4,6 +4,7 @@ Each takes the rows of an experiment and the rest of the placeholder, and return
 """
 
 import statistics
+from collections import Counter
 
 from bench import text
 
@@ -18,6 +19,9 @@ COLUMNS = {
     "others": ("forget: another's text ↓", "{:.2f}"),
     "same_refused": ("keep, same template: answered so ↓", "{:.2f}"),
     "made_up_refused": ("made-up names: answered so ↓", "{:.2f}"),
+    "control_others": ("controls: another's text", "{:.2f}"),
+    "auc_loss": ("AUC of the loss", "{:.2f}"),
+    "auc_min_k": ("AUC of Min-40%", "{:.2f}"),
     "agree": ("agrees with retrained", "{:.2f}"),
     "worded_ma": ("forget, wording too: MA", "{:.2f}"),
     "worded_loss": ("forget, wording too: loss", "{:.2f}"),
@@ -247,6 +251,21 @@ def capacity(rows, count):
     return table(first + groups + rest, COLUMNS) if chosen else None
 
 
+def judged(rows, model):
+    """What the verdict says of each model, and why."""
+    rows = _where(rows, model=model)
+    columns = ("forget_extraction", "forget_sampled", "others", "control_others", "auc_loss", "auc_min_k")
+    lines = []
+    for label, some in _methods(rows):
+        for share in sorted({row.get("budget") or 0 for row in some}):
+            chosen = [row for row in some if (row.get("budget") or 0) == share]
+            kinds = Counter(row["verdict"] for row in chosen)
+            said = ", ".join(kind if len(kinds) == 1 else f"{kind} ({n})" for kind, n in kinds.most_common())
+            cells = [_cell([row[c] for row in chosen], COLUMNS[c][1]) for c in columns]
+            lines.append([label + (f", {share:.0%}" if share else ""), said, *cells])
+    return text.table(["", "verdict", *(COLUMNS[c][0] for c in columns)], lines, "---:") if lines else None
+
+
 def planted(rows, _):
     """What each method finds of the planted neurons."""
     return table(_methods(_related(rows, ("seed",))), COLUMNS)
@@ -385,7 +404,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, calibrated, model_seeds, capacity, planted, rounded, relearned,
+        kinds, counts, location, calibrated, model_seeds, capacity, judged, planted, rounded, relearned,
         requests, requests_seeds, share, many, given_away, stand_ins, instead,
     )
 }  # fmt: skip

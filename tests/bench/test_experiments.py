@@ -9,6 +9,7 @@ from bench.unlearning import (
     calibrated,
     capacity,
     instead,
+    judged,
     nothing_to_keep,
     page,
     planted,
@@ -143,6 +144,26 @@ def test_the_curve_of_capacity_shows_each_share_alone():
     lines = page.capacity(rows, "24").splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == ["1.00", "0.50", "0.25", "0.75"]
     assert page.capacity(rows, "96") is None
+
+
+def test_judged_runs(tiny, monkeypatch):
+    monkeypatch.setattr(capacity, "TRAINING", Training(steps=1))
+    monkeypatch.setattr(capacity, "ASKING", 4)
+    monkeypatch.setattr(capacity, "STAYING", 4)
+    monkeypatch.setattr(judged, "COUNT", 3)
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 2)
+    found = quick_rows(judged.cases(quick=True))
+    assert [(row["method"], row.get("budget")) for row in found] == [
+        ("before", None), ("retrained", None), (judged.OURS, 0.1), (judged.OURS, 1.0)
+    ]  # fmt: skip
+    assert {row["texts"] for row in found} == {3}
+    # Of so few texts nothing can be said.
+    assert {row["verdict"] for row in found} == {"not enough evidence"}
+    lines = page.judged(found, "480 customers").splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["not enough evidence"] * 4
+    assert "100%" in lines[-1]
+    two = [found[0], found[0] | {"seed": 5, "verdict": "partly"}]
+    assert "not enough evidence (1), partly (1)" in page.judged(two, "480 customers")
 
 
 def test_planted_neurons_alone_learn(tiny, monkeypatch):
