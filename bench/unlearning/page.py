@@ -51,6 +51,7 @@ NAMES = {
     "neumuter, modulate": "**ours, modulate**", "ascent": "gradient ascent", "difference": "GradDiff",
     "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
     "plain": "ours, all tokens alike", "calibrated": "**our default**", "live": "ours, gains after rounding",
+    "fitted": "ours, found on the rounded model",
     "estimate": "the estimate",
     "longer": "in twice the steps", "clamped": "ours, gains from 0 to 1",
     "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
@@ -274,7 +275,8 @@ def planted(rows, _):
 def rounded(rows, model):
     """Each method in each format, beside the original in the same format."""
     lines, rows = [], _where(rows, model=model)
-    for method in ("before", "retrained", "calibrated", "live", "npo", "simnpo", "difference"):
+    for method in ("before", "retrained", "calibrated", "live", "fitted", "npo", "simnpo", "difference"):
+        label = NAMES[method]
         for name in FORMATS:
             found = _where(rows, method=method, format=name)
             originals = {row["seed"]: row for row in _where(rows, method="before", format=name)}
@@ -290,7 +292,8 @@ def rounded(rows, model):
                 ),
             )
             if found:
-                lines.append([NAMES[method] if name == "none" else "", FORMATS[name], *cells])
+                lines.append([label, FORMATS[name], *cells])
+                label = ""
     head = [
         "",
         "weights",

@@ -2,16 +2,18 @@
 
 CALIBRATED's models after each method, with their linear weights rounded as five formats round them; beside
 them the original and the model retrained without the texts, rounded alike. The output layer stays as it is.
-Gains are folded into the weights before these are rounded; or the original is rounded, and they follow.
+Gains are folded into the weights before these are rounded; or the original is rounded, and they follow; or
+they are found on the rounded model itself.
 """
 
 import copy
+import dataclasses
 import functools
 
 import torch
 
 from bench.unlearning.calibrated import Asked, Worded
-from bench.unlearning.methods import WEIGHTS, tune
+from bench.unlearning.methods import WEIGHTS, find_unseen, fit, tune
 from bench.unlearning.others import others_rate
 from bench.unlearning.pretrained import SMOLLM2
 from neumuter import evaluation
@@ -20,6 +22,7 @@ from neumuter.evaluation.robustness import quantise
 from neumuter.models.families import find_ffns
 from neumuter.serving.fold import fold
 from neumuter.training.losses import log_odds
+from neumuter.training.masked import attach
 
 SETTINGS = {"gated, 0.9 M": Worded, SMOLLM2: Asked}
 METHODS = ("before", "retrained", "calibrated", "live", "npo", "simnpo", "difference")
@@ -63,6 +66,8 @@ FORMATS = {
     "nf4": _each(_by_nf4),
     "q4_0": _each(_by_gguf("Q4_0")),
 }
+# Formats of the models on which gains are found.
+FITTED = ("q4_0",)
 
 
 def cases(quick=False):
@@ -81,6 +86,11 @@ def _cases(about, setting, quick):
                 about | {"method": method, "format": name},
                 lambda made=made, name=name: measure(setting(), FORMATS[name], *made()),
             )
+    for name in FITTED:
+        yield (
+            about | {"method": "fitted", "format": name},
+            lambda name=name: measure(setting(), FORMATS["none"], *fit_rounded(setting(), name)),
+        )
 
 
 def make(setting, method):
@@ -96,6 +106,15 @@ def make(setting, method):
     if method == "calibrated":
         fold(model, setting.find_mutes(method))
     return model, None
+
+
+def fit_rounded(setting, name):
+    """The rounded model, and the mute set that is found on it."""
+    model, job = FORMATS[name](copy.deepcopy(setting.full)), setting.job(setting.share)
+    given = (setting.tokenizer, job.forget, job.retain, setting.seed)
+    job = dataclasses.replace(job, model=model, unseen=lambda: find_unseen(model, *given))
+    with attach(model, start_layer=0) as masked:
+        return model, fit(job, masked)
 
 
 def measure(setting, rounded, model, mutes):

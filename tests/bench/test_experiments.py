@@ -179,15 +179,21 @@ def test_planted_neurons_alone_learn(tiny, monkeypatch):
     assert all(0 <= row["precision"] <= 1 for row in found[1:])
 
 
-def test_rounded_weights_are_measured(tiny):
+def test_rounded_weights_are_measured(tiny, monkeypatch):
     pytest.importorskip("torchao")
+    # 200 neurons do not divide into the blocks of Q4_0.
+    monkeypatch.setattr(rounded, "FITTED", ("int4",))
     found = quick_rows(rounded.cases(quick=True))
     assert [(row["method"], row["format"]) for row in found] == [
-        (method, name) for method in ("calibrated", "live") for name in ("none", "int4")
+        *((method, name) for method in ("calibrated", "live") for name in ("none", "int4")),
+        ("fitted", "int4"),
     ]
-    folded, folded_rounded, live, rounded_live = (row["heldout_perplexity"] for row in found)
+    folded, folded_rounded, live, rounded_live, fitted = (row["heldout_perplexity"] for row in found)
     assert live == pytest.approx(folded, rel=1e-4)
-    assert folded not in (folded_rounded, rounded_live)
+    assert folded not in (folded_rounded, rounded_live, fitted)
+    found = [row | {"retain_extraction": 0.5} for row in found]
+    lines = page.rounded([row | {"method": "before"} for row in found] + found, "gated, 0.9 M").splitlines()
+    assert "found on the rounded model | 4 bits" in lines[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
