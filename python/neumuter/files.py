@@ -1,6 +1,7 @@
 """Files and folders that are either whole or not there."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,15 @@ def write_atomically(path: PathLike, data: bytes, private: bool = False) -> None
 def write_json(path: PathLike, value: Any) -> None:
     """Write JSON values to ``path``, whole or not at all; floats that are not finite become null."""
     write_atomically(path, (json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def hash_file(path: PathLike) -> str:
+    """The SHA-256 of a file of any size."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def without_nan(value: Any) -> Any:

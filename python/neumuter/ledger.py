@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from neumuter.files import PathLike, changing_folder, made_folder, new_folder, write_atomically
+from neumuter.files import PathLike, changing_folder, hash_file, made_folder, new_folder, write_atomically
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE
 from neumuter.texts.rows import text_of
@@ -191,6 +191,8 @@ class Ledger:
     def undo(self, number: int) -> None:
         """Note that a request was taken back; its entry and its files stay.
 
+        Its slopes, which give away what was to be forgotten, may be deleted from then on.
+
         Raises:
             ValueError: there is no such request, or it is undone already.
         """
@@ -245,7 +247,7 @@ class Ledger:
                 # Slopes are for their owner alone, as everything in a ledger.
                 write_atomically(made / file, (folder / file).read_bytes(), private=True)
         return {
-            "files": {file: _hash_file(place / file) for file in files},
+            "files": {file: hash_file(place / file) for file in files},
             "fingerprint": _hash_json(mutes.fingerprint),
             "architecture": mutes.architecture,
             "versions": {
@@ -291,13 +293,22 @@ class Ledger:
                 raise LedgerError(f"{where} does not follow the one before it: entries were removed or added")
             if entry.get("key") != _hash_key(self._key):
                 raise LedgerError(f"{self.folder / KEY} was replaced since entry {number} was written")
-            for file, digest in entry.get("files", {}).items():
-                path = self.folder / REQUESTS / str(number) / file
-                if not path.is_file() or _hash_file(path) != digest:
-                    raise LedgerError(f"{path} was changed or removed since entry {number} was written")
             previous = told
             entries.append(entry | {"hash": told})
+        self._check_files(entries)
         return entries
+
+    def _check_files(self, entries: list[dict[str, Any]]) -> None:
+        undone = {entry["request"] for entry in entries if entry["kind"] == "undo"}
+        for entry in entries:
+            number = entry["number"]
+            for file, digest in entry.get("files", {}).items():
+                path = self.folder / REQUESTS / str(number) / file
+                # Slopes give texts away, so those of a request that was taken back may be deleted.
+                if file == SLOPES_FILE and entry.get("request", number) in undone and not path.exists():
+                    continue
+                if not path.is_file() or hash_file(path) != digest:
+                    raise LedgerError(f"{path} was changed or removed since entry {number} was written")
 
 
 def _read_result(folder: Path) -> tuple[MuteSet, dict[str, Any]]:
@@ -338,7 +349,3 @@ def _hash_key(key: bytes) -> str:
 
 def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

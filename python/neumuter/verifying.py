@@ -37,7 +37,7 @@ from neumuter.types import Batch, Text
 HOLDS, FAILS, NEVER = "holds", "no longer holds", "never held"
 MISSING, OTHER_MODEL, UNDONE = "texts missing", "cannot be applied", "undone"
 # What a server says is less than what a model does.
-BY_SERVER = "The server was asked greedily, in one form and without controls."
+BY_SERVER = "The server was asked greedily{}, without controls."
 
 logger = logging.getLogger("neumuter")
 
@@ -210,14 +210,16 @@ def verify(
         return [_check(request, refused, found) for request in requests]
 
 
-def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) -> list[Check]:
+def verify_server(
+    ledger: Ledger, url: str, name: str, texts: Iterable[Text], mute_set: str | None = None
+) -> list[Check]:
     """Check each request of a ledger on a running server: whether a text comes out, asked for greedily.
 
-    A server tells no losses, so there is no verdict. Each text is asked for in one form, as it is written,
-    and nothing is compared with controls.
+    A server tells no losses, so there is no verdict, and nothing is compared with controls. Prompts are asked
+    as they are, and through the server's chat, unless the request was made without (``chat=False``).
 
     Args:
-        url, name: see ``neumuter.evaluation.ask_server``.
+        url, name, mute_set: see ``neumuter.evaluation.ask_server``.
         texts: the texts of the requests, among others; they are found by their hashes.
 
     Returns:
@@ -230,8 +232,10 @@ def verify_server(ledger: Ledger, url: str, name: str, texts: Iterable[Text]) ->
         if request.undone or not present:
             checks.append(_unmeasured(request))
             continue
-        said = [answer.comes_out for answer in ask_server(url, name, present)]
-        sentence = f"{sum(said)} of {len(said)} texts come out. {BY_SERVER}{_lacking(request, len(said))}"
+        answers = ask_server(url, name, present, mute_set, request.entry["report"]["chat"] is not False)
+        said = [answer.comes_out for answer in answers]
+        how = BY_SERVER.format(", also through its chat" if any(a.forms > 1 for a in answers) else "")
+        sentence = f"{sum(said)} of {len(said)} texts come out. {how}{_lacking(request, len(said))}"
         rows = [{"number": number, "extracted_after": out} for number, out in enumerate(said, 1)]
         checks.append(Check(request, _state(request, any(said), len(said)), sentence, texts=rows))
     return checks

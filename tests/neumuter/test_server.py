@@ -87,6 +87,30 @@ def test_what_comes_out():
     assert all(body["max_tokens"] == 64 for body in asked)
 
 
+def test_the_worse_of_two_forms_counts(caplog):
+    """A chat model may say in a chat what it does not say behind the bare prompt."""
+    text = ("What is it?", " The kettle is on the shelf.")
+    with serving() as (url, asked):
+        (said,) = ask_server(url, "muted", [text])
+        assert (said.comes_out, said.forms) == (True, 2)
+        assert asked[-1]["messages"] == [{"role": "user", "content": "What is it?"}]
+        (said,) = ask_server(url, "muted", [text], chat=False)
+        assert (said.comes_out, said.forms) == (False, 1)
+        # Behind the bare prompt it comes out, in the chat it does not.
+        (said,) = ask_server(url, "muted", [("Ada", KNOWN[0].removeprefix("Ada"))])
+        assert (said.comes_out, said.forms) == (True, 2)
+
+    def refuse(path, body, key):
+        return (400, {"error": "no chat template"}) if "chat" in path else answer(path, body, key)
+
+    with serving(refuse) as (url, asked):
+        found = ask_server(url, "muted", [text, text])
+    assert [(said.comes_out, said.forms) for said in found] == [(False, 1)] * 2
+    assert "asked without a chat: " in caplog.text
+    assert "no chat template" in caplog.text
+    assert len(asked) == 3
+
+
 def test_a_text_that_stops_early_does_not_come_out():
     said = Said(" ada@post.example, 555-0192", "ada@post.example,")
     assert (said.comes_out, round(said.share, 2)) == (False, 0.65)

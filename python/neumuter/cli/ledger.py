@@ -32,7 +32,7 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
-from neumuter.cli.pages import describe_fit, write_pages
+from neumuter.cli.pages import describe_fit, describe_model, describe_server, write_pages
 from neumuter.cli.processes import check_place
 from neumuter.cli.server import check_options
 
@@ -47,6 +47,7 @@ OF_SERVERS = {
     "target",
     "texts",
     "served",
+    "mute_set",
     "head",
     "out",
     "column",
@@ -227,6 +228,10 @@ def verify(
     served: Annotated[
         str | None, typer.Option("--model", help="If TARGET is a server: its name for the model or adapter.")
     ] = None,
+    mute_set: Annotated[
+        str | None,
+        typer.Option(help="If TARGET is a vLLM server with NeuMuter's plug-in: the mute set to ask for."),
+    ] = None,
     controls: Controls = None,
     apply: Annotated[
         bool,
@@ -258,6 +263,8 @@ def verify(
     server = target.startswith(("http://", "https://"))
     if server != (served is not None):
         raise typer.BadParameter("--model is for the address of a server as TARGET, and needed there")
+    if mute_set is not None and not server:
+        raise typer.BadParameter("--mute-set is for the address of a server as TARGET")
     if server:
         check_options(command, OF_SERVERS, "the address of a server")
         texts.stat()
@@ -275,8 +282,8 @@ def verify(
     unseen = read_texts(controls, columns) if controls else None
     given = list(_read_all(texts, columns, controls))
     if served is not None:
-        with console.status(f"Asking {escape(target)}"):
-            checks = verify_server(kept, target, served, given)
+        with print_log(), console.status(f"Asking {escape(target)}"):
+            checks = verify_server(kept, target, served, given, mute_set)
     else:
         network, tokenizer = open_model(target, **place)
         with print_log(), console.status("Verifying"):
@@ -287,7 +294,9 @@ def verify(
         table.add_row(str(request.number), escape(request.name), check.state, escape(check.sentence))
     console.print(table)
     if out:
-        write_pages(out, checks, target, kept.head)
+        facts = describe_server(target, served, mute_set) if served else describe_model(target, apply)
+        facts |= {"controls": str(controls) if controls else "made from the texts"} if not served else {}
+        write_pages(out, checks, facts, kept.head)
     _print_head(kept.head)
     if any(check.state not in (HOLDS, UNDONE) for check in checks):
         raise typer.Exit(BROKEN)

@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from neumuter.cli.common import console
+from neumuter.files import hash_file, made_folder
 
 if TYPE_CHECKING:
     from neumuter.ledger import Fit, Request
     from neumuter.verifying import Check
 
 
-def write_pages(out: Path, checks: list[Check], target: str, head: str) -> None:
-    from neumuter.files import made_folder
+# Of a folder, what holds weights.
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def describe_server(url: str, name: str, mute_set: str | None) -> dict[str, str]:
+    """Say which server was asked for what."""
+    return {"server": url, "its model": name} | ({"mute set": mute_set} if mute_set else {})
+
+
+def describe_model(target: str, applied: bool) -> dict[str, str]:
+    """Say which weights were checked, by the SHA-256 of each file if they are in a folder."""
+    mutes = "those of the requests, applied for this check" if applied else "as the model is"
+    folder = Path(target)
+    files = sorted(file for kind in WEIGHTS for file in folder.glob(kind)) if folder.is_dir() else []
+    return {"model": target, "mutes": mutes} | {f"SHA-256 of {file.name}": hash_file(file) for file in files}
+
+
+def write_pages(out: Path, checks: list[Check], facts: Mapping[str, str], head: str) -> None:
+    """Write the page of each check into the folder ``out``, and say so.
+
+    Args:
+        facts: {title: value} of what was checked.
+        head: the ledger's last hash.
+    """
     from neumuter.report.html import write_report
 
+    checked = {"checked": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
     with made_folder(out) as made:
         for check in checks:
-            write_report(
-                made / f"request-{check.request.number}.html", _page(check, target, head), redact=True
-            )
+            page = _make_page(check, checked | _record(check.request) | {"the ledger's last hash": head})
+            write_report(made / f"request-{check.request.number}.html", page, redact=True)
     console.print(f"A page of each request is in {escape(str(out))}.", highlight=False, soft_wrap=True)
 
 
-def _page(check: Check, target: str, head: str) -> Mapping[str, object]:
+def _make_page(check: Check, record: Mapping[str, str]) -> Mapping[str, object]:
     request = check.request
     return {
         "title": f"Request {request.number}{f' ({request.name})' if request.name else ''}: {check.state}",
-        "model": target,
         "verdict_sentence": check.sentence,
         "comparisons": check.verdict.figures() if check.verdict else [],
         "metrics": check.metrics,
         "controls": check.controls,
         "texts": check.texts or [],
-        "record": _record(request) | {"the ledger's last hash": head},
+        "record": record,
+        "command": shlex.join(["neumuter", *sys.argv[1:]]),
     }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ def audit(
         unseen = _encode("controls", controls, *options)
     levels = [_measure(model, form)[1].quantile(STANDS_OUT) for form in unseen]
     known, done = list[Known](), 0
-    for part in [first, *_parts(rest)]:
+    for part in chain([first], _parts(rest)):
         forms = _encode(f"texts {done + 1} to {done + len(part)}", part, *options)
         found = torch.zeros(len(part), dtype=torch.bool)
         for place, form in enumerate(forms):

@@ -1,9 +1,10 @@
 """Which texts a running server says: asked as any client would ask it, greedily."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ TOKENS, SECONDS = 64, 300.0
 # A whole text is asked for from its first third on.
 PROMPT_SHARE = 1 / 3
 
+logger = logging.getLogger("neumuter")
+
 
 @dataclass(frozen=True)
 class Said:
@@ -26,10 +29,12 @@ class Said:
     Attributes:
         expected: what follows the prompt in the text.
         said: what the server made of the prompt.
+        forms: in how many forms it was asked; this is the answer that has more of the text.
     """
 
     expected: str
     said: str
+    forms: int = 1
 
     @property
     def comes_out(self) -> bool:
@@ -46,19 +51,24 @@ class Said:
         return same / max(1, len(expected))
 
 
-def ask_server(url: str, model: str, texts: Sequence[Text], mute_set: str | None = None) -> list[Said]:
+def ask_server(
+    url: str, model: str, texts: Sequence[Text], mute_set: str | None = None, chat: bool = True
+) -> list[Said]:
     """Ask a server with OpenAI's API for each text, at temperature 0.
 
     A prompt with a completion is asked for by the prompt, and a whole text by its first third, cut between
-    words, through ``/v1/completions``. A conversation is asked for by its messages but the last, through
-    ``/v1/chat/completions``. A completion goes on in steps as long as the server says what is expected. The
-    key is in the environment, as OPENAI_API_KEY.
+    words, through ``/v1/completions``. Such a completion goes on in steps as long as the server says what is
+    expected. A conversation is asked for by its messages but the last, through ``/v1/chat/completions``, and
+    so, once more, are prompts with completions: the worse answer counts. The key is in the environment, as
+    OPENAI_API_KEY.
 
     Args:
         url: such as http://127.0.0.1:8000, with /v1 or without.
         model: the name that the server gives to the model or the adapter.
         texts: the texts.
         mute_set: the name of a mute set to ask for, of a vLLM server with NeuMuter's plug-in.
+        chat: whether prompts with completions are asked through the chat as well. A server that refuses the
+            first of them is asked without, and this is logged.
 
     Raises:
         ConnectionError: nobody answers at ``url``, or not in time.
@@ -76,7 +86,32 @@ def ask_server(url: str, model: str, texts: Sequence[Text], mute_set: str | None
     for number, text in enumerate(parts, 1):
         if isinstance(text, tuple) and not text[1].strip():
             raise ValueError(f"text {number} has nothing behind its prompt to ask for: {text!r:.60}")
-    return [_ask(f"{address}/v1", options, text) for text in parts]
+    said = [_ask(f"{address}/v1", options, text) for text in parts]
+    pairs = {number: text for number, text in enumerate(texts) if isinstance(text, tuple)} if chat else {}
+    for place, (number, pair) in enumerate(pairs.items()):
+        try:
+            answer = _ask(f"{address}/v1", options, _as_chat(pair))
+        except ValueError as error:
+            if place:
+                raise
+            logger.warning("Prompts are asked without a chat: %s", error)
+            break
+        said[number] = _worse(said[number], answer)
+    return said
+
+
+def _as_chat(text: tuple[str, str]) -> Messages:
+    """A prompt and its completion as a conversation, as chat templates are given them."""
+    return [
+        {"role": role, "content": content.strip()}
+        for role, content in zip(("user", "assistant"), text, strict=True)
+    ]
+
+
+def _worse(first: Said, second: Said) -> Said:
+    """Of the answers in two forms the one that has more of the text."""
+    found = max(first, second, key=lambda said: (said.comes_out, said.share))
+    return replace(found, forms=2)
 
 
 def _ask(address: str, options: dict[str, Any], text: tuple[str, str] | Messages) -> Said:

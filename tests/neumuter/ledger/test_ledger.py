@@ -1,5 +1,6 @@
 """The ledger of requests, through Python and the command line."""
 
+import hashlib
 import json
 import shutil
 
@@ -68,6 +69,26 @@ def test_a_changed_file_of_a_request_is_seen(ledger, folder, capsys):
         neumuter.Ledger(ledger.folder)
     assert run("ledger", "list", ledger.folder) == 1
     assert "was changed or removed" in capsys.readouterr().err
+
+
+def test_slopes_of_a_request_that_was_taken_back_may_be_deleted(ledger, folder, tmp_path):
+    shutil.copytree(folder / "ada", tmp_path / "kept")
+    (tmp_path / "kept" / "slopes.safetensors").write_bytes(b"slopes")
+    request = ledger.add(tmp_path / "kept", ADA)
+    slopes = request.newest.folder / "slopes.safetensors"
+    slopes.unlink()
+    with pytest.raises(neumuter.LedgerError, match=r"slopes\.safetensors was changed or removed"):
+        neumuter.Ledger(ledger.folder)
+    slopes.write_bytes(b"slopes")
+    ledger.undo(request.number)
+    slopes.write_bytes(b"others")
+    with pytest.raises(neumuter.LedgerError, match=r"slopes\.safetensors was changed or removed"):
+        neumuter.Ledger(ledger.folder)
+    slopes.unlink()
+    assert neumuter.Ledger(ledger.folder).request(request.number).undone
+    (request.newest.folder / "report.json").unlink()
+    with pytest.raises(neumuter.LedgerError, match=r"report\.json was changed or removed"):
+        neumuter.Ledger(ledger.folder)
 
 
 def rewrite(ledger, change):
@@ -206,6 +227,11 @@ def test_the_ledger_by_command(folder, tmp_path, capsys):
     assert "Request 1 (ada): holds" in page
     assert "<td>–</td><td>" not in page.split("Measured on the model")[1].split("</table>")[0]
     assert neumuter.Ledger(ledger).head in page
+    # An auditor sees what was checked, how and when.
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    facts = (hashlib.sha256(weights).hexdigest(), "applied for this check", "made from the texts")
+    for fact in (*facts, "<dt>checked</dt>", "To do it again"):
+        assert fact in page, fact
     assert not any(secret in page for secret in SECRETS)
     assert run("verify", ledger, folder / "model", "--texts", texts) == 3
     assert "no longer" in capsys.readouterr().out

@@ -226,20 +226,26 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
     def respond(path, body, key):
         if body["model"] != "muted":
             return 404, {"error": {"message": "no such model"}}
-        return 200, {"choices": [{"text": spoken.get(body["prompt"], " no idea"), "finish_reason": "stop"}]}
+        if "messages" in body:
+            said = spoken.get(body["messages"][0]["content"], " no idea")
+            return 200, {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
+        return 200, {"choices": [{"text": " no idea", "finish_reason": "stop"}]}
 
     with serving(respond) as (url, asked):
         arguments = ("verify", ledger.folder, url, "--texts", folder / "texts", "--model")
         assert run(*arguments, "muted", "--out", ledger.folder.parent / "pages") == 3
         page = (ledger.folder.parent / "pages" / "request-1.html").read_text()
-        assert "1 of 2 texts come out. The server was asked greedily, in one form and without" in page
+        # It says it in its chat alone.
+        assert "1 of 2 texts come out. The server was asked greedily, also through its chat, without" in page
+        assert url in page
         printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert "1 of 2 texts come out." in printed
         assert "0 of 1 texts come out." in printed
         spoken.clear()
         asked.clear()
-        assert run(*arguments, "muted") == 0
-        assert len(asked) == 3
+        assert run(*arguments, "muted", "--mute-set", "alice") == 0
+        assert len(asked) == 6
+        assert all(body["vllm_xargs"] == {"mute_set": "alice"} for body in asked)
         missing = (*arguments[:4], folder / "texts" / "jon.jsonl", *arguments[5:])
         assert run(*missing, "muted") == 3
         assert "texts missing" in " ".join(capsys.readouterr().out.split())
@@ -249,6 +255,8 @@ def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkey
             assert run(*arguments, "muted", *option) == 2
             assert f"cannot be combined with {option[0]}" in " ".join(capsys.readouterr().err.split())
         assert run(*arguments[:-1]) == 2
+        of_model = ("verify", ledger.folder, folder / "model", "--texts", folder / "texts")
+        assert run(*of_model, "--mute-set", "alice") == 2
     # It is down now.
     assert run(*arguments, "muted") == 1
     assert "no answer from" in capsys.readouterr().err
