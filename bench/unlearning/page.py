@@ -104,9 +104,8 @@ def _related(rows, keys):
     return [row | {"original_perplexity": original[tuple(row[k] for k in keys)]} for row in rows]
 
 
-def _methods(rows):
+def _methods(rows, order=("before", "retrained", *(n for n in NAMES if n not in ("before", "retrained")))):
     """(name, rows) of each method; fewer seeds than the others have are in the name."""
-    order = ["before", "retrained", *(name for name in NAMES if name not in ("before", "retrained"))]
     seeds = len({row["seed"] for row in rows})
     found = [(m, [r for r in rows if r["method"] == m]) for m in order]
     return [
@@ -230,7 +229,7 @@ def calibrated(rows, model):
     rows = _where(_related(rows, ("model", "seed")), model=model)
     columns = ["agree", *(c for c in COLUMNS if c not in ("agree", "forget_ma", "steps"))]
     order = ("before", "retrained", "estimate", "plain", "calibrated", "longer")
-    return (rows and table([(NAMES[m], _where(rows, method=m)) for m in order], columns)) or None
+    return table(_methods(rows, order), columns) if rows else None
 
 
 def model_seeds(rows, model):

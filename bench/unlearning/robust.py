@@ -1,16 +1,16 @@
 """ROBUST: what comes back of REAL's answers after quantisation, and after learning half of them again.
 
-Beside ours stand the model that never saw them, from which nothing can come back, and NPO.
+Beside ours stands the model that never saw them, from which nothing can come back.
 """
 
 import functools
 
-from bench.unlearning.methods import MASKS, tune
+from bench.unlearning.methods import MASKS
 from bench.unlearning.real import OURS, SEEDS, People
 from neumuter.evaluation.robustness import robustness
 
 STATES = ("int8", "int4", "half", "relearned 10", "relearned 30", "relearned 100")
-METHODS = (OURS, "retrained", "npo")
+METHODS = (OURS, "retrained")
 
 
 def cases(quick=False):
@@ -27,11 +27,8 @@ def _cases(method, seed):
 
 
 def _states(method, setting):
-    model, mutes, job = setting.full, None, setting.job(0.01)
     if method == "retrained":
-        model = setting.retrained()
-    elif method == "npo":
-        model = tune(job, method).to(model.dtype)
+        model, mutes = setting.retrained(), None
     else:
-        mutes = MASKS[method](job)
+        model, mutes = setting.full, MASKS[method](setting.job(0.01))
     return robustness(model, mutes, setting.forget, setting.measure, seed=setting.seed)

@@ -37,7 +37,7 @@ def test_what_a_text_costs(op, capsys, monkeypatch):
 
 def test_each_case_has_texts_of_its_own():
     found = {(about["op"], about["model"], about["texts"]) for about, _ in scale.cases("cpu", None)}
-    assert found >= {("unlearn", "demo", 10_000), ("unlearn", "135M", 960), ("read", "demo", 1_000_000)}
+    assert found >= {("unlearn", "demo", 10_000), ("read", "demo", 100_000)}
     texts = [*scale.records("forget", 50), *scale.records("retain", 50)]
     assert len(set(texts)) == 100
 
