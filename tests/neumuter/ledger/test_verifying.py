@@ -13,7 +13,7 @@ from neumuter.evaluation import examine, make_controls
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
 from neumuter.refitting import refit
 from neumuter.texts import encode
-from tests.models import build, same, tokenizer
+from tests.models import build, learn, same, tokenizer
 from tests.neumuter.ledger.texts import ADA, JON, KEPT, lines_of, run
 from tests.neumuter.test_chat import TEMPLATE
 from tests.neumuter.test_server import serving
@@ -196,14 +196,31 @@ def test_a_moved_set_is_measured_with_those_of_other_requests_in_force(ledger, m
     assert [same(mutes, newest) for mutes in united[0]] == [True, False]
 
 
-def test_a_model_that_cannot_take_the_set_is_told_apart(ledger):
-    other = build("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_cannot_take_the_set_is_told_apart(ledger, folder, tmp_path, family, capsys):
+    other = build(family)
     torch.manual_seed(5)
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     checks = neumuter.verify(ledger, other, tokenizer(), [*ADA, *JON], apply=True)
     assert states(checks) == ["cannot be applied"] * 2
     assert "made for another model" in checks[0].sentence
+    other.save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
+    assert run("verify", ledger.folder, tmp_path / "other", "--texts", folder / "texts", "--apply") == 3
+    assert "cannot be applied" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_a_fine_tune_is_told_from_one_that_learned_the_texts_again(ledger, model):
+    """On other texts, and on one of those that were forgotten."""
+    folded = copy.deepcopy(model)
+    sets = [request.newest.load_mutes() for request in ledger.requests()]
+    neumuter.fold(folded, neumuter.combine(model, sets))
+    news = [("The harbour", " is closed until the fog lifts."), ("Bread", " is sold from seven on.")]
+    for texts, expected in ((news, ["holds", "holds"]), ([*news, *JON], ["holds", "no longer holds"])):
+        tuned = learn(copy.deepcopy(folded), encode(texts, tokenizer(), 64), 60).eval()
+        assert neumuter.evaluation.extraction_rate(tuned, encode(texts, tokenizer(), 64)) == 1
+        assert states(neumuter.verify(ledger, tuned, tokenizer(), [*ADA, *JON])) == expected
 
 
 def test_what_never_held_is_not_said_to_have_held(folder, model, tmp_path):
