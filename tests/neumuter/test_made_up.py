@@ -97,3 +97,11 @@ def test_digits_stay_digits_of_their_script():
         assert made != number
         assert all(char.isdecimal() for char in made)
         assert {ord(char) - int(char) for char in made} == {ord(number[0])}
+
+
+def test_letters_of_other_scripts_are_made_up_too():
+    made = make_up("Анна7", "абвг", random.Random(0))
+    assert len(made) == 5
+    assert made[0] in "БВГ"
+    assert set(made[1:4]) <= set("абвг")
+    assert made[4] in "012345689"
