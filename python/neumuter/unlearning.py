@@ -38,6 +38,7 @@ from neumuter.texts.corpus import read_corpus
 from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import split_ffns
+from neumuter.training.neurons import refuse_taken
 from neumuter.training.processes import agree, describe_layout, find_processes, is_first
 from neumuter.training.selection import neuron_count
 from neumuter.training.shortage import remember_shortage
@@ -160,7 +161,7 @@ def unlearn(
     earlier = None if existing is None else load_mutes(existing)
     known = load_slopes(former)
     network, words = open_network(model, tokenizer)
-    _refuse_unfit(network, request, known)
+    _refuse_unfit(network, request, earlier, known)
     watch = Watch(callback)
     texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
     calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
@@ -219,14 +220,19 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
     )
 
 
-def _refuse_unfit(network: nn.Module, request: Request, known: Sequence[Slopes]) -> None:
+def _refuse_unfit(
+    network: nn.Module, request: Request, earlier: MuteSet | None, known: Sequence[Slopes]
+) -> None:
     """Raise now what the search would raise after the texts were measured."""
     for slopes in known:
         matching_ffns(network, slopes.at)
     find_processes(network)
     _, ffns = split_ffns(network, request.start_layer)
-    if not isinstance(request.budget, str):
-        neuron_count(request.budget, sum(ffn.width for ffn in ffns))
+    total = sum(ffn.width for ffn in ffns)
+    count = 1 if isinstance(request.budget, str) else neuron_count(request.budget, total)
+    # With slopes the neurons of the earlier set are fitted anew, so none need be free.
+    if not known:
+        refuse_taken(count, total - (earlier.count if earlier else 0))
 
 
 def _read_texts(

@@ -423,6 +423,27 @@ def test_the_smallest_budget_that_meets_the_goals_is_found(llama):
         assert evaluation.memorization_accuracy(llama, FORGET) == pytest.approx(met[0]["forget_ma"])
 
 
+@pytest.mark.parametrize(("taken", "with_slopes"), [(0.7, False), (0.7, True), (1.0, True)])
+def test_budgets_beyond_the_neurons_that_are_free_are_those_that_are(llama, taken, with_slopes):
+    """A budget of all neurons is among those that are tried, whatever earlier requests have taken."""
+    out_of_reach, budgets = recipes.Goals(ma=0.0), (0.1, 0.4, 1.0)
+    config = recipes.FittedConfig(recipes.GainsConfig(steps=2, batch_size=None))
+    with neumuter.attach(llama, start_layer=0) as masked:
+        existing = recipes.mute_random(masked, taken, seed=5)
+        pair, count = PairedBatches(masked, FORGET, KEEP), Neurons(masked).count
+        former = [recipes.measure_slopes(pair, existing)] if with_slopes else []
+        options = dict(config=config, existing=existing, former=former)
+        mutes, points = recipes.search_budget(pair, out_of_reach, budgets, **options)
+        free = count - existing.count
+        shares = [0.1, pytest.approx(free / count)] if free else [0.1]
+        assert [point["share"] for point in points] == shares
+        assert mutes.count == (count if with_slopes else pytest.approx(free, abs=1))
+        if not with_slopes:
+            everything = recipes.mute_random(masked, 1.0)
+            with pytest.raises(ValueError, match="only 0 may be selected"):
+                recipes.search_budget(pair, out_of_reach, budgets, config=config, existing=everything)
+
+
 def test_goals_out_of_reach_keep_the_largest_budget(llama):
     with neumuter.attach(llama) as masked:
         config = recipes.FittedConfig(support=dataclasses.replace(QUICK_SUPPORT, steps=2))

@@ -24,6 +24,7 @@ from neumuter.training.journal import Journal
 from neumuter.training.losses import hinge_runs
 from neumuter.training.neurons import Neurons
 from neumuter.training.processes import agree
+from neumuter.training.selection import neuron_count
 from neumuter.training.step import Measured, Step
 from neumuter.types import Callback
 
@@ -102,7 +103,7 @@ def fit_mutes(
         ratios: what ``rank_by_fisher`` gave for the same pair and existing set, if it is known.
         former: what ``measure_slopes`` gave for each earlier request. With them the existing set's gains are
             fitted anew, too, so that its texts stay forgotten, and the result takes its place; mode
-            "modulate" alone.
+            "modulate" alone. If fewer neurons are free than the budget asks for, these are taken.
         journal: what an earlier process has found of this run, and where this one writes it down.
 
     Returns:
@@ -121,7 +122,12 @@ def fit_mutes(
     if support is None and mode == "mute":
         support = SupportConfig()
     journal = journal or Journal()
-    keep = None if support else Neurons(pair.masked, existing).count_of(budget)
+    neurons = Neurons(pair.masked, existing)
+    keep = None
+    if support is None and former:
+        keep = min(neuron_count(budget, neurons.count), neurons.free)
+    elif support is None:
+        keep = neurons.count_of(budget)
     first = count_steps(pair.forget_count, support.steps, support.batch_size) if support else 0
     fitting = count_steps(pair.forget_count, gains.steps, gains.batch_size)
     total = first + (fitting if mode == "modulate" else 0)
@@ -129,20 +135,22 @@ def fit_mutes(
     def report(phase: str, offset: int) -> Callback | None:
         return callback and (lambda step, _, info: callback(offset + step, total, {"phase": phase, **info}))
 
+    proposed = None
     if support:
-        mutes = find_support(pair, budget, support, seed, report("support", 0), existing, journal)
-    else:
+        proposed = find_support(pair, budget, support, seed, report("support", 0), existing, journal)
+        if mode == "mute":
+            return proposed
+    elif keep:
         if ratios is None:
             ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing, journal))
-        mutes = propose_by_fisher(pair, budget, existing, gains.candidates, ratios)
-    if mode == "modulate":
-        mutes = fit_gains(pair, mutes, gains, seed, report("gains", first), existing, keep, former, journal)
-    return mutes
+        taken = keep if former else budget
+        proposed = propose_by_fisher(pair, taken, existing, gains.candidates, ratios)
+    return fit_gains(pair, proposed, gains, seed, report("gains", first), existing, keep, former, journal)
 
 
 def fit_gains(
     pair: PairedBatches,
-    mutes: MuteSet,
+    mutes: MuteSet | None,
     config: GainsConfig = GainsConfig(),
     seed: int = 0,
     callback: Callback | None = None,
@@ -157,6 +165,7 @@ def fit_gains(
     η is steered so that KL stays at its target: η ← clip(η·exp(rate·clip(KL/target − 1, −1, 1)), range).
 
     Args:
+        mutes: the neurons; None with ``former``, if those of the existing set alone are fitted.
         callback: called as (step, total, info) after every step; see ``fit_mutes``.
         existing: a mute set that is in force meanwhile.
         keep: None starts gains at 0, silenced. A number of neurons starts gains at 1, untouched; after
@@ -168,8 +177,9 @@ def fit_gains(
     """
     check_pair(pair, mutes=mutes, config=config, seed=seed, existing=existing, keep=keep)
     neurons = Neurons(pair.masked, existing)
-    new = neurons.ids(mutes)
-    old = neurons.ids(existing) if existing and former else new[:0]
+    none = torch.empty(0, dtype=torch.int64, device=neurons.device)
+    new = neurons.ids(mutes) if mutes else none
+    old = neurons.ids(existing) if existing and former else none
     support = torch.cat([old, new])
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
@@ -182,7 +192,10 @@ def fit_gains(
         chosen = moved.topk(len(old) + keep).indices
         support, gains = support[chosen], gains[chosen]
     gains = fit.train(support, gains, fit.steps - choosing)
-    method = {**mutes.method, "gains": asdict(replace(config, steps=fit.steps))}
+    method = {
+        **(mutes.method if mutes else {"recipe": "fisher"}),
+        "gains": asdict(replace(config, steps=fit.steps)),
+    }
     if former:
         method["former"] = len(former)
     elif existing:

@@ -80,8 +80,7 @@ def search_budget(
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"budgets must be ascending, got {budgets!r}")
     neurons, journal = Neurons(pair.masked, existing), journal or Journal()
-    # The largest budget is checked before hours are spent on smaller ones.
-    neurons.count_of(budgets[-1])
+    budgets = _limit(budgets, neurons, bool(former))
     by_fisher = mode != "mute" and not config.support
     # The ratios are the same for all budgets.
     ratios = journal.once("ratios", lambda: rank_by_fisher(pair, existing, journal)) if by_fisher else None
@@ -121,3 +120,17 @@ def search_budget(
         else:
             failed = middle
     return cast(MuteSet, best), sorted(points, key=lambda point: point["share"])
+
+
+def _limit(budgets: Sequence[float], neurons: Neurons, refits: bool) -> list[float]:
+    """The budgets that ask for fewer neurons than are free, then all that are free.
+
+    Args:
+        refits: whether the neurons that are taken are fitted anew, so that none need be free.
+    """
+    free = neurons.free / neurons.count
+    if not free and not refits:
+        neurons.count_of(budgets[0])
+    smaller = [budget for budget in budgets if budget < free]
+    rest = budgets[len(smaller) : len(smaller) + 1]
+    return [*smaller, *(min(budget, free) or budget for budget in rest)]

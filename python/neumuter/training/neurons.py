@@ -59,19 +59,18 @@ class Neurons:
         found = [by_layer[path][layer.indices.long().to(self.device)] for path, layer in mutes.layers.items()]
         return torch.cat(found)
 
+    @property
+    def free(self) -> int:
+        """The number of neurons that may be selected."""
+        return int((~self.excluded).sum())
+
     def count_of(self, budget: int | float) -> int:
         """Count the neurons of ``budget``, a share of all neurons (float) or a number (int).
 
         Raises:
             ValueError: fewer may be selected.
         """
-        k, free = neuron_count(budget, self.count), int((~self.excluded).sum())
-        if k > free:
-            raise ValueError(
-                f"budget asks for {k} neurons, but only {free} may be selected: the others belong to the "
-                "existing mute set, or to experts that no forget text reaches"
-            )
-        return k
+        return refuse_taken(neuron_count(budget, self.count), self.free)
 
     def masks(self, mutes: MuteSet) -> dict[str, Tensor]:
         """The gains of a MuteSet and of the existing one as masks for ``masked.applying``, {path: [F]}."""
@@ -100,3 +99,17 @@ class Neurons:
             indices = (chosen == 0).nonzero().flatten()
             layers[path] = (indices, masks[path][indices])
         return self.masked.mute_set(layers, mode=mode, gain_range=gain_range, method=method, seed=seed)
+
+
+def refuse_taken(count: int, free: int) -> int:
+    """Return the number of neurons that a budget asks for, if so many are free.
+
+    Raises:
+        ValueError: fewer are.
+    """
+    if count > free:
+        raise ValueError(
+            f"budget asks for {count} neurons, but only {free} may be selected: the others belong to the "
+            "existing mute set, or to experts that no forget text reaches"
+        )
+    return count
