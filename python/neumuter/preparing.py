@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from neumuter.evaluation import find_overlap, list_given
 from neumuter.evaluation.others import GivenText
 from neumuter.models.loading import load_model, load_tokenizer
+from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.progress import Watch
 from neumuter.texts import encode_forms
 from neumuter.texts.neighbours import sample_texts
@@ -62,6 +63,22 @@ def encode_forms_of(
         return encode_forms(texts, need_tokenizer(tokenizer), max_length, chat)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def warn_of_missing(existing: MuteSet, slopes: int) -> None:
+    """Warn if an existing mute set holds for more requests than there are slopes of."""
+    told = existing.method.get("former")
+    if told is None:
+        return
+    # One that was fitted anew holds for those alone of which it had slopes.
+    requests = told if existing.method.get("recipe") == "refit" else told + 1
+    if slopes < requests:
+        logger.warning(
+            "The existing mute set holds for %d requests, and there are slopes of %d: the texts of the "
+            "others may come back.",
+            requests,
+            slopes,
+        )
 
 
 def refuse_overlap(given: Sequence[GivenText]) -> None:

@@ -26,6 +26,7 @@ from neumuter.preparing import (
     open_network,
     refuse_overlap,
     sample_neighbours,
+    warn_of_missing,
 )
 from neumuter.recipes import FittedConfig, GainsConfig, estimate_work, refit_gains
 from neumuter.report.progress import Watch, announce
@@ -85,7 +86,7 @@ def refit(
 
     Raises:
         ValueError, TypeError, RuntimeError: as of ``unlearn``; ``undone`` and ``forget`` are both given, or
-            neither.
+            neither; or slopes are given twice.
     """
     if bool(undone) == (forget is not None):
         raise ValueError(
@@ -97,13 +98,16 @@ def refit(
             "give the texts of all requests there"
         )
     watch, mutes = Watch(callback), load_mutes(existing)
-    staying, leaving = load_slopes(former), load_slopes(undone)
+    known = load_slopes([*former, *undone])
+    staying, leaving = known[: len(former)], known[len(former) :]
+    if undone:
+        warn_of_missing(mutes, len(known))
     network, words = open_network(model, tokenizer)
     length = limit_length(network, max_length)
     texts = None
     if forget is None:
-        for known in (mutes, *(slopes.at for slopes in (*staying, *leaving))):
-            matching_ffns(network, known)
+        for fitted in (mutes, *(slopes.at for slopes in known)):
+            matching_ffns(network, fitted)
     else:
         alike_ffns(network, mutes)
         texts = encode_forms_of("forget", collect_texts("forget", forget), words, length, chat)[0]

@@ -28,7 +28,13 @@ from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import Slopes, SlopesSource, load_slopes
 from neumuter.outcome import Outcome, write_sets
-from neumuter.preparing import encode_forms_of, open_network, refuse_overlap, refuse_seen
+from neumuter.preparing import (
+    encode_forms_of,
+    open_network,
+    refuse_overlap,
+    refuse_seen,
+    warn_of_missing,
+)
 from neumuter.recipes import FittedConfig, Goals, PaperConfig
 from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
@@ -160,6 +166,8 @@ def unlearn(
     )  # fmt: skip
     earlier = None if existing is None else load_mutes(existing)
     known = load_slopes(former)
+    if earlier and known:
+        warn_of_missing(earlier, len(known))
     network, words = open_network(model, tokenizer)
     _refuse_unfit(network, request, earlier, known)
     watch = Watch(callback)

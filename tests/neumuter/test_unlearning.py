@@ -257,7 +257,7 @@ def test_an_existing_set_stays_in_force(model, words, outcome):
             assert not set(layer.indices.tolist()) & set(outcome.mutes.layers[path].indices.tolist())
 
 
-def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
+def test_slopes_make_one_set_of_all_requests(model, words, tmp_path, caplog):
     first = unlearn(model, words, PAIRS[:1], keep_slopes=True, folder=tmp_path / "first")
     assert (tmp_path / "first" / "slopes.safetensors").stat().st_mode & 0o777 == 0o600
     held = unlearn(model, words, PAIRS[1:], existing=first.mutes, former=[first.slopes], keep_slopes=True)
@@ -285,6 +285,22 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path):
             neumuter.refit(model, words, held.mutes, **both)
     with pytest.raises(ValueError, match="former needs undone"):
         neumuter.refit(model, words, held.mutes, files, forget=PAIRS)
+    # What would be lost or counted twice is said.
+    with pytest.raises(ValueError, match="slopes 1 and 2 are the same"):
+        neumuter.refit(model, words, held.mutes, files[:1], files[:1], KEPT)
+    with pytest.raises(ValueError, match="slopes 2 and 3 are the same"):
+        unlearn(model, words, PAIRS[1:], existing=held.mutes, former=[files[1], files[0], first.slopes])
+    caplog.clear()
+    unlearn(model, words, PAIRS[1:], existing=held.mutes, former=files)
+    assert "set holds for" not in caplog.text
+    unlearn(model, words, PAIRS[1:], existing=held.mutes, former=files[1:])
+    assert "set holds for 2 requests, and there are slopes of 1" in caplog.text
+    caplog.clear()
+    neumuter.refit(
+        model, words, undone, (), files[1:], KEPT,
+        samples=2, start_layer=0, recipe=QUICK, callback=lambda *_: None,
+    )  # fmt: skip
+    assert "set holds for" not in caplog.text
     # A folder holds one outcome: slopes that are no longer its own would be taken for it.
     bare = unlearn(model, words, folder=tmp_path / "second")
     assert bare.slopes is None

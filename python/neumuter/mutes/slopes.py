@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -100,5 +101,13 @@ SlopesSource = Slopes | PathLike
 
 
 def load_slopes(former: Sequence[SlopesSource]) -> list[Slopes]:
-    """Return each of ``former`` as ``Slopes``, given that or the path of a file."""
-    return [slopes if isinstance(slopes, Slopes) else Slopes.load(slopes) for slopes in former]
+    """Return each of ``former`` as ``Slopes``, given that or the path of a file.
+
+    Raises:
+        ValueError: two are of the same request.
+    """
+    found = [slopes if isinstance(slopes, Slopes) else Slopes.load(slopes) for slopes in former]
+    for (first, one), (second, other) in combinations(enumerate(found, 1), 2):
+        if torch.equal(one.log_odds, other.log_odds) and torch.equal(one.steps, other.steps):
+            raise ValueError(f"slopes {first} and {second} are the same: give those of each request once")
+    return found
