@@ -124,6 +124,7 @@ def _likeness(setting, slopes, records, upto=0):
             if pair.count_tokens([sample])[0] != len(slopes.log_odds):
                 found.append(torch.tensor(-1.0))
                 continue
-            values = torch.cat([s[:, ids] for _, s in find_slopes(pair, neurons, gates, sample)])
+            parts = find_slopes(pair, neurons, gates, sample, range(len(slopes.log_odds)))
+            values = torch.cat([part[:, ids] for _, part in parts])
             found.append(torch.cosine_similarity(values[:last].flatten(), slopes.values[:last].flatten(), 0))
     return torch.stack(found)

@@ -63,7 +63,7 @@ def test_a_file_has_a_size_and_the_steepest_neurons(attached, monkeypatch, tmp_p
     few.save(tmp_path / "few")
     header, _ = split((tmp_path / "few").read_bytes())
     tensors = [about for name, about in header.items() if name != "__metadata__"]
-    assert max(about["data_offsets"][1] for about in tensors) <= 3 * 400 + 2 * 4 * 21
+    assert max(about["data_offsets"][1] for about in tensors) <= 3 * 400 + 4 * 4 * 21
 
 
 def test_held_tokens_cost_their_linear_hinge(attached):
@@ -83,6 +83,38 @@ def test_held_tokens_cost_their_linear_hinge(attached):
         moved = (gates - Neurons(attached, then).start)[neurons.places(slopes.at)]
         expected += (1.5 + slopes.log_odds + slopes.values @ moved).relu().mean()
     torch.testing.assert_close(held(gains), expected)
+
+
+def test_slopes_are_of_what_is_to_be_forgotten_alone(attached, caplog):
+    """Of a run as a whole, whose tokens may stay likely behind the ones before; and of no wording."""
+    ceilings = torch.full(FORGET["labels"].shape, torch.inf)
+    ceilings[0, 3:6], ceilings[1, 4] = torch.tensor([-2.0, -1.0, -3.0]), -torch.inf
+    pair, mutes = PairedBatches(attached, FORGET, KEEP, ceilings), recipes.mute_random(attached, 0.2, seed=3)
+    slopes, neurons = recipes.measure_slopes(pair, mutes), Neurons(attached, mutes)
+    assert slopes.weights.tolist() == pytest.approx([3 / 21, 1 / 21])
+    allowed = ceilings[0, 3:6].sigmoid().prod().logit()
+    assert slopes.ceilings.tolist() == pytest.approx([max(-7.0, allowed.item()), -torch.inf])
+
+    def odds(gates):
+        with torch.no_grad(), pair.masked.applying(neurons.by_layer(gates)):
+            first, second = pair.sample_losses([0, 1])
+        return log_odds(torch.stack([first[2:5].sum(), second[3]]))
+
+    torch.testing.assert_close(slopes.log_odds, odds(neurons.start))
+    ids = neurons.places(slopes.at)
+    direction = torch.randn(neurons.count, generator=torch.Generator().manual_seed(0))
+    expected = (odds(neurons.start + 1e-3 * direction) - odds(neurons.start - 1e-3 * direction)) / 2e-3
+    torch.testing.assert_close(slopes.values @ direction[ids], expected, rtol=0.05, atol=0.05)
+    # Each is held down to its own ceiling, and the one without to the margin.
+    held = Held([slopes], neurons, neurons.ids(mutes), neurons.start[neurons.ids(mutes)], 1.5)
+    ends = torch.tensor([slopes.ceilings[0], -1.5])
+    cost = (slopes.weights * (slopes.log_odds - ends).relu()).sum()
+    torch.testing.assert_close(held(held.start), cost)
+    raised = Held([slopes], neurons, neurons.ids(mutes), held.start, 1.5, sign=-1)
+    torch.testing.assert_close(raised(held.start), (slopes.weights * (1.5 - slopes.log_odds).relu()).sum())
+    nothing = PairedBatches(attached, FORGET, KEEP, torch.full_like(ceilings, torch.inf))
+    assert recipes.measure_slopes(nothing, mutes) is None
+    assert "No token is to be forgotten" in caplog.text
 
 
 def test_an_earlier_request_stays_forgotten(llama):
@@ -146,7 +178,7 @@ def test_a_file_of_slopes_is_private_and_read_back(saved):
     assert path.stat().st_mode & 0o777 == 0o600
     again = Slopes.load(path)
     assert same(again.at, slopes.at)
-    for name in ("log_odds", "scales", "steps"):
+    for name in ("log_odds", "ceilings", "weights", "scales", "steps"):
         assert torch.equal(getattr(again, name), getattr(slopes, name))
     first = path.read_bytes()
     again.save(path)
@@ -183,6 +215,8 @@ def _version(header, data):
 DAMAGE = {
     "an unknown tensor": (_renamed, "do not agree"),
     "NaN log-odds": (_tensor("log_odds", float("nan")), "log_odds must lie"),
+    "a ceiling that is NaN": (_tensor("ceilings", float("nan")), "ceilings must be at most"),
+    "a weight of more than all": (_tensor("weights", 1.5), "weights must lie"),
     "no scale": (_tensor("scales", 0.0), "scales must be positive"),
     "an infinite scale": (_tensor("scales", float("inf")), "scales must be positive"),
     "another version": (_version, "format version 9"),
@@ -206,6 +240,7 @@ def test_slopes_of_other_shapes_are_refused(saved):
     for name, value in (
         ("steps", slopes.steps[:, 1:]),
         ("scales", slopes.scales.double()),
+        ("weights", slopes.weights[1:]),
         ("log_odds", slopes.log_odds[:0]),
     ):
         with pytest.raises(ValueError, match=r"must be torch|there is no token"):

@@ -1,7 +1,9 @@
 """What stays of a request so that later ones do not bring its texts back: slopes, and no text.
 
-A slope is the derivative of the log-odds of one forgotten token with respect to the gain of one neuron. With
-the log-odds l at the gains g, and the slopes s, its log-odds at other gains m are about l + Σ s·(m − g).
+What is forgotten is single tokens, or runs of tokens that identify a text, which come out with the product of
+their probabilities. A slope is the derivative of the log-odds of one of these with respect to the gain of one
+neuron. With the log-odds l at the gains g, and the slopes s, its log-odds at other gains m are about
+l + Σ s·(m − g).
 """
 
 from __future__ import annotations
@@ -19,21 +21,29 @@ from neumuter.mutes.container import read_file, write_file
 from neumuter.mutes.mute_set import MuteSet
 
 ENTRY = "neumuter-slopes"
-TENSORS = {"log_odds": torch.float32, "scales": torch.float32, "steps": torch.int8}
+TENSORS = {
+    "log_odds": torch.float32,
+    "ceilings": torch.float32,
+    "weights": torch.float32,
+    "scales": torch.float32,
+    "steps": torch.int8,
+}
 MAX_LOG_ODDS = 1e6
 
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """The slopes of the N forgotten tokens of one request, for the K neurons on which they depend most.
+    """The slopes of the N forgotten tokens and runs of one request, for the K neurons that matter most.
 
     They are made of the texts, and can tell whether a text was among them: keep them like the texts.
 
     Args:
         at: the K neurons, with the gains that they had when the slopes were measured: 1 where a neuron was
             not muted. It binds the slopes to the model.
-        log_odds: of the tokens at these gains, float32 [N] in nats.
-        scales: float32 [N], positive. steps: int8 [N, K]. The slope of token i by neuron k, in the order of
+        log_odds: of the tokens or runs at these gains, float32 [N] in nats.
+        ceilings: the log-odds that each may keep, float32 [N]; −∞ where that is not known.
+        weights: the share that each has of the tokens of the request that count, float32 [N] in (0, 1].
+        scales: float32 [N], positive. steps: int8 [N, K]. The slope of i by neuron k, in the order of
             ``at.layers``, is ``scales[i] * steps[i, k]``.
 
     Raises:
@@ -42,12 +52,14 @@ class Slopes:
 
     at: MuteSet
     log_odds: Tensor
+    ceilings: Tensor
+    weights: Tensor
     scales: Tensor
     steps: Tensor
 
     def __post_init__(self) -> None:
         tokens = len(self.log_odds) if self.log_odds.dim() else 0
-        shapes = {"log_odds": (tokens,), "scales": (tokens,), "steps": (tokens, self.at.count)}
+        shapes = dict.fromkeys(TENSORS, (tokens,)) | {"steps": (tokens, self.at.count)}
         for name, dtype in TENSORS.items():
             value = getattr(self, name)
             if value.dtype != dtype or value.shape != shapes[name] or value.device.type != "cpu":
@@ -59,11 +71,15 @@ class Slopes:
             raise ValueError("there is no token: log_odds is empty")
         if not (self.log_odds.abs() <= MAX_LOG_ODDS).all():
             raise ValueError(f"log_odds must lie within -{MAX_LOG_ODDS:g} to {MAX_LOG_ODDS:g}")
+        if (self.ceilings.isnan() | (self.ceilings > MAX_LOG_ODDS)).any():
+            raise ValueError(f"ceilings must be at most {MAX_LOG_ODDS:g}, or -inf")
+        if not ((self.weights > 0) & (self.weights <= 1)).all():
+            raise ValueError("weights must lie within 0 to 1, and be positive")
         if not ((self.scales > 0) & (self.scales <= MAX_LOG_ODDS)).all():
             raise ValueError(f"scales must be positive and at most {MAX_LOG_ODDS:g}")
 
     def __repr__(self) -> str:
-        return f"Slopes({len(self.log_odds)} tokens by {self.at.count} neurons)"
+        return f"Slopes({len(self.log_odds)} tokens and runs by {self.at.count} neurons)"
 
     @property
     def values(self) -> Tensor:

@@ -91,13 +91,21 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
         runs: what ``find_runs`` gave, int64 [N].
         margin: nats.
     """
-    unknown = ceilings.isneginf()
-    allowed = log_odds(sum_runs(-F.logsigmoid(ceilings.masked_fill(unknown, 0)), runs))
-    ends = allowed.clamp(min=LEAST_ODDS).masked_fill(unknown, -margin)
+    ends = find_ends(ceilings, runs)
     odds = log_odds(sum_runs(losses, runs))
-    left = sum_runs(torch.ones_like(losses), runs) * F.relu(odds - ends)
+    left = sum_runs(torch.ones_like(losses), runs) * F.relu(odds - ends.masked_fill(ends.isneginf(), -margin))
     lost = F.relu(-odds).masked_fill(ceilings <= 0, 0)
     return (left + lost).masked_fill(~begin_runs(runs), 0)
+
+
+def find_ends(ceilings: Tensor, runs: Tensor) -> Tensor:
+    """The log-odds at which each run is forgotten: [N], at its first token; −∞ where nothing is known.
+
+    They are those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``.
+    """
+    unknown = ceilings.isneginf()
+    allowed = log_odds(sum_runs(-F.logsigmoid(ceilings.masked_fill(unknown, 0)), runs))
+    return allowed.clamp(min=LEAST_ODDS).masked_fill(unknown, -torch.inf)
 
 
 def weigh_harm(divergences: Tensor) -> Tensor:
