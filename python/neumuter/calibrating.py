@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import estimate_unseen, find_ceilings
-from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.others import GivenText, group_rows
 from neumuter.evaluation.unseen import has_prompt
 from neumuter.preparing import need_tokenizer
 from neumuter.recipes import FittedConfig, PaperConfig
@@ -74,15 +74,26 @@ def estimate_ceilings(
     options = (corpus.forms[0], given, need_tokenizer(tokenizer), seed)
     with watch("Estimating what identifies the texts") if watch else nullcontext() as advance:
         chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options, advance)))
-    known = (chances > 0).any(1)
-    if not known.all():
-        logger.warning(
-            "Which tokens identify a text cannot be estimated for %d of %d texts to forget, for example "
-            "because they have no prompt: all their tokens count alike.",
-            int((~known).sum()),
-            len(known),
-        )
-    return find_ceilings(chances) if known.any() else None
+    known, ceilings = (chances > 0).any(1), find_ceilings(chances)
+    texts = group_rows(corpus.forms[0])
+    _tell(
+        "Which tokens identify a text cannot be estimated for %d of %d texts to forget, for example because "
+        "they have no prompt: all their tokens count alike.",
+        [bool(known[rows].any()) for rows in texts],
+    )
+    # NaN is of tokens that do not count, and those of names may stay.
+    _tell(
+        "%d of %d texts to forget have nothing but wording that other texts share, and names that stand in "
+        "the prompt: nothing of them is forgotten. calibrate=False (--no-calibrate) forgets all of it.",
+        [bool((ceilings[rows] < 0).any()) for rows in texts],
+    )
+    return ceilings if known.any() else None
+
+
+def _tell(message: str, holds: Sequence[bool]) -> None:
+    """Log of how many texts something does not hold, if of any."""
+    if not all(holds):
+        logger.warning(message, len(holds) - sum(holds), len(holds))
 
 
 def widen_margin(recipe: FittedConfig) -> FittedConfig:

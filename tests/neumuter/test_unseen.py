@@ -8,6 +8,7 @@ import torch
 
 import neumuter
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given, unseen
+from neumuter.evaluation.made_up import Words
 from neumuter.evaluation.passes import find_prompt_ends
 from neumuter.recipes import FittedConfig, GainsConfig, PaperConfig
 from neumuter.texts import encode
@@ -97,7 +98,7 @@ def test_nothing_is_known_of_texts_that_name_what_the_prompt_names(model, words)
 def copied(words, text, given, *chances):
     """A text whose only copy is itself, with the same probability for all tokens in each round."""
     batch = encode([text], words, 64)
-    text = unseen._Copied(batch, 0, find_prompt_ends(batch)[0], unseen._Shared(given))
+    text = unseen._Copied(batch, 0, find_prompt_ends(batch)[0], unseen._Shared(given, Words(given)))
     text.known = torch.ones(len(text.ids))
     text.copies = [unseen._Copy(text.ids, [*text.ids])]
     for number, chance in enumerate(chances):
@@ -141,10 +142,45 @@ def test_names_may_stay_where_something_else_may_give_the_text_away(words):
 @pytest.mark.parametrize("count", [2, 3])
 def test_windows_of_one_text_are_one_text(words, count):
     """What counts is how many texts say something."""
-    batch = encode([("q", " abc")] * 3, words, 64)
+    batch = encode([("q", f" abc {number}") for number in range(3)], words, 64)
     batch["texts"] = torch.tensor([0, 1, min(2, count - 1)])
-    shared = unseen._Shared(list_given({"forget": batch}, words))
+    given = list_given({"forget": batch}, words)
+    shared = unseen._Shared(given, Words(given))
     assert bool(shared.tokens) == bool(shared.pairs) == (count == 3)
+
+
+@pytest.mark.parametrize("values", [("7", "7", "7"), ("7", "8", "7"), ("7", "8", "9")])
+def test_texts_to_forget_that_say_the_same_are_one_text(words, values):
+    """What stands behind three prompts may be what is to be forgotten; with three values it is wording."""
+    batch = encode(
+        [(f"{name} writes:", f" xyz {v}") for name, v in zip("ABC", values, strict=True)], words, 64
+    )
+    given = list_given({"forget": batch}, words)
+    shared = unseen._Shared(given, Words(given))
+    assert bool(shared.tokens) == bool(shared.pairs) == (len(set(values)) == 3)
+    # A text to keep shows by itself that a token may stay.
+    kept = list_given({"forget": batch, "retain": encode([("D writes:", " xyz")], words, 64)}, words)
+    shared = unseen._Shared(kept, Words(kept))
+    assert {words.decode([i]) for i in shared.tokens} >= set("xyz")
+
+
+def test_a_passage_behind_several_prompts_is_forgotten(words):
+    passage = " XVII KWYQ XOZE VYWK QUIZ"
+    texts = [(f"{name} writes:", passage) for name in ("Nora", "Adam", "Lena")]
+    # So many know it that it comes out whatever the name is.
+    others = [
+        (f"{name} writes:", passage) for name in ("Rik", "Bea", "Tom", "Una", "Vic", "Zoe", "Kim", "Max")
+    ]
+    model = learn(build("llama"), encode([*PAIRS, *texts, *others], words, 64), 250)
+    batches = {"forget": encode(texts, words, 64), "retain": encode(PAIRS, words, 64)}
+    ceilings = find_ceilings(estimate_unseen(model, batches["forget"], list_given(batches, words), words))
+    for row, labels in enumerate(batches["forget"]["labels"]):
+        letters = [
+            column
+            for column in (labels != IGNORED).nonzero().flatten()
+            if labels[column] != words(" ")["input_ids"][-1]
+        ]
+        assert (ceilings[row, letters] < 0).all()
 
 
 def test_the_same_seed_gives_the_same_estimate(model, words, found):
@@ -203,6 +239,35 @@ def test_without_prompts_nothing_is_calibrated(model, words):
     for outcome in found:
         assert "calibrated" not in outcome.mutes.method
         assert same(outcome.mutes, found[0].mutes)
+
+
+def test_windows_of_a_text_without_a_prompt_have_none(model, words, caplog):
+    """What stands before the second window is the text itself."""
+    document = " ".join(completion for _, completion in PAIRS)
+    batch = encode([document, PAIRS[0]], words, 40)
+    assert len(batch["labels"]) > 3
+    batch["texts"] = torch.tensor([0] * (len(batch["labels"]) - 1) + [1])
+    assert unseen.has_prompt(batch) == [False] * (len(batch["labels"]) - 1) + [True]
+    options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    alone = neumuter.unlearn(model, words, [document], PAIRS, max_length=40, **options)
+    assert "calibrated" not in alone.mutes.method
+    outcome = neumuter.unlearn(model, words, [document, *PAIRS[:1]], PAIRS[1:], max_length=40, **options)
+    assert "calibrated" in outcome.mutes.method
+    assert "cannot be estimated for 1 of 2 texts to forget" in caplog.text
+
+
+def test_a_text_of_which_nothing_is_to_be_forgotten_is_said(model, words, caplog, monkeypatch):
+    """The estimate of its tokens is that of wording."""
+
+    def estimate(model, batch, *_):
+        found = torch.full(batch["labels"].shape, 0.01)
+        found[0] = 0.9
+        return found.masked_fill(batch["labels"] == IGNORED, torch.nan)
+
+    monkeypatch.setattr("neumuter.calibrating.estimate_unseen", estimate)
+    options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    neumuter.unlearn(model, words, PAIRS[:2], PAIRS[2:], **options)
+    assert "1 of 2 texts to forget have nothing but wording" in caplog.text
 
 
 def test_what_cannot_be_calibrated_is_said(model, words, caplog):

@@ -3,7 +3,7 @@
 import difflib
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation.made_up import Words, make_up, rename
-from neumuter.evaluation.others import COMMON, GivenText
+from neumuter.evaluation.others import COMMON, GivenText, number_texts
 from neumuter.evaluation.passes import START_TOKENS, find_prompt_ends, in_parts, predict
 from neumuter.models.modes import without_dropout
 from neumuter.types import IGNORED, Batch
@@ -49,7 +49,8 @@ def estimate_unseen(
       model itself says there. The estimate is the lowest of the copies: a model makes up answers from those
       that it knows, so one copy in a few says the true one.
     - A token that stays likely is wording, if ``COMMON`` of the given texts have it next to the same token.
-      Otherwise the model may know it by heart, and go on with it whatever the names are.
+      Otherwise the model may know it by heart, and go on with it whatever the names are. Texts to forget that
+      have the same values count as one.
     - What is no wording, and stands in no text to keep, nor in ``COMMON`` given texts, is as good as
       impossible: only the text itself can have taught it.
 
@@ -64,9 +65,9 @@ def estimate_unseen(
         of names alone, and for tokens that may be known by heart, but stand in other texts as well.
     """
     generator = torch.Generator().manual_seed(seed)
-    shared = _Shared(given)
-    texts = [_Copied(batch, row, start, shared) for row, start in enumerate(find_prompt_ends(batch))]
     words, names = Words(given), random.Random(seed)
+    shared = _Shared(given, words)
+    texts = [_Copied(batch, row, start, shared) for row, start in enumerate(find_prompt_ends(batch))]
     asked = [text for text, prompted in zip(texts, has_prompt(batch), strict=True) if prompted]
     for text in asked:
         text.copies = [_Copy(text.ids, text.rename(words, tokenizer, names)) for _ in range(COPIES)]
@@ -93,13 +94,15 @@ def estimate_unseen(
 
 
 def has_prompt(batch: Batch) -> list[bool]:
-    """Whether tokens before those that count ask for them, for each text."""
+    """Whether tokens before those that count ask for them, for each row.
+
+    Of a text in several windows the first one says so: what stands before the others is the text itself.
+    """
     counted = batch["labels"].cpu() != IGNORED
-    starts = find_prompt_ends(batch)
-    return [
-        start > START_TOKENS and not bool(row[:start].any())
-        for start, row in zip(starts, counted, strict=True)
-    ]
+    starts, firsts = find_prompt_ends(batch), dict[int, bool]()
+    for number, start, row in zip(number_texts(batch), starts, counted, strict=True):
+        firsts.setdefault(number, start > START_TOKENS and not bool(row[:start].any()))
+    return [firsts[number] for number in number_texts(batch)]
 
 
 def find_ceilings(estimate: Tensor) -> Tensor:
@@ -193,20 +196,27 @@ class _Copied:
 class _Shared:
     """What ``COMMON`` of the texts say, or one that stays.
 
+    Texts to forget that have the same values count as one: what they share may be what is to be forgotten.
+
     pairs: of neighbouring tokens, in ``COMMON`` of the texts. tokens: in ``COMMON``, or in a text to keep.
     """
 
-    def __init__(self, given: Sequence[GivenText]) -> None:
-        pairs: dict[str, set[_Pair]] = {}
-        tokens: dict[str, set[int]] = {}
+    def __init__(self, given: Sequence[GivenText], words: Words) -> None:
+        values: dict[str, tuple[str, ...]] = {}
         for text in given:
+            _, found = words.split(text.prompt, text.text[len(text.prompt) :])
+            values[text.label] = values.get(text.label, ()) + found
+        pairs: dict[Hashable, set[_Pair]] = {}
+        tokens: dict[Hashable, set[int]] = {}
+        kept: set[int] = set()
+        for text in given:
+            source = text.label if text.stays else values[text.label]
             for piece in text.pieces:
-                pairs.setdefault(text.label, set()).update(pairwise([None, *piece, None]))
-                tokens.setdefault(text.label, set()).update(piece)
+                pairs.setdefault(source, set()).update(pairwise([None, *piece, None]))
+                tokens.setdefault(source, set()).update(piece)
+                kept.update(piece if text.stays else ())
         self.pairs = _find_common(pairs.values())
-        self.tokens = _find_common(tokens.values()).union(
-            *(tokens[text.label] for text in given if text.stays and text.pieces)
-        )
+        self.tokens = _find_common(tokens.values()) | kept
 
 
 def _find_common(said: Collection[set[_T]]) -> set[_T]:
