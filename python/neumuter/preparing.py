@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import find_overlap, list_given
 from neumuter.evaluation.others import GivenText
+from neumuter.models.content import describe_model, describe_tensors, digest_weights
 from neumuter.models.loading import load_model, load_tokenizer
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.progress import Watch
 from neumuter.texts import encode_forms
 from neumuter.texts.neighbours import sample_texts
-from neumuter.training.processes import agree
+from neumuter.training.processes import agree, check_same, describe_layout
 from neumuter.types import Batch, Text, check_kind, check_model
 
 # Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
@@ -39,6 +40,25 @@ def open_network(
     kinds = (PreTrainedTokenizerBase, type(None))
     check_kind("tokenizer", tokenizer, kinds, "a tokenizer of transformers, its folder or name, or None")
     return model, tokenizer if tokenizer is not None else own
+
+
+def compare_models(network: nn.Module, given: Mapping[str, object]) -> dict[str, str]:
+    """Raise ValueError in all processes if they hold different models, or were given something else.
+
+    given: {argument: what it is, or a digest}.
+
+    Returns:
+        The digests of the model's tensors; see ``neumuter.models.content``.
+    """
+    # Only processes with the same layout and shapes can gather the tensors.
+    shape = {
+        "the model's layout": describe_layout(network),
+        "the shape of the model": describe_tensors(network),
+    }
+    check_same(lambda: {**given, **describe_model(network), **shape})
+    weights = digest_weights(network)
+    check_same(lambda: {f"{name} of the model": found for name, found in weights.items()})
+    return weights
 
 
 def need_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

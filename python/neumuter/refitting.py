@@ -21,6 +21,7 @@ from neumuter.mutes.matching import alike_ffns, matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.preparing import (
+    compare_models,
     encode_forms_of,
     need_tokenizer,
     open_network,
@@ -36,9 +37,9 @@ from neumuter.texts.corpus import Corpus
 from neumuter.texts.encoding import count_tokens, sample_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
-from neumuter.training.journal import Journal
+from neumuter.training.journal import Journal, digest
 from neumuter.training.masked import attach
-from neumuter.training.processes import find_processes
+from neumuter.training.processes import are_many, failing_together, find_processes
 from neumuter.types import Batch, Callback
 
 # Texts to keep on which the pace of the model is measured.
@@ -88,41 +89,49 @@ def refit(
         ValueError, TypeError, RuntimeError: as of ``unlearn``; ``undone`` and ``forget`` are both given, or
             neither; or slopes are given twice.
     """
-    if bool(undone) == (forget is not None):
-        raise ValueError(
-            "give either undone (slopes of the requests to undo) or forget (the texts of all requests)"
-        )
-    if forget is not None and former:
-        raise ValueError(
-            "former needs undone: slopes hold only for the weights on which they were measured; with forget, "
-            "give the texts of all requests there"
-        )
-    watch, mutes = Watch(callback), load_mutes(existing)
-    known = load_slopes([*former, *undone])
-    staying, leaving = known[: len(former)], known[len(former) :]
-    if undone:
-        warn_of_missing(mutes, len(known))
-    network, words = open_network(model, tokenizer)
-    length = limit_length(network, max_length)
-    texts = None
-    if forget is None:
+    config, texts, found = recipe or FittedConfig(), None, []
+    # Of a difference all processes learn, and of an error in one of them.
+    with failing_together():
+        if bool(undone) == (forget is not None):
+            raise ValueError(
+                "give either undone (slopes of the requests to undo) or forget (the texts of all requests)"
+            )
+        if forget is not None and former:
+            raise ValueError(
+                "former needs undone: slopes hold only for the weights on which they were measured; with "
+                "forget, give the texts of all requests there"
+            )
+        watch, mutes = Watch(callback), load_mutes(existing)
+        known = load_slopes([*former, *undone])
+        staying, leaving = known[: len(former)], known[len(former) :]
+        if undone:
+            warn_of_missing(mutes, len(known))
+        network, words = open_network(model, tokenizer)
+        length = limit_length(network, max_length)
+        if forget is not None:
+            alike_ffns(network, mutes)
+            texts = encode_forms_of("forget", collect_texts("forget", forget), words, length, chat)[0]
+        if retain is not None:
+            found += encode_forms_of("retain", collect_texts("retain", retain), words, length, chat)[:1]
+        batches = ({"forget": texts} if texts else {}) | ({"retain": found[0]} if found else {})
+        given = list_given(batches, words)
+        refuse_overlap(given)
+    if are_many():
+        asked = {
+            "recipe": config, "samples": samples, "start_layer": start_layer, "max_length": max_length,
+            "chat": chat, "seed": seed,
+        }  # fmt: skip
+        read = {"existing": mutes, "former": staying, "undone": leaving, "forget": texts, "retain": found}
+        compare_models(network, asked | {name: digest(value) for name, value in read.items()})
+    if texts is None:
         for fitted in (mutes, *(slopes.at for slopes in known)):
             matching_ffns(network, fitted)
-    else:
-        alike_ffns(network, mutes)
-        texts = encode_forms_of("forget", collect_texts("forget", forget), words, length, chat)[0]
-    found = []
-    if retain is not None:
-        found += encode_forms_of("retain", collect_texts("retain", retain), words, length, chat)[:1]
-    ceilings, config = None, recipe or FittedConfig()
-    if texts is not None:
-        given = list_given({"forget": texts} | ({"retain": found[0]} if found else {}), words)
-        refuse_overlap(given)
-        if mutes.method.get("calibrated"):
-            # A callback is told of steps.
-            shown = watch if callback is None else None
-            corpus = Corpus(texts, texts, [texts])
-            ceilings = estimate_ceilings(Journal(), network, words, corpus, given, seed, shown)
+    ceilings = None
+    if texts is not None and mutes.method.get("calibrated"):
+        # A callback is told of steps.
+        shown = watch if callback is None else None
+        corpus = Corpus(texts, texts, [texts])
+        ceilings = estimate_ceilings(Journal(), network, words, corpus, given, seed, shown)
     # A set for other weights cannot be in force.
     with mute(network, mutes) if texts is None else nullcontext():
         width = next((batch["labels"].shape[1] for batch in (texts, *found) if batch is not None), length)

@@ -10,8 +10,9 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +22,16 @@ from neumuter.calibrating import choose_calibration
 from neumuter.evaluation import judge_texts, list_given, make_controls
 from neumuter.files import PathLike, made_folder
 from neumuter.job import KEPT, Job, Request, Texts
+from neumuter.models.content import describe_model
 from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
-from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
+from neumuter.mutes.fingerprint import refuse_unsketchable
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import Slopes, SlopesSource, load_slopes
 from neumuter.outcome import Outcome, write_sets
 from neumuter.preparing import (
+    compare_models,
     encode_forms_of,
     open_network,
     refuse_overlap,
@@ -42,10 +45,18 @@ from neumuter.texts import collect_texts
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
 from neumuter.texts.sources import TextSource
-from neumuter.training.journal import Journal, digest, refuse_unfinished
+from neumuter.training.journal import Journal, check_shared, digest, refuse_unfinished
 from neumuter.training.masked import split_ffns
 from neumuter.training.neurons import refuse_taken
-from neumuter.training.processes import agree, describe_layout, find_processes, is_first
+from neumuter.training.processes import (
+    agree,
+    are_many,
+    check_same,
+    describe_layout,
+    failing_together,
+    find_processes,
+    is_first,
+)
 from neumuter.training.selection import neuron_count
 from neumuter.training.shortage import remember_shortage
 from neumuter.types import Callback
@@ -151,31 +162,43 @@ def unlearn(
             RuntimeError.
     """
     start = time.perf_counter()
-    config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
-    if former and (existing is None or mode == "mute"):
-        raise ValueError('former needs existing, the mute set that is in force, and mode "modulate"')
-    if made_up < 0:
-        raise ValueError(f"made_up must be at least 0, got {made_up}")
-    if resume and folder is None:
-        raise ValueError("resume needs folder, where the unfinished run is")
-    if folder is not None and not resume and is_first():
-        refuse_unfinished(folder)
-    request = Request(
-        config, budget, mode, goals, keep_slopes, samples, made_up, calibrate, rewrite_with, start_layer,
-        max_length, chat, seed,
-    )  # fmt: skip
-    earlier = None if existing is None else load_mutes(existing)
-    known = load_slopes(former)
-    if earlier and known:
-        warn_of_missing(earlier, len(known))
-    network, words = open_network(model, tokenizer)
-    _refuse_unfit(network, request, earlier, known)
-    watch = Watch(callback)
-    texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
-    calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
-    journal = Journal()
+    with failing_together():
+        config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
+        if former and (existing is None or mode == "mute"):
+            raise ValueError('former needs existing, the mute set that is in force, and mode "modulate"')
+        if made_up < 0:
+            raise ValueError(f"made_up must be at least 0, got {made_up}")
+        if resume and folder is None:
+            raise ValueError("resume needs folder, where the unfinished run is")
+        request = Request(
+            config, budget, mode, goals, keep_slopes, samples, made_up, calibrate, rewrite_with, start_layer,
+            max_length, chat, seed,
+        )  # fmt: skip
+    # Before anything else, because what they do next depends on it.
+    check_same(lambda: vars(request) | {"resume": resume, "folder": "given" if folder else None})
     if folder is not None:
-        journal = _open_journal(folder, resume, request, texts, earlier, known, network)
+        check_shared(folder)
+        with failing_together():
+            if not resume and is_first():
+                refuse_unfinished(folder)
+    with failing_together():
+        earlier = None if existing is None else load_mutes(existing)
+        known = load_slopes(former)
+        if earlier and known:
+            warn_of_missing(earlier, len(known))
+        network, words = open_network(model, tokenizer)
+        _refuse_unfit(network, request, earlier, known)
+        watch = Watch(callback)
+        texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
+        calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
+    given = {
+        "forget": texts.forget, "retain": texts.retain, "existing": earlier, "former": known,
+        # Those that are made of the other texts say nothing new.
+        "controls": None if controls is None else texts.controls,
+    }  # fmt: skip
+    journal = _open_journal(folder, resume, request, given, network)
+    for slopes in known:
+        matching_ffns(network, slopes.at)
     job = Job(network, words, request, texts, earlier, known, journal, watch)
     with nullcontext() if folder is None else remember_shortage(folder, resume):
         # A callback is told of steps.
@@ -232,10 +255,10 @@ def _refuse_unfit(
     network: nn.Module, request: Request, earlier: MuteSet | None, known: Sequence[Slopes]
 ) -> None:
     """Raise now what the search would raise after the texts were measured."""
-    for slopes in known:
-        matching_ffns(network, slopes.at)
     find_processes(network)
     _, ffns = split_ffns(network, request.start_layer)
+    for ffn in ffns:
+        refuse_unsketchable(ffn)
     total = sum(ffn.width for ffn in ffns)
     count = 1 if isinstance(request.budget, str) else neuron_count(request.budget, total)
     # With slopes the neurons of the earlier set are fitted anew, so none need be free.
@@ -270,22 +293,21 @@ def _read_texts(
 
 
 def _open_journal(
-    folder: PathLike,
-    resume: bool,
-    request: Request,
-    texts: Texts,
-    earlier: MuteSet | None,
-    known: Sequence[Slopes],
-    network: nn.Module,
+    folder: PathLike | None, resume: bool, request: Request, given: Mapping[str, Any], network: nn.Module
 ) -> Journal:
-    """The file from which a later call with the same arguments goes on."""
-    all_of_it = vars(request) | {
-        "forget": digest(texts.forget), "retain": digest(texts.retain), "controls": digest(texts.controls),
-        "existing": digest(earlier), "former": digest(known),
-    }  # fmt: skip
-    _, ffns = split_ffns(network, request.start_layer)
-    weights = fingerprint(ffns, {}) | adapter_fingerprint(network)
-    return Journal(folder, all_of_it, weights, describe_layout(network), resume, kinds=KEPT)
+    """The file from which a later call with the same arguments goes on.
+
+    given: {argument: what was read from it}.
+
+    Raises:
+        ValueError: processes were given something else, or another model; or the file is of another call.
+    """
+    if folder is None and not are_many():
+        return Journal()
+    digests = {name: digest(value) for name, value in given.items()}
+    weights = compare_models(network, digests)
+    asked = vars(request) | digests | describe_model(network)
+    return Journal(folder, asked, weights, describe_layout(network), resume, kinds=KEPT)
 
 
 def _check_recipe(

@@ -1,7 +1,9 @@
 """What the processes of a shared unlearning job do; the test itself does the same alone."""
 
 import contextlib
+import copy
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -20,9 +22,11 @@ from neumuter import preparing, recipes
 from neumuter.cli import processes
 from neumuter.cli.app import main
 from neumuter.evaluation import continuations, controls, examination
+from neumuter.models.content import describe_model, digest_weights
 from neumuter.models.families import decoder_of
 from neumuter.models.layouts import make_distributed_config
-from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
+from neumuter.mutes.slopes import Slopes
+from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig, mute_random
 from neumuter.texts import encode, join_batches
 from neumuter.training import journal
 from neumuter.training.batches import PairedBatches
@@ -121,10 +125,10 @@ def shorter():
         yield
 
 
-def unlearn(model, job, kept=KEPT, **more):
+def unlearn(model, job, kept=KEPT, forget=PAIRS, **more):
     options = {"budget": 30, "samples": 1, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
     with shorter():
-        return neumuter.unlearn(model, tokenizer(), PAIRS, kept, **options | JOBS[job] | more)
+        return neumuter.unlearn(model, tokenizer(), forget, kept, **options | JOBS[job] | more)
 
 
 def check_same_but_for_rounding(found, expected):
@@ -152,9 +156,10 @@ def logits(model, mutes):
 def refit(model):
     """One of two requests is undone; there are no texts to forget."""
     first = unlearn(model, "modulate", keep_slopes=True)
+    other = dataclasses.replace(first.slopes, log_odds=first.slopes.log_odds + 1)
     options = {"samples": 1, "start_layer": 0, "max_length": 32, "callback": lambda *_: None}
     return neumuter.refit(
-        model, tokenizer(), first.mutes, [first.slopes], [first.slopes], KEPT,
+        model, tokenizer(), first.mutes, [first.slopes], [other], KEPT,
         recipe=JOBS["modulate"]["recipe"], **options,
     )  # fmt: skip
 
@@ -225,6 +230,54 @@ def placed(model, layout, dtype="auto"):
     return loaded
 
 
+# Of arguments, what each of two processes is given.
+DIFFERING = {
+    "seed": (0, 1), "budget": (30, 31), "samples": (1, 0), "keep_slopes": (True, False), "made_up": (0, 2),
+    "calibrate": (True, False), "max_length": (32, 16), "folder": (None, "absent"),
+    "forget": (PAIRS, PAIRS[:2]), "retain": (KEPT, KEPT[1:]), "controls": (None, ["Ina Poe, 12"]),
+}  # fmt: skip
+
+
+def refuse_differing(model, layout, folder):
+    """Both of two processes refuse, by name, what is not the same in them; and what the first one refuses."""
+    rank = dist.get_rank()
+
+    def refuse(message, model=model, error=ValueError, **more):
+        given = {"forget": PAIRS, "kept": KEPT} | more
+        with pytest.raises(error, match=message):
+            unlearn(model, "modulate", **given)
+
+    same = "must be the same in all processes, but is"
+    for name, values in DIFFERING.items():
+        refuse(f"{name} {same}", **{"kept" if name == "retain" else name: values[rank]})
+    with neumuter.attach(model, start_layer=0) as masked:
+        sets = [mute_random(masked, 9, seed=seed) for seed in (0, 1)]
+    refuse(f"existing {same}", existing=sets[rank])
+    known = Slopes(
+        sets[0], torch.tensor([float(rank)]), torch.tensor([-math.inf]), torch.ones(1), torch.ones(1),
+        torch.ones(1, 9, dtype=torch.int8),
+    )  # fmt: skip
+    refuse(f"former {same}", existing=sets[0], former=[known])
+    for name, values in {"existing": sets, "seed": (0, 1)}.items():
+        given = {"existing": sets[0], "undone": [known], "retain": KEPT, name: values[rank]}
+        with pytest.raises(ValueError, match=f"{name} {same}"):
+            neumuter.refit(model, tokenizer(), **given)
+    # One of them alone finds fault with it.
+    refuse(r"made_up must be at least 0, got -1", made_up=-rank)
+    if layout not in COPIES:
+        return
+    other = copy.deepcopy(model)
+    other.model.layers[1].self_attn.q_proj.weight.data[3, 5] += rank
+    refuse(f"model.layers.1.self_attn.q_proj.weight of the model {same}", other)
+    refuse(f"the model's dtype {same}", copy.deepcopy(model).bfloat16() if rank else model)
+    begun = folder / "begun"
+    refuse("holds an unfinished run", error=FileExistsError, folder=begun)
+    refuse("cannot go on, because seed was 0 and is 1. Ask", folder=begun, resume=True, seed=1)
+    for resumed in (True, False):
+        elsewhere = begun if rank else folder / "absent"
+        refuse("process 1 finds an unfinished run, .*/begun/.*must be", folder=elsewhere, resume=resumed)
+
+
 def shared(model, layout, jobs, folder):
     """What every process does. It writes what it found into FOLDER."""
     dist.init_process_group("gloo")
@@ -240,6 +293,7 @@ def shared(model, layout, jobs, folder):
         double = placed(model, layout, torch.float64)
         torch.save(gradients(double), Path(folder) / f"double-{rank}")
     model = placed(model, layout)
+    torch.save((describe_model(model), digest_weights(model)), Path(folder) / f"content-{rank}")
     for job in set(jobs) & set(JOBS):
         outcome = unlearn(model, job, folder=Path(folder) / f"{job}-folder")
         outcome.save(Path(folder) / f"{job}-{rank}")
@@ -257,9 +311,8 @@ def shared(model, layout, jobs, folder):
         resume(model, Path(folder) / "alone").save(Path(folder) / f"elsewhere-{rank}")
     if "refit" in jobs:
         refit(model).save(Path(folder) / f"refit-{rank}.safetensors")
-    for name, value in {"seed": rank, "budget": 30 + rank}.items() if "differing" in jobs else ():
-        with pytest.raises(ValueError, match=f"{name} must be the same in all processes, but is"):
-            unlearn(model, "modulate", **{name: value})
+    if "differing" in jobs:
+        refuse_differing(model, layout, Path(folder))
     with pytest.raises(ValueError, match="forget_batch must be the same in all processes"):
         gradients(model, change=rank)
     dist.barrier()

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import neumuter
+from neumuter.models.content import describe_model, digest_weights
 from neumuter.models.families import find_ffns
 from neumuter.mutes.fingerprint import distance
 from neumuter.training.processes import find_processes
@@ -110,6 +111,15 @@ def test_gradients_are_those_of_one_process(case, shared):
             limit = 5e-5 if what == "fisher" else 3e-5 if "tp" in layout else 1e-5
             assert error(one[what][finite], value[finite]) < limit, what
             assert torch.equal(one[what][finite], found[0][what][finite]), what
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: "-".join(map(str, case[:3])))
+def test_a_model_is_described_alike_in_every_layout(case, shared):
+    """So a run goes on in another one, and processes can tell whether they hold the same model."""
+    (name, layout, processes, _), folder = case, shared(case)
+    model = whole(name, layout)
+    for rank in range(processes):
+        assert torch.load(folder / f"content-{rank}") == (describe_model(model), digest_weights(model))
 
 
 @having("double")

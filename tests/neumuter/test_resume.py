@@ -157,7 +157,8 @@ CHANGES = {
     "a text to forget": ({"forget": [*PAIRS, "Cleo Marr, 12"]}, "forget has changed"),
     "a text to keep": ({"retain": KEPT[:2]}, "retain has changed"),
     "controls": ({"controls": ["Ina Poe, ina@post.example"]}, "controls has changed"),
-    "seed": ({"seed": 1}, "seed was 0 and is 1"),
+    # Not the controls, which follow from it.
+    "seed": ({"seed": 1}, r"because seed was 0 and is 1\. Ask"),
     "budget": ({"budget": 31}, "budget was 30 and is 31"),
     "samples": ({"samples": 3}, "samples was 2 and is 3"),
     "layer": ({"start_layer": 1}, "start_layer was 0 and is 1"),
@@ -178,6 +179,35 @@ def test_what_has_changed_is_named(llama, unfinished, change):
     with pytest.raises(ValueError, match=message):
         unlearn(llama, folder=unfinished, resume=True, **arguments)
     assert (unfinished / UNFINISHED).read_bytes() == content
+
+
+def moved(model, name):
+    """The model with one number of a tensor a little larger."""
+    tensor = (dict(model.named_parameters()) | dict(model.named_buffers()))[name].data.flatten()
+    tensor[-1] = torch.nextafter(tensor[-1], torch.tensor(torch.inf))
+    return model
+
+
+MODELS = {
+    "dtype": (lambda model: model.bfloat16(), "dtype was 'torch.float32' and is 'torch.bfloat16'"),
+    "attention": (
+        lambda model: model.set_attn_implementation("eager") or model,
+        "the model's attention was 'sdpa' and is 'eager'",
+    ),
+} | {
+    name: (lambda model, name=name: moved(model, name), f"weights of the model have changed in {name}")
+    for name in (
+        "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight",
+        "model.layers.1.mlp.gate_proj.weight", "model.norm.weight", "model.rotary_emb.inv_freq",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MODELS)
+def test_what_has_changed_of_the_model_is_named(unfinished, change):
+    changed, message = MODELS[change]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        unlearn(changed(build("llama")), folder=unfinished, resume=True)
 
 
 def test_another_model_set_or_version_is_named(llama, unfinished, monkeypatch):

@@ -203,21 +203,31 @@ def by_neuron(weight: Tensor, order: tuple[int, ...]) -> Tensor:
     return view if view.dim() == 3 else view[:, None]
 
 
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is a floating-point tensor in memory, of which this process may have a part."""
+    usual = type(weight) in (torch.Tensor, nn.Parameter)
+    whole: bool = usual and weight.is_floating_point() and not weight.is_meta
+    return whole or _is_split(weight)
+
+
+def _is_split(weight: Any) -> bool:
+    # DeepSpeed's ZeRO-3 marks its parameters by the second.
+    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+
+
 def _plain(weight: Any) -> Tensor | None:
-    """A floating-point tensor in memory, detached; gathered if it is sharded; None for anything else."""
+    """A plain weight, detached; gathered if it is sharded; None for anything else."""
     plain: Tensor
     if hasattr(weight, "full_tensor"):
         plain = weight.detach().full_tensor()
         return plain
-    # DeepSpeed's ZeRO-3 marks its parameters so.
     if hasattr(weight, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([weight]):
             plain = weight.detach().clone()
             return plain
-    usual = type(weight) in (torch.Tensor, nn.Parameter)
-    return weight.detach() if usual and weight.is_floating_point() and not weight.is_meta else None
+    return weight.detach() if is_plain(weight) else None
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:

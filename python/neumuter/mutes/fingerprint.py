@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from neumuter.models.devices import is_sharded
 from neumuter.models.families import ADDED_TO_PATHS, unwrapped
-from neumuter.models.ffn import FFN, Layout, features
+from neumuter.models.ffn import FFN, Layout, features, is_plain
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32
@@ -142,12 +142,17 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
     Raises:
         ValueError: quantised experts.
     """
-    if ffn.down_weight is None and not ffn.is_dense:
+    refuse_unsketchable(ffn)
+    parts = [sketch_any(ffn)] if layer is None else [sketch_any(ffn), sketch_any(ffn, layer.indices)]
+    return dict(zip(SKETCHED, parts, strict=False))
+
+
+def refuse_unsketchable(ffn: FFN) -> None:
+    """Raise ValueError if an FFN's weights cannot be sketched; looks at none of them."""
+    if not ffn.is_dense and not is_plain(ffn.down_parameter):
         raise ValueError(
             f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
         )
-    parts = [sketch_any(ffn)] if layer is None else [sketch_any(ffn), sketch_any(ffn, layer.indices)]
-    return dict(zip(SKETCHED, parts, strict=False))
 
 
 def sketch_any(ffn: FFN, columns: Tensor | None = None) -> list[float]:

@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from neumuter.files import PathLike, made_folder, write_atomically
-from neumuter.mutes.fingerprint import FAINTEST, distance
 from neumuter.texts.store import Windows
-from neumuter.training.processes import agree, is_first
+from neumuter.training.processes import agree, failing_together, gather, is_first
 from neumuter.training.shortage import SHORTAGE
 from neumuter.training.sources import InTurn
 from neumuter.training.step import Step, Tell
@@ -29,6 +28,8 @@ UNFINISHED = "unfinished.safetensors"
 SAVE_SECONDS = 60.0
 # On them the bits of a result depend.
 PACKAGES = ("neumuter-kernels", "torch", "transformers")
+# Changed tensors that an error names.
+SHOWN = 4
 # What a digest begins with.
 HASHED = "sha256 "
 
@@ -49,7 +50,7 @@ class Journal:
         folder: where ``UNFINISHED`` is written, whole or not at all; None writes nothing.
         request: {name: value} of all that the result depends on: numbers and words as they are, ``digest`` of
             anything larger, and dataclasses of constants.
-        weights: {path: sketch} of the model; see ``neumuter.mutes.fingerprint``.
+        weights: {name: digest} of the model's tensors; see ``neumuter.models.content``.
         layout: how the model is laid out over processes, in words. A run that goes on in another layout ends
             with the same result but for rounding, and the log says so.
         resume: go on from the file, if there is one.
@@ -67,7 +68,7 @@ class Journal:
         self,
         folder: PathLike | None = None,
         request: Mapping[str, Any] | None = None,
-        weights: Mapping[str, Sequence[float]] | None = None,
+        weights: Mapping[str, str] | None = None,
         layout: str = "",
         resume: bool = False,
         kinds: Sequence[type] = (),
@@ -77,12 +78,13 @@ class Journal:
         self.seconds = 0.0
         self._found: dict[str, Any] = {}
         self._request = _flatten(request or {}) | {name: version(name) for name in PACKAGES}
-        self._weights = {path: list(sketch) for path, sketch in (weights or {}).items()}
+        self._weights = dict(weights or {})
         self._layout, self._prefix, self._kinds = layout, "", kinds
         self._start = self._written = time.monotonic()
         if resume and self.path:
-            if is_first():
-                self._go_on(self.path)
+            with failing_together():
+                if is_first():
+                    self._go_on(self.path)
             self.seconds, self.history, self._found = agree((self.seconds, self.history, self._found))
 
     @contextmanager
@@ -197,6 +199,21 @@ class Journal:
         logger.warning("The run in %s goes on after %d steps.%s", path.parent, len(self.history), rounded)
 
 
+def check_shared(folder: PathLike) -> None:
+    """Raise ValueError, in all processes, if one finds an unfinished run and the first does not.
+
+    The first one alone reads and writes it, and may be on another machine than before.
+    """
+    path = Path(folder) / UNFINISHED
+    found = gather(str(path) if path.exists() else "")
+    if not found[0] and (other := next(filter(None, found), None)):
+        raise ValueError(
+            f"process {found.index(other)} finds an unfinished run, {other}, and process 0 does not: on "
+            "several machines the output folder (--out, in Python folder) must be one that all of them "
+            "share. Share it, or move that file to where process 0 looks, or remove it"
+        )
+
+
 def refuse_unfinished(folder: PathLike) -> None:
     """Raise FileExistsError if an unfinished run left its file in ``folder``."""
     path = Path(folder) / UNFINISHED
@@ -257,8 +274,8 @@ def _flatten(request: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _compare(
     request: Mapping[str, Any],
     new_request: Mapping[str, Any],
-    weights: Mapping[str, Sequence[float]],
-    new_weights: Mapping[str, Sequence[float]],
+    weights: Mapping[str, str],
+    new_weights: Mapping[str, str],
 ) -> list[str]:
     """List what differs between the request of an unfinished run and the new one."""
     differences = []
@@ -270,7 +287,8 @@ def _compare(
     if weights.keys() != new_weights.keys():
         differences.append("the model is of another shape")
     else:
-        moved = [path for path, sketch in weights.items() if distance(sketch, new_weights[path]) > FAINTEST]
-        if moved:
-            differences.append(f"the weights of the model have changed in {', '.join(moved[:4])}")
+        changed = [name for name, found in weights.items() if found != new_weights[name]]
+        if changed:
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            differences.append(f"the weights of the model have changed in {', '.join(changed[:SHOWN])}{more}")
     return differences

@@ -4,7 +4,8 @@ All run the same program on the same texts. Each computes its share of the sampl
 tokens of all shares are reduced, so that it makes no difference how many processes there are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +21,8 @@ from neumuter.models.quantised import refuse_quantised
 Value = TypeVar("Value")
 # Characters of a differing argument that an error shows.
 SHOWN = 60
+# An error of one process is raised in the others as the first of these that it is.
+RAISED = (FileExistsError, FileNotFoundError, OSError, ImportError, TypeError, ValueError, RuntimeError)
 
 
 class Processes:
@@ -64,7 +67,7 @@ def find_processes(model: nn.Module) -> Processes | None:
         ValueError: the layers are split over some of the processes; or the weights are quantised so that
             several processes cannot have them.
     """
-    if not _are_many():
+    if not are_many():
         return None
     sharded, mesh = _find_split(model)
     refuse_quantised(getattr(unwrapped(model), "config", None), split=sharded or mesh is not None)
@@ -84,7 +87,7 @@ def find_processes(model: nn.Module) -> Processes | None:
 
 def describe_layout(model: nn.Module) -> str:
     """Say over how many processes ``model`` is laid out, and how, such as "2 processes (fsdp)"."""
-    if not _are_many():
+    if not are_many():
         return "1 process"
     sharded, mesh = _find_split(model)
     parallel = mesh is not None and (not sharded or "tp" in (mesh.mesh_dim_names or ()))
@@ -103,10 +106,9 @@ def _find_split(model: nn.Module) -> tuple[bool, DeviceMesh | None]:
 
 def check_same(given: Callable[[], Mapping[str, object]]) -> None:
     """Raise ValueError, in all processes, if something that is ``given`` is not the same in all of them."""
-    if not _are_many():
+    if not are_many():
         return
-    found: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, {name: repr(value) for name, value in given().items()})
+    found = gather({name: repr(value) for name, value in given().items()})
     for rank, other in enumerate(found):
         for name, value in found[0].items():
             if other[name] != value:
@@ -116,14 +118,36 @@ def check_same(given: Callable[[], Mapping[str, object]]) -> None:
                 )
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Context: an error of one process is raised in all of them, when all have come to the end.
+
+    Where a process would wait for one that has failed, nobody would learn why. Inside, no process may wait
+    for another.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    told = own and (next((kind for kind in RAISED if isinstance(own, kind)), RuntimeError), str(own))
+    found = gather(told)
+    if own:
+        raise own
+    for rank, other in enumerate(found):
+        if other:
+            kind, message = other
+            raise kind(f"{message} (in process {rank})")
+
+
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
-    return not _are_many() or dist.get_rank() == 0
+    return not are_many() or dist.get_rank() == 0
 
 
 def agree(value: Value) -> Value:
     """Return what the first process gives, in all processes: a tensor, or what can be pickled."""
-    if not _are_many():
+    if not are_many():
         return value
     if isinstance(value, torch.Tensor):
         # Each process keeps it on its own device.
@@ -137,12 +161,18 @@ def agree(value: Value) -> Value:
 
 def find_most(number: int) -> int:
     """Return the largest of the numbers that the processes give, in all of them."""
-    if not _are_many():
-        return number
-    found = [number] * dist.get_world_size()
-    dist.all_gather_object(found, number)
-    return max(found)
+    return max(gather(number))
 
 
-def _are_many() -> bool:
+def gather(value: Value) -> list[Value]:
+    """Return what each process gives, in their order, in all of them: what can be pickled."""
+    if not are_many():
+        return [value]
+    found = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def are_many() -> bool:
+    """Whether several processes make up the process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
