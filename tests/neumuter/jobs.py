@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -342,6 +343,18 @@ def write_slowly(folder):
     finally:
         if rank:
             (Path(folder) / str(rank)).write_text(str(time.monotonic()))
+
+
+def stop_the_first():
+    """A command whose first process is told to end while the others wait for it."""
+
+    def work(arguments):
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        dist.all_reduce(torch.zeros(24))
+
+    with mock.patch("neumuter.cli.app.app", work):
+        main([])
 
 
 def short_of_memory(folder, layout, fits):

@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -295,3 +296,8 @@ def test_processes_end_after_the_one_that_writes(folder):
     ended = end(jobs.write_slowly, 2, folder, folder)
     assert [code for code, _ in ended] == [3, 0]
     assert float((folder / "1").read_text()) > float((folder / "0").read_text())
+
+
+def test_a_signal_to_the_first_process_ends_all_without_a_crash(folder):
+    ended = end(jobs.stop_the_first, 2, folder)
+    assert ended == [(128 + signal.SIGTERM, ""), (1, "")]

@@ -19,7 +19,7 @@ from neumuter.cli.evaluate import evaluate
 from neumuter.cli.ledger import ledger, verify
 from neumuter.cli.mute_file import export, fold, inspect
 from neumuter.cli.plan import plan
-from neumuter.cli.processes import check_command, joined
+from neumuter.cli.processes import check_command, joined, stop
 from neumuter.cli.refit import refit
 from neumuter.cli.unlearn import unlearn
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hide_foreign_warnings()
     # A polite kill unwinds the stack, which removes temporary files; kill -9 can leave them, under
     # hidden names of their own.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, stop)
     try:
         with joined():
             app(arguments)

@@ -39,6 +39,15 @@ class Split(str, Enum):
     both = "fsdp+tp"
 
 
+class Stopped(SystemExit):
+    """A signal ends the command in the middle of its work."""
+
+
+def stop(number: int, frame: object) -> None:
+    """End the command, as a handler of the signal ``number``."""
+    raise Stopped(128 + number)
+
+
 def count_processes() -> int:
     """Count the processes that a launcher started, by its environment variable."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -96,6 +105,10 @@ def joined() -> Iterator[None]:
                 silent.enter_context(contextlib.redirect_stderr(nowhere))
             try:
                 yield
+            except Stopped:
+                # The others are in the middle of their work, and fail without this one: that says nothing.
+                _is_first_to_fail(store)
+                raise
             except SystemExit as end:
                 code = end.code
         # They wait for the first one, because a launcher kills all as soon as one ends with another code.
