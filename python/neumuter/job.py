@@ -43,6 +43,7 @@ from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.training.processes import agree, find_processes
+from neumuter.training.shortage import tell_of_shortage
 from neumuter.types import Batch, Text
 
 # What an unfinished run has found so far is made of these.
@@ -217,6 +218,7 @@ class Job(NamedTuple):
                     pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
                     former=known, journal=journal,
                 )  # fmt: skip
+            tell_of_shortage(pair)
             if ceilings is not None:
                 mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
             return mutes, measure_slopes(pair, mutes, self.earlier) if request.keep_slopes else None, curve

@@ -49,7 +49,8 @@ class Outcome:
     curve: for ``budget="auto"`` a point for each budget tried.
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
-    seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process.
+    seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process; of
+    several processes that of the one which took most.
     max_length, chat: how the texts were read, as ``unlearn`` was told.
     slopes: for ``former`` of later requests, if they were asked for. They are made of the texts.
     """

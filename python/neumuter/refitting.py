@@ -40,6 +40,7 @@ from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest
 from neumuter.training.masked import attach
 from neumuter.training.processes import are_many, failing_together, find_processes
+from neumuter.training.shortage import tell_of_shortage
 from neumuter.types import Batch, Callback
 
 # Texts to keep on which the pace of the model is measured.
@@ -146,6 +147,7 @@ def refit(
     with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
         pair = PairedBatches(masked, texts, kept, ceilings)
         fitted = refit_gains(pair, mutes, staying, leaving, gains, seed, advance)
+        tell_of_shortage(pair)
     if ceilings is None:
         return fitted
     return dataclasses.replace(fitted, method=fitted.method | {"calibrated": True})

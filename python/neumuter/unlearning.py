@@ -54,6 +54,7 @@ from neumuter.training.processes import (
     check_same,
     describe_layout,
     failing_together,
+    find_most,
     find_processes,
     is_first,
 )
@@ -245,7 +246,7 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
             for old, new in zip(look_before.said, look_after.said, strict=True)
         ],
         seconds=journal.seconds + time.perf_counter() - start,
-        peak_memory=measure_peak_memory(),
+        peak_memory=find_most(measure_peak_memory()),
         max_length=job.request.max_length,
         chat=job.request.chat,
     )

@@ -279,6 +279,20 @@ def refuse_differing(model, layout, folder):
         refuse("process 1 finds an unfinished run, .*/begun/.*must be", folder=elsewhere, resume=resumed)
 
 
+def spare(model):
+    """A job in whose second process one sample alone fits into memory."""
+    rank, evaluate = dist.get_rank(), PairedBatches.evaluate
+
+    def refuse(self, inputs, *more):
+        if rank == 1 and len(inputs.ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate(self, inputs, *more)
+
+    taken = mock.patch("neumuter.unlearning.measure_peak_memory", return_value=100 + rank)
+    with taken, mock.patch.object(PairedBatches, "evaluate", refuse):
+        assert unlearn(model, "modulate").peak_memory == 101
+
+
 def shared(model, layout, jobs, folder):
     """What every process does. It writes what it found into FOLDER."""
     dist.init_process_group("gloo")
@@ -312,6 +326,8 @@ def shared(model, layout, jobs, folder):
         resume(model, Path(folder) / "alone").save(Path(folder) / f"elsewhere-{rank}")
     if "refit" in jobs:
         refit(model).save(Path(folder) / f"refit-{rank}.safetensors")
+    if "spare" in jobs:
+        spare(model)
     if "differing" in jobs:
         refuse_differing(model, layout, Path(folder))
     with pytest.raises(ValueError, match="forget_batch must be the same in all processes"):

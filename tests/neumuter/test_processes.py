@@ -23,7 +23,7 @@ from tests.neumuter.launching import run
 
 # The families, the layouts, the numbers of processes, and the jobs that run whole.
 SHARED = [
-    ("llama", "ddp", 2, ("modulate", "mute", "paper", "auto", "refit", "differing")),
+    ("llama", "ddp", 2, ("modulate", "mute", "paper", "auto", "refit", "differing", "spare")),
     ("llama", "ddp", 4, ("modulate",)),
     ("mixtral", "ddp", 2, ("modulate",)), ("qwen3_moe", "ddp", 4, ("mute",)),
     ("gpt_neo", "ddp", 2, ("modulate",)), ("phi3", "ddp", 2, ()),
@@ -206,6 +206,12 @@ def test_a_job_that_one_process_began_ends_with_the_same(case, job, shared):
     for rank in range(processes):
         found = neumuter.MuteSet.load(folder / f"{job}-{rank}" / "mutes.safetensors")
         jobs.check_same_but_for_rounding(found, alone_job(name, kind(layout), "modulate").mutes)
+
+
+def test_the_first_process_says_what_another_lacks_memory_for(shared):
+    told = "Process 1 took its samples 1 at a time, because more do not fit"
+    said = [(shared(SHARED[0]) / f"{rank}.log").read_text() for rank in range(2)]
+    assert [text.count(told) for text in said] == [1, 0]
 
 
 def test_a_job_that_several_processes_began_ends_with_the_same(shared, caplog):

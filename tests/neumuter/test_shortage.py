@@ -1,12 +1,14 @@
 """Where processes share a model, and one of them lacks memory, the next run takes fewer samples at a time."""
 
 import pytest
+import torch
 
 import neumuter
+from neumuter.models.pieces import SplitOutOfMemoryError
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import UNFINISHED, Journal
-from neumuter.training.shortage import SHORTAGE
+from neumuter.training.shortage import SHORTAGE, remember_shortage
 from tests.models import build
 from tests.neumuter import jobs
 from tests.neumuter.launching import end
@@ -36,6 +38,22 @@ def test_a_run_that_ended_for_lack_of_memory_goes_on_with_less(layout, tmp_path)
     assert not (tmp_path / "out" / UNFINISHED).exists()
     found = neumuter.MuteSet.load(tmp_path / "out" / "mutes.safetensors")
     jobs.check_same_but_for_rounding(found, jobs.unlearn(model, "modulate", jobs.MORE_KEPT).mutes)
+
+
+def test_a_shortage_is_remembered_until_a_run_ends_or_begins_anew(tmp_path, caplog):
+    """Of several machines each has a file of its own."""
+    with pytest.raises(torch.OutOfMemoryError), remember_shortage(tmp_path, resume=False):
+        raise SplitOutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(KeyboardInterrupt), remember_shortage(tmp_path, resume=True):
+        raise KeyboardInterrupt
+    assert caplog.text.count("1/2 of the samples at a time") == 1
+    with remember_shortage(tmp_path, resume=True):
+        pass
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / SHORTAGE).write_text('{"halvings": 3}')
+    with pytest.raises(KeyboardInterrupt), remember_shortage(tmp_path, resume=False):
+        raise KeyboardInterrupt
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_fits_does_not_change_the_parts_that_a_journal_counts(monkeypatch):
