@@ -20,7 +20,7 @@ from neumuter.models.families import input_device, unwrapped
 from neumuter.models.quantised import find_quantisation
 
 # Bytes that are summed up at a time.
-PIECE = 1 << 22
+PIECE = 1 << 20
 # Hexadecimal digits of a digest.
 DIGITS = 16
 # What PEFT says of what a layer adds to its base.
@@ -116,10 +116,16 @@ def _sums(matrix: Tensor) -> Iterator[Tensor]:
     """Of each piece the sum of its words of 4 bytes, each times a random number: int64 [], modulo 2^64."""
     if matrix.is_meta:
         return
-    for piece in matrix.contiguous().flatten().view(torch.uint8).split(PIECE):
-        # Padded is also copied, to where words may begin.
-        words = F.pad(piece, (0, -len(piece) % 4)).view(torch.int32)
-        yield (words * _factors(words.device)[: len(words)]).sum()
+    data = matrix.contiguous().flatten().view(torch.uint8)
+    whole = len(data) // 4 * 4
+    # Words begin at multiples of 4 bytes.
+    data = data.clone() if data.storage_offset() % 4 else data
+    factors = _factors(data.device)
+    # New memory for each product would take most of the time on a CPU.
+    products = torch.empty_like(factors)
+    for piece in (*data[:whole].split(PIECE), F.pad(data[whole:], (0, whole + 4 - len(data)))):
+        words = piece.view(torch.int32)
+        yield torch.mul(words, factors[: len(words)], out=products[: len(words)]).sum()
 
 
 @functools.lru_cache(maxsize=1)
