@@ -97,8 +97,9 @@ def unlearn(
     the weights.
 
     In a process group of torch.distributed all processes must call it, each with its copy of the model and
-    the same arguments. They share the samples of each step, and all return the outcome of the first one,
-    which alone writes ``folder`` and shows progress.
+    the same arguments; what differs is refused in all of them, and so is what one of them alone refuses at
+    the start. They share the samples of each step, and all return the outcome of the first one, which alone
+    writes ``folder``, one that all of them share, and shows progress.
 
     Args:
         model: a causal language model of transformers; or its folder or name, which is loaded.
