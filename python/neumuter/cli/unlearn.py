@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from neumuter.cli.advice import advise
 from neumuter.cli.arguments import (
     Attention,
     Device,
@@ -321,11 +322,8 @@ def unlearn(
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
-    if outcome.verdict.leaks:
-        advice = f"{out / 'report.csv'} says which texts still come out."
-        if not outcome.curve and recipe is Recipe.fitted:
-            advice += " --budget auto looks for a share of neurons that is enough."
-        console.print(escape(advice), highlight=False, soft_wrap=True)
+    for sentence in advise(outcome, out / "report.csv", searches=recipe is Recipe.fitted):
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)

@@ -127,8 +127,7 @@ def judge(
     over = [figure for figure in found if _is_over(figure, few)]
     unsure = [figure for figure in found if figure.high >= figure.margin and figure not in over]
     if found[0].low > 0:
-        advice = "Try more steps or a larger budget; the budget 'auto' searches for it"
-        return Verdict("not", f"Not forgotten: {come}. {advice}.", found, texts)
+        return Verdict("not", f"Not forgotten: {come}.", found, texts)
     if over:
         reasons = [come, *(_exceeds(figure) for figure in over if figure.name != "extraction")]
         return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
