@@ -253,7 +253,7 @@ class _Fit:
         self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.steps = count_steps(pair.forget_count, config.steps, config.batch_size)
-        self.ids = choose_samples(pair, config.steps, config.batch_size, seed)
+        self.ids = choose_samples(pair, config.batch_size, seed)
         self.taken = 0
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:
