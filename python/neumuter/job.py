@@ -16,6 +16,7 @@ from neumuter.calibrating import estimate_ceilings, widen_margin
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
 from neumuter.evaluation import examine, most_known
 from neumuter.evaluation.examination import Examination
+from neumuter.evaluation.made_up import Words
 from neumuter.evaluation.others import Found, GivenText
 from neumuter.evaluation.strangers import ask_about_strangers
 from neumuter.models.hub import find_model
@@ -35,9 +36,10 @@ from neumuter.recipes import (
 )
 from neumuter.report.progress import Watch, announce
 from neumuter.texts import encode
+from neumuter.texts.chat import plain
 from neumuter.texts.corpus import Corpus
 from neumuter.texts.encoding import count_rows, count_tokens, join_windows, sample_rows
-from neumuter.texts.neighbours import rewrite_texts
+from neumuter.texts.neighbours import last_part, rewrite_texts
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal
@@ -123,10 +125,18 @@ class Job(NamedTuple):
             name, trust_remote_code=False, local_files_only=find_model(name)
         ).eval()
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        words = Words(self.texts.given)
+
+        def find_secrets(text: Text) -> list[tuple[int, int]]:
+            # What is rewritten is to be kept: it must not hold what is to be forgotten.
+            prompt = "" if isinstance(text, str) else plain(text)[0]
+            return words.find_values(prompt, last_part(text))
+
         with self.watch("Rewriting texts") as advance:
             return rewrite_texts(
-                texts, network, load_tokenizer(name), seed=self.request.seed, callback=advance
-            )
+                texts, network, load_tokenizer(name), seed=self.request.seed, callback=advance,
+                find_secrets=find_secrets,
+            )  # fmt: skip
 
     def _ask_about_strangers(self) -> Batch | None:
         """What the model answers to prompts with made-up names."""

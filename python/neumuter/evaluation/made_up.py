@@ -74,6 +74,14 @@ class Words:
             wording.append(word if not rare else "(name)" if word in asked else "(value)")
         return tuple(wording), tuple(values)
 
+    def find_values(self, prompt: str, completion: str) -> list[tuple[int, int]]:
+        """Where the values of a completion are: (start, end) of the characters of each."""
+        asked = set(WORD.findall(prompt))
+        return [
+            match.span() for match in WORD.finditer(completion)
+            if match[0] not in asked and self.is_name(match[0])
+        ]  # fmt: skip
+
     def swap(self, prompt: str, completion: str, generator: random.Random) -> tuple[dict[str, str], bool]:
         """Draw for each value of a completion that of another text that is worded alike.
 
