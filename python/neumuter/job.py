@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import estimate_ceilings, widen_margin
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
-from neumuter.evaluation import examine, most_known
+from neumuter.evaluation import examine, most_known, secret_extraction
 from neumuter.evaluation.examination import Examination
 from neumuter.evaluation.made_up import Words
 from neumuter.evaluation.others import Found, GivenText
@@ -45,7 +45,7 @@ from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.training.processes import agree, find_processes
-from neumuter.types import Batch, Text
+from neumuter.types import IGNORED, Batch, Text
 
 # What an unfinished run has found so far is made of these.
 KEPT = (Examination, Found, Look)
@@ -161,16 +161,28 @@ class Job(NamedTuple):
             f"look {state}", lambda: look_at(self.network, self.tokenizer, measured, asked)
         )
 
-    def measure(self, state: str) -> tuple[Examination, Examination | None]:
-        """What the model knows of the texts to forget, and of the controls."""
-        forget, given, unseen = self.texts.forget.forms, self.texts.given, self.texts.controls
-        return self.journal.once(
-            state,
-            lambda: (
-                examine(self.network, self.tokenizer, forget, given),
-                examine(self.network, self.tokenizer, unseen, given, "controls") if unseen else None,
-            ),
-        )
+    def measure(self, state: str, ceilings: Tensor | None) -> tuple[Examination, Examination | None]:
+        """What the model knows of the texts to forget, and of the controls.
+
+        ceilings: what ``estimate_ceilings`` found; those tokens are secrets that may not stay likely.
+        """
+        given, unseen = self.texts.given, self.texts.controls
+
+        def find() -> tuple[Examination, Examination | None]:
+            found = examine(self.network, self.tokenizer, self.texts.forget.forms, given)
+            if ceilings is not None and (ceilings < 0).any():
+                found.metrics["forget_secrets"] = self._extract_secrets(ceilings)
+            if unseen is None:
+                return found, None
+            return found, examine(self.network, self.tokenizer, unseen, given, "controls")
+
+        return self.journal.once(state, find)
+
+    def _extract_secrets(self, ceilings: Tensor) -> float:
+        """The share of secrets that come out behind the true words before them."""
+        form = self.texts.forget.forms[0]
+        labels = form["labels"].masked_fill((ceilings >= 0).to(form["labels"].device), IGNORED)
+        return secret_extraction(self.network, form | {"labels": labels})
 
     def estimate_ceilings(self, shows: bool) -> Tensor | None:
         """How far each token is to be forgotten, [B, T]; ``shows`` progress."""

@@ -193,7 +193,7 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
         look_before = job.look("before", retain_batch)
         job.announce(look_before, retain_batch, calibrates)
         ceilings = job.estimate_ceilings(shows) if calibrates else None
-        before, controls_before = job.measure("before")
+        before, controls_before = job.measure("before", ceilings)
     mutes, slopes, curve = job.search(retain_batch, ceilings)
     if folder is not None and is_first():
         with made_folder(folder) as made:
@@ -201,7 +201,7 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
     # With slopes, the mutes are those of all requests.
     others = earlier if not job.known else None
     with mute(network, combine(network, [others, mutes]) if others else mutes):
-        after, controls_after = job.measure("after")
+        after, controls_after = job.measure("after", ceilings)
         look_after = job.look("after", retain_batch)
     metrics = {
         "before": before.metrics | {"retain_loss": look_before.loss},
