@@ -107,13 +107,19 @@ class Job(NamedTuple):
         if request.made_up:
             answered = journal.once("answered", lambda: agree(self._ask_about_strangers()))
             found += [answered] if answered else []
+            if (count := count_rows(answered) if answered else 0) < request.made_up:
+                logger.warning(
+                    "%d of %d answers about made-up names are kept: the others say nothing, or hold what is "
+                    "to be forgotten.",
+                    count,
+                    request.made_up,
+                )
         have_others = texts.retain is not None or bool(found)
         if said := journal.once("said", lambda: self._sample(have_others)):
             found.append(encode(said, need_tokenizer(self.tokenizer), texts.length))
         if not have_others and not found:
-            raise ValueError(
-                "there is nothing to keep: the model said nothing when sampled from; give retain"
-            )
+            why = "samples is 0" if request.samples == 0 else "the model said nothing when sampled from"
+            raise ValueError(f"there is nothing to keep: {why}; give retain")
         return join_windows(texts.retain and texts.retain.windows, found)
 
     def _rewrite(self) -> list[Text]:
@@ -218,27 +224,28 @@ class Job(NamedTuple):
     ) -> tuple[MuteSet, Slopes | None, list[dict[str, Any]] | None]:
         """The mute set, the slopes if they are to be kept, and the budgets if several were tried."""
         request, journal, known = self.request, self.journal, self.known
-        config, curve = request.recipe, None
-        with (
-            attach(self.network, request.start_layer) as masked,
-            self.watch("Finding neurons", journal.history) as advance,
-        ):
+        config, curve, slopes = request.recipe, None, None
+        if isinstance(config, FittedConfig) and ceilings is not None:
+            config = widen_margin(config)
+        with attach(self.network, request.start_layer) as masked:
             pair = PairedBatches(masked, self.texts.forget.windows, retain_batch, ceilings)
-            if isinstance(config, FittedConfig) and ceilings is not None:
-                config = widen_margin(config)
-            if isinstance(config, PaperConfig):
-                mutes = train_gates(pair, config, request.seed, advance, journal)
-            elif isinstance(request.budget, str):
-                mutes, curve = search_budget(
-                    pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
-                    callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
-                    journal=journal,
-                )  # fmt: skip
-            else:
-                mutes = fit_mutes(
-                    pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
-                    former=known, journal=journal,
-                )  # fmt: skip
+            with self.watch("Finding neurons", journal.history) as advance:
+                if isinstance(config, PaperConfig):
+                    mutes = train_gates(pair, config, request.seed, advance, journal)
+                elif isinstance(request.budget, str):
+                    mutes, curve = search_budget(
+                        pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
+                        callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
+                        journal=journal,
+                    )  # fmt: skip
+                else:
+                    mutes = fit_mutes(
+                        pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
+                        former=known, journal=journal,
+                    )  # fmt: skip
             if ceilings is not None:
                 mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
-            return mutes, measure_slopes(pair, mutes, self.earlier) if request.keep_slopes else None, curve
+            if request.keep_slopes:
+                with self.watch("Measuring slopes") as advance:
+                    slopes = measure_slopes(pair, mutes, self.earlier, advance)
+        return mutes, slopes, curve

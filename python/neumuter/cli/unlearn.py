@@ -20,6 +20,7 @@ from neumuter.cli.arguments import (
     check_sources,
     choose_place,
     parse_budget,
+    refuse_replaced,
 )
 from neumuter.cli.common import (
     FILE_HELP,
@@ -235,9 +236,7 @@ def unlearn(
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma need --budget auto")
     check_sources(model, forget, retain, controls, existing, *(former or []))
-    for option, file in [("--existing", existing), *(("--former", file) for file in former or [])]:
-        if file and file.resolve().parent == out.resolve():
-            raise typer.BadParameter(f"{option} {file} would be replaced: name another folder for --out")
+    refuse_replaced(out, {"--existing": [existing] if existing else [], "--former": former or []})
     if rewrite_with:
         check_sources(rewrite_with)
     size = batch_size or DEFAULT_BATCH_SIZE

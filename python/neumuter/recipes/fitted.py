@@ -184,7 +184,8 @@ def fit_gains(
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
     fit = _Fit(neurons, pair, config, seed, callback, former, journal=journal)
-    choosing = 0 if keep is None else round(config.choosing * fit.steps)
+    # Before any step all are alike.
+    choosing = 0 if keep is None else max(1, round(config.choosing * fit.steps))
     if keep is not None:
         gains = fit.train(support, gains, choosing)
         moved = (gains - 1).abs()
