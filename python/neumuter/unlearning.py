@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import choose_calibration
 from neumuter.evaluation import judge_texts, list_given, make_controls
+from neumuter.evaluation.made_up import FEW_TEXTS, Words
 from neumuter.files import PathLike, made_folder
 from neumuter.job import KEPT, Job, Request, Texts
 from neumuter.models.loading import limit_length
@@ -49,6 +50,12 @@ from neumuter.training.processes import agree, describe_layout, find_processes, 
 from neumuter.training.selection import neuron_count
 from neumuter.training.shortage import remember_shortage
 from neumuter.types import Callback
+
+FEW_TEXTS_GIVEN = (
+    "Fewer than %d texts are given, counting those to keep: every word with a capital letter or a digit is "
+    "taken for a name, and where a prompt has none, every word is. What identifies the texts is estimated "
+    "less well, and controls are less like them. Give more texts to keep."
+)
 
 logger = logging.getLogger("neumuter")
 
@@ -264,6 +271,8 @@ def _read_texts(
         found = collect_texts("controls", controls)
         unseen = encode_forms_of("controls", found, tokenizer, length, request.chat)
         refuse_seen(unseen[0], given, tokenizer)
+    if tokenizer and Words(given).few:
+        logger.warning(FEW_TEXTS_GIVEN, FEW_TEXTS)
     if request.chat is None and max(len(corpus.forms), len(kept.forms) if kept else 0) > 1:
         logger.warning(TEMPLATE_USED)
     return Texts(corpus, kept, given, unseen, length)

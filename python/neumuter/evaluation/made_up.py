@@ -34,8 +34,12 @@ class Words:
     """
 
     def __init__(self, given: Sequence[GivenText]) -> None:
-        self.few, self.size = len(given) < FEW_TEXTS, len(given)
-        self.counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
+        # Windows of one text have one label.
+        by_text: dict[str, set[str]] = {}
+        for text in given:
+            by_text.setdefault(text.label, set()).update(WORD.findall(text.text))
+        self.few, self.size = len(by_text) < FEW_TEXTS, len(by_text)
+        self.counts = Counter(word for words in by_text.values() for word in words)
         self.kept = {word for text in given if text.stays for word in WORD.findall(text.text)}
         self.inside = {word for text in given for word in _inside_sentences(text.text)}
         letters = {char.lower() for text in given for char in text.text if char.isalpha()}
