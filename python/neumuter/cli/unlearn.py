@@ -89,17 +89,17 @@ def unlearn(
         int,
         typer.Option(
             min=0,
-            help="Keep what MODEL answers to this number of forget prompts with made-up names. Useful "
-            "without --retain; forgetting then takes a larger budget.",
+            help="Ask MODEL this number of forget prompts with made-up names, and keep its answers. For "
+            "requests without --retain. Forgetting then takes far more neurons, such as --budget 0.5.",
         ),
     ] = 0,
     calibrate: Annotated[
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Forget each token only until it is as unlikely as an estimate says for a model that never "
-            "saw the texts, so that their wording stays. Default: for texts with prompts, up to 1,024 of "
-            "them, unless --mode mute.",
+            help="Leave wording alone: forget a token only until it is as unlikely as for a model that never "
+            "saw the texts, which is estimated. Default: for texts with prompts, up to 1,024 of them, unless "
+            "--mode mute.",
         ),
     ] = None,
     existing: Annotated[
