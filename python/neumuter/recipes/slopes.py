@@ -156,21 +156,24 @@ class Held:
         place = torch.full([neurons.count], -1, device=neurons.device).index_put(
             (support,), torch.arange(len(support), device=neurons.device)
         )
-        odds, ends, slopes, weights = [], [], [], []
+        odds, ends, weights = [], [], []
+        # Of each request, the places of its trained neurons in the support, and their slopes. One matrix over
+        # the whole support would take a gigabyte where requests are many and the model is large.
+        self.slopes: list[tuple[Tensor, Tensor]] = []
         for known in former:
             ids = neurons.places(known.at)
             gains = torch.cat([layer.gains for layer in known.at.layers.values()]).to(mask)
             values = known.values.to(mask)
             odds.append(known.log_odds.to(mask) + values @ (mask[ids] - gains))
             trained = place[ids] >= 0
-            matrix = torch.zeros(len(values), len(support), device=neurons.device)
-            slopes.append(matrix.index_copy(1, place[ids][trained], values[:, trained]))
+            self.slopes.append((place[ids][trained], values[:, trained]))
             ends.append(known.ceilings.masked_fill(known.ceilings.isneginf(), -margin).to(mask))
             weights.append(known.weights.to(mask))
-        self.odds, self.slopes, self.weights = torch.cat(odds), torch.cat(slopes), torch.cat(weights)
+        self.odds, self.weights = torch.cat(odds), torch.cat(weights)
         self.ends = torch.cat(ends) if sign > 0 else torch.full_like(self.odds, margin)
 
     def __call__(self, gains: Tensor) -> Tensor:
         """The loss at ``gains``, float32 [k], of ``support``: a scalar in nats."""
-        odds = self.odds + self.slopes @ (gains - self.start)
+        moved = gains - self.start
+        odds = self.odds + torch.cat([slopes @ moved[places] for places, slopes in self.slopes])
         return (self.weights * F.relu(self.sign * (odds - self.ends))).sum()
