@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from neumuter.cli.advice import advise
+from neumuter.cli.advice import advise, warn_of_many
 from neumuter.evaluation.verdict import MARGINS, Comparison, Verdict
 
 ROWS = Path("out/report.csv")
@@ -41,3 +41,13 @@ def test_advice_follows_what_comes_out(outcome, searches, said):
     for sentence, words in zip(found, said, strict=True):
         assert words in sentence
     assert not found or found[0].startswith("out/report.csv says")
+
+
+@pytest.mark.parametrize(
+    ("texts", "budget", "said"),
+    [(95, 0.01, False), (96, 0.01, True), (240, 0.1, False), (240, "auto", False), (240, 300, False)],
+)
+def test_many_texts_need_many_neurons(texts, budget, said):
+    warning = warn_of_many(texts, budget)
+    assert bool(warning) == said
+    assert not said or warning.startswith("96 texts may need far more than 1.00% of the neurons")

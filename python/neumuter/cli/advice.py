@@ -1,4 +1,4 @@
-"""What ``neumuter unlearn`` says of what can be done if something still comes out."""
+"""What ``neumuter unlearn`` says may help: before it begins, and if something still comes out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neumuter.outcome import Outcome
+
+
+# From this number of texts on, a smaller share of the neurons left a third of them and more on the model that
+# was measured: see CAPACITY in docs/results.md.
+MANY_TEXTS, LARGE_SHARE = 96, 0.1
+
+
+def warn_of_many(texts: int, budget: float | int | str) -> str | None:
+    """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows."""
+    if texts < MANY_TEXTS or not isinstance(budget, float) or budget >= LARGE_SHARE:
+        return None
+    return (
+        f"{texts} texts may need far more than {budget:.2%} of the neurons: docs/choose-a-budget.md has what "
+        "was measured, and --budget auto searches."
+    )
 
 
 def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from neumuter.cli.advice import advise
+from neumuter.cli.advice import advise, warn_of_many
 from neumuter.cli.arguments import (
     Attention,
     Device,
@@ -258,9 +258,9 @@ def unlearn(
     forget_texts = TextFile(forget, columns, limit)
     retain_texts = TextFile(retain, columns, limit) if retain else None
     # A bad line is said before the model is loaded.
-    for texts in (forget_texts, retain_texts or ()):
-        for _ in texts:
-            pass
+    count, _ = (sum(1 for _ in texts) for texts in (forget_texts, retain_texts or ()))
+    if warning := warn_of_many(count, number):
+        console.print(warning, soft_wrap=True)
     unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
     known = [neumuter.Slopes.load(file) for file in former or []]
