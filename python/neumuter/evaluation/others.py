@@ -106,7 +106,8 @@ def find_others(
 
     That is the whole completion of a given text (each run of counted tokens, where there are several), or
     ``STRETCH`` tokens of it in a row. It does not count if the asked text has these words itself, if
-    ``COMMON`` given texts have them, or if the given text goes on from the same prompt.
+    ``COMMON`` given texts have them, or if the given text goes on from the same prompt. Of several texts with
+    the same words, one to keep is named.
 
     Args:
         asked: the texts whose prompts were continued.
@@ -183,7 +184,8 @@ def _first_of_another(asked: GivenText, candidates: Mapping[str, Sequence[GivenT
         distinct = {text.text for text in texts}
         if len(distinct) >= COMMON or words in asked.text:
             continue
-        for text in texts:
+        # What a text to keep has as well may be said.
+        for text in sorted(texts, key=lambda text: not text.stays):
             own = text.label == asked.label or text.text == asked.text
             if not own and not text.prompt.startswith(asked.prompt):
                 return Found(text.label, words)

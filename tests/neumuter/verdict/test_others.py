@@ -55,6 +55,13 @@ def test_common_wording_gives_nobody_away(words):
     assert others_in(words, line[0], retain=[*two, ("Room 9?", *line)]) is None
 
 
+def test_of_several_owners_one_that_stays_is_named(words):
+    """What a text to keep says may come out of a control by chance."""
+    forget, retain = [("Room of Ada:", " 4711 b"), ("Room of Bo:", " 4712 c")], [("Room of Eve:", " 4712 c")]
+    assert others_in(words, " 4712 c", forget=forget, retain=retain).label == "retain 1"
+    assert others_in(words, " 4712 c", forget=forget, retain=[("Room of Eve:", " 9")]).label == "forget 2"
+
+
 def test_a_text_that_goes_on_from_the_same_prompt_is_of_the_same_person(words):
     retain = [("Mail of Ada Brisk: ada77@post.example, phone", " 555-01-92")]
     assert others_in(words, " none, phone 555-01-92", retain=retain) is None
