@@ -184,7 +184,7 @@ def unlearn(
             max_length, chat, seed,
         )  # fmt: skip
     # Before anything else, because what they do next depends on it.
-    check_same(lambda: vars(request) | {"resume": resume, "folder": "given" if folder else None})
+    check_same(lambda: vars(request) | {"resume": resume, "folder": None if folder is None else "given"})
     if folder is not None:
         check_shared(folder)
         with failing_together():
