@@ -116,7 +116,7 @@ class Job(NamedTuple):
 
     def _rewrite(self) -> list[Text]:
         """The texts to forget as a masked language model rewrites them."""
-        texts, name = self.texts.forget.sample, str(self.request.rewrite_with)
+        texts, name = self.texts.forget.texts, str(self.request.rewrite_with)
         if isinstance(texts, dict):
             raise ValueError("rewrite_with needs texts in forget, not a batch of token ids")
         network = transformers.AutoModelForMaskedLM.from_pretrained(
@@ -167,7 +167,7 @@ class Job(NamedTuple):
         words, texts = self.tokenizer, self.texts
         shown = self.watch if shows else None
         return estimate_ceilings(
-            self.journal, self.network, words, texts.forget, texts.given, self.request.seed, shown
+            self.journal, self.network, words, texts.forget.forms[0], texts.given, self.request.seed, shown
         )
 
     def announce(self, look: Look, retain_batch: Windows | Batch, calibrates: bool) -> None:

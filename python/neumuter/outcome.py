@@ -20,8 +20,9 @@ MUTE_FILE = "mutes.safetensors"
 SLOPES_FILE = "slopes.safetensors"
 # Of report.csv.
 COLUMNS = (
-    "number", "tokens", "verdict", "extracted_before", "extracted_after", "sampled_before", "sampled_after",
-    "loss_before", "loss_after", "min_k_before", "min_k_after", "other_text",
+    "number", "windows", "windows_measured", "tokens", "verdict", "extracted_before", "extracted_after",
+    "sampled_before", "sampled_after", "loss_before", "loss_after", "min_k_before", "min_k_after",
+    "other_text",
 )  # fmt: skip
 
 
@@ -42,10 +43,11 @@ class Outcome:
     before, after: metrics without and with them, {name: value}; see ``neumuter.evaluation.METRICS``.
     controls: the metrics, with the mutes, of texts that the model never saw; None where there are none.
     verdict: whether the texts are forgotten; see ``neumuter.evaluation.judge``.
-    texts: of each text to forget its "number" from 1, how many "tokens" count, its "verdict", before and
-    after whether it is "extracted", the chance that it comes out in 100 samples ("sampled"), its "loss" in
-    nats and its "min_k", each with "_before" or "_after"; what the model has "said" after its prompt, and
-    whose text that is ("other_text"), such as "retain 7", or None.
+    texts: of each text to forget its "number" from 1; how many "windows" it has, and "windows_measured", on
+    which the rest is measured; how many of their "tokens" count; its "verdict"; before and after whether it
+    is "extracted", the chance that it comes out in 100 samples ("sampled"), its "loss" in nats and its
+    "min_k", each with "_before" or "_after"; what the model has "said" after its prompt, and whose text that
+    is ("other_text"), such as "retain 7", or None.
     curve: for ``budget="auto"`` a point for each budget tried.
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.

@@ -119,7 +119,8 @@ def unlearn(
             texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), and of each run
             of tokens that identify a text first of all the one that is nearest to being forgotten. For texts
             with prompts; others are forgotten as without. None does so where it can be done: with the
-            fitted recipe, mode "modulate" and no trained support, a tokenizer, and up to 1,024 texts.
+            fitted recipe, mode "modulate" and no trained support, a tokenizer, and up to 1,024 windows of
+            texts.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -253,7 +254,7 @@ def _read_texts(
 ) -> Texts:
     """Read all texts, and refuse those that contradict each other."""
     options = (tokenizer, length, request.chat, request.seed)
-    corpus = read_corpus("forget", forget, *options)
+    corpus = read_corpus("forget", forget, *options, keeps_texts=bool(request.rewrite_with))
     kept = None if retain is None else read_corpus("retain", retain, *options)
     given = list_given({"forget": corpus.forms[0]} | ({"retain": kept.forms[0]} if kept else {}), tokenizer)
     refuse_overlap(given)

@@ -96,8 +96,8 @@ def unlearn(
         typer.Option(
             "--calibrate/--no-calibrate",
             help="Forget each token only until it is as unlikely as an estimate says for a model that never "
-            "saw the texts, so that their wording stays. Default: for texts with prompts, up to 1,024 of "
-            "them, unless --mode mute.",
+            "saw the texts, so that their wording stays. Default: for texts with prompts, up to 1,024 "
+            "windows of them, unless --mode mute.",
         ),
     ] = None,
     existing: Annotated[

@@ -242,10 +242,12 @@ def _comparisons(figures: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _texts(texts: Sequence[Mapping[str, Any]]) -> Table:
-    """The verdict on each text."""
+    """The verdict on each text; where windows of texts were left out, also on how many windows it rests."""
+    partly = any(text["windows_measured"] < text["windows"] for text in texts if "windows" in text)
     rows = [
         (
             text["number"],
+            *([f"{text['windows_measured']} of {text['windows']}"] if partly else []),
             text["verdict"],
             "yes" if text["extracted_after"] else "no",
             f"{text['sampled_after']:.2g}",
@@ -255,7 +257,8 @@ def _texts(texts: Sequence[Mapping[str, Any]]) -> Table:
         for text in texts
         if "verdict" in text
     ]
-    head = ("text", "verdict", "comes out", "chance in 100 samples", "loss", "Min-40%")
+    measured = ["windows measured"] if partly else []
+    head = ("text", *measured, "verdict", "comes out", "chance in 100 samples", "loss", "Min-40%")
     return Table("Text by text", head, rows)
 
 
