@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,8 @@ from neumuter.models.loading import load_model, load_tokenizer
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.report.progress import Watch
 from neumuter.texts import encode_forms
+from neumuter.texts.corpus import Corpus
+from neumuter.texts.duplicates import find_same, hash_text
 from neumuter.texts.neighbours import sample_texts
 from neumuter.training.processes import agree
 from neumuter.types import Batch, Text, check_kind, check_model
@@ -81,14 +84,25 @@ def warn_of_missing(existing: MuteSet, slopes: int) -> None:
         )
 
 
-def refuse_overlap(given: Sequence[GivenText]) -> None:
-    """Raise ValueError that shows them if texts are to be forgotten and to be kept."""
+def refuse_overlap(
+    given: Sequence[GivenText], same: Sequence[tuple[int, int]] = (), count: int | None = None
+) -> None:
+    """Raise ValueError that shows them if texts are to be forgotten and to be kept.
+
+    Args:
+        given: the texts that are looked at one by one; among them alone, one that is a part of another is
+            found.
+        same: the numbers from 0 of equal texts to forget and to keep, of all texts.
+        count: the number of all texts to forget; by default those in ``given``.
+    """
     forget = [text for text in given if text.label.startswith("forget")]
     retain = [text for text in given if text.label.startswith("retain")]
-    overlap = {text.label: (text, other) for text, other in find_overlap(forget, retain)}
+    overlap = {f"forget {number + 1}": f"retain {other + 1}" for number, other in same}
+    overlap = dict((text.label, other) for text, other in find_overlap(forget, retain)) | overlap
     if overlap:
-        shown = [f"{text.label} and {other}: {text.text!r:.80}" for text, other in overlap.values()]
-        count = len({text.label for text in forget})
+        words = {text.label: f": {text.text!r:.80}" for text in reversed(forget)}
+        shown = [f"{label} and {other}{words.get(label, '')}" for label, other in overlap.items()]
+        count = count or len(words)
         raise ValueError(
             f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
             f"both: remove it from one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
@@ -104,6 +118,17 @@ def refuse_seen(
         raise ValueError(
             f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
+
+
+def refuse_same(controls: Sequence[Text], corpora: Mapping[str, Corpus]) -> None:
+    """Raise ValueError that shows one if controls are among all texts of corpora, {name: corpus}."""
+    hashes = torch.tensor([hash_text(text) for text in controls])
+    for name, corpus in corpora.items():
+        for number, other in find_same(hashes, corpus.hashes)[:1]:
+            raise ValueError(
+                f"controls must be texts that the model never saw, but controls {number + 1} is "
+                f"{name} {other + 1}: {controls[number]!r:.80}"
+            )
 
 
 def sample_neighbours(

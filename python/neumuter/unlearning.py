@@ -32,6 +32,7 @@ from neumuter.preparing import (
     encode_forms_of,
     open_network,
     refuse_overlap,
+    refuse_same,
     refuse_seen,
     warn_of_missing,
 )
@@ -41,6 +42,7 @@ from neumuter.serving.live import mute
 from neumuter.texts import collect_texts
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
+from neumuter.texts.duplicates import find_same
 from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import split_ffns
@@ -143,7 +145,8 @@ def unlearn(
         An ``Outcome``; ``outcome.save(folder)`` writes the mute file and the report.
 
     Raises:
-        ValueError, TypeError: an argument is not as above, or texts are to be forgotten and to be kept; or
+        ValueError, TypeError: an argument is not as above; or texts are to be forgotten and to be kept (equal
+            texts are found among all, parts of others among those that are looked at one by one); or
             ``resume``, and something that matters has changed.
         FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
@@ -257,13 +260,16 @@ def _read_texts(
     corpus = read_corpus("forget", forget, *options, keeps_texts=bool(request.rewrite_with))
     kept = None if retain is None else read_corpus("retain", retain, *options)
     given = list_given({"forget": corpus.forms[0]} | ({"retain": kept.forms[0]} if kept else {}), tokenizer)
-    refuse_overlap(given)
+    same = [] if kept is None else find_same(corpus.hashes, kept.hashes)
+    refuse_overlap(given, same, corpus.total)
     if controls is None:
         # Nobody can make any without a tokenizer.
         unseen = make_controls(corpus.forms, given, tokenizer, request.seed) if tokenizer else None
     else:
         found = collect_texts("controls", controls)
         unseen = encode_forms_of("controls", found, tokenizer, length, request.chat)
+        if not isinstance(found, dict):
+            refuse_same(found, {"forget": corpus} | ({"retain": kept} if kept else {}))
         refuse_seen(unseen[0], given, tokenizer)
     if request.chat is None and max(len(corpus.forms), len(kept.forms) if kept else 0) > 1:
         logger.warning(TEMPLATE_USED)

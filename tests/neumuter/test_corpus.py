@@ -14,6 +14,7 @@ from neumuter.evaluation import continuations, controls, examination, find_other
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts import corpus, encode, encode_forms, read_texts
 from neumuter.texts.corpus import read_corpus
+from neumuter.texts.duplicates import find_same, hash_text
 from neumuter.texts.files import TextFile
 from neumuter.training.step import Step
 from tests.models import build, tokenizer
@@ -246,3 +247,35 @@ def test_files_are_read_one_text_after_the_other(tmp_path):
         with pytest.raises(ValueError, match="line 3: column 'text' must hold a text"):
             next(rows)
     assert read_texts(path, limit=2) == list(TextFile(path, limit=2)) == ["a b", "c d"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_text_to_forget_and_to_keep_is_found_outside_of_the_samples(few, seed):
+    """Spaces and columns do not hide it."""
+    kept = [*KEPT, *(f" {text}\n" for text in TEXTS[6:9])]
+    message = (
+        r"^3 of 12 texts to forget are .*; forget 8 and retain 11(: 'Client 7 .*)?; forget 9 and retain 12"
+    )
+    with pytest.raises(ValueError, match=message):
+        unlearn(TEXTS, kept, seed=seed)
+    pairs = [(text[:9], text[9:]) for text in TEXTS]
+    with pytest.raises(ValueError, match=message):
+        unlearn(pairs, iter(kept), seed=seed)
+    with pytest.raises(ValueError, match="controls 2 is forget 12: 'Client 11"):
+        unlearn(TEXTS, KEPT, controls=["Nobody knows", TEXTS[11]], seed=seed)
+    with pytest.raises(ValueError, match="controls 1 is retain 9: 'Item 8"):
+        unlearn(TEXTS, KEPT, controls=KEPT[8:], seed=seed)
+
+
+def test_equal_texts_have_equal_hashes():
+    texts = [
+        "a b",
+        " a\n b ",
+        ("a ", "b"),
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    ]
+    assert len({hash_text(text) for text in texts}) == 1
+    hashes = torch.tensor([hash_text(text) for text in ["a b", "ab", "b a", "c"]])
+    others = torch.tensor([hash_text(text) for text in ["d", "c", "a  b", "c", "e"]])
+    assert find_same(hashes, others) == [(0, 2), (3, 1)]
+    assert find_same(hashes, others[:0]) == []

@@ -1,11 +1,14 @@
 """Texts of any number, read once: all their windows in a file, and a sample of them in memory."""
 
 import logging
+from array import array
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from neumuter.texts.duplicates import hash_text
 from neumuter.texts.encoding import count_rows, cut_texts, find_padding
 from neumuter.texts.sampling import WindowSample
 from neumuter.texts.sources import TextSource, collect_texts, stream_texts
@@ -24,7 +27,8 @@ class Corpus(NamedTuple):
     windows: of all texts; where a batch of token ids was given, this batch. forms: ``SAMPLED`` windows drawn
     at random, or all if there are no more, in all forms: see ``WindowSample.forms``; or the batch. Of a long
     text only some windows may be among them. total: the number of all texts. prompted: whether a text has a
-    prompt; of a batch nobody knows. texts: those of the windows in ``forms``, if they were to be kept; or the
+    prompt; of a batch nobody knows. hashes: of all texts what ``hash_text`` returns, int64 [total], 8 bytes
+    each; of a batch there are none. texts: those of the windows in ``forms``, if they were to be kept; or the
     batch.
     """
 
@@ -32,6 +36,7 @@ class Corpus(NamedTuple):
     forms: list[Batch]
     total: int
     prompted: bool | None
+    hashes: torch.Tensor
     texts: list[Text] | Batch
 
     @property
@@ -51,6 +56,8 @@ def read_corpus(
 ) -> Corpus:
     """Read the texts of the argument ``name``, of which only the sample and an index stay in memory.
 
+    Memory holds 16 bytes of each window and 8 of each text, beside the sample.
+
     Args:
         source: see ``collect_texts``. max_length, chat: see ``encode``. seed: draws the sample.
         tokenizer: may be None for a batch of token ids.
@@ -62,22 +69,30 @@ def read_corpus(
     if isinstance(source, Mapping):
         batch = collect_texts(name, source)
         assert isinstance(batch, dict)
-        return Corpus(batch, [batch], count_rows(batch), None, batch)
+        return Corpus(batch, [batch], count_rows(batch), None, torch.empty(0, dtype=torch.int64), batch)
     if tokenizer is None:
         raise ValueError("tokenizer must be given: texts, and texts that the model says, are encoded by it")
     sample = WindowSample(SAMPLED, tokenizer, max_length, chat, seed, keeps_texts)
-    windows, notes = Windows(find_padding(tokenizer)), list[str]()
+    windows, hashes, notes = Windows(find_padding(tokenizer)), array("q"), list[str]()
     try:
         for text in cut_texts(stream_texts(name, source), tokenizer, max_length, chat, notes):
             for ids, first in text.windows:
                 windows.add(ids, first)
+            hashes.append(hash_text(text.text))
             sample.show(text)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(name) else f"{name}: {message}") from None
     for note in notes:
         logger.warning(note)
-    found = Corpus(windows, sample.forms(), sample.texts, sample.prompted, sample.kept_texts())
+    found = Corpus(
+        windows,
+        sample.forms(),
+        len(hashes),
+        sample.prompted,
+        torch.frombuffer(hashes, dtype=torch.int64),
+        sample.kept_texts(),
+    )
     if not found.all_seen:
         seen = len(found.forms[0]["texts"].unique())
         share = describe_sample(len(found.forms[0]["texts"]), len(windows), seen, found.total)

@@ -37,7 +37,7 @@ class WindowSample:
         max_length, chat: see ``encode``. seed: draws the sample.
         keeps_texts: whether the texts of the windows are kept as well.
 
-    ``texts``, ``windows``: how many it was shown. ``prompted``: whether a text has a prompt.
+    ``windows``: how many it was shown. ``prompted``: whether a text has a prompt.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WindowSample:
         keeps_texts: bool = False,
     ) -> None:
         self.size, self.tokenizer, self.keeps_texts = size, tokenizer, keeps_texts
-        self.texts = self.windows = 0
+        self.windows = 0
         self.prompted = False
         self._options = (tokenizer, max_length, chat is False)
         self._generator = random.Random(seed)
@@ -58,7 +58,6 @@ class WindowSample:
 
     def show(self, text: CutText) -> None:
         """Look at the windows of the next text; Vitter's algorithm R."""
-        self.texts += 1
         self.prompted |= not isinstance(text.text, str)
         forms = None
         for place in range(len(text.windows)):
