@@ -43,6 +43,7 @@ from neumuter.texts import collect_texts
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
 from neumuter.texts.duplicates import find_same
+from neumuter.texts.encoding import count_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, digest, refuse_unfinished
 from neumuter.training.masked import split_ffns
@@ -219,6 +220,8 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
         controls=controls_after.metrics if controls_after else None,
         verdict=verdict,
         texts=judged,
+        texts_given=texts.forget.total,
+        windows_given=count_rows(texts.forget.windows),
         curve=curve,
         history=journal.history,
         samples=[

@@ -1,5 +1,6 @@
 """More texts than are looked at one by one: a sample, its numbers, and a search that has them all."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import neumuter
+from neumuter.cli.app import main
 from neumuter.evaluation import continuations, controls, examination, find_others, list_given
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts import corpus, encode, encode_forms, read_texts
@@ -18,6 +20,7 @@ from neumuter.texts.duplicates import find_same, hash_text
 from neumuter.texts.files import TextFile
 from neumuter.training.step import Step
 from tests.models import build, tokenizer
+from tests.neumuter.jobs import shorter
 from tests.neumuter.test_chat import CHAT, PAIRS, words_with
 
 TEXTS = [f"Client {number} lives at {number * 37 % 91} Mill Road" for number in range(12)]
@@ -174,6 +177,36 @@ def test_a_search_has_all_texts_and_a_report_its_sample(few, tmp_path, monkeypat
     assert numbers == [number + 1 for number in find_numbers(read(TEXTS))]
     assert numbers != [1, 2, 3, 4, 5]
     assert len(first.samples) == 4
+    said = "Measured on 5 of 12 texts to forget, drawn at random."
+    assert said in repr(first)
+    assert said in first._repr_html_()
+    first.save(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["texts_measured"], report["texts_given"], report["measured_on"]) == (5, 12, said)
+    assert f"<p>{said}</p>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_where_all_texts_are_measured_nobody_is_told(tmp_path):
+    with shorter():
+        outcome = unlearn(TEXTS[:2], KEPT[:2])
+    assert outcome.measured_on is None
+    assert "drawn at random" not in repr(outcome)
+    outcome.save(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["texts_measured"], report["texts_given"], report["measured_on"]) == (2, 2, None)
+    assert "drawn at random" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_command_says_before_the_verdict_what_was_measured(few, tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    for name, texts in (("forget", TEXTS), ("retain", KEPT)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    arguments = ["unlearn", tmp_path / "model", "--forget", tmp_path / "forget.txt", "--retain"]
+    arguments += [tmp_path / "retain.txt", "--out", tmp_path / "out", "--start-layer", 0, "--steps", 2]
+    with contextlib.suppress(SystemExit):
+        main([str(argument) for argument in arguments])
+    assert capsys.readouterr().out.splitlines()[-2].startswith("Measured on 5 of 12 texts to forget")
 
 
 def test_long_texts_are_judged_by_the_windows_of_the_sample(few, tmp_path):
@@ -184,6 +217,10 @@ def test_long_texts_are_judged_by_the_windows_of_the_sample(few, tmp_path):
     for row in outcome.texts:
         windows = len(encode([long[row["number"] - 1]], tokenizer(), 64)["labels"])
         assert row["windows"] == windows > row["windows_measured"]
+    seen = len(outcome.texts)
+    assert outcome.measured_on.startswith(
+        f"Measured on 5 of {outcome.windows_given} windows, from {seen} of 12"
+    )
     outcome.save(tmp_path)
     rows = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert [row["windows"] for row in rows] == [str(row["windows"]) for row in outcome.texts]

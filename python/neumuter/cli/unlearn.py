@@ -326,6 +326,8 @@ def unlearn(
         if not outcome.curve and recipe is Recipe.fitted:
             advice += " --budget auto looks for a share of neurons that is enough."
         console.print(escape(advice), highlight=False, soft_wrap=True)
+    if outcome.measured_on:
+        console.print(outcome.measured_on, highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)

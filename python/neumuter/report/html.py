@@ -98,6 +98,7 @@ def write_report(
         metrics=_metrics("Measured on the model", states | controls),
         definitions=_definitions(states),
         verdict=report.get("verdict_sentence"),
+        measured_on=report.get("measured_on"),
         comparisons=_comparisons(report.get("comparisons") or []),
         texts=_texts(texts),
         samples=[_compare(sample) for sample in samples],
