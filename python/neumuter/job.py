@@ -40,6 +40,7 @@ from neumuter.texts.encoding import count_rows, count_tokens, join_windows, samp
 from neumuter.texts.neighbours import rewrite_texts
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
+from neumuter.training.history import count_steps
 from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.training.processes import agree, find_processes
@@ -182,7 +183,8 @@ class Job(NamedTuple):
         work = estimate_work(texts.forget.windows, retain_batch, request.recipe, request.mode, count)
         # Each budget tried takes as many steps.
         tried = isinstance(request.budget, str)
-        done = len(journal.history) % work.steps if tried else len(journal.history)
+        taken = count_steps(journal.history)
+        done = taken % work.steps if tried else taken
         left = estimate_search(look.token, work, done, count_tokens(retain_batch))
         forms = texts.forget.forms
         once = estimate_examination(look, forms) + estimate_examination(look, texts.controls)

@@ -52,7 +52,8 @@ class Outcome:
     texts_given, windows_given: how many texts there are to forget, and how many windows they have. ``texts``
     has those that were measured: of more than 1,024 windows, those of a random sample.
     curve: for ``budget="auto"`` a point for each budget tried.
-    history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
+    history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search; of more than 4,096
+    steps, of some at even distances and of the last.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
     seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process.
     max_length, chat: how the texts were read, as ``unlearn`` was told.
