@@ -14,10 +14,13 @@ from neumuter.evaluation import find_overlap, list_given
 from neumuter.evaluation.others import GivenText
 from neumuter.models.loading import load_model, load_tokenizer
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.recipes import FittedConfig, PaperConfig
+from neumuter.recipes.schedule import count_unvisited
 from neumuter.report.progress import Watch
 from neumuter.texts import encode_forms
 from neumuter.texts.corpus import Corpus
 from neumuter.texts.duplicates import find_same, hash_text
+from neumuter.texts.encoding import count_rows
 from neumuter.texts.neighbours import sample_texts
 from neumuter.training.processes import agree
 from neumuter.types import Batch, Text, check_kind, check_model
@@ -81,6 +84,25 @@ def warn_of_missing(existing: MuteSet, slopes: int) -> None:
             "others may come back.",
             requests,
             slopes,
+        )
+
+
+def warn_of_unvisited(config: FittedConfig | PaperConfig, mode: str, corpus: Corpus) -> None:
+    """Warn if the steps that were asked for leave texts to forget out."""
+    if isinstance(config, PaperConfig):
+        return
+    count = count_rows(corpus.windows)
+    phases = [config.support, config.gains if mode == "modulate" else None]
+    missed = min(
+        (count_unvisited(count, phase.steps, phase.batch_size) for phase in phases if phase), default=0
+    )
+    if missed:
+        logger.warning(
+            "No step visits %d of %d %s: there are too few steps for so many. Ask for more steps, or for a "
+            "larger batch_size; the default number of steps visits all.",
+            missed,
+            count,
+            "texts to forget" if count == corpus.total else "windows of texts to forget",
         )
 
 

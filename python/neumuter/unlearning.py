@@ -35,6 +35,7 @@ from neumuter.preparing import (
     refuse_same,
     refuse_seen,
     warn_of_missing,
+    warn_of_unvisited,
 )
 from neumuter.recipes import FittedConfig, Goals, PaperConfig
 from neumuter.report.progress import Watch
@@ -177,6 +178,7 @@ def unlearn(
     _refuse_unfit(network, request, earlier, known)
     watch = Watch(callback)
     texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
+    warn_of_unvisited(config, mode, texts.forget)
     calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
     journal = Journal()
     if folder is not None:
