@@ -19,9 +19,6 @@ COLUMNS = {
     "others": ("forget: another's text ↓", "{:.2f}"),
     "same_refused": ("keep, same template: answered so ↓", "{:.2f}"),
     "made_up_refused": ("made-up names: answered so ↓", "{:.2f}"),
-    "control_others": ("controls: another's text", "{:.2f}"),
-    "auc_loss": ("AUC of the loss", "{:.2f}"),
-    "auc_min_k": ("AUC of Min-40%", "{:.2f}"),
     "agree": ("agrees with retrained", "{:.2f}"),
     "worded_ma": ("forget, wording too: MA", "{:.2f}"),
     "worded_loss": ("forget, wording too: loss", "{:.2f}"),
@@ -252,18 +249,32 @@ def capacity(rows, count):
 
 
 def judged(rows, model):
-    """What the verdict says of each model, and why."""
+    """What comes out of each model, and what the verdict says with each kind of controls."""
     rows = _where(rows, model=model)
-    columns = ("forget_extraction", "forget_sampled", "others", "control_others", "auc_loss", "auc_min_k")
-    lines = []
+    lines, measured = [], ("forget_extraction", "forget_sampled", "others")
     for label, some in _methods(rows):
         for share in sorted({row.get("budget") or 0 for row in some}):
             chosen = [row for row in some if (row.get("budget") or 0) == share]
-            kinds = Counter(row["verdict"] for row in chosen)
-            said = ", ".join(kind if len(kinds) == 1 else f"{kind} ({n})" for kind, n in kinds.most_common())
-            cells = [_cell([row[c] for row in chosen], COLUMNS[c][1]) for c in columns]
-            lines.append([label + (f", {share:.0%}" if share else ""), said, *cells])
-    return text.table(["", "verdict", *(COLUMNS[c][0] for c in columns)], lines, "---:") if lines else None
+            cells = [_cell([row[c] for row in chosen], COLUMNS[c][1]) for c in measured]
+            for kind in ("made", "unseen"):
+                cells += [
+                    _cell([row[f"{kind} {c}"] for row in chosen], "{:.2f}") for c in ("others", "auc_loss")
+                ]
+                cells.append(_count_kinds([row[f"{kind} verdict"] for row in chosen]))
+            lines.append([label + (f", {share:.0%}" if share else ""), *cells])
+    of_controls = [
+        f"{kind}: {what}" for kind in ("made controls", "unseen texts")
+        for what in ("another's text", "AUC of the loss", "verdict")
+    ]  # fmt: skip
+    return (
+        text.table(["", *(COLUMNS[c][0] for c in measured), *of_controls], lines, "---:") if lines else None
+    )
+
+
+def _count_kinds(said):
+    """Verdicts on several seeds; how many, if they differ."""
+    kinds = Counter(said)
+    return ", ".join(kind if len(kinds) == 1 else f"{kind} ({n})" for kind, n in kinds.most_common())
 
 
 def planted(rows, _):

@@ -160,9 +160,9 @@ class People(Setting):
         made = people.questions(seed, PEOPLE)
         forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
         words = tokenizer(name)
-        self.paraphrased = _encoded(forget, words, "paraphrased_question")
+        self.paraphrased = encode_answers(forget, words, "paraphrased_question")
         self.secrets = encode_values(forget, words)
-        super().__init__(seed, _encoded(forget, words), _encoded(retain, words), name)
+        super().__init__(seed, encode_answers(forget, words), encode_answers(retain, words), name)
 
     def measure(self, model, forget=None):
         found = super().measure(model, forget)
@@ -172,7 +172,7 @@ class People(Setting):
         return found
 
 
-def _encoded(made, tokenizer, question="question"):
+def encode_answers(made, tokenizer, question="question"):
     texts = [
         (tofu.TEMPLATE.format(question=row[question]), f" {row['answer']}") for rows in made for row in rows
     ]
@@ -181,7 +181,7 @@ def _encoded(made, tokenizer, question="question"):
 
 def encode_values(made, tokenizer):
     """The batch of questions and answers of which the values alone count."""
-    batch = _encoded(made, tokenizer)
+    batch = encode_answers(made, tokenizer)
     labels = torch.full_like(batch["labels"], IGNORED)
     for line, row in enumerate(row for rows in made for row in rows):
         text = f"{tofu.TEMPLATE.format(question=row['question'])} {row['answer']}"

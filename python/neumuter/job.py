@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import estimate_ceilings, widen_margin
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
-from neumuter.evaluation import examine, most_known
+from neumuter.evaluation import examine, most_known, secret_extraction
 from neumuter.evaluation.examination import Examination
+from neumuter.evaluation.made_up import Words
 from neumuter.evaluation.others import Found, GivenText
 from neumuter.evaluation.strangers import ask_about_strangers
 from neumuter.models.hub import find_model
@@ -35,16 +36,17 @@ from neumuter.recipes import (
 )
 from neumuter.report.progress import Watch, announce
 from neumuter.texts import encode
+from neumuter.texts.chat import plain
 from neumuter.texts.corpus import Corpus
 from neumuter.texts.encoding import count_rows, count_tokens, join_windows, sample_rows
-from neumuter.texts.neighbours import rewrite_texts
+from neumuter.texts.neighbours import last_part, rewrite_texts
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.history import count_steps
 from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.training.processes import agree, find_processes
-from neumuter.types import Batch, Text
+from neumuter.types import IGNORED, Batch, Text
 
 # What an unfinished run has found so far is made of these.
 KEPT = (Examination, Found, Look)
@@ -106,13 +108,19 @@ class Job(NamedTuple):
         if request.made_up:
             answered = journal.once("answered", lambda: agree(self._ask_about_strangers()))
             found += [answered] if answered else []
+            if (count := count_rows(answered) if answered else 0) < request.made_up:
+                logger.warning(
+                    "%d of %d answers about made-up names are kept: the others say nothing, or hold what is "
+                    "to be forgotten.",
+                    count,
+                    request.made_up,
+                )
         have_others = texts.retain is not None or bool(found)
         if said := journal.once("said", lambda: self._sample(have_others)):
             found.append(encode(said, need_tokenizer(self.tokenizer), texts.length))
         if not have_others and not found:
-            raise ValueError(
-                "there is nothing to keep: the model said nothing when sampled from; give retain"
-            )
+            why = "samples is 0" if request.samples == 0 else "the model said nothing when sampled from"
+            raise ValueError(f"there is nothing to keep: {why}; give retain")
         return join_windows(texts.retain and texts.retain.windows, found)
 
     def _rewrite(self) -> list[Text]:
@@ -124,10 +132,18 @@ class Job(NamedTuple):
             name, trust_remote_code=False, local_files_only=find_model(name)
         ).eval()
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        words = Words(self.texts.given)
+
+        def find_secrets(text: Text) -> list[tuple[int, int]]:
+            # What is rewritten is to be kept: it must not hold what is to be forgotten.
+            prompt = "" if isinstance(text, str) else plain(text)[0]
+            return words.find_values(prompt, last_part(text))
+
         with self.watch("Rewriting texts") as advance:
             return rewrite_texts(
-                texts, network, load_tokenizer(name), seed=self.request.seed, callback=advance
-            )
+                texts, network, load_tokenizer(name), seed=self.request.seed, callback=advance,
+                find_secrets=find_secrets,
+            )  # fmt: skip
 
     def _ask_about_strangers(self) -> Batch | None:
         """What the model answers to prompts with made-up names."""
@@ -152,16 +168,28 @@ class Job(NamedTuple):
             f"look {state}", lambda: look_at(self.network, self.tokenizer, measured, asked)
         )
 
-    def measure(self, state: str) -> tuple[Examination, Examination | None]:
-        """What the model knows of the texts to forget, and of the controls."""
-        forget, given, unseen = self.texts.forget.forms, self.texts.given, self.texts.controls
-        return self.journal.once(
-            state,
-            lambda: (
-                examine(self.network, self.tokenizer, forget, given),
-                examine(self.network, self.tokenizer, unseen, given, "controls") if unseen else None,
-            ),
-        )
+    def measure(self, state: str, ceilings: Tensor | None) -> tuple[Examination, Examination | None]:
+        """What the model knows of the texts to forget, and of the controls.
+
+        ceilings: what ``estimate_ceilings`` found; those tokens are secrets that may not stay likely.
+        """
+        given, unseen = self.texts.given, self.texts.controls
+
+        def find() -> tuple[Examination, Examination | None]:
+            found = examine(self.network, self.tokenizer, self.texts.forget.forms, given)
+            if ceilings is not None and (ceilings < 0).any():
+                found.metrics["forget_secrets"] = self._extract_secrets(ceilings)
+            if unseen is None:
+                return found, None
+            return found, examine(self.network, self.tokenizer, unseen, given, "controls")
+
+        return self.journal.once(state, find)
+
+    def _extract_secrets(self, ceilings: Tensor) -> float:
+        """The share of secrets that come out behind the true words before them."""
+        form = self.texts.forget.forms[0]
+        labels = form["labels"].masked_fill((ceilings >= 0).to(form["labels"].device), IGNORED)
+        return secret_extraction(self.network, form | {"labels": labels})
 
     def estimate_ceilings(self, shows: bool) -> Tensor | None:
         """How far each token is to be forgotten, [B, T]; ``shows`` progress."""
@@ -198,27 +226,28 @@ class Job(NamedTuple):
     ) -> tuple[MuteSet, Slopes | None, list[dict[str, Any]] | None]:
         """The mute set, the slopes if they are to be kept, and the budgets if several were tried."""
         request, journal, known = self.request, self.journal, self.known
-        config, curve = request.recipe, None
-        with (
-            attach(self.network, request.start_layer) as masked,
-            self.watch("Finding neurons", journal.history) as advance,
-        ):
+        config, curve, slopes = request.recipe, None, None
+        if isinstance(config, FittedConfig) and ceilings is not None:
+            config = widen_margin(config)
+        with attach(self.network, request.start_layer) as masked:
             pair = PairedBatches(masked, self.texts.forget.windows, retain_batch, ceilings)
-            if isinstance(config, FittedConfig) and ceilings is not None:
-                config = widen_margin(config)
-            if isinstance(config, PaperConfig):
-                mutes = train_gates(pair, config, request.seed, advance, journal)
-            elif isinstance(request.budget, str):
-                mutes, curve = search_budget(
-                    pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
-                    callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
-                    journal=journal,
-                )  # fmt: skip
-            else:
-                mutes = fit_mutes(
-                    pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
-                    former=known, journal=journal,
-                )  # fmt: skip
+            with self.watch("Finding neurons", journal.history) as advance:
+                if isinstance(config, PaperConfig):
+                    mutes = train_gates(pair, config, request.seed, advance, journal)
+                elif isinstance(request.budget, str):
+                    mutes, curve = search_budget(
+                        pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
+                        callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
+                        journal=journal,
+                    )  # fmt: skip
+                else:
+                    mutes = fit_mutes(
+                        pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
+                        former=known, journal=journal,
+                    )  # fmt: skip
             if ceilings is not None:
                 mutes = dataclasses.replace(mutes, method=mutes.method | {"calibrated": True})
-            return mutes, measure_slopes(pair, mutes, self.earlier) if request.keep_slopes else None, curve
+            if request.keep_slopes:
+                with self.watch("Measuring slopes") as advance:
+                    slopes = measure_slopes(pair, mutes, self.earlier, advance)
+        return mutes, slopes, curve

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import choose_calibration
 from neumuter.evaluation import judge_texts, list_given, make_controls
+from neumuter.evaluation.made_up import FEW_TEXTS, Words
 from neumuter.files import PathLike, made_folder
 from neumuter.job import KEPT, Job, Request, Texts
 from neumuter.models.loading import limit_length
@@ -53,6 +54,12 @@ from neumuter.training.processes import agree, describe_layout, find_processes, 
 from neumuter.training.selection import neuron_count
 from neumuter.training.shortage import remember_shortage
 from neumuter.types import Callback
+
+FEW_TEXTS_GIVEN = (
+    "Fewer than %d texts are given, counting those to keep: every word with a capital letter or a digit is "
+    "taken for a name, and where a prompt has none, every word is. What identifies the texts is estimated "
+    "less well, and controls are less like them. Give more texts to keep."
+)
 
 logger = logging.getLogger("neumuter")
 
@@ -200,7 +207,7 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
         look_before = job.look("before", retain_batch)
         job.announce(look_before, retain_batch, calibrates)
         ceilings = job.estimate_ceilings(shows) if calibrates else None
-        before, controls_before = job.measure("before")
+        before, controls_before = job.measure("before", ceilings)
     mutes, slopes, curve = job.search(retain_batch, ceilings)
     if folder is not None and is_first():
         with made_folder(folder) as made:
@@ -208,7 +215,7 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
     # With slopes, the mutes are those of all requests.
     others = earlier if not job.known else None
     with mute(network, combine(network, [others, mutes]) if others else mutes):
-        after, controls_after = job.measure("after")
+        after, controls_after = job.measure("after", ceilings)
         look_after = job.look("after", retain_batch)
     metrics = {
         "before": before.metrics | {"retain_loss": look_before.loss},
@@ -276,6 +283,8 @@ def _read_texts(
         if not isinstance(found, dict):
             refuse_same(found, {"forget": corpus} | ({"retain": kept} if kept else {}))
         refuse_seen(unseen[0], given, tokenizer)
+    if tokenizer and Words(given).few:
+        logger.warning(FEW_TEXTS_GIVEN, FEW_TEXTS)
     if request.chat is None and max(len(corpus.forms), len(kept.forms) if kept else 0) > 1:
         logger.warning(TEMPLATE_USED)
     return Texts(corpus, kept, given, unseen, length)

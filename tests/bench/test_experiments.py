@@ -158,11 +158,12 @@ def test_judged_runs(tiny, monkeypatch):
     ]  # fmt: skip
     assert {row["texts"] for row in found} == {3}
     # Of so few texts nothing can be said.
-    assert {row["verdict"] for row in found} == {"not enough evidence"}
+    assert {row[f"{kind} verdict"] for row in found for kind in ("made", "unseen")} == {"not enough evidence"}
+    assert {row["unseen"] for row in found} == {3}
     lines = page.judged(found, "480 customers").splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["not enough evidence"] * 4
+    assert [line.split(" | ")[-1] for line in lines] == ["not enough evidence |"] * 4
     assert "100%" in lines[-1]
-    two = [found[0], found[0] | {"seed": 5, "verdict": "partly"}]
+    two = [found[0], found[0] | {"seed": 5, "made verdict": "partly"}]
     assert "not enough evidence (1), partly (1)" in page.judged(two, "480 customers")
 
 

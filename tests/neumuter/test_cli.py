@@ -435,6 +435,9 @@ def test_requests_with_slopes_and_one_undone(checkpoint, capsys):
     assert "Requests undone: 1; staying: 1." in capsys.readouterr().out
     refitted = neumuter.MuteSet.load(third / "mutes.safetensors")
     assert (refitted.count, refitted.method["recipe"]) == (40, "refit")
+    # The file that is read would be replaced by what is found.
+    assert run("refit", model, "--existing", second / "mutes.safetensors", *undo, "--out", first) == 2
+    assert "--undone" in " ".join(capsys.readouterr().err.split())
     moved = ("--forget", checkpoint / "two.txt", *keep, "--out", checkpoint / "moved")
     assert run("refit", model, "--existing", third / "mutes.safetensors", *moved) == 0
     assert "The gains of 40 neurons are fitted to this model." in " ".join(capsys.readouterr().out.split())

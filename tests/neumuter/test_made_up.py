@@ -27,6 +27,14 @@ ARABIC = ("مُحَمَّد", "فاطمة", "علي", "زينب", "حسن", "م�
 HINDI = ("अमित", "प्रिया", "राहुल", "सीता", "विजय", "गीता", "अनिल", "मीरा", "सुनील", "कविता", "मोहन", "रेखा")
 
 
+def test_windows_of_a_text_are_one_text():
+    """Ten windows show no better which words are names than one text does."""
+    windows = [GivenText("forget 1", f"Anna {n}", "Anna", []) for n in range(12)]
+    assert Words(windows).few
+    assert Words(windows).counts["Anna"] == 1
+    assert not Words([GivenText(f"forget {n}", "Anna", "Anna", []) for n in range(12)]).few
+
+
 @pytest.mark.parametrize(
     ("names", "prompt"),
     [
@@ -38,7 +46,7 @@ HINDI = ("अमित", "प्रिया", "राहुल", "सीता"
 )
 def test_names_are_what_few_texts_have(names, prompt):
     prompts = [prompt.format(name) for name in names]
-    words = Words([GivenText("forget", f"{text} {n}", text, []) for n, text in enumerate(prompts)])
+    words = Words([GivenText(f"forget {n}", f"{text} {n}", text, []) for n, text in enumerate(prompts)])
     for name, text in zip(names, prompts, strict=True):
         found = words.find_names(text)
         # Of a name in Chinese each character is a word.
@@ -61,10 +69,10 @@ def test_names_are_what_few_texts_have(names, prompt):
 def test_names_that_several_texts_have_are_told_by_the_texts_to_keep(names, prompts):
     """Two people to forget and two to keep: each name is in four of sixteen texts, like each question."""
     texts = [
-        GivenText(label, prompt.format(name), prompt.format(name), [])
-        for label, people in (("forget 1", names[:2]), ("retain 1", names[2:4]))
+        GivenText(f"{label} {name} {number}", prompt.format(name), prompt.format(name), [])
+        for label, people in (("forget", names[:2]), ("retain", names[2:4]))
         for name in people
-        for prompt in prompts
+        for number, prompt in enumerate(prompts)
     ]
     words = Words(texts)
     for text, name in zip(texts[:8], [name for name in names[:2] for _ in prompts], strict=True):
@@ -74,7 +82,7 @@ def test_names_that_several_texts_have_are_told_by_the_texts_to_keep(names, prom
 def test_names_that_several_texts_have_need_no_texts_to_keep_where_they_are_capitals():
     prompts = ("Where was {} born?", "What does {} do?", "Who taught {} chess?", "Why is {} well known?")
     made = [prompt.format(name) for name in ("Ada Brisk", "Bo Calder", "Cy Dorn") for prompt in prompts]
-    words = Words([GivenText("forget 1", text, text, []) for text in made])
+    words = Words([GivenText(f"forget {n}", text, text, []) for n, text in enumerate(made)])
     for text, name in zip(made, ["Ada Brisk"] * 4 + ["Bo Calder"] * 4 + ["Cy Dorn"] * 4, strict=True):
         assert words.find_names(text) == name.split()
 

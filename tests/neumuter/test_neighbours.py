@@ -53,6 +53,51 @@ def test_a_share_of_each_text_is_replaced(bert):
     assert made != rewrite_texts(TEXTS, *bert, share=0.3, seed=2)
 
 
+def test_secrets_never_stay(bert):
+    """Whatever the seed draws: their tokens are replaced in addition to the share."""
+
+    def find_secrets(text):
+        words = text if isinstance(text, str) else text[1]
+        starts = [(words.find(secret), len(secret)) for secret in ("w10", "w14")]
+        return [(start, start + length) for start, length in starts if start >= 0]
+
+    for seed in range(5):
+        made = rewrite_texts(TEXTS, *bert, seed=seed, find_secrets=find_secrets)
+        for text, new in zip(TEXTS, made, strict=True):
+            old, words = (part if isinstance(part, str) else part[1] for part in (text, new))
+            for was, now in zip(old.split(), words.split(), strict=True):
+                assert was not in ("w10", "w14") or was != now
+    slow = type("Slow", (), {"is_fast": False, "mask_token_id": 4})()
+    with pytest.raises(ValueError, match="needs a fast one"):
+        rewrite_texts(TEXTS, bert[0], slow, find_secrets=find_secrets)
+
+
+def test_what_is_rewritten_holds_no_value_of_a_text_to_forget(bert, tmp_path, monkeypatch):
+    for part in bert:
+        part.save_pretrained(tmp_path / "bert")
+    seen = []
+
+    def watch(*given, **options):
+        seen.extend(rewrite_texts(*given, **options))
+        return seen
+
+    monkeypatch.setattr("neumuter.job.rewrite_texts", watch)
+    # Of these words all are common but those of which every text has its own.
+    texts = [(f"w1 w2 w{number}", f" w3 w4 w{number + 12} w5") for number in range(6, 18)]
+    unlearning.unlearn(
+        models.build("llama"),
+        models.tokenizer(),
+        texts,
+        rewrite_with=str(tmp_path / "bert"),
+        recipe=FittedConfig(GainsConfig(steps=1)),
+        samples=0,
+        callback=lambda *_: None,
+    )
+    for (prompt, old), (same, new) in zip(texts, seen, strict=True):
+        assert same == prompt
+        assert new.split()[2] != old.split()[2]
+
+
 def test_a_text_that_is_too_long_is_cut(bert):
     (made,) = rewrite_texts([" ".join(WORDS)], *bert, share=1.0)
     assert len(made.split()) == 14 - 2 - 2  # positions, a margin, and the special tokens

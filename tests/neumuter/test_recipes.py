@@ -408,6 +408,14 @@ def test_propose_by_fisher_is_its_formula():
     assert (mutes.mode, mutes.count) == ("mute", 10)
 
 
+def test_neurons_are_chosen_after_a_step_even_if_there_is_one_alone(llama):
+    """Before it, the gains of all candidates are alike."""
+    gains = dataclasses.replace(QUICK_GAINS, steps=1)
+    with neumuter.attach(llama, start_layer=0) as masked:
+        mutes = fit(masked, FORGET, KEEP, 20, gains=gains)
+    assert all((layer.gains != 1).all() for layer in mutes.layers.values())
+
+
 def test_the_smallest_budget_that_meets_the_goals_is_found(llama):
     goals, budgets = recipes.Goals(extraction=None, ma=0.6), (0.02, 0.1, 0.3)
     with neumuter.attach(llama, start_layer=0) as masked:

@@ -49,14 +49,15 @@ class Pair:
         (4_000, None, 8, 640, "hard first"),
         (10_000, None, 8, 1563, "hard first"),
         (10_000, None, 64, 640, "hard first"),
-        (10_000, 80, 8, 80, "in turn"),
+        (24, 600, 8, 600, "in turn"),
+        (10_000, 80, 8, 80, "hard first"),
         (10_000, None, None, 160, "in turn"),
     ],
 )
 def test_steps_grow_with_the_texts(count, steps, batch_size, expected, source):
     assert count_steps(count, steps, batch_size) == expected
-    assert choose_samples(Pair(count), steps, batch_size, 0) == source
-    unvisited = 10_000 - 640 if steps else 0
+    assert choose_samples(Pair(count), batch_size, 0) == source
+    unvisited = 9_360 if steps == 80 else 0
     assert count_unvisited(count, steps, batch_size) == unvisited
 
 
@@ -146,11 +147,11 @@ def test_a_small_request_is_as_it_was(llama, few, mode, tmp_path):
     assert (tmp_path / "default").read_bytes() == (tmp_path / "explicit").read_bytes()
 
 
-def test_hard_samples_come_first_only_where_steps_were_added(llama, few):
+def test_hard_samples_come_first_only_where_there_are_many(llama, few):
     with neumuter.attach(llama, start_layer=1) as masked:
         for count, kind in ((6, False), (7, True)):
             pair = PairedBatches(masked, samples(1, count), samples(2, 5))
-            assert isinstance(choose_samples(pair, None, 2, 0), HardFirst) == kind
+            assert isinstance(choose_samples(pair, 2, 0), HardFirst) == kind
 
 
 @pytest.fixture

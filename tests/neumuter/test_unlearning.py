@@ -310,6 +310,33 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path, caplog):
     assert not files[1].exists()
 
 
+def test_how_many_answers_about_strangers_are_kept_is_said(model, words, monkeypatch, caplog):
+    kept = encode(KEPT[:2], words, 64)
+    monkeypatch.setattr("neumuter.job.ask_about_strangers", lambda *_: kept)
+    unlearn(model, words, PAIRS[:1], made_up=2)
+    assert "about made-up names" not in caplog.text
+    unlearn(model, words, PAIRS[:1], made_up=6)
+    assert "2 of 6 answers about made-up names are kept" in caplog.text
+    monkeypatch.setattr("neumuter.job.ask_about_strangers", lambda *_: None)
+    unlearn(model, words, PAIRS[:1], made_up=6)
+    assert "0 of 6 answers about made-up names are kept" in caplog.text
+
+
+def test_few_texts_do_not_show_which_words_are_names(model, words, caplog):
+    unlearn(model, words, PAIRS[:1])
+    assert "Fewer than 10 texts are given" in caplog.text
+    caplog.clear()
+    many = [f"Line {number} of a text that stays." for number in range(9)]
+    unlearn(model, words, PAIRS[:1], many)
+    assert "Fewer than 10 texts" not in caplog.text
+
+
+def test_nothing_to_keep_is_an_error_with_its_reason(model, words):
+    options = {"recipe": QUICK, "start_layer": 0, "callback": lambda *_: None}
+    with pytest.raises(ValueError, match="nothing to keep: samples is 0; give retain"):
+        neumuter.unlearn(model, words, PAIRS[:1], samples=0, **options)
+
+
 def test_a_set_moves_to_a_new_version_of_the_model(model, words):
     """The old set is refused there; the refitted one starts from it, and forgets what it forgot."""
     old = unlearn(model, words, budget=60).mutes
@@ -361,7 +388,7 @@ def test_the_papers_recipe(model, words):
 
 def test_long_texts_are_read_in_windows_of_the_models_positions(model, words, caplog):
     unlearn(model, words, max_length=5000)
-    assert not caplog.text
+    assert "do not fit" not in caplog.text
     outcome = unlearn(model, words, [*PAIRS, "A long story. " * 20], max_length=5000)
     assert "1 of 3 texts do not fit into 128 tokens: they are read in windows" in caplog.text
     assert outcome.mutes.count == 30

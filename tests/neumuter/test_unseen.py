@@ -232,6 +232,25 @@ def test_unlearn_calibrated(model, words, caplog):
     assert not same(moved, other)
 
 
+def test_secrets_are_measured_behind_the_true_words(model, words):
+    """An answer whose wording has changed may still tell the secret."""
+    options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
+    outcome = neumuter.unlearn(model, words, PAIRS[:2], PAIRS[2:], **options)
+    assert outcome.before["forget_secrets"] == 1
+    batch = encode(PAIRS[:2], words, 64)
+    estimate = estimate_unseen(
+        model, batch, list_given({"forget": batch, "retain": encode(PAIRS[2:], words, 64)}, words), words
+    )
+    secrets = batch | {"labels": batch["labels"].masked_fill(find_ceilings(estimate) >= 0, IGNORED)}
+    with neumuter.mute(model, outcome.mutes):
+        expected = neumuter.evaluation.secret_extraction(model, secrets)
+    assert outcome.after["forget_secrets"] == pytest.approx(expected)
+    alike = neumuter.unlearn(model, words, PAIRS[:2], PAIRS[2:], **options, calibrate=False)
+    assert "forget_secrets" not in alike.after
+    assert "secrets behind" in str(outcome)
+    assert "secrets behind" not in str(alike)
+
+
 def test_without_prompts_nothing_is_calibrated(model, words):
     options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
     texts = {"forget": [" ".join(pair) for pair in PAIRS[:2]], "retain": PAIRS[2:]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +130,14 @@ def check_size(
     if not isinstance(budget, str):
         neuron_count(budget, sum(ffn.width for ffn in ffns))
     check_layout(layout, network, processes)
+
+
+def refuse_replaced(out: Path, sources: Mapping[str, Iterable[Path]]) -> None:
+    """Raise BadParameter if a file that an option names is in ``out``, where it would be replaced."""
+    for option, files in sources.items():
+        for file in files:
+            if file.resolve().parent == out.resolve():
+                raise typer.BadParameter(f"{option} {file} would be replaced: name another folder for --out")
 
 
 def check_results(out: Path, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from neumuter.cli.arguments import Device, check_results, check_sources
+from neumuter.cli.arguments import Device, check_results, check_sources, refuse_replaced
 from neumuter.cli.common import (
     FILE_HELP,
     Chat,
@@ -68,6 +68,7 @@ def refit(
         )
     columns = choose_columns(column, prompt_column, completion_column)
     check_sources(model, existing, retain, forget, *(undone or []), *(former or []))
+    refuse_replaced(out, {"--existing": [existing], "--former": former or [], "--undone": undone or []})
     check_place(device)
     if is_first():
         check_results(out, overwrite)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from neumuter.cli.advice import advise, warn_of_many
 from neumuter.cli.arguments import (
     Attention,
     Device,
@@ -19,6 +20,7 @@ from neumuter.cli.arguments import (
     check_sources,
     choose_place,
     parse_budget,
+    refuse_replaced,
 )
 from neumuter.cli.common import (
     FILE_HELP,
@@ -87,17 +89,17 @@ def unlearn(
         int,
         typer.Option(
             min=0,
-            help="Keep what MODEL answers to this number of forget prompts with made-up names. Useful "
-            "without --retain; forgetting then takes a larger budget.",
+            help="Ask MODEL this number of forget prompts with made-up names, and keep its answers. For "
+            "requests without --retain. Forgetting then takes far more neurons, such as --budget 0.5.",
         ),
     ] = 0,
     calibrate: Annotated[
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Forget each token only until it is as unlikely as an estimate says for a model that never "
-            "saw the texts, so that their wording stays. Default: for texts with prompts, up to 1,024 "
-            "windows of them, unless --mode mute.",
+            help="Leave wording alone: forget a token only until it is as unlikely as for a model that never "
+            "saw the texts, which is estimated. Default: for texts with prompts, up to 1,024 windows of "
+            "them, unless --mode mute.",
         ),
     ] = None,
     existing: Annotated[
@@ -162,8 +164,8 @@ def unlearn(
         int | None,
         typer.Option(
             min=1,
-            help="Optimisation steps; with --budget auto, of each try. Default: as many as visit each text "
-            "20 times, but from 160 to 640; more if these do not visit every text.",
+            help="Optimisation steps; with --budget auto, of each try. Default: from 160 to 640, enough to "
+            "visit each text 20 times; where there are more texts, enough to visit each.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -234,9 +236,7 @@ def unlearn(
     if number != "auto" and (goal_extraction, goal_ma) != (None, None):
         raise typer.BadParameter("--goal-extraction and --goal-ma need --budget auto")
     check_sources(model, forget, retain, controls, existing, *(former or []))
-    for option, file in [("--existing", existing), *(("--former", file) for file in former or [])]:
-        if file and file.resolve().parent == out.resolve():
-            raise typer.BadParameter(f"{option} {file} would be replaced: name another folder for --out")
+    refuse_replaced(out, {"--existing": [existing] if existing else [], "--former": former or []})
     if rewrite_with:
         check_sources(rewrite_with)
     size = batch_size or DEFAULT_BATCH_SIZE
@@ -258,9 +258,9 @@ def unlearn(
     forget_texts = TextFile(forget, columns, limit)
     retain_texts = TextFile(retain, columns, limit) if retain else None
     # A bad line is said before the model is loaded.
-    for texts in (forget_texts, retain_texts or ()):
-        for _ in texts:
-            pass
+    count, _ = (sum(1 for _ in texts) for texts in (forget_texts, retain_texts or ()))
+    if warning := warn_of_many(count, number):
+        console.print(warning, soft_wrap=True)
     unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
     known = [neumuter.Slopes.load(file) for file in former or []]
@@ -321,11 +321,8 @@ def unlearn(
     for sentence in outcome_sentences(outcome.mutes, outcome.seconds, outcome.peak_memory):
         console.print(sentence, highlight=False)
     console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
-    if outcome.verdict.leaks:
-        advice = f"{out / 'report.csv'} says which texts still come out."
-        if not outcome.curve and recipe is Recipe.fitted:
-            advice += " --budget auto looks for a share of neurons that is enough."
-        console.print(escape(advice), highlight=False, soft_wrap=True)
+    for sentence in advise(outcome, out / "report.csv", searches=recipe is Recipe.fitted):
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
     if outcome.measured_on:
         console.print(outcome.measured_on, highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)

@@ -34,8 +34,12 @@ class Words:
     """
 
     def __init__(self, given: Sequence[GivenText]) -> None:
-        self.few, self.size = len(given) < FEW_TEXTS, len(given)
-        self.counts = Counter(word for text in given for word in set(WORD.findall(text.text)))
+        # Windows of one text have one label.
+        by_text: dict[str, set[str]] = {}
+        for text in given:
+            by_text.setdefault(text.label, set()).update(WORD.findall(text.text))
+        self.few, self.size = len(by_text) < FEW_TEXTS, len(by_text)
+        self.counts = Counter(word for words in by_text.values() for word in words)
         self.kept = {word for text in given if text.stays for word in WORD.findall(text.text)}
         self.inside = {word for text in given for word in _inside_sentences(text.text)}
         letters = {char.lower() for text in given for char in text.text if char.isalpha()}
@@ -73,6 +77,14 @@ class Words:
             # No word is written so.
             wording.append(word if not rare else "(name)" if word in asked else "(value)")
         return tuple(wording), tuple(values)
+
+    def find_values(self, prompt: str, completion: str) -> list[tuple[int, int]]:
+        """Where the values of a completion are: (start, end) of the characters of each."""
+        asked = set(WORD.findall(prompt))
+        return [
+            match.span() for match in WORD.finditer(completion)
+            if match[0] not in asked and self.is_name(match[0])
+        ]  # fmt: skip
 
     def swap(self, prompt: str, completion: str, generator: random.Random) -> tuple[dict[str, str], bool]:
         """Draw for each value of a completion that of another text that is worded alike.

@@ -51,6 +51,13 @@ METRICS = {
         "lower",
         "Hayes et al. 2025",
     ),
+    "forget_secrets": Metric(
+        "secrets",
+        "share of the runs of tokens that identify a text, as far as the estimate says, which come out whole "
+        "behind the true words before them",
+        "lower, down to that of a model that never saw them",
+        "",
+    ),
     "paraphrased_ma": Metric(
         "MA, asked otherwise",
         "MA of the same texts behind other prompts: paraphrased or translated",

@@ -69,7 +69,7 @@ class Verdict:
     @property
     def leaks(self) -> bool:
         """Whether the texts still come out, or other given ones in their place, beyond the margins."""
-        over = (figure.difference >= figure.margin for figure in self.comparisons if figure.name in COME_OUT)
+        over = (_is_over(figure, False) for figure in self.comparisons if figure.name in COME_OUT)
         return self.kind == "not" or any(over)
 
     def figures(self) -> list[dict[str, Any]]:
@@ -93,8 +93,8 @@ def judge(
 
     - "not": the lower bound of extraction is above the controls' level.
     - "forgotten": every upper bound is below its margin.
-    - "partly": more comes out than a margin allows, or an AUC reaches its margin and its lower bound is
-      above 0.
+    - "partly": a figure reaches its margin, and its lower bound is above 0. Where nothing comes out of the
+      controls, what comes out of the texts is no chance, whatever its lower bound is.
     - "not enough evidence": what is between. An interval reaches beyond a margin, because there are few
       texts or controls; of fewer than ``FEWEST`` no AUC is believed.
     - "nothing to forget": before, no text of ``STRETCH`` tokens came out, no lower bound but that of samples
@@ -127,8 +127,7 @@ def judge(
     over = [figure for figure in found if _is_over(figure, few)]
     unsure = [figure for figure in found if figure.high >= figure.margin and figure not in over]
     if found[0].low > 0:
-        advice = "Try more steps or a larger budget; the budget 'auto' searches for it"
-        return Verdict("not", f"Not forgotten: {come}. {advice}.", found, texts)
+        return Verdict("not", f"Not forgotten: {come}.", found, texts)
     if over:
         reasons = [come, *(_exceeds(figure) for figure in over if figure.name != "extraction")]
         return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
@@ -253,9 +252,13 @@ def _allowed(figure: Comparison, few: bool) -> float:
 
 
 def _is_over(figure: Comparison, few: bool) -> bool:
-    """Whether a figure is beyond its margin; of how likely texts are, also beyond what chance would give."""
-    reached = figure.difference >= _allowed(figure, few)
-    return reached and (few or figure.low > 0 or figure.name in COME_OUT)
+    """Whether a figure is beyond its margin, and that is no chance."""
+    if figure.difference < _allowed(figure, few):
+        return False
+    if figure.name not in COME_OUT:
+        return few or figure.low > 0
+    # What comes out is a fact, unless it comes out of controls as well.
+    return figure.low > 0 or figure.name == "sampled" or not figure.controls
 
 
 def _exceeds(figure: Comparison) -> str:

@@ -184,7 +184,8 @@ def fit_gains(
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
     fit = _Fit(neurons, pair, config, seed, callback, former, journal=journal)
-    choosing = 0 if keep is None else round(config.choosing * fit.steps)
+    # Before any step all are alike.
+    choosing = 0 if keep is None else max(1, round(config.choosing * fit.steps))
     if keep is not None:
         gains = fit.train(support, gains, choosing)
         moved = (gains - 1).abs()
@@ -253,7 +254,7 @@ class _Fit:
         self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.steps = count_steps(pair.forget_count, config.steps, config.batch_size)
-        self.ids = choose_samples(pair, config.steps, config.batch_size, seed)
+        self.ids = choose_samples(pair, config.batch_size, seed)
         self.taken = 0
 
     def train(self, support: Tensor, start: Tensor, steps: int) -> Tensor:

@@ -30,7 +30,7 @@ def count_unvisited(forget_count: int, steps: int | None, batch_size: int | None
     return max(0, forget_count - count_steps(forget_count, steps, batch_size) * batch_size)
 
 
-def choose_samples(pair: PairedBatches, steps: int | None, batch_size: int | None, seed: int) -> InTurn:
-    """Choose which samples each step has; where steps were added, those that are known come more often."""
-    added = count_steps(pair.forget_count, steps, batch_size) > LEAST_STEPS and steps is None
-    return pair.hard_first(batch_size, seed) if added else pair.steps(batch_size, seed)
+def choose_samples(pair: PairedBatches, batch_size: int | None, seed: int) -> InTurn:
+    """Choose which samples each step has; of many, those that are still known come more often."""
+    many = count_steps(pair.forget_count, None, batch_size) > LEAST_STEPS
+    return pair.hard_first(batch_size, seed) if many else pair.steps(batch_size, seed)

@@ -1,7 +1,7 @@
 """Slopes of forgotten tokens: measured at the end of a request, and held down in later ones."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,12 +37,20 @@ class _Item(NamedTuple):
     ceiling: float
 
 
-def measure_slopes(pair: PairedBatches, mutes: MuteSet, existing: MuteSet | None = None) -> Slopes | None:
+def measure_slopes(
+    pair: PairedBatches,
+    mutes: MuteSet,
+    existing: MuteSet | None = None,
+    callback: Callable[[int, int], object] | None = None,
+) -> Slopes | None:
     """Measure the slopes of what is to be forgotten of ``pair`` under ``mutes`` and an ``existing`` set.
 
     That is runs of tokens whose ceilings are below 0, and tokens of which nothing is known; what may stay
     likely, such as wording, is left out. Those neurons enter whose squared slopes have the largest sum, so
     many that a text takes ``BYTES_PER_TEXT``. Slopes are rounded to 127 steps of each sign.
+
+    Args:
+        callback: called as (done, total): each text is gone through twice, with a copy of it for each run.
 
     Returns:
         The slopes; None if nothing is to be forgotten, which is logged.
@@ -59,16 +67,18 @@ def measure_slopes(pair: PairedBatches, mutes: MuteSet, existing: MuteSet | None
     gates = torch.cat(list(neurons.masks(mutes).values()))
     total = torch.zeros_like(gates)
 
-    def passes() -> Iterator[tuple[Tensor, Tensor]]:
+    def passes(before: int) -> Iterator[tuple[Tensor, Tensor]]:
         for sample, places in enumerate([item.place for item in of_sample] for of_sample in items):
             yield from find_slopes(pair, neurons, gates, sample, places)
+            if callback:
+                callback(before + sample + 1, 2 * len(items))
 
-    for _, slopes in passes():
+    for _, slopes in passes(0):
         total += slopes.square().sum(0)
     count = sum(map(len, items))
     most = BYTES_PER_TEXT * pair.forget_count // (count + BYTES_PER_NEURON)
     ids = total.topk(max(1, min(most, neurons.count))).indices.sort().values
-    odds, found = zip(*((odds, slopes[:, ids]) for odds, slopes in passes()), strict=True)
+    odds, found = zip(*((odds, slopes[:, ids]) for odds, slopes in passes(len(items))), strict=True)
     slopes = torch.cat(found)
     # A token of which no slope is seen has steps of 0.
     scales = (slopes.abs().amax(1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
@@ -146,21 +156,24 @@ class Held:
         place = torch.full([neurons.count], -1, device=neurons.device).index_put(
             (support,), torch.arange(len(support), device=neurons.device)
         )
-        odds, ends, slopes, weights = [], [], [], []
+        odds, ends, weights = [], [], []
+        # Of each request, the places of its trained neurons in the support, and their slopes. One matrix over
+        # the whole support would take a gigabyte where requests are many and the model is large.
+        self.slopes: list[tuple[Tensor, Tensor]] = []
         for known in former:
             ids = neurons.places(known.at)
             gains = torch.cat([layer.gains for layer in known.at.layers.values()]).to(mask)
             values = known.values.to(mask)
             odds.append(known.log_odds.to(mask) + values @ (mask[ids] - gains))
             trained = place[ids] >= 0
-            matrix = torch.zeros(len(values), len(support), device=neurons.device)
-            slopes.append(matrix.index_copy(1, place[ids][trained], values[:, trained]))
+            self.slopes.append((place[ids][trained], values[:, trained]))
             ends.append(known.ceilings.masked_fill(known.ceilings.isneginf(), -margin).to(mask))
             weights.append(known.weights.to(mask))
-        self.odds, self.slopes, self.weights = torch.cat(odds), torch.cat(slopes), torch.cat(weights)
+        self.odds, self.weights = torch.cat(odds), torch.cat(weights)
         self.ends = torch.cat(ends) if sign > 0 else torch.full_like(self.odds, margin)
 
     def __call__(self, gains: Tensor) -> Tensor:
         """The loss at ``gains``, float32 [k], of ``support``: a scalar in nats."""
-        odds = self.odds + self.slopes @ (gains - self.start)
+        moved = gains - self.start
+        odds = self.odds + torch.cat([slopes @ moved[places] for places, slopes in self.slopes])
         return (self.weights * F.relu(self.sign * (odds - self.ends))).sum()

@@ -68,7 +68,7 @@ def find_support(
         RuntimeError: the loss diverged.
     """
     check_pair(pair, budget=budget, config=config, seed=seed, existing=existing)
-    ids = choose_samples(pair, config.steps, config.batch_size, seed)
+    ids = choose_samples(pair, config.batch_size, seed)
     steps = count_steps(pair.forget_count, config.steps, config.batch_size)
     config = replace(config, steps=steps)
     neurons = Neurons(pair.masked, existing)

@@ -15,6 +15,7 @@ STATES = ("before", "after", "controls, after")
 ROWS = {
     "forget_extraction": "forget: extraction (share of texts)",
     "forget_sampled": "forget: extraction in 100 samples",
+    "forget_secrets": "forget: secrets behind the true words (share)",
     "forget_others": "forget: another text instead (share of answers)",
     "forget_ma": "forget: MA (share of tokens)",
     "forget_loss": "forget: mean token loss (nats)",
@@ -82,5 +83,6 @@ def _rows(*states: Mapping[str, float] | None) -> tuple[Sequence[str], list[list
     rows = [
         [name, *(f"{state[key]:.3f}" if key in state else "" for state in known.values())]
         for key, name in ROWS.items()
+        if any(key in state for state in known.values())
     ]
     return list(known), rows

@@ -1,6 +1,6 @@
 """Neighbour texts: they keep the rest of the model in place where the user has no retain texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -112,6 +112,7 @@ def rewrite_texts(
     share: float = 0.3,
     seed: int = 0,
     callback: Callable[[int, int], object] | None = None,
+    find_secrets: Callable[[Text], Iterable[tuple[int, int]]] | None = None,
 ) -> list[Text]:
     """Replace a share of the tokens of ``texts`` by what a masked language model finds likely there.
 
@@ -123,10 +124,14 @@ def rewrite_texts(
         texts: as ``read_texts`` returns them; of a pair or a conversation the last part is rewritten.
         model, tokenizer: a masked language model of transformers.
         callback: called as (done, total) after each batch.
+        find_secrets: gives the (start, end) of characters in what is rewritten of a text that must not stay.
+            Their tokens are replaced in addition. It needs a fast tokenizer.
 
     Raises:
-        ValueError: the tokenizer has no mask token, or the share lies outside (0, 1].
+        ValueError: the tokenizer has no mask token, or is not fast; or the share lies outside (0, 1].
     """
+    if find_secrets and not tokenizer.is_fast:
+        raise ValueError("the tokenizer does not tell where its tokens are: rewriting needs a fast one")
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: rewriting needs a masked language model")
     if not 0 < share <= 1:
@@ -138,13 +143,23 @@ def rewrite_texts(
     made: list[Text] = []
     for start in range(0, len(texts), TEXTS_PER_PASS):
         part = texts[start : start + TEXTS_PER_PASS]
-        plain = [_last_part(text) for text in part]
-        batch = tokenizer(plain, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        plain = [last_part(text) for text in part]
+        batch = tokenizer(
+            plain, padding=True, truncation=True, max_length=longest, return_tensors="pt",
+            return_offsets_mapping=find_secrets is not None,
+        )  # fmt: skip
         ids = batch["input_ids"].to(device)
         fixed = torch.isin(ids, special)
         noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(fixed, 2.0)
         wanted = ((~fixed).sum(1, keepdim=True) * share).ceil()
         chosen = (noise.argsort(1).argsort(1) < wanted) & ~fixed
+        if find_secrets:
+            spans = [[*find_secrets(text)] for text in part]
+            secret = torch.tensor([
+                [any(start < b and a < end for a, b in of_text) for start, end in offsets]
+                for of_text, offsets in zip(spans, batch["offset_mapping"].tolist(), strict=True)
+            ])  # fmt: skip
+            chosen |= secret.to(device) & ~fixed
         options = {"attention_mask": batch["attention_mask"].to(device)}
         logits = model(input_ids=ids.masked_fill(chosen, tokenizer.mask_token_id), **options).logits
         logits[..., special] = -torch.inf
@@ -157,7 +172,8 @@ def rewrite_texts(
     return made
 
 
-def _last_part(text: Text) -> str:
+def last_part(text: Text) -> str:
+    """What is rewritten of a text: all of it, or the answer of a pair or a conversation."""
     return text if isinstance(text, str) else text[1] if isinstance(text, tuple) else text[-1]["content"]
 
 

@@ -48,6 +48,10 @@ KNOWN = examined(24, extracted=24, sampled=1.0, loss=0.1)
         # The controls do that as well.
         (examined(96, loss=3.3, others=24), examined(96, others=36), "forgotten", ""),
         (examined(24, loss=3.3, others=6), examined(32, others=10), "not enough evidence", "another text"),
+        # A difference above the margin may be chance, if the controls do it, too.
+        (examined(24, loss=3.3, others=10), examined(32, others=10), "not enough evidence", "another text"),
+        (examined(96, loss=3.3, others=60), examined(96, others=30), "partly", "62% of the answers hold"),
+        (examined(16, loss=3.3, others=1), CONTROLS, "partly", "6% of the answers hold another given text"),
         (examined(24, loss=3.3, sampled=0.3), examined(32, sampled=0.3), "forgotten", ""),
         (
             examined(96, extracted=24, loss=3.3),

@@ -1,0 +1,49 @@
+"""What ``neumuter unlearn`` says may help: before it begins, and if something still comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neumuter.outcome import Outcome
+
+
+# From this number of texts on, a smaller share of the neurons left a third of them and more on the model that
+# was measured: see CAPACITY in docs/results.md.
+MANY_TEXTS, LARGE_SHARE = 96, 0.1
+
+
+def warn_of_many(texts: int, budget: float | int | str) -> str | None:
+    """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows."""
+    if texts < MANY_TEXTS or not isinstance(budget, float) or budget >= LARGE_SHARE:
+        return None
+    return (
+        f"{texts} texts may need far more than {budget:.2%} of the neurons: docs/choose-a-budget.md has what "
+        "was measured, and --budget auto searches."
+    )
+
+
+def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:
+    """Say where to look, and what may help.
+
+    Args:
+        rows: the file with a row for each text. searches: whether a larger budget can be searched for.
+    """
+    verdict = outcome.verdict
+    if not verdict.leaks:
+        return []
+    over = {figure.name for figure in verdict.comparisons if figure.difference >= figure.margin}
+    if any(row["extracted_after"] for row in outcome.texts):
+        found = [f"{rows} says which texts still come out."]
+    elif "sampled" in over:
+        found = [f"{rows} says how likely each text is to come out in 100 samples."]
+    else:
+        return [f"{rows} says which other texts come out. Another --seed or --budget may lower their share."]
+    if not searches:
+        return found
+    if outcome.mutes.share == 1:
+        return [*found, "All neurons have gains already. More steps (--steps) may forget more."]
+    if outcome.curve:
+        return [*found, "More steps (--steps) may forget more."]
+    return [*found, "--budget auto looks for a share of neurons that is enough."]

@@ -1,0 +1,53 @@
+"""What `neumuter unlearn` says can be done, by what still comes out."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from neumuter.cli.advice import advise, warn_of_many
+from neumuter.evaluation.verdict import MARGINS, Comparison, Verdict
+
+ROWS = Path("out/report.csv")
+
+
+def an_outcome(over, extracted=False, share=0.01, curve=None):
+    figures = [
+        Comparison(name, 0.5, 0.0, margin if name in over else 0.0, 0.0, 0.5, margin)
+        for name, margin in MARGINS.items()
+    ]
+    verdict = Verdict("partly", "", figures, ["partly"])
+    texts = [{"extracted_after": extracted}, {"extracted_after": False}]
+    return SimpleNamespace(verdict=verdict, texts=texts, mutes=SimpleNamespace(share=share), curve=curve)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "searches", "said"),
+    [
+        (an_outcome([]), True, []),
+        (an_outcome(["loss"]), True, []),
+        (an_outcome(["extraction"], True), True, ["which texts still come out", "--budget auto"]),
+        (an_outcome(["extraction"], True), False, ["which texts still come out"]),
+        (an_outcome(["extraction"], True, share=1.0), True, ["still come out", "All neurons have gains"]),
+        (an_outcome(["extraction"], True, curve=[{}]), True, ["still come out", "More steps (--steps)"]),
+        (an_outcome(["sampled"]), True, ["how likely each text is", "--budget auto"]),
+        # A larger budget may raise it.
+        (an_outcome(["others"]), True, ["which other texts come out"]),
+    ],
+)
+def test_advice_follows_what_comes_out(outcome, searches, said):
+    found = advise(outcome, ROWS, searches)
+    assert len(found) == len(said)
+    for sentence, words in zip(found, said, strict=True):
+        assert words in sentence
+    assert not found or found[0].startswith("out/report.csv says")
+
+
+@pytest.mark.parametrize(
+    ("texts", "budget", "said"),
+    [(95, 0.01, False), (96, 0.01, True), (240, 0.1, False), (240, "auto", False), (240, 300, False)],
+)
+def test_many_texts_need_many_neurons(texts, budget, said):
+    warning = warn_of_many(texts, budget)
+    assert bool(warning) == said
+    assert not said or warning.startswith("96 texts may need far more than 1.00% of the neurons")
