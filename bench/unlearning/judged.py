@@ -37,7 +37,7 @@ class Crowd:
         )
 
     @functools.cached_property
-    def unseen(self):
+    def strangers(self):
         """The records of customers that nobody has."""
         known = {record.prompt for record in self.whole.forget + self.whole.same}
         others = make_crowd(UNSEEN + self.seed, COUNT, capacity.STAYING)
@@ -61,7 +61,7 @@ class Asked(real.People):
     seeds, shares = real.SEEDS, (0.01,)
 
     @functools.cached_property
-    def unseen(self):
+    def strangers(self):
         """Answers about people whom no model has seen."""
         names = {tuple(row["question"] for row in rows) for rows in people.questions(self.seed, real.PEOPLE)}
         others = people.questions(UNSEEN + self.seed, real.PEOPLE)
@@ -102,7 +102,7 @@ def judge(setting, model):
     given = list_given({"forget": setting.forget, "retain": setting.retain}, words)
     made = make_controls([setting.forget], given, words, setting.seed)
     examined, found = examine(model, words, [setting.forget], given), {}
-    for kind, controls in (("made", made), ("unseen", [setting.unseen])):
+    for kind, controls in (("made", made), ("unseen", [setting.strangers])):
         verdict, _ = judge_texts(given, examined, examine(model, words, controls, given, "controls"))
         figures = {figure.name: figure for figure in verdict.comparisons}
         found |= {

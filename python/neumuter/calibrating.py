@@ -14,10 +14,11 @@ from neumuter.evaluation.unseen import has_prompt
 from neumuter.preparing import need_tokenizer
 from neumuter.recipes import FittedConfig, PaperConfig
 from neumuter.report.progress import Watch
-from neumuter.texts.corpus import SAMPLED, Corpus
+from neumuter.texts.corpus import Corpus
 from neumuter.texts.encoding import count_rows
 from neumuter.training.journal import Journal
 from neumuter.training.processes import agree
+from neumuter.types import Batch
 
 # Nats by which log-odds may fall below 0 where ceilings say how far is enough.
 MARGIN = 3.0
@@ -40,19 +41,23 @@ def choose_calibration(
     Raises:
         ValueError: it is asked for and cannot be done.
     """
-    all_seen = count_rows(corpus.windows) == len(corpus.forms[0]["labels"])
+    seen = count_rows(corpus.forms[0])
     if not isinstance(recipe, FittedConfig) or recipe.support or mode == "mute":
         if calibrate:
             raise ValueError('calibrate needs the fitted recipe, mode "modulate" and no trained support')
         return False
     if calibrate is not None:
-        if calibrate and not all_seen:
-            raise ValueError(f"calibrate looks at every text to forget, and takes at most {SAMPLED} of them")
+        if calibrate and not corpus.all_seen:
+            raise ValueError(
+                f"calibrate looks at every text to forget, and takes at most {seen} windows of texts, not "
+                f"{count_rows(corpus.windows)}"
+            )
         return calibrate
-    if not any(has_prompt(corpus.forms[0])):
+    # Of a window from the middle of a text, nobody sees whether the text has a prompt.
+    if not (any(has_prompt(corpus.forms[0])) if corpus.all_seen else corpus.prompted):
         return False
-    if tokenizer is None or not all_seen:
-        reason = "without a tokenizer" if tokenizer is None else f"for more than {SAMPLED} texts"
+    if tokenizer is None or not corpus.all_seen:
+        reason = "without a tokenizer" if tokenizer is None else f"for more than {seen} windows of texts"
         logger.warning("Which tokens identify a text is not estimated %s: all count alike.", reason)
         return False
     return True
@@ -62,20 +67,20 @@ def estimate_ceilings(
     journal: Journal,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    corpus: Corpus,
+    batch: Batch,
     given: Sequence[GivenText],
     seed: int,
     watch: Watch | None,
 ) -> Tensor | None:
     """The log-odds that each token may keep, [B, T]; None where nothing is known of any text.
 
-    watch: shows progress, if it is given.
+    batch: all texts to forget. watch: shows progress, if it is given.
     """
-    options = (corpus.forms[0], given, need_tokenizer(tokenizer), seed)
+    options = (batch, given, need_tokenizer(tokenizer), seed)
     with watch("Estimating what identifies the texts") if watch else nullcontext() as advance:
         chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options, advance)))
     known, ceilings = (chances > 0).any(1), find_ceilings(chances)
-    texts = group_rows(corpus.forms[0])
+    texts = group_rows(batch)
     _tell(
         "Which tokens identify a text cannot be estimated for %d of %d texts to forget, for example because "
         "they have no prompt: all their tokens count alike.",

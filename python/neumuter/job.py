@@ -42,6 +42,7 @@ from neumuter.texts.encoding import count_rows, count_tokens, join_windows, samp
 from neumuter.texts.neighbours import last_part, rewrite_texts
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
+from neumuter.training.history import count_steps
 from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.training.processes import agree, find_processes
@@ -125,7 +126,7 @@ class Job(NamedTuple):
 
     def _rewrite(self) -> list[Text]:
         """The texts to forget as a masked language model rewrites them."""
-        texts, name = self.texts.forget.sample, str(self.request.rewrite_with)
+        texts, name = self.texts.forget.texts, str(self.request.rewrite_with)
         if isinstance(texts, dict):
             raise ValueError("rewrite_with needs texts in forget, not a batch of token ids")
         network = transformers.AutoModelForMaskedLM.from_pretrained(
@@ -196,7 +197,7 @@ class Job(NamedTuple):
         words, texts = self.tokenizer, self.texts
         shown = self.watch if shows else None
         return estimate_ceilings(
-            self.journal, self.network, words, texts.forget, texts.given, self.request.seed, shown
+            self.journal, self.network, words, texts.forget.forms[0], texts.given, self.request.seed, shown
         )
 
     def announce(self, look: Look, retain_batch: Windows | Batch, calibrates: bool) -> None:
@@ -211,7 +212,8 @@ class Job(NamedTuple):
         work = estimate_work(texts.forget.windows, retain_batch, request.recipe, request.mode, count)
         # Each budget tried takes as many steps.
         tried = isinstance(request.budget, str)
-        done = len(journal.history) % work.steps if tried else len(journal.history)
+        taken = count_steps(journal.history)
+        done = taken % work.steps if tried else taken
         left = estimate_search(look.token, work, done, count_tokens(retain_batch))
         forms = texts.forget.forms
         once = estimate_examination(look, forms) + estimate_examination(look, texts.controls)

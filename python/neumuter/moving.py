@@ -114,6 +114,8 @@ def refit_request(
         controls=controls_after.metrics,
         verdict=verdict,
         texts=rows,
+        texts_given=len(rows),
+        windows_given=sum(row["windows"] for row in rows),
         curve=None,
         history=[],
         samples=[],

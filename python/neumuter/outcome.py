@@ -14,14 +14,16 @@ from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.report.console import outcome_sentences, outcome_table, render_html, render_text
 from neumuter.report.html import write_report
+from neumuter.texts.corpus import describe_sample
 from neumuter.training.journal import remove_unfinished
 
 MUTE_FILE = "mutes.safetensors"
 SLOPES_FILE = "slopes.safetensors"
 # Of report.csv.
 COLUMNS = (
-    "number", "tokens", "verdict", "extracted_before", "extracted_after", "sampled_before", "sampled_after",
-    "loss_before", "loss_after", "min_k_before", "min_k_after", "other_text",
+    "number", "windows", "windows_measured", "tokens", "verdict", "extracted_before", "extracted_after",
+    "sampled_before", "sampled_after", "loss_before", "loss_after", "min_k_before", "min_k_after",
+    "other_text",
 )  # fmt: skip
 
 
@@ -42,12 +44,16 @@ class Outcome:
     before, after: metrics without and with them, {name: value}; see ``neumuter.evaluation.METRICS``.
     controls: the metrics, with the mutes, of texts that the model never saw; None where there are none.
     verdict: whether the texts are forgotten; see ``neumuter.evaluation.judge``.
-    texts: of each text to forget its "number" from 1, how many "tokens" count, its "verdict", before and
-    after whether it is "extracted", the chance that it comes out in 100 samples ("sampled"), its "loss" in
-    nats and its "min_k", each with "_before" or "_after"; what the model has "said" after its prompt, and
-    whose text that is ("other_text"), such as "retain 7", or None.
+    texts: of each text to forget its "number" from 1; how many "windows" it has, and "windows_measured", on
+    which the rest is measured; how many of their "tokens" count; its "verdict"; before and after whether it
+    is "extracted", the chance that it comes out in 100 samples ("sampled"), its "loss" in nats and its
+    "min_k", each with "_before" or "_after"; what the model has "said" after its prompt, and whose text that
+    is ("other_text"), such as "retain 7", or None.
+    texts_given, windows_given: how many texts there are to forget, and how many windows they have. ``texts``
+    has those that were measured: of more than 1,024 windows, those of a random sample.
     curve: for ``budget="auto"`` a point for each budget tried.
-    history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search.
+    history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search; of more than 4,096
+    steps, of some at even distances and of the last.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
     seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process; of
     several processes that of the one which took most.
@@ -61,6 +67,8 @@ class Outcome:
     controls: dict[str, float] | None
     verdict: Verdict
     texts: list[dict[str, Any]]
+    texts_given: int
+    windows_given: int
     curve: list[dict[str, Any]] | None
     history: list[dict[str, Any]]
     samples: list[dict[str, str]]
@@ -69,6 +77,15 @@ class Outcome:
     max_length: int
     chat: bool | None
     slopes: Slopes | None = None
+
+    @property
+    def measured_on(self) -> str | None:
+        """The sentence that says what was measured; None where all texts were."""
+        windows = sum(row["windows_measured"] for row in self.texts)
+        if windows == self.windows_given:
+            return None
+        share = describe_sample(windows, self.windows_given, len(self.texts), self.texts_given)
+        return f"Measured on {share} to forget, drawn at random."
 
     def save(self, folder: PathLike, redact: bool = False, **facts: Any) -> Path:
         """Write mutes.safetensors, report.json, report.csv and report.html into ``folder``, made if missing.
@@ -101,6 +118,9 @@ class Outcome:
             "verdict_sentence": self.verdict.sentence,
             "leaks": self.verdict.leaks,
             "comparisons": self.verdict.figures(),
+            "texts_given": self.texts_given,
+            "texts_measured": len(self.texts),
+            "measured_on": self.measured_on,
             "before": self.before,
             "after": self.after,
             "controls": self.controls,
@@ -126,7 +146,8 @@ class Outcome:
         return render_html(self.before, self.after, self.controls, self._sentences())
 
     def _sentences(self) -> list[str]:
-        return [*outcome_sentences(self.mutes, self.seconds, self.peak_memory), self.verdict.sentence]
+        told = outcome_sentences(self.mutes, self.seconds, self.peak_memory)
+        return [*told, *filter(None, [self.measured_on]), self.verdict.sentence]
 
     def _rows(self) -> str:
         file = io.StringIO()

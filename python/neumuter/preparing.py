@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +15,13 @@ from neumuter.evaluation.others import GivenText
 from neumuter.models.content import describe_model, describe_tensors, digest_weights
 from neumuter.models.loading import load_model, load_tokenizer
 from neumuter.mutes.mute_set import MuteSet
+from neumuter.recipes import FittedConfig, PaperConfig
+from neumuter.recipes.schedule import count_unvisited
 from neumuter.report.progress import Watch
 from neumuter.texts import encode_forms
+from neumuter.texts.corpus import Corpus
+from neumuter.texts.duplicates import find_same, hash_text
+from neumuter.texts.encoding import count_rows
 from neumuter.texts.neighbours import sample_texts
 from neumuter.training.processes import agree, check_same, describe_layout
 from neumuter.types import Batch, Text, check_kind, check_model
@@ -101,14 +107,44 @@ def warn_of_missing(existing: MuteSet, slopes: int) -> None:
         )
 
 
-def refuse_overlap(given: Sequence[GivenText]) -> None:
-    """Raise ValueError that shows them if texts are to be forgotten and to be kept."""
+def warn_of_unvisited(config: FittedConfig | PaperConfig, mode: str, corpus: Corpus) -> None:
+    """Warn if the steps that were asked for leave texts to forget out."""
+    if isinstance(config, PaperConfig):
+        return
+    count = count_rows(corpus.windows)
+    phases = [config.support, config.gains if mode == "modulate" else None]
+    missed = min(
+        (count_unvisited(count, phase.steps, phase.batch_size) for phase in phases if phase), default=0
+    )
+    if missed:
+        logger.warning(
+            "No step visits %d of %d %s: there are too few steps for so many. Ask for more steps, or for a "
+            "larger batch_size; the default number of steps visits all.",
+            missed,
+            count,
+            "texts to forget" if count == corpus.total else "windows of texts to forget",
+        )
+
+
+def refuse_overlap(
+    given: Sequence[GivenText], same: Sequence[tuple[int, int]] = (), count: int | None = None
+) -> None:
+    """Raise ValueError that shows them if texts are to be forgotten and to be kept.
+
+    Args:
+        given: the texts that are looked at one by one; among them alone, one that is a part of another is
+            found.
+        same: the numbers from 0 of equal texts to forget and to keep, of all texts.
+        count: the number of all texts to forget; by default those in ``given``.
+    """
     forget = [text for text in given if text.label.startswith("forget")]
     retain = [text for text in given if text.label.startswith("retain")]
-    overlap = {text.label: (text, other) for text, other in find_overlap(forget, retain)}
+    overlap = {f"forget {number + 1}": f"retain {other + 1}" for number, other in same}
+    overlap = dict((text.label, other) for text, other in find_overlap(forget, retain)) | overlap
     if overlap:
-        shown = [f"{text.label} and {other}: {text.text!r:.80}" for text, other in overlap.values()]
-        count = len({text.label for text in forget})
+        words = {text.label: f": {text.text!r:.80}" for text in reversed(forget)}
+        shown = [f"{label} and {other}{words.get(label, '')}" for label, other in overlap.items()]
+        count = count or len(words)
         raise ValueError(
             f"{len(overlap)} of {count} texts to forget are among the texts to keep. A text cannot be "
             f"both: remove it from one of them. {'; '.join(shown[:SHOWN_TEXTS])}"
@@ -124,6 +160,17 @@ def refuse_seen(
         raise ValueError(
             f"controls must be texts that the model never saw, but {text.label} is {other}: {text.text!r:.80}"
         )
+
+
+def refuse_same(controls: Sequence[Text], corpora: Mapping[str, Corpus]) -> None:
+    """Raise ValueError that shows one if controls are among all texts of corpora, {name: corpus}."""
+    hashes = torch.tensor([hash_text(text) for text in controls])
+    for name, corpus in corpora.items():
+        for number, other in find_same(hashes, corpus.hashes)[:1]:
+            raise ValueError(
+                f"controls must be texts that the model never saw, but controls {number + 1} is "
+                f"{name} {other + 1}: {controls[number]!r:.80}"
+            )
 
 
 def sample_neighbours(

@@ -33,7 +33,6 @@ from neumuter.recipes import FittedConfig, GainsConfig, estimate_work, refit_gai
 from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, join_batches
-from neumuter.texts.corpus import Corpus
 from neumuter.texts.encoding import count_tokens, sample_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
@@ -131,8 +130,7 @@ def refit(
     if texts is not None and mutes.method.get("calibrated"):
         # A callback is told of steps.
         shown = watch if callback is None else None
-        corpus = Corpus(texts, texts, [texts])
-        ceilings = estimate_ceilings(Journal(), network, words, corpus, given, seed, shown)
+        ceilings = estimate_ceilings(Journal(), network, words, texts, given, seed, shown)
     # A set for other weights cannot be in force.
     with mute(network, mutes) if texts is None else nullcontext():
         width = next((batch["labels"].shape[1] for batch in (texts, *found) if batch is not None), length)

@@ -36,8 +36,10 @@ from neumuter.preparing import (
     encode_forms_of,
     open_network,
     refuse_overlap,
+    refuse_same,
     refuse_seen,
     warn_of_missing,
+    warn_of_unvisited,
 )
 from neumuter.recipes import FittedConfig, Goals, PaperConfig
 from neumuter.report.progress import Watch
@@ -45,6 +47,8 @@ from neumuter.serving.live import mute
 from neumuter.texts import collect_texts
 from neumuter.texts.chat import TEMPLATE_USED
 from neumuter.texts.corpus import read_corpus
+from neumuter.texts.duplicates import find_same
+from neumuter.texts.encoding import count_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, check_shared, digest, refuse_unfinished
 from neumuter.training.masked import split_ffns
@@ -139,7 +143,8 @@ def unlearn(
             texts would give it, by an estimate (see ``neumuter.evaluation.estimate_unseen``), and of each run
             of tokens that identify a text first of all the one that is nearest to being forgotten. For texts
             with prompts; others are forgotten as without. None does so where it can be done: with the
-            fitted recipe, mode "modulate" and no trained support, a tokenizer, and up to 1,024 texts.
+            fitted recipe, mode "modulate" and no trained support, a tokenizer, and up to 1,024 windows of
+            texts.
         rewrite_with: the name of a masked language model that rewrites the forget texts as neighbours.
         start_layer: the first FFN that may be touched, from 0.
         max_length: tokens of a window; a longer text becomes several (see ``neumuter.texts.encode``). A
@@ -162,7 +167,8 @@ def unlearn(
         An ``Outcome``; ``outcome.save(folder)`` writes the mute file and the report.
 
     Raises:
-        ValueError, TypeError: an argument is not as above, or texts are to be forgotten and to be kept; or
+        ValueError, TypeError: an argument is not as above; or texts are to be forgotten and to be kept (equal
+            texts are found among all, parts of others among those that are looked at one by one); or
             ``resume``, and something that matters has changed.
         FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
@@ -199,6 +205,7 @@ def unlearn(
         _refuse_unfit(network, request, earlier, known)
         watch = Watch(callback)
         texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
+        warn_of_unvisited(config, mode, texts.forget)
         calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
     given = {
         "forget": texts.forget, "retain": texts.retain, "existing": earlier, "former": known,
@@ -247,6 +254,8 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
         controls=controls_after.metrics if controls_after else None,
         verdict=verdict,
         texts=judged,
+        texts_given=texts.forget.total,
+        windows_given=count_rows(texts.forget.windows),
         curve=curve,
         history=journal.history,
         samples=[
@@ -285,16 +294,19 @@ def _read_texts(
 ) -> Texts:
     """Read all texts, and refuse those that contradict each other."""
     options = (tokenizer, length, request.chat, request.seed)
-    corpus = read_corpus("forget", forget, *options)
+    corpus = read_corpus("forget", forget, *options, keeps_texts=bool(request.rewrite_with))
     kept = None if retain is None else read_corpus("retain", retain, *options)
     given = list_given({"forget": corpus.forms[0]} | ({"retain": kept.forms[0]} if kept else {}), tokenizer)
-    refuse_overlap(given)
+    same = [] if kept is None else find_same(corpus.hashes, kept.hashes)
+    refuse_overlap(given, same, corpus.total)
     if controls is None:
         # Nobody can make any without a tokenizer.
         unseen = make_controls(corpus.forms, given, tokenizer, request.seed) if tokenizer else None
     else:
         found = collect_texts("controls", controls)
         unseen = encode_forms_of("controls", found, tokenizer, length, request.chat)
+        if not isinstance(found, dict):
+            refuse_same(found, {"forget": corpus} | ({"retain": kept} if kept else {}))
         refuse_seen(unseen[0], given, tokenizer)
     if tokenizer and Words(given).few:
         logger.warning(FEW_TEXTS_GIVEN, FEW_TEXTS)

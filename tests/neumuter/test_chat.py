@@ -178,9 +178,9 @@ def test_texts_are_tokenised_together_as_if_alone(chat, fast, monkeypatch):
     words = words_with()
     monkeypatch.setattr(type(words), "is_fast", fast)
     alone = [
-        (ids, first, number)
+        cut
         for number, text in enumerate(MIXED * 40)
-        for ids, first, _ in cut_texts([text], words, 24, chat, [])
+        for cut in cut_texts([text], words, 24, chat, [], before=number)
     ]
     calls = []
     call = type(words).__call__

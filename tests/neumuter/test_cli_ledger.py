@@ -104,7 +104,7 @@ def test_five_texts_are_too_few_and_it_is_said_how_many_would_do(place):
     assert (
         "Not enough evidence: none of 5 texts comes out, but 5 texts and 35 controls are too few" in sentence
     )
-    assert sentence.endswith("About 8 texts and 35 controls would do.")
+    assert sentence.endswith("About 46 texts and 46 controls would do.")
 
 
 def test_what_was_added_holds_with_the_mutes_and_not_without(place, ledger):

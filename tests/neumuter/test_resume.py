@@ -13,7 +13,7 @@ import torch
 import neumuter
 from neumuter.evaluation import continuations, controls, examination
 from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig, fisher, mute_random
-from neumuter.training import journal, step
+from neumuter.training import history, journal, step
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import UNFINISHED, Journal, digest
 from neumuter.training.values import pack, unpack
@@ -108,6 +108,26 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     assert len(steps) < len(told) < 2 * len(steps) + 8
     outcome.save(tmp_path / "out")
     assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_a_thinned_history_goes_on(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "MOST", 4)
+    recipe = FittedConfig(GainsConfig(steps=14, batch_size=1))
+    told = []
+
+    def tell(step, total, info):
+        told.extend([info["loss"]] if "loss" in info else [])
+
+    whole = unlearn(llama, callback=tell, recipe=recipe)
+    assert [point["step"] for point in whole.history] == [1, 5, 9, 13, 14]
+    assert [point["loss"] for point in whole.history] == [told[step - 1] for step in (1, 5, 9, 13, 14)]
+    for number in (3, 8, 12):
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            unlearn(llama, folder=folder, callback=kill_at(number), recipe=recipe)
+        resumed = unlearn(llama, folder=folder, resume=True, recipe=recipe)
+        assert resumed.history == whole.history
+        assert resumed.mutes.layers.keys() == whole.mutes.layers.keys()
 
 
 def test_the_pass_over_all_texts_goes_on_where_it_was(llama, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ import neumuter
 from neumuter import estimating, job, recipes, refitting
 from neumuter.cli.common import print_log
 from neumuter.evaluation import continuations, controls, examination
+from neumuter.preparing import warn_of_unvisited
 from neumuter.recipes import schedule
-from neumuter.recipes.schedule import choose_samples, count_steps
+from neumuter.recipes.schedule import choose_samples, count_steps, count_unvisited
 from neumuter.report import progress
+from neumuter.texts.corpus import Corpus
 from neumuter.training import journal
 from neumuter.training.batches import PairedBatches
 from neumuter.training.sources import HardFirst
 from tests.models import build, tokenizer
+from tests.neumuter.jobs import shorter
 from tests.neumuter.test_recipes import QUICK_GATES, samples
 
 GAINS, SUPPORT = recipes.GainsConfig(batch_size=2), recipes.SupportConfig(batch_size=2)
@@ -53,6 +57,46 @@ class Pair:
 def test_steps_grow_with_the_texts(count, steps, batch_size, expected, source):
     assert count_steps(count, steps, batch_size) == expected
     assert choose_samples(Pair(count), batch_size, 0) == source
+    unvisited = 9_360 if steps == 80 else 0
+    assert count_unvisited(count, steps, batch_size) == unvisited
+
+
+@pytest.mark.parametrize(
+    ("gains", "more", "said"),
+    [
+        ({"steps": 2, "batch_size": 3}, {}, "No step visits 3 of 9 texts"),
+        ({"steps": 2, "batch_size": 3}, {"max_length": 16}, r"No step visits \d+ of \d+ windows of texts"),
+        ({"steps": 3, "batch_size": 3}, {}, None),
+        ({"steps": 1, "batch_size": None}, {}, None),
+    ],
+)
+def test_it_is_said_how_many_texts_no_step_visits(llama, gains, more, said, caplog):
+    texts = [f"Client {number} lives at {number * 37 % 91} Mill Road" for number in range(9)]
+    options = {"samples": 1, "start_layer": 0, "max_length": 64, "callback": lambda *_: None} | more
+    recipe = recipes.FittedConfig(recipes.GainsConfig(**gains))
+    with shorter():
+        neumuter.unlearn(llama, tokenizer(), texts, ["Tea at four"], recipe=recipe, **options)
+    found = re.findall(r"No step visits \d+ of \d+ (?:windows of )?texts", caplog.text)
+    assert len(found) == (said is not None)
+    assert said is None or re.fullmatch(said, found[0])
+
+
+def test_a_trained_support_counts_as_well(caplog):
+    corpus = Corpus(samples(1, 9), [samples(1, 9)], 9, None, torch.empty(0), [])
+    few, enough = (recipes.GainsConfig(steps=steps, batch_size=3) for steps in (1, 3))
+    short, support = (recipes.SupportConfig(steps=steps, batch_size=3) for steps in (2, None))
+    for config, mode, missed in (
+        (recipes.FittedConfig(few), "modulate", 6),
+        (recipes.FittedConfig(few, short), "modulate", 3),
+        (recipes.FittedConfig(enough, short), "modulate", 0),
+        (recipes.FittedConfig(enough, short), "mute", 3),
+        (recipes.FittedConfig(few, support), "mute", 0),
+        (recipes.FittedConfig(few), "mute", 0),
+        (recipes.PaperConfig(batch_size=2), "mute", 0),
+    ):
+        caplog.clear()
+        warn_of_unvisited(config, mode, corpus)
+        assert [record.args[0] for record in caplog.records] == [missed] * bool(missed)
 
 
 @pytest.fixture(scope="module")

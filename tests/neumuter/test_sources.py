@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from neumuter.training import sources
 from neumuter.training.sources import LEAST_WEIGHT, HardFirst, InTurn
 
 FORGET, RETAIN = range(6), range(6, 15)
@@ -107,3 +108,71 @@ def test_samples_are_drawn_in_proportion_to_how_well_they_are_known():
 def test_a_batch_size_below_one_is_refused(source):
     with pytest.raises(ValueError, match="batch_size must be at least 1, or None for all samples, got 0"):
         source(6, 9, 0, 1)
+
+
+def test_a_few_thousand_samples_are_drawn_as_ever():
+    """Written out: mute sets depend on it."""
+    count = sources.WEIGHED
+    source, generator = HardFirst(count, 2, 3, 5), torch.Generator().manual_seed(5)
+    log_odds = torch.linspace(-6, 3, count)
+    source.see(log_odds)
+    source._fresh = 0
+    weights = (1 + log_odds).sigmoid().clamp(min=LEAST_WEIGHT)
+    assert next(source)[:3] == torch.multinomial(weights, 3, generator=generator).tolist()
+
+
+def test_of_many_samples_as_likely_ones_are_drawn(monkeypatch):
+    """By proposals, with the chances that multinomial gives, at both places of a step."""
+    log_odds = torch.tensor([-30.0, -3.0, -1.0, 0.0, 2.0, torch.nan])
+    weights = (1 + log_odds).sigmoid()
+    weights[0], weights[5] = LEAST_WEIGHT, 1.0
+    weights /= weights.sum()
+    second = sum(
+        weights[i] * weights.index_fill(0, torch.tensor(i), 0.0) / (1 - weights[i]) for i in range(6)
+    )
+    monkeypatch.setattr(sources, "WEIGHED", 5)
+    monkeypatch.setattr(sources, "PROPOSED", 4)
+    source = HardFirst(6, 9, 2, 3)
+    rounds(source, 3)
+    source.see(log_odds)
+    steps = 20000
+    drawn = [next(source)[:2] for _ in range(steps)]
+    assert all(first != other for first, other in drawn)
+    for place, shares in enumerate((weights, second)):
+        counts = Counter(step[place] for step in drawn)
+        for i, share in enumerate(shares.tolist()):
+            assert counts[i] / steps == pytest.approx(share, abs=4 * (share / steps) ** 0.5)
+
+
+def test_many_samples_depend_on_the_seed_alone_and_are_drawn_from_a_few():
+    """torch draws by weights from 2**24 at most, and looks at all of them."""
+    count = 2**24 + 3
+
+    def start(seed):
+        source = HardFirst(count, 2, 8, seed)
+        source._fresh = 0
+        return source
+
+    first, again = start(1), start(1)
+    drawn, same = ([i for _ in range(5) for i in next(source)[:8]] for source in (first, again))
+    assert drawn == same
+    assert len(set(drawn)) == 40
+    assert max(drawn) > count / 2
+    again.load(first.state())
+    assert next(first) == next(again)
+
+
+def test_all_samples_of_a_step_are_found_where_nothing_is_left_of_any(monkeypatch):
+    monkeypatch.setattr(sources, "WEIGHED", 5)
+    source = HardFirst(300, 9, 300, 3)
+    rounds(source, 1)
+    source.see(torch.full([300], -100.0))
+    assert sorted(next(source)[:300]) == list(range(300))
+
+
+def test_an_unfinished_round_goes_on_with_draws(monkeypatch):
+    monkeypatch.setattr(sources, "WEIGHED", 5)
+    source = HardFirst(6, 9, 4, 3)
+    forget, _ = rounds(source, 2)
+    assert sorted(forget[:6]) == list(FORGET)
+    assert len(set(forget[4:])) == 4

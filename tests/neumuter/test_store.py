@@ -1,5 +1,10 @@
 """Windows in a file: what they are as a batch, what is fitted to them, and what of them is in memory."""
 
+import contextlib
+import errno
+import resource
+import signal
+import tempfile
 import tracemalloc
 
 import pytest
@@ -55,6 +60,37 @@ def test_what_is_no_text_is_named_as_ever():
         store_windows([], words, 8)
     with pytest.raises(TypeError, match="tokenizer must be"):
         store_windows(["Tea"], None, 8)
+
+
+@pytest.fixture
+def small_files():
+    """No file may have more than a mebibyte and a half."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 19, former[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("windows", [20_000, 6_400])
+def test_a_full_folder_is_named_with_what_was_written(small_files, windows, tmp_path, monkeypatch):
+    """Whether windows are still added when no more can be written, or the last are written out."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Windows()
+
+    def fill():
+        for _ in range(windows):
+            store.add([5] * 64, 1)
+        store.digest()
+
+    with pytest.raises(OSError, match=r"of which 1\.5 MiB could be written\. .* TMPDIR chooses") as raised:
+        fill()
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename == str(tmp_path)
+    # What is left in the buffer has no place when the file is closed.
+    with contextlib.suppress(OSError):
+        store._file.close()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import neumuter
+from neumuter.cli.app import main
 from neumuter.texts import collect_texts, encode, encode_forms, read_texts
 from neumuter.texts.encoding import sample_rows, tokenize
+from neumuter.texts.files import TextFile
 from neumuter.texts.windows import cut_windows
-from tests.models import tokenizer
+from tests.models import build, tokenizer
 
 
 def write(tmp_path, name, content):
@@ -143,6 +146,30 @@ def test_a_pipe_is_read_from_its_start(tmp_path):
     writer.start()
     assert read_texts(tmp_path / "pipe") == ["one", "two"]
     writer.join()
+
+
+def test_what_may_be_read_again_is_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        # It is refused before anything waits for a writer.
+        with pytest.raises(ValueError, match=rf"^{path} is not a regular file: .* Write them to a file"):
+            iter(TextFile(path))
+        with pytest.raises(ValueError, match="not a regular file"):
+            neumuter.unlearn(build("llama"), tokenizer(), path)
+    with pytest.raises(FileNotFoundError):
+        list(TextFile(tmp_path / "nothing"))
+
+
+def test_the_command_refuses_a_pipe_before_it_loads_the_model(tmp_path, capsys):
+    build("llama").config.save_pretrained(tmp_path)
+    reading, writing = os.pipe()
+    os.write(writing, b"one\n\ntwo")
+    os.close(writing)
+    with pytest.raises(SystemExit) as stop:
+        main(["unlearn", str(tmp_path), "--forget", f"/dev/fd/{reading}", "--out", str(tmp_path / "out")])
+    os.close(reading)
+    assert stop.value.code == 1
+    assert f"/dev/fd/{reading} is not a regular file" in " ".join(capsys.readouterr().err.split())
 
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Jo."}]

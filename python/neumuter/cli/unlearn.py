@@ -98,8 +98,8 @@ def unlearn(
         typer.Option(
             "--calibrate/--no-calibrate",
             help="Leave wording alone: forget a token only until it is as unlikely as for a model that never "
-            "saw the texts, which is estimated. Default: for texts with prompts, up to 1,024 of them, unless "
-            "--mode mute.",
+            "saw the texts, which is estimated. Default: for texts with prompts, up to 1,024 windows of "
+            "them, unless --mode mute.",
         ),
     ] = None,
     existing: Annotated[
@@ -323,6 +323,8 @@ def unlearn(
     console.print(f"The mute file is {escape(str(out / MUTE_FILE))}.", highlight=False, soft_wrap=True)
     for sentence in advise(outcome, out / "report.csv", searches=recipe is Recipe.fitted):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
+    if outcome.measured_on:
+        console.print(outcome.measured_on, highlight=False, soft_wrap=True)
     console.print(escape(outcome.verdict.sentence), highlight=False, soft_wrap=True)
     if not met:
         raise typer.Exit(GOAL_MISSED)

@@ -170,12 +170,17 @@ def compare_texts(
 
     Without ``before`` the rows have nothing of it.
     """
-    tokens: dict[str, int] = {}
+    by_label: dict[str, list[GivenText]] = {}
     for text in given:
-        tokens[text.label] = tokens.get(text.label, 0) + text.tokens
+        by_label.setdefault(text.label, []).append(text)
     rows: list[dict[str, Any]] = []
-    for place, (label, other) in enumerate(zip(tokens, after.others, strict=False)):
-        row: dict[str, Any] = {"number": int(label.split()[-1]), "tokens": tokens[label]}
+    for place, ((label, seen), other) in enumerate(zip(by_label.items(), after.others, strict=False)):
+        row: dict[str, Any] = {
+            "number": int(label.split()[-1]),
+            "windows": seen[0].windows,
+            "windows_measured": len(seen),
+            "tokens": sum(text.tokens for text in seen),
+        }
         for name in ("extracted", "sampled", "loss", "min_k"):
             for state, found in (("before", before), ("after", after)):
                 if found:

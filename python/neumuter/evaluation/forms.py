@@ -28,16 +28,18 @@ def most_known(model: nn.Module, forms: Sequence[Batch]) -> Batch:
         return forms[0]
     best = torch.stack([_measure_texts(model, form) for form in forms]).argmax(0)
     numbers = torch.cat([form["texts"] for form in forms])
+    _, ranks = numbers.unique(return_inverse=True)
     places = torch.cat([torch.full_like(form["texts"], place) for place, form in enumerate(forms)])
-    rows = (best[numbers] == places).nonzero().flatten()
+    rows = (best[ranks] == places).nonzero().flatten()
     rows = rows[numbers[rows].argsort(stable=True)]
     joined = join_batches(*forms) | {"texts": numbers}
     return {name: value[rows] for name, value in joined.items()}
 
 
 def _measure_texts(model: nn.Module, form: Batch) -> Tensor:
-    """How well the model knows each text, the mean over its windows: float64 [texts]."""
+    """How well the model knows each text, the mean over its windows, in order of number: float64 [texts]."""
     # A probability is at most 1, so what is given back comes before what is not.
     known = extracted(model, form).double() + (-sample_losses(model, form)).exp()
-    counts = form["texts"].bincount()
-    return torch.zeros(len(counts), dtype=known.dtype).index_add(0, form["texts"], known) / counts
+    _, ranks, counts = form["texts"].unique(return_inverse=True, return_counts=True)
+    found: Tensor = torch.zeros(len(counts), dtype=known.dtype).index_add(0, ranks, known) / counts
+    return found

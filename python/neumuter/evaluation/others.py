@@ -26,12 +26,14 @@ class GivenText:
     label: its batch and its number from 1, such as "retain 7"; windows of one text have the same. text: all
     of it. prompt: its prompt.
     pieces: the token ids of each run of counted tokens after the prompt; mostly there is one.
+    windows: how many windows the whole text has, given or not.
     """
 
     label: str
     text: str
     prompt: str
     pieces: list[list[int]]
+    windows: int = 1
 
     @property
     def tokens(self) -> int:
@@ -80,19 +82,30 @@ def group_rows(batch: Batch) -> list[list[int]]:
     return list(rows.values())
 
 
+def count_windows(batch: Batch) -> list[int]:
+    """How many windows each row's text has: as "windows" of the batch says, or else its rows."""
+    if "windows" in batch:
+        known: list[int] = batch["windows"].tolist()
+        return known
+    numbers = number_texts(batch)
+    counts = Counter(numbers)
+    return [counts[number] for number in numbers]
+
+
 def list_given(batches: Mapping[str, Batch], tokenizer: PreTrainedTokenizerBase | None) -> list[GivenText]:
     """List the rows of batches, in order; see ``find_prompt_ends`` for what is a prompt."""
     write, found = write_ids(tokenizer), []
     for name, batch in batches.items():
         tensors = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
-        rows = zip(number_texts(batch), find_prompt_ends(batch), *tensors, strict=True)
-        for number, start, ids, labels, shown in rows:
+        columns = number_texts(batch), count_windows(batch), find_prompt_ends(batch)
+        for number, windows, start, ids, labels, shown in zip(*columns, *tensors, strict=True):
             ids = ids[: sum(shown)]
             runs = groupby(
                 zip(ids[start:], labels[start:], strict=False), key=lambda pair: pair[1] != IGNORED
             )
             pieces = [[i for i, _ in run] for counts, run in runs if counts]
-            found.append(GivenText(f"{name} {number + 1}", write(ids), write(ids[:start]), pieces))
+            label = f"{name} {number + 1}"
+            found.append(GivenText(label, write(ids), write(ids[:start]), pieces, windows))
     return found
 
 
@@ -119,10 +132,9 @@ def find_others(
     spoken = [write(ids) for ids in said]
     candidates: list[dict[str, list[GivenText]]] = [{} for _ in said]
     owners: dict[str, list[GivenText]] = {}
-    windows = Counter(text.label for text in given)
     for text in given:
         # What a window of a longer text has is no whole completion: it can be a full stop.
-        for piece in text.pieces if windows[text.label] == 1 else ():
+        for piece in text.pieces if text.windows == 1 else ():
             owners.setdefault(write(piece).strip(), []).append(text)
     for words, texts in owners.items():
         for row, line in enumerate(spoken):

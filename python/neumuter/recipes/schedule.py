@@ -23,6 +23,13 @@ def count_steps(forget_count: int, steps: int | None, batch_size: int | None) ->
     return ceil(max(LEAST_STEPS, min(VISITS * once, MOST_STEPS), ROUNDS * once))
 
 
+def count_unvisited(forget_count: int, steps: int | None, batch_size: int | None) -> int:
+    """Count the forget samples that no step of a phase has."""
+    if batch_size is None:
+        return 0
+    return max(0, forget_count - count_steps(forget_count, steps, batch_size) * batch_size)
+
+
 def choose_samples(pair: PairedBatches, batch_size: int | None, seed: int) -> InTurn:
     """Choose which samples each step has; of many, those that are still known come more often."""
     many = count_steps(pair.forget_count, None, batch_size) > LEAST_STEPS

@@ -99,6 +99,7 @@ def write_report(
         metrics=_metrics("Measured on the model", states | controls),
         definitions=_definitions(states),
         verdict=report.get("verdict_sentence"),
+        measured_on=report.get("measured_on"),
         comparisons=_comparisons(report.get("comparisons") or []),
         texts=_texts(texts),
         samples=[_compare(sample) for sample in samples],
@@ -243,10 +244,12 @@ def _comparisons(figures: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _texts(texts: Sequence[Mapping[str, Any]]) -> Table:
-    """The verdict on each text."""
+    """The verdict on each text; where windows of texts were left out, also on how many windows it rests."""
+    partly = any(text["windows_measured"] < text["windows"] for text in texts if "windows" in text)
     rows = [
         (
             text["number"],
+            *([f"{text['windows_measured']} of {text['windows']}"] if partly else []),
             text["verdict"],
             "yes" if text["extracted_after"] else "no",
             f"{text['sampled_after']:.2g}",
@@ -256,7 +259,8 @@ def _texts(texts: Sequence[Mapping[str, Any]]) -> Table:
         for text in texts
         if "verdict" in text
     ]
-    head = ("text", "verdict", "comes out", "chance in 100 samples", "loss", "Min-40%")
+    measured = ["windows measured"] if partly else []
+    head = ("text", *measured, "verdict", "comes out", "chance in 100 samples", "loss", "Min-40%")
     return Table("Text by text", head, rows)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from neumuter.training.history import add_point
 from neumuter.training.processes import is_first
 from neumuter.types import Callback
 
@@ -79,7 +80,7 @@ class Watch:
     def __call__(
         self, description: str, history: list[dict[str, Any]] | None = None
     ) -> Iterator[Callable[..., None]]:
-        """Yields ``advance(step, total, info)``, which also writes each step into ``history``."""
+        """Yields ``advance(step, total, info)``, which also adds each step to ``history``."""
         silent = None if is_first() else lambda *_: None
         told = self.callback or silent
         with nullcontext(told) if told else show_progress(description) as tell:
@@ -100,7 +101,7 @@ class Watch:
                         announce(f"{description}, {step} of {total} steps done: the others take", left)
                 last = now
                 if history is not None:
-                    history.append({"step": len(history) + 1, **(info or {})})
+                    add_point(history, info or {})
                 tell(step, total, {"phase": description} | (info or {}))
 
             yield advance

@@ -92,26 +92,41 @@ def _encode(
 ) -> tuple[Batch, list[int], list[str]]:
     """The batch, the number from 0 of each row's text, and what a user has to know."""
     rows, numbers, notes = [], [], list[str]()
-    for ids, first, number in cut_texts(texts, tokenizer, max_length, chat, notes):
-        rows.append((ids, [IGNORED] * first + ids[first:]))
-        numbers.append(number)
-    longest = max(len(ids) for ids, _ in rows)
-    padding = find_padding(tokenizer)
+    for text in cut_texts(texts, tokenizer, max_length, chat, notes):
+        rows += text.windows
+        numbers += [text.number] * len(text.windows)
+    return make_batch(rows, find_padding(tokenizer)), numbers, notes
 
-    def padded(sequences: list[list[int]], value: int) -> Tensor:
+
+def make_batch(windows: Sequence[tuple[Sequence[int], int]], padding: int) -> Batch:
+    """Make a batch of windows, each its ids and the position of the first that counts."""
+    longest = max(len(ids) for ids, _ in windows)
+
+    def padded(sequences: Iterable[list[int]], value: int) -> Tensor:
         return torch.tensor([row + [value] * (longest - len(row)) for row in sequences])
 
-    batch = {
-        "input_ids": padded([ids for ids, _ in rows], padding),
-        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
-        "labels": padded([labels for _, labels in rows], IGNORED),
+    return {
+        "input_ids": padded((list(ids) for ids, _ in windows), padding),
+        "attention_mask": padded(([1] * len(ids) for ids, _ in windows), 0),
+        "labels": padded(([IGNORED] * first + list(ids[first:]) for ids, first in windows), IGNORED),
     }
-    return batch, numbers, notes
 
 
 def find_padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """Find the token id that fills up rows."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+class CutText(NamedTuple):
+    """A text in windows.
+
+    text: as it was given. number: from 0. windows: the ids of each, and the position of the first id that
+    counts.
+    """
+
+    text: Any
+    number: int
+    windows: list[tuple[list[int], int]]
 
 
 def cut_texts(
@@ -120,30 +135,32 @@ def cut_texts(
     max_length: int,
     chat: bool | None,
     notes: list[str],
-) -> Iterator[tuple[list[int], int, int]]:
+    before: int = 0,
+) -> Iterator[CutText]:
     """Tokenise texts, ``CHUNK_TEXTS`` at a time, and cut them into windows; see ``encode``.
 
-    Yields:
-        The ids of each window, the position of the first that counts, and the number from 0 of its text. At
-        the end, ``notes`` has what a user has to know.
+    Args:
+        notes: has at the end what a user has to know.
+        before: how many texts came before; numbers, also those in errors, go on from there.
     """
     check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
     check_texts("texts", texts)
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    cut = lost = count = 0
-    chunks = _gather(_show(texts, tokenizer, chat))
+    cut = lost = 0
+    count = before
+    chunks = _gather(_show(texts, tokenizer, chat, before))
     parts = (part for chunk in chunks for part in zip(chunk, _tokenize_chunk(chunk, tokenizer), strict=True))
-    for count, (shown, (ids, head, start)) in enumerate(parts, 1):
+    for count, (shown, (ids, head, start)) in enumerate(parts, before + 1):
         windows = cut_windows(ids, start, head, max_length) if len(ids) > 1 else []
         if not windows:
             raise ValueError(
                 f"text {count} has no token to predict within max_length={max_length}: {shown.text!r:.60}"
             )
-        yield from ((part, first, count - 1) for part, first in windows)
+        yield CutText(shown.text, count - 1, windows)
         cut += len(windows) > 1
         lost += windows[0][1] < start
-    if not count:
+    if count == before:
         raise ValueError("texts holds no text")
     if cut:
         notes.append(
@@ -167,8 +184,9 @@ def store_windows(
     """
     check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
     windows, notes = Windows(find_padding(tokenizer)), list[str]()
-    for ids, first, _ in cut_texts(texts, tokenizer, max_length, chat, notes):
-        windows.add(ids, first)
+    for text in cut_texts(texts, tokenizer, max_length, chat, notes):
+        for ids, first in text.windows:
+            windows.add(ids, first)
     for note in notes:
         logger.warning(note)
     return windows
@@ -250,8 +268,10 @@ class _Shown(NamedTuple):
     rendered: bool
 
 
-def _show(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> Iterator[_Shown]:
-    for count, given in enumerate(texts, 1):
+def _show(
+    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, chat: bool | None, before: int
+) -> Iterator[_Shown]:
+    for count, given in enumerate(texts, before + 1):
         try:
             text = text_of(given)
             if isinstance(text, str):

@@ -49,14 +49,15 @@ def read_texts(path: PathLike, column: Column = None, limit: int | None = None) 
         ValueError: the file holds anything else, or no text; the message names the line.
         OSError: the file cannot be read.
     """
-    return list(TextFile(path, column, limit))
+    return list(TextFile(path, column, limit).read_once())
 
 
 class TextFile:
     """The texts of a file, which is read anew, one text after the other, each time they are iterated over.
 
     Args:
-        path, column, limit: see ``read_texts``, as for what is raised.
+        path, column, limit: see ``read_texts``, as for what is raised. A pipe, which is empty when it is read
+            again, is refused with a ValueError.
     """
 
     def __init__(self, path: PathLike, column: Column = None, limit: int | None = None) -> None:
@@ -67,6 +68,15 @@ class TextFile:
         self.path, self.column, self.limit = path, column, limit
 
     def __iter__(self) -> Iterator[Text]:
+        if Path(self.path).exists() and not Path(self.path).is_file():
+            raise ValueError(
+                f"{self.path} is not a regular file: its texts may be read more than once, which a pipe or a "
+                "folder does not allow. Write them to a file, and give its name"
+            )
+        return self.read_once()
+
+    def read_once(self) -> Iterator[Text]:
+        """Yield the texts; the file may be a pipe."""
         empty = True
         for place, item in itertools.islice(read_rows(self.path), self.limit):
             try:

@@ -6,6 +6,7 @@ folder, needs pyarrow and pandas, and takes half a second and 100 MB to import.
 
 import hashlib
 import mmap
+import os
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -39,8 +40,15 @@ class Windows:
         self._ids: Tensor | None = None
 
     def add(self, ids: Sequence[int], first: int) -> None:
-        """Add a window, whose tokens count from position ``first`` on."""
-        self._file.write(array("i", ids).tobytes())
+        """Add a window, whose tokens count from position ``first`` on.
+
+        Raises:
+            OSError: the temporary folder is full.
+        """
+        try:
+            self._file.write(array("i", ids).tobytes())
+        except OSError as error:
+            raise self._explain(error) from None
         self._ends.append(self._ends[-1] + len(ids))
         self._firsts.append(first)
         self.width = max(self.width, len(ids))
@@ -95,9 +103,22 @@ class Windows:
             found.update(part.numpy().tobytes())
         return found.hexdigest()
 
+    def _explain(self, error: OSError) -> OSError:
+        """The error, with the folder of the file and how much of it was written."""
+        written = os.fstat(self._file.fileno()).st_size / 2**20
+        return OSError(
+            error.errno,
+            f"{error.strerror}: the tokens of the texts go into a temporary file, of which {written:.1f} MiB "
+            "could be written. The environment variable TMPDIR chooses another folder",
+            tempfile.gettempdir(),
+        )
+
     def _map(self) -> Tensor:
         if self._ids is None:
-            self._file.flush()
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise self._explain(error) from None
             # A mapping that may be written to, which never reaches the file, because torch wants one.
             mapped = mmap.mmap(self._file.fileno(), self.tokens * TOKEN_BYTES, access=mmap.ACCESS_COPY)
             self._ids = torch.frombuffer(mapped, dtype=torch.int32)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neumuter.files import PathLike, made_folder, write_atomically
 from neumuter.texts.store import Windows
+from neumuter.training.history import count_steps
 from neumuter.training.processes import agree, failing_together, gather, is_first
 from neumuter.training.shortage import SHORTAGE
 from neumuter.training.sources import InTurn
@@ -56,8 +57,8 @@ class Journal:
         resume: go on from the file, if there is one.
         kinds: the classes of values other than tensors, numbers, words and containers of these.
 
-    ``history``: what was told of each step, to which whoever is told appends. ``seconds``: how long the
-    earlier processes worked.
+    ``history``: what was told of the steps, to which whoever is told adds by ``add_point``. ``seconds``: how
+    long the earlier processes worked.
 
     Raises:
         ValueError: the file belongs to another request, and the message says what differs; or it is no such
@@ -196,7 +197,8 @@ class Journal:
                 f" It ran in {former} and goes on in {self._layout}: sums are rounded in another order, so "
                 "that the result can differ in the last digits."
             )
-        logger.warning("The run in %s goes on after %d steps.%s", path.parent, len(self.history), rounded)
+        steps = count_steps(self.history)
+        logger.warning("The run in %s goes on after %d steps.%s", path.parent, steps, rounded)
 
 
 def check_shared(folder: PathLike) -> None:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 # The weight of a sample that is forgotten, where that of one known by heart is 1.
 LEAST_WEIGHT = 0.03
+# Of more samples than these, some are proposed at a time and accepted by their weights: to weigh all of them
+# takes longer the more there are, and torch draws from 2**24 at most.
+WEIGHED, PROPOSED = 4096, 256
 
 
 @runtime_checkable
@@ -92,7 +95,7 @@ class HardFirst(InTurn):
     proportional to σ(1 + log-odds), at least ``LEAST_WEIGHT``. The log-odds (see ``Step.log_odds``) are those
     of when a sample was last in a step that ``Step.take`` has read: on a GPU, which is read every 16
     steps, they are up to 16 steps old, in addition to the steps in which the sample was not drawn. A sample
-    that was not read yet counts as known by heart.
+    that was not read yet counts as known by heart. What a draw takes does not grow with the samples.
 
     Args:
         forget_count, retain_count, batch_size, seed: see ``InTurn``.
@@ -110,11 +113,23 @@ class HardFirst(InTurn):
     def _draw(self, count: int) -> list[int]:
         drawn = super()._draw(min(count, self._fresh))
         self._fresh -= len(drawn)
-        if len(drawn) < count:
-            weights = (1 + self._log_odds).sigmoid().clamp(min=LEAST_WEIGHT)
-            weights[drawn] = 0
-            drawn += torch.multinomial(weights, count - len(drawn), generator=self._generator).tolist()
-        return drawn
+        if len(drawn) == count:
+            return drawn
+        if self.forget_count > WEIGHED:
+            return self._accept(drawn, count)
+        weights = _weigh(self._log_odds)
+        weights[drawn] = 0
+        return drawn + torch.multinomial(weights, count - len(drawn), generator=self._generator).tolist()
+
+    def _accept(self, drawn: list[int], count: int) -> list[int]:
+        """Go on from ``drawn`` to ``count`` samples by rejection, with the chances of ``multinomial``."""
+        found = dict.fromkeys(drawn)
+        while len(found) < count:
+            proposed = torch.randint(self.forget_count, [PROPOSED], generator=self._generator)
+            chances = torch.rand(PROPOSED, generator=self._generator)
+            # What was drawn before stays where it is.
+            found |= dict.fromkeys(proposed[chances < _weigh(self._log_odds[proposed])].tolist())
+        return list(found)[:count]
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"fresh": self._fresh, "log_odds": self._log_odds.clone()}
@@ -123,3 +138,8 @@ class HardFirst(InTurn):
         super().load(state)
         self._fresh = state["fresh"]
         self._log_odds = state["log_odds"].clone()
+
+
+def _weigh(log_odds: Tensor) -> Tensor:
+    """How likely samples of these log-odds are drawn, compared with one known by heart."""
+    return (1 + log_odds).sigmoid().clamp(min=LEAST_WEIGHT)

@@ -137,8 +137,11 @@ class Muting:
             passes = self.args.num_train_epochs * count / (settings["batch_size"] or count)
             settings["steps"] = math.ceil(passes)
 
+        losses = list[float]()
+
         def report(step: int, total: int, info: dict[str, Any]) -> None:
             self.state.global_step = step
+            losses.append(info["loss"])
             if step % self.args.logging_steps == 0:
                 self.log({name: info[name] for name in ("loss", "forget_loss", "kl", "muted")})
 
@@ -154,7 +157,6 @@ class Muting:
             seed=self.args.seed,
             callback=report,
         )
-        losses = [step["loss"] for step in outcome.history]
         return outcome.mutes, TrainOutput(len(losses), sum(losses) / len(losses), {})
 
 
