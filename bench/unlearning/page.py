@@ -103,13 +103,14 @@ def _related(rows, keys):
 
 def _methods(rows, order=("before", "retrained", *(n for n in NAMES if n not in ("before", "retrained")))):
     """(name, rows) of each method; fewer seeds than the others have are in the name."""
-    seeds = len({row["seed"] for row in rows})
     found = [(m, [r for r in rows if r["method"] == m]) for m in order]
-    return [
-        (NAMES[m] + (f" ({len(some)} seed{'s' * (len(some) > 1)})" if len(some) < seeds else ""), some)
-        for m, some in found
-        if some
-    ]
+    return [(_name(m, some, rows), some) for m, some in found if some]
+
+
+def _name(method, some, rows):
+    """What a method is called, and how many seeds its rows have, if these are fewer than all."""
+    count, every = (len({row["seed"] for row in found}) for found in (some, rows))
+    return NAMES[method] + (f" ({count} seed{'s' * (count > 1)})" if count < every else "")
 
 
 def _where(rows, **wanted):
@@ -286,7 +287,7 @@ def rounded(rows, model):
     """Each method in each format, beside the original in the same format."""
     lines, rows = [], _where(rows, model=model)
     for method in ("before", "retrained", "calibrated", "live", "fitted", "npo", "simnpo", "difference"):
-        label = NAMES[method]
+        label = _name(method, _where(rows, method=method), rows)
         for name in FORMATS:
             found = _where(rows, method=method, format=name)
             originals = {row["seed"]: row for row in _where(rows, method="before", format=name)}
