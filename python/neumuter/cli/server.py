@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from neumuter.cli.common import console
+from neumuter.cli.common import console, print_log
 from neumuter.files import write_json
 
 # The exit code if a text comes out.
@@ -51,7 +51,7 @@ def evaluate_server(
     from neumuter.texts import read_texts
 
     texts = read_texts(forget, column, limit)
-    with console.status(f"Asking {url}"):
+    with print_log(), console.status(f"Asking {url}"):
         found: Sequence[Said] = ask_server(url, model, texts, mute_set)
     table = Table("text", "comes out", "said before the first difference")
     for number, said in enumerate(found, 1):

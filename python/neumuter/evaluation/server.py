@@ -10,6 +10,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from neumuter.texts.chat import as_messages
 from neumuter.types import Messages, Text
 
 # The variable of the environment that holds the key, if the server wants one.
@@ -90,7 +91,7 @@ def ask_server(
     pairs = {number: text for number, text in enumerate(texts) if isinstance(text, tuple)} if chat else {}
     for place, (number, pair) in enumerate(pairs.items()):
         try:
-            answer = _ask(f"{address}/v1", options, _as_chat(pair))
+            answer = _ask(f"{address}/v1", options, as_messages(pair))
         except ValueError as error:
             if place:
                 raise
@@ -98,14 +99,6 @@ def ask_server(
             break
         said[number] = _worse(said[number], answer)
     return said
-
-
-def _as_chat(text: tuple[str, str]) -> Messages:
-    """A prompt and its completion as a conversation, as chat templates are given them."""
-    return [
-        {"role": role, "content": content.strip()}
-        for role, content in zip(("user", "assistant"), text, strict=True)
-    ]
 
 
 def _worse(first: Said, second: Said) -> Said:

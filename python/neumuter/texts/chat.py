@@ -47,10 +47,7 @@ def render(text: tuple[str, str] | Messages, tokenizer: PreTrainedTokenizerBase)
     Raises:
         ValueError: the template refuses the conversation, or does not show the answer.
     """
-    messages = text
-    if isinstance(messages, tuple):
-        parts = zip(("user", "assistant"), messages, strict=True)
-        messages = [{"role": role, "content": content.strip()} for role, content in parts]
+    messages = as_messages(text) if isinstance(text, tuple) else text
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -64,6 +61,12 @@ def render(text: tuple[str, str] | Messages, tokenizer: PreTrainedTokenizerBase)
         if wanted and start >= 0:
             return whole[:start], wanted
     raise ValueError(f"the chat template does not show the answer {answer!r:.60}")
+
+
+def as_messages(pair: tuple[str, str]) -> Messages:
+    """Make a conversation of a prompt and its completion, without the spaces around them, which joined them."""
+    parts = zip(("user", "assistant"), pair, strict=True)
+    return [{"role": role, "content": content.strip()} for role, content in parts]
 
 
 def plain(text: tuple[str, str] | Messages) -> tuple[str, str]:
