@@ -30,13 +30,11 @@ def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:
     Args:
         rows: the file with a row for each text. searches: whether a larger budget can be searched for.
     """
-    verdict = outcome.verdict
-    if not verdict.leaks:
+    if not outcome.verdict.leaks:
         return []
-    over = {figure.name for figure in verdict.comparisons if figure.difference >= figure.margin}
     if any(row["extracted_after"] for row in outcome.texts):
         found = [f"{rows} says which texts still come out."]
-    elif "sampled" in over:
+    elif "sampled" in outcome.verdict.leaking:
         found = [f"{rows} says how likely each text is to come out in 100 samples."]
     else:
         return [f"{rows} says which other texts come out. Another --seed or --budget may lower their share."]

@@ -67,10 +67,14 @@ class Verdict:
     texts: list[str]
 
     @property
+    def leaking(self) -> list[str]:
+        """The names of the figures of what comes out that are beyond their margins, by no chance."""
+        return [f.name for f in self.comparisons if f.name in COME_OUT and _is_over(f, False)]
+
+    @property
     def leaks(self) -> bool:
         """Whether the texts still come out, or other given ones in their place, beyond the margins."""
-        over = (_is_over(figure, False) for figure in self.comparisons if figure.name in COME_OUT)
-        return self.kind == "not" or any(over)
+        return self.kind == "not" or bool(self.leaking)
 
     def figures(self) -> list[dict[str, Any]]:
         """The comparisons as JSON values."""

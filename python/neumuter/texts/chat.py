@@ -39,8 +39,6 @@ def has_two_forms(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase) -> 
 def render(text: tuple[str, str] | Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Render a pair or a conversation by the chat template, special tokens included.
 
-    Of a pair, the spaces around prompt and completion are left out: they joined the two.
-
     Returns:
         (all up to the last answer, that answer as the template shows it).
 
@@ -64,7 +62,7 @@ def render(text: tuple[str, str] | Messages, tokenizer: PreTrainedTokenizerBase)
 
 
 def as_messages(pair: tuple[str, str]) -> Messages:
-    """Make a conversation of a prompt and its completion, without the spaces around them, which joined them."""
+    """Make a conversation of a prompt and its completion, without the spaces that joined the two."""
     parts = zip(("user", "assistant"), pair, strict=True)
     return [{"role": role, "content": content.strip()} for role, content in parts]
 
