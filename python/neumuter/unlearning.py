@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import choose_calibration
 from neumuter.evaluation import judge_texts, list_given, make_controls
-from neumuter.evaluation.made_up import FEW_TEXTS, Words
+from neumuter.evaluation.made_up import FEW_TEXTS
 from neumuter.files import PathLike, made_folder
 from neumuter.job import KEPT, Job, Request, Texts
 from neumuter.models.content import describe_model
@@ -308,7 +308,7 @@ def _read_texts(
         if not isinstance(found, dict):
             refuse_same(found, {"forget": corpus} | ({"retain": kept} if kept else {}))
         refuse_seen(unseen[0], given, tokenizer)
-    if tokenizer and Words(given).few:
+    if tokenizer and len({text.label for text in given}) < FEW_TEXTS:
         logger.warning(FEW_TEXTS_GIVEN, FEW_TEXTS)
     if request.chat is None and max(len(corpus.forms), len(kept.forms) if kept else 0) > 1:
         logger.warning(TEMPLATE_USED)

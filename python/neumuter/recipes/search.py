@@ -129,8 +129,10 @@ def _limit(budgets: Sequence[float], neurons: Neurons, refits: bool) -> list[flo
         refits: whether the neurons that are taken are fitted anew, so that none need be free.
     """
     free = neurons.free / neurons.count
-    if not free and not refits:
-        neurons.count_of(budgets[0])
+    if not free:
+        if not refits:
+            neurons.count_of(budgets[0])
+        # No budget adds a neuron, so one of them says the same as all.
+        return [budgets[0]]
     smaller = [budget for budget in budgets if budget < free]
-    rest = budgets[len(smaller) : len(smaller) + 1]
-    return [*smaller, *(min(budget, free) or budget for budget in rest)]
+    return [*smaller, free] if budgets[-1] > free else list(budgets)
