@@ -32,7 +32,7 @@ from neumuter.cli.common import (
     open_model,
     print_log,
 )
-from neumuter.cli.pages import describe_fit, describe_model, describe_server, write_pages
+from neumuter.cli.pages import describe_fit, describe_server, describe_weights, write_pages
 from neumuter.cli.processes import check_place
 from neumuter.cli.server import check_options
 
@@ -294,9 +294,8 @@ def verify(
         table.add_row(str(request.number), escape(request.name), check.state, escape(check.sentence))
     console.print(table)
     if out:
-        facts = describe_server(target, served, mute_set) if served else describe_model(target, apply)
-        facts |= {"controls": str(controls) if controls else "made from the texts"} if not served else {}
-        write_pages(out, checks, facts, kept.head)
+        server_facts = describe_server(target, served, mute_set) if served else None
+        write_pages(out, checks, server_facts or describe_weights(target, apply, controls), kept.head)
     _print_head(kept.head)
     if any(check.state not in (HOLDS, UNDONE) for check in checks):
         raise typer.Exit(BROKEN)

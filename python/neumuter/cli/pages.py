@@ -28,12 +28,15 @@ def describe_server(url: str, name: str, mute_set: str | None) -> dict[str, str]
     return {"server": url, "its model": name} | ({"mute set": mute_set} if mute_set else {})
 
 
-def describe_model(target: str, applied: bool) -> dict[str, str]:
-    """Say which weights were checked, by the SHA-256 of each file if they are in a folder."""
-    mutes = "those of the requests, applied for this check" if applied else "as the model is"
+def describe_weights(target: str, applied: bool, controls: Path | None) -> dict[str, str]:
+    """Say which weights were checked, by the SHA-256 of each file if they are in a folder, and how."""
     folder = Path(target)
     files = sorted(file for kind in WEIGHTS for file in folder.glob(kind)) if folder.is_dir() else []
-    return {"model": target, "mutes": mutes} | {f"SHA-256 of {file.name}": hash_file(file) for file in files}
+    return {
+        "model": target,
+        "mutes": "those of the requests, applied for this check" if applied else "as the model is",
+        "controls": str(controls) if controls else "made from the texts",
+    } | {f"SHA-256 of {file.name}": hash_file(file) for file in files}
 
 
 def write_pages(out: Path, checks: list[Check], facts: Mapping[str, str], head: str) -> None:
