@@ -1,8 +1,7 @@
 """What a text costs where there are many: seconds, visits and memory of ``unlearn``, and of reading alone.
 
-Models of the demo's shape and of SmolLM2-135M's with random weights, which makes no difference to what is
-measured, and made-up records: the same number to keep as to forget. Every case has its own process, whose
-peak is measured.
+A model of the demo's shape with random weights, which makes no difference to what is measured, and made-up
+records: the same number to keep as to forget. Every case has its own process, whose peak is measured.
 """
 
 import functools
@@ -50,7 +49,7 @@ def in_a_process(op, model, count, device):
 
 
 def build(name, device):
-    """The model, with random weights."""
+    """The model, with random weights: "demo", or one of those of ``bench.models.step``."""
     if name in step.SHAPES:
         return step.build(name, torch.bfloat16, device)[0]
     torch.manual_seed(0)
