@@ -29,6 +29,7 @@ from bench.unlearning import (
     slopes,
     synth,
     tdec,
+    tried,
 )
 
 CASES = {
@@ -39,6 +40,7 @@ CASES = {
     "location": lambda options: location.cases(options.quick),
     "calibrated": lambda options: calibrated.cases(options.quick),
     "capacity": lambda options: capacity.cases(options.quick),
+    "tried": lambda options: tried.cases(options.quick),
     "planted": lambda options: planted.cases(options.quick),
     "relearned": lambda options: relearned.cases(options.quick),
     "rounded": lambda options: rounded.cases(options.quick),

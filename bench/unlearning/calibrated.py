@@ -11,12 +11,15 @@ import functools
 import torch
 
 from bench.unlearning import real, synth
+from bench.unlearning.distribution import Distribution
 from bench.unlearning.methods import fit
-from bench.unlearning.pretrained import GEMMA, SMOLLM2
+from bench.unlearning.pretrained import GEMMA, SMOLLM2, pretrained
 from neumuter import evaluation
-from neumuter.recipes import GainsConfig
+from neumuter.evaluation import find_ceilings
+from neumuter.recipes import GainsConfig, propose_by_fisher
 from neumuter.recipes.schedule import LEAST_STEPS
 from neumuter.serving.live import mute
+from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
 from neumuter.types import IGNORED
 
@@ -28,7 +31,7 @@ class Compared:
     these with their secrets alone counted, ``retain``, those to keep, and ``unseen``, the estimate.
     """
 
-    methods = ("calibrated", "plain")
+    methods, sources = ("calibrated", "plain", "fewer"), ("estimate",)
 
     def find(self, method):
         """What is left with the mute set of ``find_mutes``."""
@@ -37,24 +40,21 @@ class Compared:
             return {"share": mutes.share} | self.measure(self.full)
 
     def find_mutes(self, method):
-        """A mute set as ``unlearn`` finds it, without the estimate ("plain"), or in more steps ("longer")."""
+        """A mute set as ``unlearn`` finds it, or in one of the other ways of ``METHODS``."""
         job = self.job(self.share)
-        if method == "plain":
-            # All tokens count alike, in as many steps as the default takes.
-            job = dataclasses.replace(job, unseen=None)
-            sizes = {"steps": None, "batch_size": GainsConfig.batch_size}
-        else:
-            sizes = {"steps": 2 * LEAST_STEPS} if method == "longer" else {}
         with attach(self.full, start_layer=0) as masked:
-            return fit(job, masked, **sizes)
+            return METHODS[method](job, masked)
 
-    def compare(self):
-        """How the estimate agrees with the retrained model on which tokens are likely, and its mean loss.
+    def compare(self, source):
+        """How a source agrees with the retrained model on which tokens are likely, and its mean loss.
 
         Where nothing is estimated, as of names, which are read off the prompt, the model stands for itself.
+        "base": the model that was fine-tuned says what it knows. "both": the lower probability of the two.
         """
-        known = _chances(self.full, self.batch)
-        estimate = torch.where(self.unseen > 0, self.unseen, known)
+        estimate = torch.where(self.unseen > 0, self.unseen, _chances(self.full, self.batch))
+        if source != "estimate":
+            base = _chances(self.base(), self.batch)
+            estimate = base if source == "base" else torch.minimum(estimate, base)
         true = _chances(self.retrained(), self.batch)
         counted = self.batch["labels"][:, 1:] != IGNORED
         agree = ((estimate > 0.5) == (true > 0.5))[:, 1:][counted].float().mean().item()
@@ -75,7 +75,7 @@ class Worded(Compared, synth.Setting):
 
     # The method was chosen on seeds 5 to 12. Nobody has tuned anything on these.
     seeds, share = (307, 311, 313), 0.05
-    methods = (*Compared.methods, "longer")
+    methods = (*Compared.methods, "longer", "distribution")
 
     def __init__(self, seed):
         super().__init__("gated, 0.9 M", seed)
@@ -95,10 +95,15 @@ class Asked(Compared, real.People):
     """REAL."""
 
     seeds, share = real.SEEDS, 0.01
+    sources = ("estimate", "base", "both")
 
     def __init__(self, seed, name=SMOLLM2):
         super().__init__(seed, name)
         self.batch = self.forget
+
+    def base(self):
+        """The model before it learned the texts."""
+        return pretrained(self.name).to(real.DTYPE).to(real.DEVICE).eval()
 
 
 class AskedOfGemma(Asked):
@@ -108,6 +113,29 @@ class AskedOfGemma(Asked):
 
     def __init__(self, seed):
         super().__init__(seed, GEMMA)
+
+
+def _plain(job, masked):
+    """All tokens count alike, in as many steps as the default takes."""
+    job = dataclasses.replace(job, unseen=None)
+    return fit(job, masked, steps=None, batch_size=GainsConfig.batch_size)
+
+
+def _fit_distribution(job, masked):
+    pair = PairedBatches(masked, job.forget, job.retain, find_ceilings(job.unseen()))
+    search = Distribution(pair, GainsConfig(steps=LEAST_STEPS), job.seed, job)
+    share = job.recipe["share"]
+    proposed = propose_by_fisher(pair, share, times=search.config.candidates)
+    return search.find(proposed, search.neurons.count_of(share), "distribution")
+
+
+METHODS = {
+    "calibrated": fit,
+    "plain": _plain,
+    "fewer": lambda job, masked: fit(job, masked, steps=20, lr=0.3),
+    "longer": lambda job, masked: fit(job, masked, steps=2 * LEAST_STEPS),
+    "distribution": _fit_distribution,
+}
 
 
 def _chances(model, batch):
@@ -136,6 +164,7 @@ def _cases(about, setting, quick):
             about | {"method": "retrained"},
             lambda: {"share": 0.0} | setting().measure(setting().retrained()),
         )
-        yield about | {"method": "estimate"}, lambda: setting().compare()
-    for method in Compared.methods if quick else SETTINGS[about["model"]].methods:
+        for source in SETTINGS[about["model"]].sources:
+            yield about | {"method": source}, lambda source=source: setting().compare(source)
+    for method in Compared.methods[:2] if quick else SETTINGS[about["model"]].methods:
         yield about | {"method": method}, lambda method=method: setting().find(method)

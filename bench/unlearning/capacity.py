@@ -87,14 +87,18 @@ def _tune(setting, method):
 
 def _mute(setting, share):
     setting = setting()
-    forget = setting.encode(setting.forget, "secret")
-    # All tokens that count are secrets, which identify their record.
-    ceilings = torch.full(forget["labels"].shape, CEILING)
     with neumuter.attach(setting.full, start_layer=0) as masked:
-        pair = PairedBatches(masked, forget, setting.neighbours("retain"), ceilings)
-        mutes = fit_mutes(pair, share, seed=setting.seed)
+        mutes = fit_mutes(make_pair(setting, masked, setting.forget), share, seed=setting.seed)
     with mute(setting.full, mutes):
         return {"share": mutes.share, "steps": mutes.method["gains"]["steps"]} | setting.measure(setting.full)
+
+
+def make_pair(setting, masked, records):
+    """``records`` to forget, beside the texts to keep."""
+    forget = setting.encode(records, "secret")
+    # All tokens that count are secrets, which identify their record.
+    ceilings = torch.full(forget["labels"].shape, CEILING)
+    return PairedBatches(masked, forget, setting.neighbours("retain"), ceilings)
 
 
 def tune(setting, method, lr=None):

@@ -37,6 +37,7 @@ COLUMNS = {
     "precision": ("precision", "{:.2f}"),
     "recall": ("recall", "{:.2f}"),
     "outside": ("gains below 0 or above 1", "{:.0%}"),
+    "loss": ("loss of all texts ↓", "{:.2f}"),
     "steps": ("steps", "{:.0f}"),
     "seconds": ("s", "{:.0f}"),
     "peak_mib": ("peak, MiB", "{:.0f}"),
@@ -49,7 +50,8 @@ NAMES = {
     "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
     "plain": "ours, all tokens alike", "calibrated": "**our default**", "live": "ours, gains after rounding",
     "fitted": "ours, found on the rounded model",
-    "estimate": "the estimate",
+    "estimate": "the estimate", "base": "the model before fine-tuning", "both": "the lower of both",
+    "fewer": "in 20 steps, with three times the rate", "distribution": "towards a whole distribution",
     "longer": "in twice the steps", "clamped": "ours, gains from 0 to 1",
     "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
 }  # fmt: skip
@@ -226,7 +228,10 @@ def calibrated(rows, model):
     """With the estimate and without, beside the original and the retrained model."""
     rows = _where(_related(rows, ("model", "seed")), model=model)
     columns = ["agree", *(c for c in COLUMNS if c not in ("agree", "forget_ma", "steps"))]
-    order = ("before", "retrained", "estimate", "plain", "calibrated", "longer")
+    order = (
+        "before", "retrained", "estimate", "base", "both", "plain", "calibrated", "longer", "fewer",
+        "distribution",
+    )  # fmt: skip
     return table(_methods(rows, order), columns) if rows else None
 
 
@@ -247,6 +252,19 @@ def capacity(rows, count):
     first = [pair for pair in _methods(others) if pair[0] in (NAMES["before"], NAMES["retrained"])]
     rest = [pair for pair in _methods(others) if pair not in first]
     return table(first + groups + rest, COLUMNS) if chosen else None
+
+
+def tried(rows, _):
+    """Other ways to fit gains to many texts, with the loss that they end at."""
+    names = {
+        "before": NAMES["before"], "neumuter, modulate": "our default, 240 steps",
+        "fewer": "60 steps, with three times the rate", "faster": "240 steps, with three times the rate",
+        "longer": "480 steps", "by text": "candidates chosen for each text",
+        "groups": "four groups, one after the other", "search": "our default, then 20 steps of line search",
+        "programmes": "our default, then 15 quadratic programmes",
+    }  # fmt: skip
+    related = _related(rows, ("seed",))
+    return table([(label, _where(related, method=name)) for name, label in names.items()], COLUMNS)
 
 
 def judged(rows, model):
