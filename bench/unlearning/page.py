@@ -261,6 +261,7 @@ def tried(rows, _):
         "fewer": "60 steps, with three times the rate", "faster": "240 steps, with three times the rate",
         "longer": "480 steps", "by text": "candidates chosen for each text",
         "groups": "four groups, one after the other", "search": "our default, then 20 steps of line search",
+        "search, lower": "the same with harm weighing less",
         "programmes": "our default, then 15 quadratic programmes",
     }  # fmt: skip
     related = _related(rows, ("seed",))

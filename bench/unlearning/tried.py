@@ -24,6 +24,9 @@ from neumuter.training.neurons import Neurons
 
 COUNT, SHARE = 96, 0.1
 GROUPS = 4
+# The weight of harm where all texts count at once: its highest in our default, near which that ends; and a
+# lower one.
+ETA, LOWER_ETA = 100.0, 60.0
 # Of the line search, and of the series of quadratic programmes.
 SEARCH_STEPS, PROGRAMMES = 20, 15
 # How far a gain may move in a programme at first, and what a good and a bad one make of that.
@@ -58,12 +61,13 @@ def _find(setting, method):
 
 
 class Whole:
-    """The loss that ``fit_gains`` has in a step, over all samples, with η as it is at the start.
+    """The loss that ``fit_gains`` has in a step, over all samples.
 
-    ``gains``: of the neurons of ``mutes``.
+    ``gains``: of the neurons of ``mutes``. ``eta``: the weight of harm.
     """
 
-    def __init__(self, pair, mutes):
+    def __init__(self, pair, mutes, eta=ETA):
+        self.eta = eta
         self.pair, self.config, self.neurons = pair, GainsConfig(), Neurons(pair.masked, mutes)
         self.support = self.neurons.ids(mutes)
         self.gains = self.neurons.start[self.support]
@@ -90,7 +94,7 @@ class Whole:
     def parts(self, gains):
         """Yields what adds up to the loss."""
         yield from self.left(gains)
-        yield from (self.config.kl_weight * part for part in self.harm(gains))
+        yield from (self.eta * part for part in self.harm(gains))
 
     def left(self, gains):
         tokens = self.pair.count_tokens(range(self.pair.forget_count))[0]
@@ -173,9 +177,9 @@ class _Runs:
         self.odds, self.slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def _search(setting, pair):
+def _search(setting, pair, eta=ETA):
     """Full-batch steps of L-BFGS with a line search, from the gains of the default on."""
-    whole = Whole(pair, _fit(setting, pair))
+    whole = Whole(pair, _fit(setting, pair), eta)
     gains, limits = whole.gains.clone().requires_grad_(), whole.config.gain_range
     search = torch.optim.LBFGS([gains], max_iter=SEARCH_STEPS, line_search_fn="strong_wolfe")
 
@@ -212,7 +216,8 @@ class _Programme:
     """The loss near ``gains``: log-odds by their slopes, harm by its slope and the Fisher information."""
 
     def __init__(self, setting, whole, gains, draws):
-        pair, self.gains, self.config = whole.pair, gains, whole.config
+        pair, self.gains, self.eta = whole.pair, gains, whole.eta
+        self.limits = whole.config.gain_range
         gates = whole.mask(gains)
         runs = [_Runs(pair, whole.neurons, gates, sample) for sample in range(pair.forget_count)]
         self.over = torch.cat([part.odds - part.ends for part in runs])
@@ -226,7 +231,7 @@ class _Programme:
     def solve(self, radius):
         """The gains at which it is least, each at most ``radius`` from where it was."""
         step = torch.zeros_like(self.gains).requires_grad_()
-        low, high = (limit - self.gains for limit in self.config.gain_range)
+        low, high = (limit - self.gains for limit in self.limits)
         low, high = low.clamp(min=-radius), high.clamp(max=radius)
         adam = torch.optim.Adam([step], SOLVER_LR)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, SOLVER_STEPS)
@@ -234,7 +239,7 @@ class _Programme:
             left = (self.weights * F.relu(self.over + self.slopes @ step)).sum()
             harm = self.harm @ step + step @ self.information @ step / 2
             adam.zero_grad()
-            (left + self.config.kl_weight * harm).backward()
+            (left + self.eta * harm).backward()
             adam.step()
             decay.step()
             with torch.no_grad():
@@ -270,5 +275,6 @@ METHODS = {
     "by text": _fit_by_text,
     "groups": _fit_in_groups,
     "search": _search,
+    "search, lower": functools.partial(_search, eta=LOWER_ETA),
     "programmes": _solve,
 }

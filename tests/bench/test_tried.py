@@ -57,7 +57,7 @@ def test_the_loss_of_all_texts_is_that_of_a_step(small):
         runs = torch.cat([pair.runs_of(i) + 1000 * i for i in range(pair.forget_count)])
         left = losses.hinge_runs(found, inputs.ceilings, runs, whole.config.margin).mean()
         harm = (divergences * (1 + 0.3 * divergences)).mean()
-        expected = left + whole.config.kl_weight * harm
+        expected = left + whole.eta * harm
         (wanted,) = torch.autograd.grad(expected, gains)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-6)
@@ -75,6 +75,6 @@ def test_a_programme_knows_the_loss_near_by(small):
         assert step.abs().max() <= 1e-3 + 1e-6
         left = (programme.weights * (programme.over + programme.slopes @ step).relu()).sum()
         harm = sum(whole.harm(gains)).item() + (programme.harm @ step).item()
-        predicted = left + whole.config.kl_weight * harm
+        predicted = left + whole.eta * harm
         assert whole.loss(moved).item() == pytest.approx(predicted.item(), rel=1e-3)
     assert torch.equal(programme.information, programme.information.T)
