@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import estimate_ceilings, widen_margin
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
-from neumuter.evaluation import examine, most_known, secret_extraction
+from neumuter.evaluation import examine, most_known, only_secrets, secret_extraction
 from neumuter.evaluation.examination import Examination
 from neumuter.evaluation.made_up import Words
 from neumuter.evaluation.others import Found, GivenText
@@ -47,7 +47,7 @@ from neumuter.training.journal import Journal
 from neumuter.training.masked import attach
 from neumuter.training.processes import agree, find_processes
 from neumuter.training.shortage import tell_of_shortage
-from neumuter.types import IGNORED, Batch, Text
+from neumuter.types import Batch, Text
 
 # What an unfinished run has found so far is made of these.
 KEPT = (Examination, Found, Look)
@@ -178,19 +178,14 @@ class Job(NamedTuple):
 
         def find() -> tuple[Examination, Examination | None]:
             found = examine(self.network, self.tokenizer, self.texts.forget.forms, given)
-            if ceilings is not None and (ceilings < 0).any():
-                found.metrics["forget_secrets"] = self._extract_secrets(ceilings)
+            if secrets := only_secrets(self.texts.forget.forms[0], ceilings):
+                # The share of secrets that come out behind the true words before them.
+                found.metrics["forget_secrets"] = secret_extraction(self.network, secrets)
             if unseen is None:
                 return found, None
             return found, examine(self.network, self.tokenizer, unseen, given, "controls")
 
         return self.journal.once(state, find)
-
-    def _extract_secrets(self, ceilings: Tensor) -> float:
-        """The share of secrets that come out behind the true words before them."""
-        form = self.texts.forget.forms[0]
-        labels = form["labels"].masked_fill((ceilings >= 0).to(form["labels"].device), IGNORED)
-        return secret_extraction(self.network, form | {"labels": labels})
 
     def estimate_ceilings(self, shows: bool) -> Tensor | None:
         """How far each token is to be forgotten, [B, T]; ``shows`` progress."""
@@ -239,7 +234,7 @@ class Job(NamedTuple):
                     mutes, curve = search_budget(
                         pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
                         callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
-                        journal=journal,
+                        journal=journal, secrets=only_secrets(self.texts.forget.forms[0], ceilings),
                     )  # fmt: skip
                 else:
                     mutes = fit_mutes(

@@ -42,6 +42,7 @@ from neumuter.preparing import (
     warn_of_unvisited,
 )
 from neumuter.recipes import FittedConfig, Goals, PaperConfig
+from neumuter.recipes.search import UNKNOWN_SECRETS
 from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts
@@ -207,6 +208,8 @@ def unlearn(
         texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
         warn_of_unvisited(config, mode, texts.forget)
         calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
+        if goals and goals.secrets is not None and not calibrates:
+            raise ValueError(UNKNOWN_SECRETS)
     given = {
         "forget": texts.forget, "retain": texts.retain, "existing": earlier, "former": known,
         # Those that are made of the other texts say nothing new.

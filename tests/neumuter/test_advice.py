@@ -11,14 +11,15 @@ from neumuter.evaluation.verdict import MARGINS, Comparison, Verdict
 ROWS = Path("out/report.csv")
 
 
-def an_outcome(over, extracted=False, share=0.01, curve=None):
+def an_outcome(over, extracted=False, share=0.01, curve=None, **after):
     figures = [
         Comparison(name, 0.5, 0.0, margin if name in over else 0.0, 0.0, 0.5, margin)
         for name, margin in MARGINS.items()
     ]
     verdict = Verdict("partly", "", figures, ["partly"])
     texts = [{"extracted_after": extracted}, {"extracted_after": False}]
-    return SimpleNamespace(verdict=verdict, texts=texts, mutes=SimpleNamespace(share=share), curve=curve)
+    mutes = SimpleNamespace(share=share)
+    return SimpleNamespace(verdict=verdict, texts=texts, mutes=mutes, curve=curve, after=after)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,11 @@ def an_outcome(over, extracted=False, share=0.01, curve=None):
         (an_outcome(["extraction"], True), False, ["which texts still come out"]),
         (an_outcome(["extraction"], True, share=1.0), True, ["still come out", "All neurons have gains"]),
         (an_outcome(["extraction"], True, curve=[{}]), True, ["still come out", "More steps (--steps)"]),
+        (
+            an_outcome(["extraction"], True, curve=[{}], forget_secrets=0.5),
+            True,
+            ["still come out", "A stricter goal (--goal-secrets) or more steps (--steps)"],
+        ),
         (an_outcome(["sampled"]), True, ["how likely each text is", "--budget auto"]),
         # A larger budget may raise it.
         (an_outcome(["others"]), True, ["which other texts come out"]),

@@ -1,13 +1,16 @@
 """The search for the smallest budget that meets the goals."""
 
 import dataclasses
+import functools
 
 import pytest
+import torch
 
 import neumuter
 from neumuter import evaluation, recipes
 from neumuter.training.batches import PairedBatches
 from neumuter.training.neurons import Neurons
+from neumuter.types import IGNORED
 from tests.neumuter.test_recipes import FORGET, KEEP, QUICK_SUPPORT, llama
 
 __all__ = ["llama"]  # a fixture
@@ -58,7 +61,38 @@ def test_goals_out_of_reach_keep_the_largest_budget(llama):
     assert mutes.count == points[-1]["neurons"]
 
 
-@pytest.mark.parametrize("goals", [{"extraction": 1.5}, {"ma": -0.1}, {"extraction": None}])
+def test_secrets_are_a_goal_of_their_own(llama):
+    """Every second token is a secret; no text has to go."""
+    ceilings = torch.full(FORGET["labels"].shape, torch.inf)
+    ceilings[:, ::2] = -5.0
+    secrets = evaluation.only_secrets(FORGET, ceilings)
+    config = recipes.FittedConfig(recipes.GainsConfig(steps=20, batch_size=None))
+    with neumuter.attach(llama, start_layer=0) as masked:
+        pair = PairedBatches(masked, FORGET, KEEP, ceilings)
+        known = evaluation.secret_extraction(llama, secrets)
+        assert known > 0.5
+        search = functools.partial(recipes.search_budget, pair, budgets=(0.02, 0.5), config=config)
+        with pytest.raises(ValueError, match="goal secrets needs texts to forget whose secrets are known"):
+            search(recipes.Goals(secrets=0.1))
+        _, points = search(recipes.Goals(1.0, secrets=0.1), secrets=secrets)
+        mutes, easy = search(recipes.Goals(1.0, secrets=1.0), secrets=secrets)
+    assert [point["met"] for point in points] == [point["forget_secrets"] <= 0.1 for point in points]
+    assert not points[0]["met"]
+    assert [point["met"] for point in easy] == [True]
+    with neumuter.mute(llama, mutes):
+        assert evaluation.secret_extraction(llama, secrets) == pytest.approx(easy[0]["forget_secrets"])
+
+
+def test_only_secrets_leaves_those_that_may_not_stay():
+    ceilings = torch.full(FORGET["labels"].shape, torch.inf)
+    assert evaluation.only_secrets(FORGET, None) is None
+    assert evaluation.only_secrets(FORGET, ceilings) is None
+    ceilings[0, 2], ceilings[1, 3] = -1.0, -torch.inf
+    secrets = evaluation.only_secrets(FORGET, ceilings)
+    assert (secrets["labels"] != IGNORED).nonzero().tolist() == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("goals", [{"extraction": 1.5}, {"ma": -0.1}, {"secrets": 2}, {"extraction": None}])
 def test_bad_goals_are_named(goals):
     with pytest.raises(ValueError, match="goal"):
         recipes.Goals(**goals)

@@ -246,6 +246,9 @@ def test_the_budget_is_searched(model, words):
     outcome = unlearn(model, words, budget="auto", goals=Goals(extraction=1.0))
     assert [point["met"] for point in outcome.curve] == [True]
     assert outcome.mutes.count == outcome.curve[0]["neurons"]
+    # The goal for secrets is held to the figure that is reported of them.
+    outcome = unlearn(model, words, budget="auto", goals=Goals(1.0, secrets=1.0))
+    assert outcome.curve[0]["forget_secrets"] == pytest.approx(outcome.after["forget_secrets"], abs=1e-6)
 
 
 def test_how_many_answers_about_strangers_are_kept_is_said(model, words, monkeypatch, caplog):
@@ -325,6 +328,11 @@ BAD = {
     "recipe": (dict(recipe="magic"), ValueError, "recipe must be"),
     "budget": (dict(budget="lots"), ValueError, "budget must be"),
     "goals": (dict(goals=Goals()), ValueError, 'budget="auto"'),
+    "goal secrets": (
+        dict(goals=Goals(secrets=0.1), budget="auto", calibrate=False),
+        ValueError,
+        "goal secrets needs",
+    ),
     "mode": (dict(mode="erase"), ValueError, "mode must be"),
     "existing": (dict(recipe="paper", existing="x.safetensors"), ValueError, "existing"),
     "former alone": (dict(former=["x"]), ValueError, "former needs existing"),

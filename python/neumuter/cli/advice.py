@@ -43,5 +43,7 @@ def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:
     if outcome.mutes.share == 1:
         return [*found, "All neurons have gains already. More steps (--steps) may forget more."]
     if outcome.curve:
-        return [*found, "More steps (--steps) may forget more."]
+        known = "forget_secrets" in outcome.after
+        more = "A stricter goal (--goal-secrets) or more" if known else "More"
+        return [*found, f"{more} steps (--steps) may forget more."]
     return [*found, "--budget auto looks for a share of neurons that is enough."]

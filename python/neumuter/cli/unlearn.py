@@ -160,6 +160,15 @@ def unlearn(
             min=0, max=1, help="With --budget auto: the largest MA (share of tokens that MODEL ranks first)."
         ),
     ] = None,
+    goal_secrets: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --budget auto: the share of secrets that may still come out behind the true words "
+            "before them.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -233,8 +242,10 @@ def unlearn(
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
     number = parse_budget(budget or DEFAULT_BUDGET)
-    if number != "auto" and (goal_extraction, goal_ma) != (None, None):
-        raise typer.BadParameter("--goal-extraction and --goal-ma need --budget auto")
+    if number != "auto" and (goal_extraction, goal_ma, goal_secrets) != (None, None, None):
+        raise typer.BadParameter("--goal-extraction, --goal-ma and --goal-secrets need --budget auto")
+    if goal_secrets is not None and calibrate is False:
+        raise typer.BadParameter("--goal-secrets needs to know secrets, which --no-calibrate does not")
     check_sources(model, forget, retain, controls, existing, *(former or []))
     refuse_replaced(out, {"--existing": [existing] if existing else [], "--former": former or []})
     if rewrite_with:
@@ -285,7 +296,7 @@ def unlearn(
             existing=earlier,
             former=known,
             keep_slopes=keep_slopes,
-            goals=Goals(goal_extraction or 0.0, goal_ma) if number == "auto" else None,
+            goals=Goals(goal_extraction or 0.0, goal_ma, goal_secrets) if number == "auto" else None,
             controls=unseen,
             made_up=made_up,
             calibrate=calibrate,

@@ -25,7 +25,7 @@ from neumuter.evaluation.metrics import METRICS, Metric
 from neumuter.evaluation.others import find_others, find_overlap, list_given
 from neumuter.evaluation.server import Said, ask_server
 from neumuter.evaluation.suites import summary_metrics, text_metrics, tofu_metrics
-from neumuter.evaluation.unseen import estimate_unseen, find_ceilings
+from neumuter.evaluation.unseen import estimate_unseen, find_ceilings, only_secrets
 from neumuter.evaluation.verdict import Comparison, Verdict, judge, judge_texts
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "memorization_accuracy",
     "min_k_scores",
     "most_known",
+    "only_secrets",
     "perplexity",
     "privacy_leakage",
     "sample_losses",

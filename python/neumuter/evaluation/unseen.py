@@ -114,6 +114,21 @@ def find_ceilings(estimate: Tensor) -> Tensor:
     return odds.masked_fill(estimate.isnan() | (estimate > WORDING), torch.inf)
 
 
+def only_secrets(batch: Batch, ceilings: Tensor | None) -> Batch | None:
+    """The texts of which those tokens alone count that identify them, or may do so.
+
+    Args:
+        batch: the texts. ceilings: what ``find_ceilings`` gave for them, or None.
+
+    Returns:
+        The batch with other labels; None if no such token is known.
+    """
+    if ceilings is None or not (ceilings < 0).any():
+        return None
+    labels = batch["labels"].masked_fill((ceilings >= 0).to(batch["labels"].device), IGNORED)
+    return {**batch, "labels": labels}
+
+
 class _Copy:
     """A text with other names: its ids, and at which of its places each token of the text is; −1: nowhere."""
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
+from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known, secret_extraction
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.recipes.fisher import rank_by_fisher
@@ -20,6 +20,10 @@ from neumuter.types import Batch, Callback
 BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
 # How often the gap between the last budget that fails and the first that does not is halved.
 HALVINGS = 1
+UNKNOWN_SECRETS = (
+    "goal secrets needs texts to forget whose secrets are known: pairs of a prompt and a completion, of "
+    "which unlearn estimates what identifies them (calibrate)"
+)
 
 
 @dataclass(frozen=True)
@@ -27,22 +31,22 @@ class Goals:
     """What the forget texts must come down to; None sets no limit.
 
     extraction: the share of texts that greedy decoding reproduces exactly. ma: memorization accuracy.
+    secrets: the share of secrets that greedy decoding reproduces behind the true words before them.
     """
 
     extraction: float | None = 0.0
     ma: float | None = None
+    secrets: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("extraction", "ma"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"goal {name} must be in [0, 1], got {value!r}")
-        if self.extraction is None and self.ma is None:
-            raise ValueError("there is no goal: give extraction, ma or both")
+        if all(value is None for value in vars(self).values()):
+            raise ValueError("there is no goal: give extraction, ma or secrets")
 
     def met(self, point: Mapping[str, Any]) -> bool:
-        limits = {"forget_extraction": self.extraction, "forget_ma": self.ma}
-        return all(limit is None or point[name] <= limit for name, limit in limits.items())
+        return all(limit is None or point[f"forget_{name}"] <= limit for name, limit in vars(self).items())
 
 
 def search_budget(
@@ -58,6 +62,7 @@ def search_budget(
     forms: Sequence[Batch] | None = None,
     former: Sequence[Slopes] = (),
     journal: Journal | None = None,
+    secrets: Batch | None = None,
 ) -> tuple[MuteSet, list[dict[str, Any]]]:
     """Run ``fit_mutes`` with rising ``budgets`` until the goals are met, then close in.
 
@@ -67,18 +72,21 @@ def search_budget(
         report: called with the point after every budget.
         forms: the forget texts in all forms in which they must be forgotten (see
             ``neumuter.evaluation.most_known``), instead of those of ``pair`` alone.
+        secrets: the forget texts of which secrets alone count (see ``neumuter.evaluation.only_secrets``).
 
     Returns:
         The smallest MuteSet that meets the goals, or that of the largest budget if none does; and a point
         for every budget tried, in ascending order: {"share", "neurons", "forget_extraction", "forget_ma",
-        "met"}.
+        "met"}, and "forget_secrets" where ``secrets`` is given.
 
     Raises:
-        ValueError: a bad argument; what ``fit_mutes`` raises.
+        ValueError: a bad argument, or a goal for secrets that nobody knows; what ``fit_mutes`` raises.
     """
     check_pair(pair, goals=goals, budgets=budgets, mode=mode, config=config, seed=seed, existing=existing)
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"budgets must be ascending, got {budgets!r}")
+    if goals.secrets is not None and secrets is None:
+        raise ValueError(UNKNOWN_SECRETS)
     neurons, journal = Neurons(pair.masked, existing), journal or Journal()
     budgets = _limit(budgets, neurons, bool(former))
     by_fisher = mode != "mute" and not config.support
@@ -91,12 +99,13 @@ def search_budget(
         model = pair.masked.model
         with pair.masked.applying(neurons.masks(mutes)):
             asked = most_known(model, forms or [pair.forget_rows(torch.arange(pair.forget_count))])
-            return {
+            found = {
                 "share": budget,
                 "neurons": mutes.count,
                 "forget_extraction": extraction_rate(model, asked),
                 "forget_ma": memorization_accuracy(model, asked),
             }
+            return found | ({"forget_secrets": secret_extraction(model, secrets)} if secrets else {})
 
     def attempt(budget: float) -> tuple[MuteSet, bool]:
         with journal.part(f"budget {budget}"):

@@ -21,6 +21,7 @@ ROWS = {
     "forget_loss": "forget: mean token loss (nats)",
     "retain_loss": "retain: mean token loss (nats)",
 }
+CURVE = {"forget_extraction": "texts still extracted", "forget_secrets": "secrets", "forget_ma": "MA"}
 
 
 def outcome_table(
@@ -45,11 +46,12 @@ def outcome_sentences(mutes: MuteSet, seconds: float, peak_memory: int) -> list[
 
 def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     """Build the table of a search: one row for each budget tried."""
-    table = Table("neurons", "share", "texts still extracted", "MA", "goals")
+    measured = {name: head for name, head in CURVE.items() if all(name in point for point in curve)}
+    table = Table("neurons", "share", *measured.values(), "goals")
     for point in curve:
-        extraction, ma = f"{point['forget_extraction']:.2f}", f"{point['forget_ma']:.3f}"
+        found = [f"{point[name]:.3f}" for name in measured]
         met = "met" if point["met"] else "missed"
-        table.add_row(str(point["neurons"]), f"{point['share']:.2%}", extraction, ma, met)
+        table.add_row(str(point["neurons"]), f"{point['share']:.2%}", *found, met)
     return table
 
 

@@ -33,7 +33,7 @@ KEY_METRICS = (
     "forget_extraction", "forget_secrets", "forget_others", "forget_ma", "forget_loss", "retain_loss",
     "heldout_perplexity",
 )  # fmt: skip
-CURVE_METRICS = ("forget_extraction", "forget_ma")
+CURVE_METRICS = ("forget_extraction", "forget_secrets", "forget_ma")
 MISSING_PACKAGE = "This report has no pictures: they need matplotlib, pip install matplotlib."
 
 
@@ -134,7 +134,7 @@ def _draw(report: Mapping[str, Any], mutes: MuteSet | None) -> dict[str, Any]:
     if mutes:
         groups["neuron_pictures"] = [draw_heat_map(mutes), draw_histogram(mutes)]
     losses, muted = {"loss": "loss", "forget_loss": "forget loss"}, {"muted": "muted"}
-    left = {name: METRICS[name].title for name in CURVE_METRICS}
+    left = {name: METRICS[name].title for name in _of_curve(curve)}
     draw_history = partial(draw_lines, points=history, x_name="step")
     groups["history_pictures"] = [
         draw_history("Loss while the neurons were sought", series=losses),
@@ -275,13 +275,18 @@ def _others(texts: Sequence[Mapping[str, Any]], redact: bool) -> Table:
     return Table("Another text instead", head, rows)
 
 
+def _of_curve(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that a search measured."""
+    return [name for name in CURVE_METRICS if all(name in point for point in points)]
+
+
 def _curve(points: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
+    rows, names = [], _of_curve(points)
     for point in points:
-        measured = (f"{point[name]:.4g}" for name in CURVE_METRICS)
+        measured = (f"{point[name]:.4g}" for name in names)
         goals = "met" if point["met"] else "missed"
         rows.append((point["neurons"], f"{point['share']:.2%}", *measured, goals))
-    titles = (METRICS[name].title for name in CURVE_METRICS)
+    titles = (METRICS[name].title for name in names)
     return Table("Each number tried", ("neurons", "share", *titles, "goals"), rows)
 
 
