@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import neumuter
+from neumuter.models import pieces
 from neumuter.models.pieces import SplitOutOfMemoryError
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.training.batches import PairedBatches
@@ -54,6 +55,18 @@ def test_a_shortage_is_remembered_until_a_run_ends_or_begins_anew(tmp_path, capl
     with pytest.raises(KeyboardInterrupt), remember_shortage(tmp_path, resume=False):
         raise KeyboardInterrupt
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_the_layout_asks_for_and_a_shortage_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "is_sharded", lambda model: True)
+    (tmp_path / SHORTAGE).write_text('{"halvings": 1}')
+    sizes = []
+    with pieces.sparing(1):
+        sizes.append(pieces.Pieces(None, 8).limit(8))
+        with remember_shortage(tmp_path, resume=True):
+            sizes.append(pieces.Pieces(None, 8).limit(8))
+        sizes.append(pieces.Pieces(None, 8).limit(8))
+    assert [*sizes, pieces.Pieces(None, 8).limit(8)] == [4, 2, 4, 8]
 
 
 def test_what_fits_does_not_change_the_parts_that_a_journal_counts(monkeypatch):

@@ -1,5 +1,6 @@
 """``--layout auto``: what ``neumuter plan`` finds for the GPUs that there are."""
 
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -10,10 +11,10 @@ from neumuter.cli.processes import Layout, count_processes, is_first
 
 
 class Chosen(NamedTuple):
-    """A layout, for which batch size it was chosen, and whether activations are recomputed."""
+    """A layout, how often the samples of a step are halved before they fit, and whether to recompute."""
 
     layout: Layout
-    batch_size: int
+    halvings: int
     recompute: bool
 
 
@@ -29,8 +30,8 @@ def choose_layout(
     """Choose the layout where it is auto: the one whose command ``neumuter plan`` prints for these GPUs.
 
     Args:
-        batch_size: samples of each kind in a step. If they fit in no layout, there are fewer, and a line
-            says so.
+        batch_size: samples of each kind in a step. If they fit in no layout, fewer go through the model at a
+            time, and a line says so: what a step computes does not depend on the memory that is free.
         tokens: of a sample.
         recompute: whether activations are recomputed in any case.
         quantize: whether weights will be quantised while they load. Those that are, are never split.
@@ -38,7 +39,7 @@ def choose_layout(
     Raises:
         ValueError: none fits, or ``neumuter.training.plan`` cannot plan the model.
     """
-    asked = Chosen(layout, batch_size, recompute)
+    asked = Chosen(layout, 0, recompute)
     if layout is not Layout.auto:
         return asked
     import torch
@@ -63,14 +64,15 @@ def choose_layout(
             f"--layout auto finds no layout that fits into the {free / 1e9:.3g} GB free on each GPU: take "
             "a smaller --max-length, or more GPUs"
         )
-    chosen = Chosen(Layout(found[0]), *found[1:])
-    if chosen.batch_size < batch_size:
+    name, fitting, recompute = found
+    halvings = math.ceil(math.log2(batch_size / fitting))
+    if halvings:
         console.print(
-            f"No layout fits with {batch_size} texts of each kind in a step: there are {chosen.batch_size}, "
-            "as with --batch-size.",
+            f"No layout fits if {batch_size} texts of each kind go through the model at once. So they go in "
+            f"{2**halvings} parts, which gives the same result but for rounding.",
             soft_wrap=True,
         )
-    return chosen
+    return Chosen(Layout(name), halvings, recompute)
 
 
 def _find_free() -> int:
@@ -86,7 +88,7 @@ def _find_free() -> int:
 def _find(
     config: Any, memory: int, count: int, batch: int, tokens: int, dtype: Any, machine: int, recompute: bool
 ) -> tuple[str, int, bool] | None:
-    """What fits, as in ``Chosen``; None if nothing does."""
+    """The layout, its batch size, and whether to recompute; None if nothing fits."""
     from neumuter.training.plan import LAYOUTS, find_fitting
 
     found = find_fitting(config, memory, count, batch, tokens, dtype, machine, recompute, processes=True)

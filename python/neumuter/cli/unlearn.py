@@ -250,15 +250,16 @@ def unlearn(
     refuse_replaced(out, {"--existing": [existing] if existing else [], "--former": former or []})
     if rewrite_with:
         check_sources(rewrite_with)
-    size = batch_size or DEFAULT_BATCH_SIZE
+    size, halvings = batch_size or DEFAULT_BATCH_SIZE, 0
     if not gguf_file:
         planned = (model, dtype.value, size, max_length, recompute, bool(quantize))
-        layout, size, recompute = choose_layout(layout, *planned)
+        layout, halvings, recompute = choose_layout(layout, *planned)
     check_place(device, device_map, layout, **{"quantize": quantize, "gguf-file": gguf_file})
     if is_first():
         check_run(out, overwrite, resume)
     with console.status("Importing transformers"):
         import neumuter
+        from neumuter.models.pieces import sparing
         from neumuter.outcome import MUTE_FILE
         from neumuter.recipes import FittedConfig, GainsConfig, Goals, PaperConfig, SupportConfig
         from neumuter.report.console import curve_table, outcome_sentences, outcome_table
@@ -284,7 +285,7 @@ def unlearn(
     support = SupportConfig(**sizes) if mode is Mode.mute else None
     if not resume and is_first():
         remove_unfinished(out)
-    with print_log():
+    with print_log(), sparing(halvings):
         outcome = neumuter.unlearn(
             network,
             tokenizer,

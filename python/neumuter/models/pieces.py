@@ -25,8 +25,11 @@ class SplitOutOfMemoryError(torch.OutOfMemoryError):
 
 @contextmanager
 def sparing(halvings: int) -> Iterator[None]:
-    """Context: pieces of a model that processes share begin with half of their samples, so many times."""
-    token = _halvings.set(halvings)
+    """Context: pieces of a model that processes share begin with half of their samples, so many times.
+
+    Contexts within each other add up.
+    """
+    token = _halvings.set(_halvings.get() + halvings)
     try:
         yield
     finally:
