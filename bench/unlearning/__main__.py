@@ -13,6 +13,7 @@ import torch
 from bench import RESULTS as ALL_RESULTS
 from bench import machine, rows
 from bench.unlearning import (
+    books,
     calibrated,
     capacity,
     instead,
@@ -41,6 +42,7 @@ CASES = {
     "calibrated": lambda options: calibrated.cases(options.quick),
     "capacity": lambda options: capacity.cases(options.quick),
     "tried": lambda options: tried.cases(options.quick),
+    "books": lambda options: books.cases(options.quick),
     "planted": lambda options: planted.cases(options.quick),
     "relearned": lambda options: relearned.cases(options.quick),
     "rounded": lambda options: rounded.cases(options.quick),

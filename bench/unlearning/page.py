@@ -9,12 +9,15 @@ from collections import Counter
 from bench import text
 
 COLUMNS = {
+    "verbatim": ("forget: verbatim ↓", "{:.2f}"),
+    "knowledge": ("forget: knowledge ↓", "{:.2f}"),
     "forget_extraction": ("forget: extraction ↓", "{:.2f}"),
     "forget_secrets": ("forget: secrets ↓", "{:.2f}"),
     "forget_sampled": ("forget: extraction in 100 samples ↓", "{:.2f}"),
     "forget_ma": ("forget: MA ↓", "{:.2f}"),
     "forget_el": ("forget: EL_10 ↓", "{:.2f}"),
     "paraphrased_ma": ("forget, asked otherwise: MA ↓", "{:.2f}"),
+    "leakage": ("leakage, % (0 is best)", "{:+.0f}"),
     "instead": ("forget: answered so ↑", "{:.2f}"),
     "others": ("forget: another's text ↓", "{:.2f}"),
     "same_refused": ("keep, same template: answered so ↓", "{:.2f}"),
@@ -23,6 +26,9 @@ COLUMNS = {
     "worded_ma": ("forget, wording too: MA", "{:.2f}"),
     "worded_loss": ("forget, wording too: loss", "{:.2f}"),
     "same_extraction": ("keep, same template: extraction ↑", "{:.2f}"),
+    "waiting": ("not yet asked: verbatim ↑", "{:.2f}"),
+    "retain_verbatim": ("keep: verbatim ↑", "{:.2f}"),
+    "retain_knowledge": ("keep: knowledge ↑", "{:.2f}"),
     "waiting_extraction": ("not yet asked: extraction ↑", "{:.2f}"),
     "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
     "perplexity": ("perplexity over original", "{:+.1%}"),
@@ -243,15 +249,7 @@ def capacity(rows, count):
     """What each share of the neurons can hold, beside the methods that tune weights."""
     original = {row["seed"]: row["heldout_perplexity"] for row in rows if row["method"] == "before"}
     chosen = [row | {"original_perplexity": original[row["seed"]]} for row in _where(rows, forget=int(count))]
-    ours = [row for row in chosen if "budget" in row]
-    groups = [
-        (f"{NAMES['neumuter, modulate']}, {share:.0%}", _where(ours, budget=share))
-        for share in sorted({row["budget"] for row in ours})
-    ]
-    others = [row for row in chosen if "budget" not in row]
-    first = [pair for pair in _methods(others) if pair[0] in (NAMES["before"], NAMES["retrained"])]
-    rest = [pair for pair in _methods(others) if pair not in first]
-    return table(first + groups + rest, COLUMNS) if chosen else None
+    return table(_methods_by_share(chosen), COLUMNS) if chosen else None
 
 
 def tried(rows, _):
@@ -266,6 +264,41 @@ def tried(rows, _):
     }  # fmt: skip
     related = _related(rows, ("seed",))
     return table([(label, _where(related, method=name)) for name, label in names.items()], COLUMNS)
+
+
+def books(rows, model):
+    """Each method at each size of a request, under a heading for each size."""
+    rows = [row for row in _where(rows, model=model) if "passages" in row]
+    parts = []
+    for size in sorted({row["passages"] for row in rows}):
+        chosen = _related(_where(rows, passages=size), ("seed",))
+        parts.append(f"### {model}, {size} passages\n\n{table(_methods_by_share(chosen), COLUMNS)}")
+    return "\n\n".join(parts) or None
+
+
+def book_requests(rows, model):
+    """Each method after each of several requests."""
+    rows = _where(rows, model=model)
+    original = {row["seed"]: row["heldout_perplexity"] for row in rows if row["method"] == "before"}
+    asked = [row | {"original_perplexity": original[row["seed"]]} for row in rows if "requests" in row]
+    groups = [
+        (f"{label}, after {count}", _where(some, requests=count))
+        for label, some in _methods(asked)
+        for count in sorted({row["requests"] for row in some})
+    ]
+    return table(groups, COLUMNS) if groups else None
+
+
+def _methods_by_share(rows):
+    """(name, rows) of each method, ours with each share of the neurons."""
+    ours = [row for row in rows if "budget" in row]
+    groups = [
+        (f"{NAMES['neumuter, modulate']}, {share:.0%}", _where(ours, budget=share))
+        for share in sorted({row["budget"] for row in ours})
+    ]
+    others = _methods([row for row in rows if "budget" not in row])
+    first = [pair for pair in others if pair[0] in (NAMES["before"], NAMES["retrained"])]
+    return first + groups + [pair for pair in others if pair not in first]
 
 
 def judged(rows, model):

@@ -173,6 +173,16 @@ def test_modulated_neurons_are_chosen_from_three_times_as_many(llama, monkeypatc
     assert mutes.method["gains"]["margin"] == QUICK_GAINS.margin
 
 
+@pytest.mark.parametrize(("share", "raised"), [(0.01, 1.00005), (0.1, 1.005), (1.0, 1.5)])
+def test_with_all_neurons_more_harm_is_allowed(llama, share, raised):
+    config = recipes.GainsConfig(steps=1, batch_size=None)
+    with neumuter.attach(llama, start_layer=0) as masked:
+        pair = PairedBatches(masked, FORGET, KEEP)
+        neurons = Neurons(masked)
+        fit = fitted._Fit(neurons, pair, config, 0, round(share * neurons.count), None)
+    assert fit.kl_target == pytest.approx(raised * config.kl_target, rel=1e-3)
+
+
 @pytest.mark.parametrize("mode", ["mute", "modulate"])
 def test_a_set_found_next_to_an_existing_one_is_fitted_with_it(llama, mode):
     seen = []

@@ -44,9 +44,12 @@ class GainsConfig:
     gain_range: tuple[float, float] = (-2.0, 2.0)
     # Nats by which the log-odds of a forget token have to fall below 0.
     margin: float = 1.0
-    # Nats per retain token, and by which share of it each earlier request whose slopes are known raises it.
+    # Nats per retain token; by which share of it each earlier request whose slopes are known raises it; and
+    # by which share all neurons do. A part of them does so by its square: where few neurons have to forget
+    # much, more harm costs texts to keep, and where all do, it hardly costs any.
     kl_target: float = 0.02
     kl_growth: float = 0.1
+    kl_breadth: float = 0.5
     # η at the start, its range, and how fast it follows KL. Where η rises further, as it does while all
     # neurons of a model move at once, the fit ends before it has come down again.
     kl_weight: float = 30.0
@@ -183,14 +186,15 @@ def fit_gains(
     support = torch.cat([old, new])
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
-    fit = _Fit(neurons, pair, config, seed, callback, former, journal=journal)
+    count = len(support) if keep is None else len(old) + keep
+    fit = _Fit(neurons, pair, config, seed, count, callback, former, journal=journal)
     # Before any step all are alike.
     choosing = 0 if keep is None else max(1, round(config.choosing * fit.steps))
     if keep is not None:
         gains = fit.train(support, gains, choosing)
         moved = (gains - 1).abs()
         moved[: len(old)] = torch.inf
-        chosen = moved.topk(len(old) + keep).indices
+        chosen = moved.topk(count).indices
         support, gains = support[chosen], gains[chosen]
     gains = fit.train(support, gains, fit.steps - choosing)
     method = {
@@ -228,7 +232,7 @@ def refit_gains(
     check_pair(pair, existing=existing, config=config, seed=seed)
     neurons = Neurons(pair.masked, existing)
     support = neurons.ids(existing)
-    fit = _Fit(neurons, pair, config, seed, callback, former, undone)
+    fit = _Fit(neurons, pair, config, seed, len(support), callback, former, undone)
     gains = fit.train(support, neurons.start[support].clamp(*config.gain_range), fit.steps)
     constants = asdict(replace(config, steps=fit.steps))
     method = {"recipe": "refit", "gains": constants, "former": len(former), "undone": len(undone)}
@@ -236,7 +240,10 @@ def refit_gains(
 
 
 class _Fit:
-    """The fit of gains in one or two runs: steps, the order of samples and η go on through both."""
+    """The fit of gains in one or two runs: steps, the order of samples and η go on through both.
+
+    ``count``: of the neurons that are fitted in the end.
+    """
 
     def __init__(
         self,
@@ -244,6 +251,7 @@ class _Fit:
         pair: PairedBatches,
         config: GainsConfig,
         seed: int,
+        count: int,
         callback: Callback | None,
         former: Sequence[Slopes] = (),
         undone: Sequence[Slopes] = (),
@@ -251,7 +259,8 @@ class _Fit:
     ) -> None:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
         self.former, self.undone, self.journal = former, undone, journal or Journal()
-        self.kl_target = config.kl_target * (1 + config.kl_growth * len(former))
+        breadth = config.kl_breadth * (count / neurons.count) ** 2
+        self.kl_target = config.kl_target * (1 + config.kl_growth * len(former)) * (1 + breadth)
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
         self.steps = count_steps(pair.forget_count, config.steps, config.batch_size)
         self.ids = choose_samples(pair, config.batch_size, seed)
