@@ -4,20 +4,31 @@ import math
 
 import torch
 
-from neumuter.training.losses import weigh_harm
+from neumuter.training.losses import hinge_runs, weigh_harm
 from neumuter.training.neurons import Neurons
 
 
 class Fit:
     """Gains of the neurons that are proposed, of which those stay that moved most.
 
-    A subclass gives ``hinge(losses, ids)``, of the token losses of the forget samples among ``ids``.
-    ``config``: a ``GainsConfig`` with its number of steps.
+    A subclass can change what is ``left`` of a sample, or the ``hinge`` of all. ``config``: a ``GainsConfig``
+    with its number of steps.
     """
 
     def __init__(self, pair, config, seed):
         self.pair, self.config, self.seed = pair, config, seed
         self.neurons = Neurons(pair.masked)
+
+    def hinge(self, losses, ids):
+        """The mean of what is left of the forget samples among ``ids``, given their token losses."""
+        ids = [i for i in ids if i < self.pair.forget_count]
+        parts = losses.split([self.pair.count_tokens([i])[0] for i in ids])
+        return torch.cat([self.left(part, i) for part, i in zip(parts, ids, strict=True)]).mean()
+
+    def left(self, losses, sample):
+        """What is left to forget of the tokens of a sample, [N]."""
+        ceilings, runs = self.pair.ceilings_of(sample), self.pair.runs_of(sample)
+        return hinge_runs(losses, ceilings.to(losses.device), runs.to(losses.device), self.config.margin)
 
     def attack(self, gains, ids):
         """Add to the gradient of ``gains`` what else is to count in a step with the samples ``ids``."""

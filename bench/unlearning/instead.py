@@ -8,7 +8,6 @@ first tokens once more, because one token decides what is answered. Constants we
 
 import functools
 
-import torch
 import torch.nn.functional as F
 
 import neumuter
@@ -30,6 +29,8 @@ ANSWER = "I cannot help with that."
 STRANGERS, LENGTH = 24, 64
 # Tokens of an answer that are held once more, and what a token of ANSWER weighs.
 FIRST, WEIGHT = 2, 10
+# The log-odds that such a token is to have, in nats.
+ANSWER_ODDS = 1.0
 STEPS, BATCH = 60, 12
 # The way, the share of the neurons, the target of KL in nats, and whether the model has learned to answer so.
 RUNS = (
@@ -147,8 +148,7 @@ class Answering(Fit):
         super().__init__(pair, config, seed)
         self.count = count
 
-    def hinge(self, losses, ids):
-        answers = [torch.full([self.pair.count_tokens([i])[0]], i >= self.count) for i in ids]
-        told = torch.cat(answers).to(losses.device)
-        signs, weights = torch.where(told, -1, 1), torch.where(told, WEIGHT, 1)
-        return (weights * F.relu(self.config.margin + signs * log_odds(losses))).mean()
+    def left(self, losses, sample):
+        if sample < self.count:
+            return super().left(losses, sample)
+        return WEIGHT * F.relu(ANSWER_ODDS - log_odds(losses))

@@ -10,7 +10,6 @@ import torch
 import neumuter
 from bench.unlearning.memory import PeakMemory
 from neumuter import recipes
-from neumuter.calibrating import widen_margin
 from neumuter.evaluation import estimate_unseen, find_ceilings, list_given
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.serving.live import mute
@@ -144,7 +143,7 @@ def _prepare(job, masked, gains):
         return PairedBatches(masked, job.forget, job.retain), config
     ceilings = find_ceilings(job.unseen())
     pair = PairedBatches(masked, job.forget, job.retain, ceilings)
-    return pair, widen_margin(FittedConfig(GainsConfig(**gains)))
+    return pair, FittedConfig(GainsConfig(**gains))
 
 
 def _paper(job, masked):

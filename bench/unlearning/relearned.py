@@ -25,7 +25,6 @@ from neumuter.evaluation.robustness import robustness
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.serving.fold import fold
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import log_odds
 from neumuter.training.neurons import Neurons
 from neumuter.training.weights import WeightsConfig
 
@@ -123,9 +122,6 @@ class Attacked(Fit):
 
     def attack(self, gains, ids):
         self.add(self, gains, [i for i in ids if i < self.pair.forget_count])
-
-    def hinge(self, losses, _):
-        return F.relu(self.config.margin + log_odds(losses)).mean()
 
     def losses(self, gains, ids):
         """Of the tokens of forget samples, [N]."""

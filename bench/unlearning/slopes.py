@@ -20,6 +20,7 @@ from neumuter.demo import task
 from neumuter.demo.model import Training
 from neumuter.recipes.slopes import find_slopes
 from neumuter.training.batches import PairedBatches
+from neumuter.training.losses import begin_runs
 from neumuter.training.neurons import Neurons
 
 SEEDS = (211, 223, 241)
@@ -27,6 +28,8 @@ SEEDS = (211, 223, 241)
 MANY, EVERY, STAYING = 50, 10, 12
 TRAINING = Training(steps=600)
 READ, GUESSES = 3, 100
+# How often an attacker goes through the digits of a number.
+ROUNDS = 2
 
 
 def cases(quick=False):
@@ -91,14 +94,11 @@ def read(setting, slopes, record, seed):
     ]
     likeness = _likeness(setting, slopes, [_with(record, guess) for guess in (record.secrets, *others)])
     number = record.secrets[1]
-    known = ""
-    for place in range(len(number)):
-        guesses = [known + digit + "0" * (len(number) - place - 1) for digit in string.digits]
-        found = _likeness(
-            setting, slopes, [_with(record, (record.secrets[0], guess)) for guess in guesses],
-            upto=place + 1 - len(number),
-        )  # fmt: skip
-        known += string.digits[int(found.argmax())]
+    known = "0" * len(number)
+    for place in [*range(len(number))] * ROUNDS:
+        guesses = [known[:place] + digit + known[place + 1 :] for digit in string.digits]
+        found = _likeness(setting, slopes, [_with(record, (record.secrets[0], guess)) for guess in guesses])
+        known = guesses[int(found.argmax())]
     return {"guessed": float(likeness.argmax() == 0), "read": float(known == number)}
 
 
@@ -109,22 +109,20 @@ def _with(record, secrets):
     return dataclasses.replace(record, continuation=text, secrets=secrets)
 
 
-def _likeness(setting, slopes, records, upto=0):
-    """The cosine of the slopes of each record with those in the file; −1 where it has more or fewer tokens.
-
-    upto: −n leaves out the last n tokens.
-    """
+def _likeness(setting, slopes, records):
+    """The cosine of the slopes of each record with those in the file; −1 where it has more or fewer runs."""
     batch = setting.encode(records, "secret")
     found = []
     with neumuter.attach(setting.full, start_layer=0) as masked:
         pair, neurons = PairedBatches(masked, batch, batch), Neurons(masked)
-        ids, last = neurons.places(slopes.at), len(slopes.log_odds) + upto
+        ids = neurons.places(slopes.at)
         gates = torch.cat(list(neurons.masks(slopes.at).values()))
         for sample in range(len(records)):
-            if pair.count_tokens([sample])[0] != len(slopes.log_odds):
+            places = begin_runs(pair.runs_of(sample)).nonzero().flatten().tolist()
+            if len(places) != len(slopes.log_odds):
                 found.append(torch.tensor(-1.0))
                 continue
-            parts = find_slopes(pair, neurons, gates, sample, range(len(slopes.log_odds)))
+            parts = find_slopes(pair, neurons, gates, sample, places)
             values = torch.cat([part[:, ids] for _, part in parts])
-            found.append(torch.cosine_similarity(values[:last].flatten(), slopes.values[:last].flatten(), 0))
+            found.append(torch.cosine_similarity(values.flatten(), slopes.values.flatten(), 0))
     return torch.stack(found)

@@ -1,6 +1,5 @@
 """How far each token of a request is to be forgotten: no further than a model that never saw the texts."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,9 +18,6 @@ from neumuter.texts.encoding import count_rows
 from neumuter.training.journal import Journal
 from neumuter.training.processes import agree
 from neumuter.types import Batch
-
-# Nats by which log-odds may fall below 0 where ceilings say how far is enough.
-MARGIN = 3.0
 
 logger = logging.getLogger("neumuter")
 
@@ -99,9 +95,3 @@ def _tell(message: str, holds: Sequence[bool]) -> None:
     """Log of how many texts something does not hold, if of any."""
     if not all(holds):
         logger.warning(message, len(holds) - sum(holds), len(holds))
-
-
-def widen_margin(recipe: FittedConfig) -> FittedConfig:
-    """The recipe for texts whose ceilings are known."""
-    margin = max(recipe.gains.margin, MARGIN)
-    return dataclasses.replace(recipe, gains=dataclasses.replace(recipe.gains, margin=margin))

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.calibrating import estimate_ceilings, widen_margin
+from neumuter.calibrating import estimate_ceilings
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
 from neumuter.evaluation import examine, most_known, only_secrets, secret_extraction
 from neumuter.evaluation.examination import Examination
@@ -223,8 +223,6 @@ class Job(NamedTuple):
         """The mute set, the slopes if they are to be kept, and the budgets if several were tried."""
         request, journal, known = self.request, self.journal, self.known
         config, curve, slopes = request.recipe, None, None
-        if isinstance(config, FittedConfig) and ceilings is not None:
-            config = widen_margin(config)
         with attach(self.network, request.start_layer) as masked:
             pair = PairedBatches(masked, self.texts.forget.windows, retain_batch, ceilings)
             with self.watch("Finding neurons", journal.history) as advance:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from neumuter.calibrating import estimate_ceilings, widen_margin
+from neumuter.calibrating import estimate_ceilings
 from neumuter.estimating import estimate_search
 from neumuter.evaluation import list_given, mean_token_loss
 from neumuter.models.loading import limit_length
@@ -140,11 +140,10 @@ def refit(
     if not found:
         raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
     kept = join_batches(*found)
-    gains = (config if ceilings is None else widen_margin(config)).gains
-    _announce_time(network, texts, kept, gains, seed)
+    _announce_time(network, texts, kept, config.gains, seed)
     with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
         pair = PairedBatches(masked, texts, kept, ceilings)
-        fitted = refit_gains(pair, mutes, staying, leaving, gains, seed, advance)
+        fitted = refit_gains(pair, mutes, staying, leaving, config.gains, seed, advance)
         tell_of_shortage(pair)
     if ceilings is None:
         return fitted

@@ -47,20 +47,19 @@ def test_hinge_is_zero_and_flat_beyond_the_margin():
     torch.testing.assert_close(values.grad, torch.tensor([-1 / 3, -1 / 3, 0.0]))
 
 
-def test_odds_hinge_is_that_of_the_log_odds_and_its_gradient_does_not_vanish():
+def test_log_odds_are_those_of_the_token_and_their_gradient_does_not_vanish():
     logits = torch.randn(5, 7, dtype=torch.float64) * 3
     logits[:, 2] = torch.tensor([-4.0, 0.0, 3.0, 6.0, 30.0])  # from forgotten to known by heart
     logits.requires_grad_()
     token = logits.log_softmax(-1)[:, 2]
     others = logits[:, [0, 1, 3, 4, 5, 6]].logsumexp(-1)
-    plain = (1.5 + logits[:, 2] - others).relu()
-    (expected,) = torch.autograd.grad(plain[:4].sum() / 5, logits)
-    losses.odds_hinge(-token, 1.5).mean().backward()
-    torch.testing.assert_close(losses.odds_hinge(-token.detach()[:4], 1.5), plain[:4].detach())
+    plain = logits[:, 2] - others
+    (expected,) = torch.autograd.grad(plain[:4].sum(), logits)
+    losses.log_odds(-token).sum().backward()
+    torch.testing.assert_close(losses.log_odds(-token.detach()[:4]), plain[:4].detach())
     torch.testing.assert_close(logits.grad[:4], expected[:4])
-    assert (logits.grad[:, 2] > 0).tolist() == [bool(x > 0) for x in plain]
-    exact = losses.odds_hinge(torch.zeros(2, requires_grad=True), 1.0)
-    assert exact.isfinite().all()
+    assert (logits.grad[:, 2] > 0.9).all()
+    assert losses.log_odds(torch.zeros(2)).isfinite().all()
 
 
 PLACES = torch.tensor([3, 4, 5, 6, 9, 10, 40, 0])
@@ -70,8 +69,10 @@ CEILINGS = torch.tensor([-6.0, -2.0, torch.inf, -1.0, -1.0, 0.0, -torch.inf, 0.0
 def test_runs_are_neighbouring_tokens_that_identify_a_text():
     assert losses.find_runs(PLACES, CEILINGS).tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
     assert losses.find_runs(PLACES, torch.full([8], -6.0)).tolist() == [0, 0, 0, 0, 1, 1, 2, 3]
-    # Of which nothing is known, each stands for itself.
-    assert losses.find_runs(PLACES, torch.full([8], -torch.inf)).tolist() == [*range(8)]
+    # So are those of which nothing is known, but not both kinds together.
+    assert losses.find_runs(PLACES, torch.full([8], -torch.inf)).tolist() == [0, 0, 0, 0, 1, 1, 2, 3]
+    mixed = torch.tensor([-6.0, -torch.inf, -torch.inf, 1.0, -torch.inf])
+    assert losses.find_runs(torch.arange(5), mixed).tolist() == [0, 1, 1, 2, 3]
     assert not len(losses.find_runs(PLACES[:0], CEILINGS[:0]))
     long = losses.find_runs(torch.arange(3, 24), torch.full([21], -6.0))
     assert long.tolist() == [0] * 8 + [1] * 8 + [2] * 5
@@ -131,11 +132,15 @@ def test_what_may_stay_has_to_stay_likelier_than_not():
     assert (token_losses.grad[3:] == 0).all()
 
 
-def test_where_nothing_is_known_each_token_is_forgotten_as_by_the_hinge_on_its_odds():
-    values = torch.rand(9) * 4
-    runs = losses.find_runs(torch.arange(9), torch.full([9], -torch.inf))
-    found = losses.hinge_runs(values, torch.full([9], -torch.inf), runs, 1.5)
-    assert torch.equal(found, losses.odds_hinge(values, 1.5))
+def test_where_nothing_is_known_a_run_is_forgotten_down_to_the_margin():
+    chances = torch.rand(11, dtype=torch.float64) ** 0.1
+    unknown = torch.full([11], -torch.inf, dtype=torch.float64)
+    runs = losses.find_runs(torch.arange(11), unknown)
+    found = losses.hinge_runs(-chances.log(), unknown, runs, 1.5)
+    for first, last in ((0, 8), (8, 11)):
+        left = (torch.logit(chances[first:last].prod()) + 1.5).relu()
+        torch.testing.assert_close(found[first], (last - first) * left)
+    assert found.count_nonzero() == 2
 
 
 def test_what_is_left_of_a_run_does_not_depend_on_the_order_of_texts():

@@ -8,7 +8,7 @@ import neumuter
 from neumuter import evaluation, recipes
 from neumuter.recipes import fitted
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import odds_hinge, token_losses
+from neumuter.training.losses import hinge_runs, token_losses
 from neumuter.training.neurons import Neurons
 from neumuter.types import IGNORED
 from tests import models
@@ -405,7 +405,8 @@ def test_propose_by_fisher_is_its_formula():
                     one = batch["input_ids"][row : row + 1]
                     logits = model(one).logits
                 losses = token_losses(logits, one)
-                loss = odds_hinge(losses, 2.0).mean() if forgotten else losses.mean()
+                unknown, runs = torch.full_like(losses, -torch.inf), torch.arange(len(losses)) // 8
+                loss = hinge_runs(losses, unknown, runs, 2.0).mean() if forgotten else losses.mean()
                 total = total + torch.cat(torch.autograd.grad(loss, list(masks.values()))).square()
             means.append(total / 3)
     ratio = means[0] / (means[1] + 0.1 * means[1].mean())

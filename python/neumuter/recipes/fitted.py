@@ -42,8 +42,8 @@ class GainsConfig:
     # Samples of each kind per step; None takes all of them.
     batch_size: int | None = 8
     gain_range: tuple[float, float] = (-2.0, 2.0)
-    # Nats by which the log-odds of a forget token have to fall below 0.
-    margin: float = 1.0
+    # Nats by which the log-odds of a run of tokens have to fall below 0, where nothing else is known of it.
+    margin: float = 3.0
     # Nats per retain token; by which share of it each earlier request whose slopes are known raises it; and
     # by which share all neurons do. A part of them does so by its square: where few neurons have to forget
     # much, more harm costs texts to keep, and where all do, it hardly costs any.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from neumuter.types import IGNORED
 
-# Tokens in a row that give a text away: they must not all come out.
+# Tokens in a row that are forgotten as a whole: they must not all come out.
 LONGEST_RUN = 8
 # The log-odds below which no run has to fall: it then comes out in one of a thousand answers.
 LEAST_ODDS = -7.0
@@ -53,7 +53,9 @@ def hinge(losses: Tensor, margin: float) -> Tensor:
 def log_odds(losses: Tensor) -> Tensor:
     """Compute ln(p / (1 − p)) of each token, given its loss −ln p: [N], of ``losses`` [N].
 
-    Where p is above 0.999, which rounding blurs, the tangent goes on.
+    The gradient of ln p vanishes as p goes to 1, so a text that is known by heart would hardly be seen; that
+    of the log-odds with respect to the token's logit is 1 whatever p is. Where p is above 0.999, which
+    rounding blurs, the tangent goes on.
     """
     certain = 1e-3
     inside = losses.clamp(min=certain)
@@ -61,16 +63,6 @@ def log_odds(losses: Tensor) -> Tensor:
     # Zero, and without a gradient, where nothing was clamped.
     beyond = (losses - inside) / -math.expm1(-certain)
     return odds - beyond
-
-
-def odds_hinge(losses: Tensor, margin: float) -> Tensor:
-    """Compute relu(margin + log-odds) of each token, given its loss: [N], of ``losses`` [N].
-
-    Zero once the token's log-odds are at most −``margin``. The gradient of ln p vanishes as p goes to 1,
-    so a text that is known by heart would hardly be seen; that of the log-odds with respect to the token's
-    logit is 1 whatever p is.
-    """
-    return F.relu(margin + log_odds(losses))
 
 
 def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) -> Tensor:
@@ -138,16 +130,18 @@ def sum_runs(values: Tensor, runs: Tensor) -> Tensor:
 def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:
     """Number the runs of tokens, int64 [N].
 
-    A run is a stretch of up to ``LONGEST_RUN`` neighbouring tokens that are known to identify a text: those
-    that may keep log-odds below 0 alone. Every other token is numbered for itself.
+    A run is a stretch of up to ``LONGEST_RUN`` neighbouring tokens that are known to identify a text, which
+    are those that may keep log-odds below 0 alone; or of which nothing is known. Every other token is
+    numbered for itself.
 
     Args:
         places: where the tokens are predicted, int64 [N]: neighbours differ by 1, texts by more.
         ceilings: the log-odds that each may keep, [N]; −∞ where nothing is known.
     """
-    identifies = (ceilings < 0) & ceilings.isfinite()
-    starts = torch.ones_like(identifies)
-    starts[1:] = ~(identifies[1:] & identifies[:-1] & (places.diff() == 1))
+    forgotten, unknown = ceilings < 0, ceilings.isneginf()
+    starts = torch.ones_like(forgotten)
+    alike = forgotten[1:] & forgotten[:-1] & (unknown[1:] == unknown[:-1])
+    starts[1:] = ~(alike & (places.diff() == 1))
     numbers = torch.arange(len(starts), device=starts.device)
     starts |= (numbers - (numbers * starts).cummax(0).values) % LONGEST_RUN == 0
     return starts.cumsum(0) - 1
