@@ -185,7 +185,7 @@ CHANGES = {
     "slopes": ({"keep_slopes": True}, "keep_slopes was False and is True"),
     "a constant": (
         {"recipe": FittedConfig(dataclasses.replace(QUICK.gains, margin=2.0))},
-        r"recipe.gains.margin was 1.0 and is 2.0",
+        r"recipe.gains.margin was 3.0 and is 2.0",
     ),
     "recipe": ({"recipe": PaperConfig(), "budget": 0.01}, "recipe.epochs was None and is 200"),
     "mode": ({"mode": "mute"}, "mode was 'modulate' and is 'mute'"),

@@ -11,7 +11,7 @@ from neumuter import recipes
 from neumuter.mutes.slopes import Slopes
 from neumuter.recipes.slopes import Held
 from neumuter.training.batches import PairedBatches
-from neumuter.training.losses import log_odds
+from neumuter.training.losses import begin_runs, log_odds, sum_runs
 from neumuter.training.neurons import Neurons
 from tests.neumuter.test_mute_set import join, split
 from tests.neumuter.test_recipes import FORGET, KEEP, QUICK_GAINS, llama, same, samples
@@ -25,12 +25,19 @@ def part(batch, rows):
 
 
 def odds_at(pair, neurons, gates):
+    """The log-odds of all runs of the texts to forget."""
     with torch.no_grad(), pair.masked.applying(neurons.by_layer(gates)):
-        return torch.cat([log_odds(losses) for losses in pair.sample_losses(range(pair.forget_count))])
+        found = []
+        for sample, of_sample in enumerate(pair.sample_losses(range(pair.forget_count))):
+            runs = pair.runs_of(sample)
+            found.append(log_odds(sum_runs(of_sample, runs))[begin_runs(runs)])
+        return torch.cat(found)
 
 
 @pytest.fixture
-def attached(llama):
+def attached(llama, monkeypatch):
+    # So that each of three texts has three runs.
+    monkeypatch.setattr("neumuter.training.losses.LONGEST_RUN", 3)
     with neumuter.attach(llama, start_layer=0) as masked:
         yield masked
 
@@ -38,7 +45,7 @@ def attached(llama):
 def test_slopes_are_derivatives_of_the_log_odds_under_the_mutes(attached):
     pair, mutes = PairedBatches(attached, FORGET, KEEP), recipes.mute_random(attached, 0.2, seed=3)
     slopes, neurons = recipes.measure_slopes(pair, mutes), Neurons(attached, mutes)
-    assert len(slopes.log_odds) == 21
+    assert len(slopes.log_odds) == 9
     torch.testing.assert_close(slopes.log_odds, odds_at(pair, neurons, neurons.start))
     ids = neurons.places(slopes.at)
     # The file has room for more neurons than the model has.
@@ -55,7 +62,7 @@ def test_a_file_has_a_size_and_the_steepest_neurons(attached, monkeypatch, tmp_p
     every = recipes.measure_slopes(pair, mutes)
     monkeypatch.setattr("neumuter.recipes.slopes.BYTES_PER_TEXT", 400)
     few, neurons = recipes.measure_slopes(pair, mutes), Neurons(attached)
-    assert few.at.count == 3 * 400 // (21 + 8)
+    assert few.at.count == 3 * 400 // (9 + 8)
     steepness = torch.zeros(neurons.count)
     steepness[neurons.places(every.at)] = every.values.square().sum(0)
     # Rounding may exchange the last ones.
@@ -63,7 +70,7 @@ def test_a_file_has_a_size_and_the_steepest_neurons(attached, monkeypatch, tmp_p
     few.save(tmp_path / "few")
     header, _ = split((tmp_path / "few").read_bytes())
     tensors = [about for name, about in header.items() if name != "__metadata__"]
-    assert max(about["data_offsets"][1] for about in tensors) <= 3 * 400 + 4 * 4 * 21
+    assert max(about["data_offsets"][1] for about in tensors) <= 3 * 400 + 4 * 4 * 9
 
 
 def test_held_tokens_cost_their_linear_hinge(attached):
@@ -81,7 +88,8 @@ def test_held_tokens_cost_their_linear_hinge(attached):
     expected = 0.0
     for slopes, then in zip(former, (mutes, other), strict=True):
         moved = (gates - Neurons(attached, then).start)[neurons.places(slopes.at)]
-        expected += (1.5 + slopes.log_odds + slopes.values @ moved).relu().mean()
+        left = (1.5 + slopes.log_odds + slopes.values @ moved).relu()
+        expected += (slopes.weights * left).sum()
     torch.testing.assert_close(held(gains), expected)
 
 
@@ -117,7 +125,13 @@ def test_slopes_are_of_what_is_to_be_forgotten_alone(attached, caplog):
     assert "No token is to be forgotten" in caplog.text
 
 
-def test_an_earlier_request_stays_forgotten(llama):
+@pytest.fixture
+def token_wise(monkeypatch):
+    """Every token is a run, so that more of them can come back."""
+    monkeypatch.setattr("neumuter.training.losses.LONGEST_RUN", 1)
+
+
+def test_an_earlier_request_stays_forgotten(llama, token_wise):
     """With the existing set alone, its texts come back as far as the new gains lead."""
     first, second = part(FORGET, [0]), part(FORGET, [1])
     config = recipes.FittedConfig(dataclasses.replace(QUICK_GAINS, steps=40))
@@ -142,7 +156,7 @@ def test_an_earlier_request_stays_forgotten(llama):
         recipes.fit_mutes(PairedBatches(masked, second, KEEP), 20, "mute", existing=one, former=[slopes])
 
 
-def test_a_request_is_undone_from_slopes_alone(llama):
+def test_a_request_is_undone_from_slopes_alone(llama, token_wise):
     """Its tokens come back, those of the other request do not, and no text of either is at hand."""
     config = recipes.FittedConfig(dataclasses.replace(QUICK_GAINS, steps=40))
     with neumuter.attach(llama, start_layer=0) as masked:
