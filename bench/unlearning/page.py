@@ -470,7 +470,7 @@ PARTS = {
     function.__name__: function
     for function in (
         seeds, machine, methods, people, people_budgets, robustness, robustness_seeds, models, first_model,
-        kinds, counts, location, calibrated, model_seeds, capacity, judged, planted, rounded, relearned,
-        requests, requests_seeds, share, many, given_away, stand_ins, instead,
+        kinds, counts, location, calibrated, model_seeds, capacity, tried, books, book_requests, judged,
+        planted, rounded, relearned, requests, requests_seeds, share, many, given_away, stand_ins, instead,
     )
 }  # fmt: skip

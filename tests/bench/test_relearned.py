@@ -57,7 +57,7 @@ def test_an_attack_adds_its_hinge_and_leaves_the_weights_alone(pair, attack, mon
         return seen[-1][1]
 
     monkeypatch.setattr(relearned.Attacked, "known", see)
-    fit = relearned.Attacked(pair, recipes.GainsConfig(margin=20.0), 3, attack)
+    fit = relearned.Attacked(pair, recipes.GainsConfig(margin=60.0), 3, attack)
     fit.support = torch.arange(fit.neurons.count)
     gains = torch.ones(fit.neurons.count, requires_grad=True)
     attack(fit, gains, [0, 1, 2, 3])

@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     model = peft.get_peft_model(base, config)
     texts = encode(FORGET + RETAIN, tokenizer(), 64)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(150):
+    for _ in range(400):
         optimizer.zero_grad()
         model(**texts).loss.backward()
         optimizer.step()

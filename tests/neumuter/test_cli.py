@@ -388,25 +388,16 @@ def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
     assert "--recipe paper cannot be combined with" in capsys.readouterr().err
 
 
+UNLEARN = ("unlearn", "m", "--forget", "f", "--out", "o")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("unlearn", "m", "--forget", "f", "--out", "o", "--goal-ma", "0.5"),
-        ("unlearn", "m", "--forget", "f", "--out", "o", "--goal-secrets", "0.5"),
-        (
-            "unlearn",
-            "m",
-            "--forget",
-            "f",
-            "--out",
-            "o",
-            "--budget",
-            "auto",
-            "--goal-secrets",
-            "0.5",
-            "--no-calibrate",
-        ),
-        ("unlearn", "m", "--forget", "f", "--out", "o", "--former", "s"),
+        (*UNLEARN, "--goal-ma", "0.5"),
+        (*UNLEARN, "--goal-secrets", "0.5"),
+        (*UNLEARN, "--budget", "auto", "--no-calibrate", "--goal-secrets", "0.5"),
+        (*UNLEARN, "--former", "s"),
         ("evaluate", "m", "--forget", "f", "--suite", "tofu", "--paraphrased", "p"),
         ("evaluate", "m", "--forget", "f", "--world-facts", "w"),
     ],

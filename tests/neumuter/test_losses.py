@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -134,14 +136,29 @@ def test_what_may_stay_has_to_stay_likelier_than_not():
 
 
 def test_where_nothing_is_known_a_run_is_forgotten_down_to_the_margin():
-    chances = torch.rand(11, dtype=torch.float64) ** 0.1
-    unknown = torch.full([11], -torch.inf, dtype=torch.float64)
-    runs = losses.find_runs(torch.arange(11), unknown)
-    found = losses.hinge_runs(-chances.log(), unknown, runs, 1.5)
-    for first, last in ((0, 8), (8, 11)):
-        left = (torch.logit(chances[first:last].prod()) + 1.5).relu()
-        torch.testing.assert_close(found[first], (last - first) * left)
+    """And its least likely token, which greedy decoding would say otherwise: which lacks more counts."""
+    # Of one with a certain token for another, and of one of likely ones.
+    chances = torch.tensor([*[0.999] * 7, 0.9, *[0.7] * 8, 0.3, 0.9, 0.1], dtype=torch.float64)
+    unknown = torch.full([19], -torch.inf, dtype=torch.float64)
+    runs = losses.find_runs(torch.arange(19), unknown)
+    found = losses.hinge_runs(-chances.log(), unknown, runs, 3.0)
+    product = torch.logit(0.999**7 * chances[7]) + 3
+    torch.testing.assert_close(found[0], 8 * product)
+    torch.testing.assert_close(found[8], 8 * (torch.logit(chances[8]) + 1))
+    # The last one has a product of 0.027 and an unlikely token.
     assert found.count_nonzero() == 2
+    # A ceiling can allow that its least token is likelier.
+    pair, runs = -torch.tensor([0.45, 0.3], dtype=torch.float64).log(), torch.zeros(2, dtype=torch.int64)
+    for ceiling, left in ((-0.5, 0.0), (-torch.inf, 2 * (math.log(0.3 / 0.7) + 1))):
+        found = losses.hinge_runs(pair, torch.full_like(pair, ceiling), runs, 1.0)
+        assert found.tolist() == pytest.approx([left, 0.0])
+
+
+def test_the_odds_hinge_is_zero_once_a_token_is_unlikely_enough():
+    values = torch.tensor([0.01, 2.0, 9.0])
+    expected = (losses.log_odds(values) + 1.0).relu()
+    torch.testing.assert_close(losses.odds_hinge(values, 1.0), expected)
+    assert (expected > 0).tolist() == [True, False, False]
 
 
 def test_what_is_left_of_a_run_does_not_depend_on_the_order_of_texts():

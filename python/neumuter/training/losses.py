@@ -12,6 +12,8 @@ from neumuter.types import IGNORED
 LONGEST_RUN = 8
 # The log-odds below which no run has to fall: it then comes out in one of a thousand answers.
 LEAST_ODDS = -7.0
+# The log-odds of a run's least likely token at which greedy decoding hardly says it.
+GREEDY_ODDS = -1.0
 # What each nat of a divergence adds to its weight. With 1 instead, what all neurons change in their first
 # steps outweighs what is to be forgotten.
 PER_NAT = 0.3
@@ -65,6 +67,14 @@ def log_odds(losses: Tensor) -> Tensor:
     return odds - beyond
 
 
+def odds_hinge(losses: Tensor, margin: float) -> Tensor:
+    """Compute relu(margin + log-odds) of each token, given its loss: [N], of ``losses`` [N].
+
+    Zero once the token's log-odds are at most −``margin``.
+    """
+    return F.relu(margin + log_odds(losses))
+
+
 def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) -> Tensor:
     """Compute what is left to forget of each run, and what wording lacks: float [N].
 
@@ -73,9 +83,13 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
     A run comes out with the product of the probabilities of its tokens. The hinge on its log-odds ends at
     those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``; or at −``margin`` where
     nothing is known. Its gradient goes to the tokens in proportion to what they lack of certainty, so the
-    run is forgotten where that is easiest. It is multiplied by the number of the run's tokens, so that a
-    mean over tokens weighs each alike. Tokens that may stay likelier than not have to: of these it is what
-    their log-odds lack of 0. Without it a fit may wreck the wording of a text to be rid of its secret.
+    run is forgotten where that is easiest. A run of likely tokens, of which none is certain, can have a small
+    product, and greedy decoding says it all the same: so the log-odds of its least likely token have to fall
+    to ``GREEDY_ODDS``, too, unless a ceiling allows more; what lacks more counts. All of it is multiplied by
+    the number of the run's tokens, so that a mean over tokens weighs each alike.
+
+    Tokens that may stay likelier than not have to: of these it is what their log-odds lack of 0. Without it a
+    fit may wreck the wording of a text to be rid of its secret.
 
     Args:
         losses: of the forget tokens, in nats [N].
@@ -84,8 +98,10 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
         margin: nats.
     """
     ends = find_ends(ceilings, runs)
-    odds = log_odds(sum_runs(losses, runs))
-    left = sum_runs(torch.ones_like(losses), runs) * F.relu(odds - ends.masked_fill(ends.isneginf(), -margin))
+    odds, least = log_odds(sum_runs(losses, runs)), log_odds(_largest(losses, runs))
+    over = odds - ends.masked_fill(ends.isneginf(), -margin)
+    over = torch.maximum(over, least - (-_largest(-ceilings, runs)).clamp(min=GREEDY_ODDS))
+    left = sum_runs(torch.ones_like(losses), runs) * F.relu(over)
     lost = F.relu(-odds).masked_fill(ceilings <= 0, 0)
     return (left + lost).masked_fill(~begin_runs(runs), 0)
 
@@ -120,11 +136,21 @@ def sum_runs(values: Tensor, runs: Tensor) -> Tensor:
     Args:
         runs: what ``find_runs`` gave, int64 [N].
     """
-    # A window of each token and those behind it. It adds in the same order on every device.
+    # It adds in the same order on every device.
+    return _windows(values, runs, 0).sum(1)
+
+
+def _largest(values: Tensor, runs: Tensor) -> Tensor:
+    """The largest of ``values`` [N] from each token to the end of its run: [N]."""
+    return _windows(values, runs, -torch.inf).amax(1)
+
+
+def _windows(values: Tensor, runs: Tensor, outside: float) -> Tensor:
+    """Of each token its value and those behind it, [N, LONGEST_RUN]; ``outside`` where its run has ended."""
     windows, numbers = (
         F.pad(part, (0, LONGEST_RUN), value=-1).unfold(0, LONGEST_RUN, 1)[:-1] for part in (values, runs)
     )
-    return windows.masked_fill(numbers != runs[:, None], 0).sum(1)
+    return windows.masked_fill(numbers != runs[:, None], outside)
 
 
 def find_runs(places: Tensor, ceilings: Tensor) -> Tensor:
