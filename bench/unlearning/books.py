@@ -52,11 +52,8 @@ class Book:
     def __init__(self, words, seed, most):
         chapters = [words(text, add_special_tokens=False)["input_ids"] for text in read_chapters()]
         random.Random(seed).shuffle(chapters)
-        passages = (passage for ids in chapters for passage in _cut(ids, -(-most // CHAPTERS)))
-        found = torch.tensor([passage for passage, _ in zip(passages, range(3 * most), strict=False)])
-        if len(found) < 3 * most:
-            raise ValueError(f"the book has {len(found)} passages of {PASSAGE} tokens, {3 * most} are needed")
-        self.forget, self.retain, self.unseen = found.split(most)
+        cut = iter([_cut(ids, -(-most // CHAPTERS)) for ids in chapters])
+        self.forget, self.retain, self.unseen = (_take(cut, most) for _ in range(3))
 
 
 def read_chapters():
@@ -76,6 +73,16 @@ def read_chapters():
 def _cut(ids, most):
     """Up to ``most`` passages from the beginning of a chapter."""
     return [ids[i : i + PASSAGE] for i in range(0, min(len(ids), most * PASSAGE) - PASSAGE + 1, PASSAGE)]
+
+
+def _take(chapters, count):
+    """The passages of the next chapters, whole ones but for the last, [count, PASSAGE]."""
+    found = []
+    while len(found) < count:
+        if (passages := next(chapters, None)) is None:
+            raise ValueError(f"the book has too few passages of {PASSAGE} tokens: {count} are needed thrice")
+        found += passages
+    return torch.tensor(found[:count])
 
 
 def whole(passages):

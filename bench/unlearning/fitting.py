@@ -12,7 +12,7 @@ class Fit:
     """Gains of the neurons that are proposed, of which those stay that moved most.
 
     A subclass can change what is ``left`` of a sample, or the ``hinge`` of all. ``config``: a ``GainsConfig``
-    with its number of steps.
+    with its number of steps. KL has the same target for every number of neurons.
     """
 
     def __init__(self, pair, config, seed):

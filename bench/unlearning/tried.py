@@ -156,7 +156,8 @@ def _fit_by_text(setting, pair):
         (runs.weights @ runs.slopes).square()
         for runs in (_Runs(pair, neurons, gates, sample) for sample in range(pair.forget_count))
     ])  # fmt: skip
-    information = squares.mean(0) / ratios
+    # A neuron without a slope is nobody's candidate.
+    information = (squares.mean(0) / ratios).nan_to_num(torch.inf)
     places = (squares / information).argsort(1, descending=True).argsort(1).amin(0)
     config, count = GainsConfig(), neurons.count_of(SHARE)
     best = places.topk(round(config.candidates * count), largest=False).indices
@@ -181,7 +182,8 @@ def _search(setting, pair, eta=ETA):
     """Full-batch steps of L-BFGS with a line search, from the gains of the default on."""
     whole = Whole(pair, _fit(setting, pair), eta)
     gains, limits = whole.gains.clone().requires_grad_(), whole.config.gain_range
-    search = torch.optim.LBFGS([gains], max_iter=SEARCH_STEPS, line_search_fn="strong_wolfe")
+    sizes = {"max_iter": SEARCH_STEPS, "max_eval": 10 * SEARCH_STEPS}
+    search = torch.optim.LBFGS([gains], **sizes, line_search_fn="strong_wolfe")
 
     def evaluate():
         # Beyond the limits the loss is flat.
@@ -213,7 +215,10 @@ def _solve(setting, pair):
 
 
 class _Programme:
-    """The loss near ``gains``: log-odds by their slopes, harm by its slope and the Fisher information."""
+    """The loss near ``gains``: the log-odds of runs by their slopes, and harm by its slope and its curvature.
+
+    That the least likely token of a run has to be unlikely, too, is left out.
+    """
 
     def __init__(self, setting, whole, gains, draws):
         pair, self.gains, self.eta = whole.pair, gains, whole.eta

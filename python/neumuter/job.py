@@ -223,6 +223,9 @@ class Job(NamedTuple):
         """The mute set, the slopes if they are to be kept, and the budgets if several were tried."""
         request, journal, known = self.request, self.journal, self.known
         config, curve, slopes = request.recipe, None, None
+        secrets = only_secrets(self.texts.forget.forms[0], ceilings)
+        if request.goals and request.goals.secrets is not None and secrets is None:
+            raise ValueError("goal secrets cannot be measured: no word of the texts to forget is a secret")
         with attach(self.network, request.start_layer) as masked:
             pair = PairedBatches(masked, self.texts.forget.windows, retain_batch, ceilings)
             with self.watch("Finding neurons", journal.history) as advance:
@@ -232,7 +235,7 @@ class Job(NamedTuple):
                     mutes, curve = search_budget(
                         pair, request.goals or Goals(), mode=request.mode, config=config, seed=request.seed,
                         callback=advance, existing=self.earlier, forms=self.texts.forget.forms, former=known,
-                        journal=journal, secrets=only_secrets(self.texts.forget.forms[0], ceilings),
+                        journal=journal, secrets=secrets,
                     )  # fmt: skip
                 else:
                     mutes = fit_mutes(

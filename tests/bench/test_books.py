@@ -50,15 +50,22 @@ def test_chapters_repeat_nothing():
     assert len(set(sentences)) == len(sentences)
 
 
-def test_passages_are_of_different_chapters():
+def test_no_chapter_has_passages_in_two_parts():
     words = tokenizer()
-    book = books.Book(words, 3, 8)
+    ids = [words(text, add_special_tokens=False)["input_ids"] for text in books.read_chapters()]
+    owner = {
+        tuple(one[i : i + books.PASSAGE]): number
+        for number, one in enumerate(ids)
+        for i in range(0, len(one), books.PASSAGE)
+    }
+    book = books.Book(words, 3, 20)
     parts = [book.forget, book.retain, book.unseen]
-    assert [part.shape for part in parts] == [(8, books.PASSAGE)] * 3
-    text = [" ".join(words.decode(ids) for ids in part) for part in parts]
-    assert len(set(text)) == 3
-    assert not torch.equal(books.Book(words, 4, 8).forget, book.forget)
-    with pytest.raises(ValueError, match="the book has"):
+    assert [part.shape for part in parts] == [(20, books.PASSAGE)] * 3
+    owners = [{owner[tuple(passage)] for passage in part.tolist()} for part in parts]
+    assert min(map(len, owners)) > 1
+    assert len(set.union(*owners)) == sum(map(len, owners))
+    assert not torch.equal(books.Book(words, 4, 20).forget, book.forget)
+    with pytest.raises(ValueError, match="the book has too few passages"):
         books.Book(words, 3, 10**6)
 
 

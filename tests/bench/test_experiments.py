@@ -83,7 +83,6 @@ def test_slopes_run(tiny, monkeypatch):
     assert [row["what"] for row in found] == ["read", "many", "many", "many"]
     # The slopes of the secret itself are the most alike, whatever the model has learned.
     assert found[0]["guessed"] == 1.0
-    assert found[0]["read"] in (0.0, 1.0)
     assert [row["share"] > 0 for row in found[1:]] == [False, True, True]
 
 

@@ -9,6 +9,7 @@ from neumuter.cli.advice import advise, warn_of_many
 from neumuter.evaluation.verdict import MARGINS, Comparison, Verdict
 
 ROWS = Path("out/report.csv")
+MISSED, MET = {"met": False}, {"met": True}
 
 
 def an_outcome(over, extracted=False, share=0.01, curve=None, **after):
@@ -30,9 +31,14 @@ def an_outcome(over, extracted=False, share=0.01, curve=None, **after):
         (an_outcome(["extraction"], True), True, ["which texts still come out", "--budget auto"]),
         (an_outcome(["extraction"], True), False, ["which texts still come out"]),
         (an_outcome(["extraction"], True, share=1.0), True, ["still come out", "All neurons have gains"]),
-        (an_outcome(["extraction"], True, curve=[{}]), True, ["still come out", "More steps (--steps)"]),
+        (an_outcome(["extraction"], True, curve=[MET]), True, ["still come out", "More steps (--steps)"]),
         (
-            an_outcome(["extraction"], True, curve=[{}], forget_secrets=0.5),
+            an_outcome(["extraction"], True, curve=[MISSED], forget_secrets=0.5),
+            True,
+            ["still come out", "More steps (--steps)"],
+        ),
+        (
+            an_outcome(["extraction"], True, curve=[MISSED, MET], forget_secrets=0.5),
             True,
             ["still come out", "A stricter goal (--goal-secrets) or more steps (--steps)"],
         ),

@@ -57,8 +57,7 @@ def test_a_shortage_is_remembered_until_a_run_ends_or_begins_anew(tmp_path, capl
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_the_layout_asks_for_and_a_shortage_add_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "is_sharded", lambda model: True)
+def test_what_the_layout_asks_for_and_a_shortage_add_up(tmp_path, caplog):
     (tmp_path / SHORTAGE).write_text('{"halvings": 1}')
     sizes = []
     with pieces.sparing(1):
@@ -67,6 +66,7 @@ def test_what_the_layout_asks_for_and_a_shortage_add_up(tmp_path, monkeypatch):
             sizes.append(pieces.Pieces(None, 8).limit(8))
         sizes.append(pieces.Pieces(None, 8).limit(8))
     assert [*sizes, pieces.Pieces(None, 8).limit(8)] == [4, 2, 4, 8]
+    assert "Memory ran out before: 1/4 of the samples at a time" in caplog.text
 
 
 def test_what_fits_does_not_change_the_parts_that_a_journal_counts(monkeypatch):

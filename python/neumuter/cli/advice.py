@@ -43,7 +43,8 @@ def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:
     if outcome.mutes.share == 1:
         return [*found, "All neurons have gains already. More steps (--steps) may forget more."]
     if outcome.curve:
-        known = "forget_secrets" in outcome.after
+        # A goal that was missed is not to be made stricter.
+        known = "forget_secrets" in outcome.after and any(point["met"] for point in outcome.curve)
         more = "A stricter goal (--goal-secrets) or more" if known else "More"
         return [*found, f"{more} steps (--steps) may forget more."]
     return [*found, "--budget auto looks for a share of neurons that is enough."]

@@ -47,6 +47,7 @@ def choose_layout(
     if count_processes() == 1 or not torch.cuda.is_available() or quantize:
         return asked._replace(layout=Layout.ddp)
     from neumuter.cli.arguments import read_config
+    from neumuter.models.pieces import SMALLER
     from neumuter.models.quantised import find_quantisation
     from neumuter.training.processes import agree
 
@@ -68,8 +69,8 @@ def choose_layout(
     halvings = math.ceil(math.log2(batch_size / fitting))
     if halvings:
         console.print(
-            f"No layout fits if {batch_size} texts of each kind go through the model at once. So they go in "
-            f"{2**halvings} parts, which gives the same result but for rounding.",
+            f"No layout fits if {batch_size} texts of each kind go through the model at once: "
+            f"{SMALLER % 2**halvings}",
             soft_wrap=True,
         )
     return Chosen(Layout(name), halvings, recompute)

@@ -16,6 +16,11 @@ from neumuter.models.recomputation import Recomputation
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 logger = logging.getLogger("neumuter")
+# What is said where pieces are smaller from the start.
+SMALLER = (
+    "1/%d of the samples at a time go through the model, which gives the same result but for rounding. What "
+    "is sampled from the model can be other texts."
+)
 _halvings: ContextVar[int] = ContextVar("halvings", default=0)
 
 
@@ -24,14 +29,14 @@ class SplitOutOfMemoryError(torch.OutOfMemoryError):
 
 
 @contextmanager
-def sparing(halvings: int) -> Iterator[None]:
-    """Context: pieces of a model that processes share begin with half of their samples, so many times.
+def sparing(halvings: int) -> Iterator[int]:
+    """Context: pieces begin with half of their samples, so many times.
 
-    Contexts within each other add up.
+    Contexts within each other add up, and each gives the sum.
     """
     token = _halvings.set(_halvings.get() + halvings)
     try:
-        yield
+        yield _halvings.get()
     finally:
         _halvings.reset(token)
 
@@ -52,7 +57,7 @@ class Pieces:
         effect: str = "gives the same result",
     ) -> None:
         self.model, self.size, self.recomputation, self.effect = model, size, recomputation, effect
-        self.halvings = _halvings.get() if is_sharded(model) else 0
+        self.halvings = _halvings.get()
 
     def limit(self, count: int) -> int:
         """How many of ``count`` samples go through the model at a time."""

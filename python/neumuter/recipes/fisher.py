@@ -17,8 +17,8 @@ from neumuter.training.processes import agree
 
 # Retain samples that F is measured on: a random sample where there are more.
 MEASURED_RETAIN = 512
-# Tokens whose log-odds lie further than this many nats below 0 are forgotten already.
-MARGIN = 2.0
+# Where nothing else is known of it, a run whose log-odds lie so many nats below 0 is forgotten already.
+MARGIN = 3.0
 # This share of the mean Fisher information is added, so that neurons that nothing uses do not come first.
 DAMPING = 0.1
 

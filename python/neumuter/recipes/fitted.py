@@ -42,11 +42,12 @@ class GainsConfig:
     # Samples of each kind per step; None takes all of them.
     batch_size: int | None = 8
     gain_range: tuple[float, float] = (-2.0, 2.0)
-    # Nats by which the log-odds of a run of tokens have to fall below 0, where nothing else is known of it.
+    # Nats by which the log-odds of a run of tokens have to fall below 0, where nothing else is known of it;
+    # see ``losses.hinge_runs``.
     margin: float = 3.0
-    # Nats per retain token; by which share of it each earlier request whose slopes are known raises it; and
-    # by which share all neurons do. A part of them does so by its square: where few neurons have to forget
-    # much, more harm costs texts to keep, and where all do, it hardly costs any.
+    # Nats per retain token. Each earlier request whose slopes are known raises it by the share kl_growth.
+    # With a share s of the neurons it rises by kl_breadth·s²: where all neurons can move, more harm hardly
+    # costs a text to keep.
     kl_target: float = 0.02
     kl_growth: float = 0.1
     kl_breadth: float = 0.5
@@ -223,7 +224,7 @@ def refit_gains(
         pair: the texts to keep; of texts to forget there may be none.
         existing: the mute set in force, which holds for all of these requests.
         former: what ``measure_slopes`` gave for each request that stays.
-        undone: the same of those to undo: the log-odds of their tokens are raised to ``config.margin``.
+        undone: the same of those to undo: the log-odds of their runs are raised to ``config.margin``.
         callback: called as (step, total, info) after every step; see ``fit_mutes``.
 
     Returns:

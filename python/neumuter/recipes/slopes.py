@@ -134,7 +134,8 @@ def find_slopes(
 class Held:
     """A loss that holds down what earlier requests forgot: the mean hinge on log-odds, summed over requests.
 
-    Where the ceiling of a run is known, its hinge ends there; see ``losses.hinge_runs``.
+    Where the ceiling of a run is known, its hinge ends there; see ``losses.hinge_runs``. The least likely
+    token of a run is not held by itself: of it nothing is stored.
 
     Args:
         former: of each earlier request. neurons: with the mute set in force.

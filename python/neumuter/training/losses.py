@@ -83,13 +83,15 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
     A run comes out with the product of the probabilities of its tokens. The hinge on its log-odds ends at
     those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``; or at −``margin`` where
     nothing is known. Its gradient goes to the tokens in proportion to what they lack of certainty, so the
-    run is forgotten where that is easiest. A run of likely tokens, of which none is certain, can have a small
-    product, and greedy decoding says it all the same: so the log-odds of its least likely token have to fall
-    to ``GREEDY_ODDS``, too, unless a ceiling allows more; what lacks more counts. All of it is multiplied by
-    the number of the run's tokens, so that a mean over tokens weighs each alike.
+    run is forgotten where that is easiest.
 
-    Tokens that may stay likelier than not have to: of these it is what their log-odds lack of 0. Without it a
-    fit may wreck the wording of a text to be rid of its secret.
+    A run of likely tokens, of which none is certain, can have a small product, and greedy decoding says it
+    all the same. So the log-odds of its least likely token have to fall to the lowest of its ceilings, but no
+    lower than ``GREEDY_ODDS``. The larger of the two excesses counts. It is multiplied by the number of the
+    run's tokens, so that a mean over tokens weighs each alike.
+
+    A token with a ceiling above 0 must stay likelier than not. It costs what its log-odds lack of 0. Without
+    that a fit may wreck the wording of a text to be rid of its secret.
 
     Args:
         losses: of the forget tokens, in nats [N].
@@ -98,16 +100,16 @@ def hinge_runs(losses: Tensor, ceilings: Tensor, runs: Tensor, margin: float) ->
         margin: nats.
     """
     ends = find_ends(ceilings, runs)
-    odds, least = log_odds(sum_runs(losses, runs)), log_odds(_largest(losses, runs))
+    odds, least = log_odds(sum_runs(losses, runs)), log_odds(largest_in_runs(losses, runs))
     over = odds - ends.masked_fill(ends.isneginf(), -margin)
-    over = torch.maximum(over, least - (-_largest(-ceilings, runs)).clamp(min=GREEDY_ODDS))
+    over = torch.maximum(over, least - (-largest_in_runs(-ceilings, runs)).clamp(min=GREEDY_ODDS))
     left = sum_runs(torch.ones_like(losses), runs) * F.relu(over)
     lost = F.relu(-odds).masked_fill(ceilings <= 0, 0)
     return (left + lost).masked_fill(~begin_runs(runs), 0)
 
 
 def find_ends(ceilings: Tensor, runs: Tensor) -> Tensor:
-    """The log-odds at which each run is forgotten: [N], at its first token; −∞ where nothing is known.
+    """Find the log-odds that each run may keep: [N], at its first token; −∞ where nothing is known.
 
     They are those of the product that its ceilings allow, but no lower than ``LEAST_ODDS``.
     """
@@ -140,8 +142,12 @@ def sum_runs(values: Tensor, runs: Tensor) -> Tensor:
     return _windows(values, runs, 0).sum(1)
 
 
-def _largest(values: Tensor, runs: Tensor) -> Tensor:
-    """The largest of ``values`` [N] from each token to the end of its run: [N]."""
+def largest_in_runs(values: Tensor, runs: Tensor) -> Tensor:
+    """Find the largest of ``values`` [N] from each token to the end of its run: [N].
+
+    Args:
+        runs: what ``find_runs`` gave, int64 [N].
+    """
     return _windows(values, runs, -torch.inf).amax(1)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neumuter.files import PathLike, made_folder, write_atomically
-from neumuter.models.pieces import SplitOutOfMemoryError, sparing
+from neumuter.models.pieces import SMALLER, SplitOutOfMemoryError, sparing
 from neumuter.training.batches import PairedBatches
 from neumuter.training.processes import find_most, gather, is_first
 
@@ -29,14 +29,10 @@ def remember_shortage(folder: PathLike, resume: bool) -> Iterator[None]:
     if not resume:
         path.unlink(missing_ok=True)
     halvings = find_most(_read(path))
-    if halvings:
-        logger.warning(
-            "Memory ran out before: 1/%d of the samples at a time go through the model, which gives the same "
-            "result but for rounding. What is sampled from the model can be other texts.",
-            2**halvings,
-        )
     try:
-        with sparing(halvings):
+        with sparing(halvings) as total:
+            if halvings:
+                logger.warning(f"Memory ran out before: {SMALLER}", 2**total)
             yield
         path.unlink(missing_ok=True)
     except SplitOutOfMemoryError as error:

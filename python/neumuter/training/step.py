@@ -17,7 +17,14 @@ from torch import Tensor
 from neumuter.models.modes import without_dropout
 from neumuter.training.batches import Inputs, PairedBatches
 from neumuter.training.graphs import Graphs, find_obstacle
-from neumuter.training.losses import begin_runs, find_runs, log_odds, sum_runs, weigh_harm
+from neumuter.training.losses import (
+    begin_runs,
+    find_runs,
+    largest_in_runs,
+    log_odds,
+    sum_runs,
+    weigh_harm,
+)
 from neumuter.training.processes import Processes
 from neumuter.training.sources import Watching
 
@@ -27,6 +34,8 @@ READ_EVERY = {"cpu": 1, "cuda": 16}
 Tell = Callable[[int, dict[str, float]], object]
 # The log-odds of a text that nothing is left of.
 NOTHING = -100.0
+# By which the log-odds of a run's least likely token count less than those of the run, which ends lower.
+LIKELY = 2.0
 READINGS = ("loss", "forget_loss", "kl", "muted")
 
 
@@ -92,8 +101,9 @@ class Step:
 
     ``log_odds``, float32 [forget samples] on the device, NaN where no step had the sample: how well each was
     known when a step last had it, under that step's masks. It is known as well as that of its runs of tokens
-    (see ``losses.find_runs``) which is most likely to come out; where no token identifies the text,
-    ``NOTHING``.
+    (see ``losses.find_runs``) which is most likely to come out: by the product of the probabilities of its
+    tokens, or by the least of them, whose log-odds count ``LIKELY`` less. Where nothing of the text is to be
+    forgotten, it is ``NOTHING``.
 
     Args:
         pair: the texts, and the model under its masks.
@@ -313,7 +323,10 @@ class Step:
         runs, ceilings, weights = (
             value.to(self.log_odds.device) for value in (measured.runs, measured.ceilings, measured.weights)
         )
-        odds = log_odds(sum_runs(measured.losses.to(self.log_odds), runs)).clamp(min=NOTHING)
+        losses = measured.losses.to(self.log_odds)
+        # Greedy decoding says a run of likely tokens, whatever their product is.
+        least = log_odds(largest_in_runs(losses, runs)) - LIKELY
+        odds = torch.maximum(log_odds(sum_runs(losses, runs)), least).clamp(min=NOTHING)
         settled = (ceilings >= 0) | ~begin_runs(runs)
         known = odds.masked_fill(settled, NOTHING).masked_fill(weights == 0, -torch.inf)
         ids = [
