@@ -40,13 +40,13 @@ from neumuter.training.selection import NothingSelectedError
 from neumuter.types import Batch
 from neumuter.unlearning import unlearn
 
-MUTE_BUDGET, MODULATE_BUDGET = 0.10, 0.05
-CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05)}
+BUDGET = 0.10
+CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05, 0.10)}
 # A few windows of ordinary text among the retain texts protect the perplexity; as they thin out KL per
 # token, η is larger and the KL budget smaller than the recipe's own.
 RETAIN_WINDOWS = 8
 RECIPE = FittedConfig(
-    GainsConfig(steps=80, kl_weight=12.0, kl_target=0.025, batch_size=None),
+    GainsConfig(kl_target=0.015),
     SupportConfig(steps=60, kl_weight=10.0, batch_size=None),
 )
 
@@ -85,18 +85,15 @@ def run_demo(
     job = _Job(seed, fresh, console)
     before = job.row("before", build(job.state), 0.0, job.seconds)
     rows = [before]
-    for name, budget, mode in (
-        ("muted", MUTE_BUDGET, "mute"),
-        ("modulated", MODULATE_BUDGET, "modulate"),
-    ):
-        mutes, seconds = job.find(budget, mode)
+    for name, mode in (("muted", "mute"), ("modulated", "modulate")):
+        mutes, seconds = job.find(BUDGET, mode)
         mutes.save(files[name])
         model = build(job.state)
         with mute(model, files[name]):
             rows.append(job.row(name, model, mutes.share, seconds))
         metrics = {"before": _metrics(before), "after": _metrics(rows[-1])}
         dataclasses.replace(mutes, metrics=metrics).save(files[name])
-    rows += job.baselines(MUTE_BUDGET)
+    rows += job.baselines(BUDGET)
     if not short:
         state, seconds = job.train(job.records.retain, "Training without the records")
         rows.append(job.row("retrained", build(state), 0.0, seconds))
