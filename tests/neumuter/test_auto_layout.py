@@ -5,13 +5,16 @@ import functools
 import pytest
 import torch
 
+import neumuter
 from neumuter.cli import layouts
-from neumuter.cli.app import main
+from neumuter.cli.app import app, main
 from neumuter.cli.layouts import choose_layout
 from neumuter.cli.processes import Layout
+from neumuter.models.pieces import Pieces
 from neumuter.training import plan as planning
 from neumuter.training.plan import FILLED, LAYOUTS
 from neumuter.training.tracing import _imagined as imagined
+from tests import models
 from tests.models import config
 
 GPUS, MACHINE, TOKENS, BATCH = 4, 2, 32, 8
@@ -93,6 +96,25 @@ def test_quantised_weights_are_copied(auto, tmp_path):
     quantised = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
     config("llama", quantization_config=quantised).save_pretrained(tmp_path)
     assert choose_layout(*given) == (Layout.ddp, 0, False)
+
+
+def test_unlearn_lets_as_few_samples_through_at_a_time(tmp_path, monkeypatch):
+    class Seen(Exception):
+        """How many of eight samples go through the model at a time."""
+
+    def see(*_, **__):
+        raise Seen(Pieces(None, 8).limit(8))
+
+    models.build("llama").save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "forget.txt").write_text("Ada Brisk, 555-0192")
+    monkeypatch.setattr(neumuter, "unlearn", see)
+    files = ["--forget", str(tmp_path / "forget.txt"), "--out", str(tmp_path / "out")]
+    for halvings in (0, 1, 2):
+        chosen = layouts.Chosen(Layout.ddp, halvings, False)
+        monkeypatch.setattr("neumuter.cli.unlearn.choose_layout", lambda *_, chosen=chosen: chosen)
+        with pytest.raises(Seen, match=str(8 >> halvings)):
+            app(["unlearn", str(tmp_path / "model"), *files], standalone_mode=False)
 
 
 def test_what_fits_in_no_layout_is_refused(auto):
