@@ -455,7 +455,7 @@ def given_away(rows, _):
         [label, f"{sum(row[name] for row in found):.0f} of {len(found)}"]
         for name, label in (
             ("guessed", "both secrets are the most alike among 100 random pairs"),
-            ("read", "the phone number is read off digit by digit, in two rounds, given the mail"),
+            ("read", "the phone number is read off digit by digit, given the mail"),
         )
     ]
     return text.table(["what was tried", "texts"], lines, "---:")
