@@ -19,6 +19,7 @@ import torch
 
 import neumuter
 from bench.unlearning import real
+from bench.unlearning.methods import configure
 from bench.unlearning.pretrained import SMOLLM2, tokenizer
 from neumuter import evaluation
 from neumuter.demo import task
@@ -29,7 +30,7 @@ from neumuter.recipes.schedule import VISITS
 from neumuter.serving.live import mute
 from neumuter.texts import encode, join_batches
 from neumuter.training.batches import PairedBatches
-from neumuter.training.weights import WeightsConfig, tune_weights
+from neumuter.training.weights import tune_weights
 from neumuter.types import IGNORED
 
 # Tokens of a passage, and those of them that verbatim extraction starts from.
@@ -161,19 +162,14 @@ class Shelf:
         scores = (evaluation.min_k_scores(model, whole(part)) for part in (forget, self.book.unseen))
         return evaluation.auc(*scores)
 
-    def fit(self, masked, first, last, share, existing=None, former=()):
-        """The mute set of ``unlearn`` for the passages from ``first`` on, before ``last``, and its slopes."""
-        pair = PairedBatches(masked, whole(self.book.forget[first:last]), self.kept())
-        mutes = fit_mutes(pair, share, existing=existing, former=former, seed=self.seed + first)
-        return mutes, measure_slopes(pair, mutes)
+    def pair(self, masked, first, last):
+        """The passages to forget from ``first`` on, before ``last``, beside what is to be kept."""
+        return PairedBatches(masked, whole(self.book.forget[first:last]), self.kept())
 
     def tune(self, model, method, first, last):
         """``model`` after a method that tunes its weights."""
-        model = copy.deepcopy(model).float().requires_grad_(True)
-        config = WeightsConfig(
-            method=method, batch_size=BATCH_SIZE, steps=max(1, round(self.steps * (last - first))),
-            lr=self.rates[method], beta=2.5 if method == "simnpo" else 0.1,
-        )  # fmt: skip
+        model, steps = copy.deepcopy(model).float().requires_grad_(True), round(self.steps * (last - first))
+        config = configure(method, max(1, steps), BATCH_SIZE, self.rates[method])
         tune_weights(model, whole(self.book.forget[first:last]), self.kept(), config, self.seed + first)
         return model.to(self.full.dtype).requires_grad_(False)
 
@@ -261,7 +257,7 @@ def _look_at(shelf, model, size):
 def _mute(shelf, share, size):
     shelf = shelf()
     with neumuter.attach(shelf.full, start_layer=0) as masked:
-        mutes, _ = shelf.fit(masked, 0, size, share)
+        mutes = fit_mutes(shelf.pair(masked, 0, size), share, seed=shelf.seed)
     with mute(shelf.full, mutes):
         return {"share": mutes.share} | shelf.measure(shelf.full, 0, size)
 
@@ -287,8 +283,9 @@ def _ask_in_turn(shelf, method, size):
             continue
         share = max(shelf.shares) / shelf.requests
         with neumuter.attach(model, start_layer=0) as masked:
-            mutes, slopes = shelf.fit(masked, first, first + size, share, mutes, former)
-        former.append(slopes)
+            pair = shelf.pair(masked, first, first + size)
+            mutes = fit_mutes(pair, share, existing=mutes, former=former, seed=shelf.seed + first)
+            former.append(measure_slopes(pair, mutes))
         with mute(model, mutes):
             found.append({"share": mutes.share} | shelf.measure(model, 0, first + size))
     return found

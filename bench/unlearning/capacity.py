@@ -12,6 +12,7 @@ import functools
 import torch
 
 import neumuter
+from bench.unlearning.methods import configure
 from bench.unlearning.slopes import make_crowd
 from bench.unlearning.synth import Setting
 from neumuter.demo.model import Training
@@ -19,7 +20,7 @@ from neumuter.recipes import fit_mutes
 from neumuter.recipes.schedule import VISITS
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
-from neumuter.training.weights import WeightsConfig, tune_weights
+from neumuter.training.weights import tune_weights
 
 # The method was chosen on seed 5; that KL's weight needs a lower limit was seen on 307. Nobody has tuned on
 # the others.
@@ -110,10 +111,8 @@ def tune(setting, method, lr=None):
 def tune_model(setting, method, lr=None):
     """A model that a method has tuned, and in how many steps."""
     model = copy.deepcopy(setting.full).requires_grad_(True)
-    config = WeightsConfig(
-        method=method, batch_size=BATCH_SIZE, steps=VISITS * len(setting.forget) // BATCH_SIZE,
-        lr=lr or RATES[method], beta=2.5 if method == "simnpo" else 0.1,
-    )  # fmt: skip
+    steps = VISITS * len(setting.forget) // BATCH_SIZE
+    config = configure(method, steps, BATCH_SIZE, lr or RATES[method])
     forget = setting.encode(setting.forget, "secret")
     tune_weights(model, forget, setting.neighbours("retain"), config, setting.seed)
     return model.requires_grad_(False), config.steps

@@ -8,6 +8,12 @@ from neumuter.training.losses import hinge_runs, weigh_harm
 from neumuter.training.neurons import Neurons
 
 
+def find_left(pair, losses, sample, margin):
+    """What ``hinge_runs`` gives for a forget sample, whose tokens have these losses, [N]."""
+    ceilings, runs = (part.to(losses.device) for part in (pair.ceilings_of(sample), pair.runs_of(sample)))
+    return hinge_runs(losses, ceilings, runs, margin)
+
+
 class Fit:
     """Gains of the neurons that are proposed, of which those stay that moved most.
 
@@ -27,8 +33,7 @@ class Fit:
 
     def left(self, losses, sample):
         """What is left to forget of the tokens of a sample, [N]."""
-        ceilings, runs = self.pair.ceilings_of(sample), self.pair.runs_of(sample)
-        return hinge_runs(losses, ceilings.to(losses.device), runs.to(losses.device), self.config.margin)
+        return find_left(self.pair, losses, sample, self.config.margin)
 
     def attack(self, gains, ids):
         """Add to the gradient of ``gains`` what else is to count in a step with the samples ``ids``."""

@@ -72,13 +72,16 @@ def _outside(mutes):
     return ((gains < 0) | (gains > 1)).double().mean().item()
 
 
+def configure(method, steps, batch_size, lr):
+    """The constants of one of ``WEIGHTS``; β is that of its authors."""
+    beta = 2.5 if method == "simnpo" else 0.1
+    return WeightsConfig(method=method, steps=steps, batch_size=batch_size, lr=lr, beta=beta)
+
+
 def tune(job, method):
     """A float32 copy of the model that one of ``WEIGHTS`` has tuned."""
     model = copy.deepcopy(job.model).float().requires_grad_(True)
-    config = WeightsConfig(
-        method=method, steps=job.recipe["steps"], batch_size=job.recipe["batch_size"],
-        lr=job.recipe["lr"], beta=2.5 if method == "simnpo" else 0.1,
-    )  # fmt: skip
+    config = configure(method, **{key: job.recipe[key] for key in ("steps", "batch_size", "lr")})
     tune_weights(model, job.forget, job.retain, config, job.seed)
     return model
 

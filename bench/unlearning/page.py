@@ -247,8 +247,7 @@ def model_seeds(rows, model):
 
 def capacity(rows, count):
     """What each share of the neurons can hold, beside the methods that tune weights."""
-    original = {row["seed"]: row["heldout_perplexity"] for row in rows if row["method"] == "before"}
-    chosen = [row | {"original_perplexity": original[row["seed"]]} for row in _where(rows, forget=int(count))]
+    chosen = _where(_related(rows, ("seed",)), forget=int(count))
     return table(_methods_by_share(chosen), COLUMNS) if chosen else None
 
 
@@ -279,8 +278,7 @@ def books(rows, model):
 def book_requests(rows, model):
     """Each method after each of several requests."""
     rows = _where(rows, model=model)
-    original = {row["seed"]: row["heldout_perplexity"] for row in rows if row["method"] == "before"}
-    asked = [row | {"original_perplexity": original[row["seed"]]} for row in rows if "requests" in row]
+    asked = [row for row in _related(rows, ("seed",)) if "requests" in row]
     groups = [
         (f"{label}, after {count}", _where(some, requests=count))
         for label, some in _methods(asked)

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 
 import neumuter
 from bench.unlearning.capacity import SEEDS, Crowd, make_pair
+from bench.unlearning.fitting import find_left
 from neumuter.recipes import FittedConfig, GainsConfig, fit_gains, fit_mutes, measure_slopes
 from neumuter.recipes.fisher import rank_by_fisher
 from neumuter.recipes.slopes import find_slopes
 from neumuter.serving.live import mute
-from neumuter.training.losses import begin_runs, find_ends, hinge_runs, predicting, sum_runs, weigh_harm
+from neumuter.training.losses import begin_runs, find_ends, predicting, sum_runs, weigh_harm
 from neumuter.training.neurons import Neurons
 
 COUNT, SHARE = 96, 0.1
@@ -101,12 +102,11 @@ class Whole:
         for ids in _parts(range(self.pair.forget_count)):
             with self.applying(gains):
                 losses = self.pair.sample_losses(ids)
-            yield sum(self.hinge(part, i).sum() for part, i in zip(losses, ids, strict=True)) / tokens
-
-    def hinge(self, losses, sample):
-        return hinge_runs(
-            losses, self.pair.ceilings_of(sample), self.pair.runs_of(sample), self.config.margin
-        )
+            left = (
+                find_left(self.pair, part, i, self.config.margin).sum()
+                for part, i in zip(losses, ids, strict=True)
+            )
+            yield sum(left) / tokens
 
     def harm(self, gains):
         tokens = self.pair.count_tokens(self.kept)[1]
