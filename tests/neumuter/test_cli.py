@@ -388,25 +388,6 @@ def test_unlearn_by_the_papers_recipe(checkpoint, capsys, monkeypatch):
     assert "--recipe paper cannot be combined with" in capsys.readouterr().err
 
 
-UNLEARN = ("unlearn", "m", "--forget", "f", "--out", "o")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (*UNLEARN, "--goal-ma", "0.5"),
-        (*UNLEARN, "--goal-secrets", "0.5"),
-        (*UNLEARN, "--budget", "auto", "--no-calibrate", "--goal-secrets", "0.5"),
-        (*UNLEARN, "--former", "s"),
-        ("evaluate", "m", "--forget", "f", "--suite", "tofu", "--paraphrased", "p"),
-        ("evaluate", "m", "--forget", "f", "--world-facts", "w"),
-    ],
-)
-def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
-    assert run(*arguments) == 2
-    assert arguments[-2] in capsys.readouterr().err
-
-
 def test_unlearn_with_an_existing_set(checkpoint, capsys):
     assert unlearn(checkpoint, "--retain", checkpoint / "retain.jsonl") in DONE
     former = neumuter.MuteSet.load(checkpoint / "out" / "mutes.safetensors")

@@ -53,6 +53,21 @@ def run(folder, monkeypatch, capsys):
 
 UNLEARN = "unlearn model --forget texts.txt --out new/folder "
 REFUSED = {
+    "a goal without a search": (UNLEARN + "--goal-ma 0.5", "--goal-ma and --goal-secrets need --budget auto"),
+    "another goal without a search": (UNLEARN + "--goal-secrets 0.5", "need --budget auto"),
+    "a goal for secrets that nobody knows": (
+        UNLEARN + "--budget auto --no-calibrate --goal-secrets 0.5",
+        "--goal-secrets needs to know secrets",
+    ),
+    "slopes without the set in force": (UNLEARN + "--former texts.txt", "--former needs --existing"),
+    "paraphrases of a suite": (
+        "evaluate model --forget texts.txt --suite tofu --paraphrased texts.txt",
+        "--paraphrased",
+    ),
+    "facts without their suite": (
+        "evaluate model --forget texts.txt --world-facts texts.txt",
+        "--world-facts",
+    ),
     "an ambiguous budget": (UNLEARN + "--budget 1", "write 1% or 1.0"),
     "a share above 1": (UNLEARN + "--budget 150%", "share in (0, 1]"),
     "no neurons": (UNLEARN + "--budget 0", "share in (0, 1]"),
