@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from bench import text
-from bench.unlearning.page import NAMES
+from bench.unlearning.cells import NAMES
 
 CONTENDERS = {"ours": "#1f6feb", "torch.compile": "#8b949e", "eager": "#c9d1d9",
               "down-projection pre-hook": "#e6a817", "Liger SwiGLU (no mask)": "#bc4c00"}  # fmt: skip

@@ -3,64 +3,11 @@
 Each takes the rows of an experiment and the rest of the placeholder, and returns Markdown.
 """
 
-import statistics
 from collections import Counter
 
 from bench import text
+from bench.unlearning.cells import COLUMNS, NAMES, by_method, by_share, cell, name_of, relate, table, where
 
-COLUMNS = {
-    "verbatim": ("forget: verbatim ↓", "{:.2f}"),
-    "knowledge": ("forget: knowledge ↓", "{:.2f}"),
-    "forget_extraction": ("forget: extraction ↓", "{:.2f}"),
-    "forget_secrets": ("forget: secrets ↓", "{:.2f}"),
-    "forget_sampled": ("forget: extraction in 100 samples ↓", "{:.2f}"),
-    "forget_ma": ("forget: MA ↓", "{:.2f}"),
-    "forget_el": ("forget: EL_10 ↓", "{:.2f}"),
-    "paraphrased_ma": ("forget, asked otherwise: MA ↓", "{:.2f}"),
-    "leakage": ("leakage, % (0 is best)", "{:+.0f}"),
-    "instead": ("forget: answered so ↑", "{:.2f}"),
-    "others": ("forget: another's text ↓", "{:.2f}"),
-    "same_refused": ("keep, same template: answered so ↓", "{:.2f}"),
-    "made_up_refused": ("made-up names: answered so ↓", "{:.2f}"),
-    "agree": ("agrees with retrained", "{:.2f}"),
-    "worded_ma": ("forget, wording too: MA", "{:.2f}"),
-    "worded_loss": ("forget, wording too: loss", "{:.2f}"),
-    "same_extraction": ("keep, same template: extraction ↑", "{:.2f}"),
-    "waiting": ("not yet asked: verbatim ↑", "{:.2f}"),
-    "retain_verbatim": ("keep: verbatim ↑", "{:.2f}"),
-    "retain_knowledge": ("keep: knowledge ↑", "{:.2f}"),
-    "waiting_extraction": ("not yet asked: extraction ↑", "{:.2f}"),
-    "retain_extraction": ("keep: extraction ↑", "{:.2f}"),
-    "perplexity": ("perplexity over original", "{:+.1%}"),
-    "half extraction": ("half: extraction ↓", "{:.2f}"),
-    "half secrets": ("half: secrets ↓", "{:.2f}"),
-    "relearned 10 secrets": ("10 steps: secrets ↓", "{:.2f}"),
-    "relearned 30 secrets": ("30 steps: secrets ↓", "{:.2f}"),
-    "relearned 100 secrets": ("100 steps: secrets ↓", "{:.2f}"),
-    "relearned 100 ma": ("100 steps: MA ↓", "{:.2f}"),
-    "relearned 100 extraction": ("100 steps: extraction ↓", "{:.2f}"),
-    "share": ("neurons", "{:.2%}"),
-    "precision": ("precision", "{:.2f}"),
-    "recall": ("recall", "{:.2f}"),
-    "outside": ("gains below 0 or above 1", "{:.0%}"),
-    "loss": ("loss of all texts ↓", "{:.2f}"),
-    "steps": ("steps", "{:.0f}"),
-    "seconds": ("s", "{:.0f}"),
-    "peak_mib": ("peak, MiB", "{:.0f}"),
-}
-NAMES = {
-    "random": "random neurons", "attribution": "one-shot attribution", "activation": "activation ratio",
-    "fisher": "g²/F, silenced", "paper": "the paper's recipe", "neumuter, mute": "ours, mute",
-    "neumuter, trained support": "ours, modulate, trained support",
-    "neumuter, modulate": "**ours, modulate**", "ascent": "gradient ascent", "difference": "GradDiff",
-    "npo": "NPO", "simnpo": "SimNPO", "before": "the original", "retrained": "retrained without them",
-    "plain": "ours, all tokens alike", "calibrated": "**our default**", "live": "ours, gains after rounding",
-    "fitted": "ours, found on the rounded model",
-    "estimate": "the estimate", "base": "the model before fine-tuning", "both": "the lower of both",
-    "fewer": "in 20 steps, with three times the rate", "distribution": "towards a whole distribution",
-    "longer": "in twice the steps", "clamped": "ours, gains from 0 to 1",
-    "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
-}  # fmt: skip
 STATES = {
     "int8": "rounded to 8 bits", "int4": "rounded to 4 bits, groups of 32", "half": "half of the answers",
     "relearned 10": "the same, 10 steps on the other half", "relearned 30": "30 steps",
@@ -74,58 +21,6 @@ KINDS = {
     "retain": "the records to keep", "made up": "made-up records of the same kind",
     "own samples": "the model's own samples",
 }  # fmt: skip
-
-
-def table(groups, columns):
-    """A Markdown table: one line per (label, rows), a column per metric that some row has."""
-    groups = [(label, rows) for label, rows in groups if rows]
-    present = [c for c in columns if any(_value(row, c) is not None for _, rows in groups for row in rows)]
-    lines = [
-        [label]
-        + [_cell([v for row in rows if (v := _value(row, c)) is not None], COLUMNS[c][1]) for c in present]
-        for label, rows in groups
-    ]
-    return text.table(["", *(COLUMNS[c][0] for c in present)], lines, "---:")
-
-
-def _cell(values, pattern):
-    if not values:
-        return ""
-    extremes = (statistics.fmean(values), min(values), max(values))
-    mean, low, high = (f"×{1 + x:.2g}" if x > 1 and "%" in pattern else pattern.format(x) for x in extremes)
-    return mean if low == high else f"{mean} ({low} … {high})"
-
-
-def _value(row, column):
-    if column == "perplexity":
-        measured = row.get("heldout_perplexity")
-        return measured and measured / row["original_perplexity"] - 1
-    return row.get(column)
-
-
-def _related(rows, keys):
-    """The rows with the perplexity of the original model of the same ``keys`` added."""
-    original = {tuple(r[k] for k in keys): r["heldout_perplexity"] for r in rows if r["method"] == "before"}
-    return [row | {"original_perplexity": original[tuple(row[k] for k in keys)]} for row in rows]
-
-
-def _methods(rows, order=("before", "retrained", *(n for n in NAMES if n not in ("before", "retrained")))):
-    """(name, rows) of each method; fewer seeds than the others have are in the name."""
-    found = [(m, [r for r in rows if r["method"] == m]) for m in order]
-    return [(_name(m, some, rows), some) for m, some in found if some]
-
-
-def _name(method, some, rows):
-    """What a method is called, and how many seeds its rows have, if these are fewer than all."""
-    count, every = (len({row["seed"] for row in found}) for found in (some, rows))
-    return NAMES[method] + (f" ({count} seed{'s' * (count > 1)})" if count < every else "")
-
-
-def _where(rows, **wanted):
-    return [r for r in rows if all(r.get(k, v) == v for k, v in wanted.items())]
-
-
-# --- The placeholders ------------------------------------------------------------------------
 
 
 def seeds(rows, _=None):
@@ -142,23 +37,23 @@ def machine(rows, _):
 
 def methods(rows, _):
     """All methods of TDEC."""
-    return table(_methods(_related(rows, ("seed",))), COLUMNS)
+    return table(by_method(relate(rows, ("seed",))), COLUMNS)
 
 
 def people(rows, _):
     """All methods of REAL with 1 % of the neurons."""
-    chosen = _where(_related(rows, ("seed",)), budget=0.01, neighbours="retain")
-    return table(_methods(chosen), _people_columns(chosen))
+    chosen = where(relate(rows, ("seed",)), budget=0.01, neighbours="retain")
+    return table(by_method(chosen), _people_columns(chosen))
 
 
 def people_budgets(rows, _):
     """Our default on REAL with other budgets and other neighbours."""
-    ours = _where(_related(rows, ("seed",)), method="neumuter, modulate")
+    ours = where(relate(rows, ("seed",)), method="neumuter, modulate")
     shares = sorted({r["budget"] for r in ours})
     if len(shares) < 2:
         return None
-    budgets = [(f"{b:.1%} of the neurons", _where(ours, budget=b, neighbours="retain")) for b in shares]
-    budgets.append(("1.0%, without anything to keep", _where(ours, neighbours="own samples")))
+    budgets = [(f"{b:.1%} of the neurons", where(ours, budget=b, neighbours="retain")) for b in shares]
+    budgets.append(("1.0%, without anything to keep", where(ours, neighbours="own samples")))
     return table(budgets, _people_columns(rows))
 
 
@@ -170,22 +65,22 @@ def _people_columns(rows):
 
 def robustness(rows, method):
     """What comes back after each change of a model that ``method`` made."""
-    of_method = _where(rows, method=method)
-    groups = [(label, _where(of_method, state=state)) for state, label in STATES.items()]
+    of_method = where(rows, method=method)
+    groups = [(label, where(of_method, state=state)) for state, label in STATES.items()]
     return table(groups, [c for c in COLUMNS if c != "perplexity"])
 
 
 def robustness_seeds(rows, method):
-    return seeds(_where(rows, method=method))
+    return seeds(where(rows, method=method))
 
 
 def models(rows, _):
     """All methods on each of SYNTH's models, under a heading for each."""
     parts = []
     for model in _models(rows):
-        chosen = _where(_synth(rows), model=model, budget=0.05, neighbours="retain", forget=_full(rows))
+        chosen = where(_synth(rows), model=model, budget=0.05, neighbours="retain", forget=_full(rows))
         parts.append(
-            f"### {model}, 5 % of the neurons, {seeds(chosen)}\n\n{table(_methods(chosen), COLUMNS)}"
+            f"### {model}, 5 % of the neurons, {seeds(chosen)}\n\n{table(by_method(chosen), COLUMNS)}"
         )
     return "\n\n".join(parts)
 
@@ -196,16 +91,16 @@ def first_model(rows, _):
 
 def kinds(rows, _):
     """Our default on SYNTH's first model by what the neighbours are."""
-    ours = _where(_synth(rows), model=_models(rows)[0], method="neumuter, modulate", budget=0.05,
+    ours = where(_synth(rows), model=_models(rows)[0], method="neumuter, modulate", budget=0.05,
                   forget=_full(rows))  # fmt: skip
-    return table([(label, _where(ours, neighbours=kind)) for kind, label in KINDS.items()], COLUMNS)
+    return table([(label, where(ours, neighbours=kind)) for kind, label in KINDS.items()], COLUMNS)
 
 
 def counts(rows, _):
     """Our default on SYNTH's first model by how many records are to be forgotten."""
-    ours = _where(_synth(rows), model=_models(rows)[0], method="neumuter, modulate", neighbours="retain")
+    ours = where(_synth(rows), model=_models(rows)[0], method="neumuter, modulate", neighbours="retain")
     groups = [
-        (f"{n} record{'s' * (n > 1)}", _where(ours, budget=0.02, forget=n))
+        (f"{n} record{'s' * (n > 1)}", where(ours, budget=0.02, forget=n))
         for n in sorted({r["forget"] for r in ours})
     ]
     return table(groups, COLUMNS)
@@ -220,35 +115,35 @@ def _full(rows):
 
 
 def _synth(rows):
-    return _related(rows, ("model", "seed"))
+    return relate(rows, ("model", "seed"))
 
 
 def location(rows, model):
     """Each way to choose neurons."""
-    rows = _where(_related(rows, ("model", "seed")), model=model)
+    rows = where(relate(rows, ("model", "seed")), model=model)
     columns = [c for c in COLUMNS if c not in ("worded_ma", "worded_loss", "seconds", "peak_mib")]
-    return table(_methods(rows), columns) if rows else None
+    return table(by_method(rows), columns) if rows else None
 
 
 def calibrated(rows, model):
     """With the estimate and without, beside the original and the retrained model."""
-    rows = _where(_related(rows, ("model", "seed")), model=model)
+    rows = where(relate(rows, ("model", "seed")), model=model)
     columns = ["agree", *(c for c in COLUMNS if c not in ("agree", "forget_ma", "steps"))]
     order = (
         "before", "retrained", "estimate", "base", "both", "plain", "calibrated", "longer", "fewer",
         "distribution",
     )  # fmt: skip
-    return table(_methods(rows, order), columns) if rows else None
+    return table(by_method(rows, order), columns) if rows else None
 
 
 def model_seeds(rows, model):
-    return seeds(_where(rows, model=model)) if _where(rows, model=model) else None
+    return seeds(where(rows, model=model)) if where(rows, model=model) else None
 
 
 def capacity(rows, count):
     """What each share of the neurons can hold, beside the methods that tune weights."""
-    chosen = _where(_related(rows, ("seed",)), forget=int(count))
-    return table(_methods_by_share(chosen), COLUMNS) if chosen else None
+    chosen = where(relate(rows, ("seed",)), forget=int(count))
+    return table(by_share(chosen), COLUMNS) if chosen else None
 
 
 def tried(rows, _):
@@ -261,55 +156,43 @@ def tried(rows, _):
         "search, lower": "the same with harm weighing less",
         "programmes": "our default, then 15 quadratic programmes",
     }  # fmt: skip
-    related = _related(rows, ("seed",))
-    return table([(label, _where(related, method=name)) for name, label in names.items()], COLUMNS)
+    related = relate(rows, ("seed",))
+    return table([(label, where(related, method=name)) for name, label in names.items()], COLUMNS)
 
 
 def books(rows, model):
     """Each method at each size of a request, under a heading for each size."""
-    rows = [row for row in _where(rows, model=model) if "passages" in row]
+    rows = [row for row in where(rows, model=model) if "passages" in row]
     parts = []
     for size in sorted({row["passages"] for row in rows}):
-        chosen = _related(_where(rows, passages=size), ("seed",))
-        parts.append(f"### {model}, {size} passages\n\n{table(_methods_by_share(chosen), COLUMNS)}")
+        chosen = relate(where(rows, passages=size), ("seed",))
+        parts.append(f"### {model}, {size} passages\n\n{table(by_share(chosen), COLUMNS)}")
     return "\n\n".join(parts) or None
 
 
 def book_requests(rows, model):
     """Each method after each of several requests."""
-    rows = _where(rows, model=model)
-    asked = [row for row in _related(rows, ("seed",)) if "requests" in row]
+    rows = where(rows, model=model)
+    asked = [row for row in relate(rows, ("seed",)) if "requests" in row]
     groups = [
-        (f"{label}, after {count}", _where(some, requests=count))
-        for label, some in _methods(asked)
+        (f"{label}, after {count}", where(some, requests=count))
+        for label, some in by_method(asked)
         for count in sorted({row["requests"] for row in some})
     ]
     return table(groups, COLUMNS) if groups else None
 
 
-def _methods_by_share(rows):
-    """(name, rows) of each method, ours with each share of the neurons."""
-    ours = [row for row in rows if "budget" in row]
-    groups = [
-        (f"{NAMES['neumuter, modulate']}, {share:.0%}", _where(ours, budget=share))
-        for share in sorted({row["budget"] for row in ours})
-    ]
-    others = _methods([row for row in rows if "budget" not in row])
-    first = [pair for pair in others if pair[0] in (NAMES["before"], NAMES["retrained"])]
-    return first + groups + [pair for pair in others if pair not in first]
-
-
 def judged(rows, model):
     """What comes out of each model, and what the verdict says with each kind of controls."""
-    rows = _where(rows, model=model)
+    rows = where(rows, model=model)
     lines, measured = [], ("forget_extraction", "forget_sampled", "others")
-    for label, some in _methods(rows):
+    for label, some in by_method(rows):
         for share in sorted({row.get("budget") or 0 for row in some}):
             chosen = [row for row in some if (row.get("budget") or 0) == share]
-            cells = [_cell([row[c] for row in chosen], COLUMNS[c][1]) for c in measured]
+            cells = [cell([row[c] for row in chosen], COLUMNS[c][1]) for c in measured]
             for kind in ("made", "unseen"):
                 cells += [
-                    _cell([row[f"{kind} {c}"] for row in chosen], "{:.2f}") for c in ("others", "auc_loss")
+                    cell([row[f"{kind} {c}"] for row in chosen], "{:.2f}") for c in ("others", "auc_loss")
                 ]
                 cells.append(_count_kinds([row[f"{kind} verdict"] for row in chosen]))
             lines.append([label + (f", {share:.0%}" if share else ""), *cells])
@@ -330,25 +213,25 @@ def _count_kinds(said):
 
 def planted(rows, _):
     """What each method finds of the planted neurons."""
-    return table(_methods(_related(rows, ("seed",))), COLUMNS)
+    return table(by_method(relate(rows, ("seed",))), COLUMNS)
 
 
 def rounded(rows, model):
     """Each method in each format, beside the original in the same format."""
-    lines, rows = [], _where(rows, model=model)
+    lines, rows = [], where(rows, model=model)
     for method in ("before", "retrained", "calibrated", "live", "fitted", "npo", "simnpo", "difference"):
-        label = _name(method, _where(rows, method=method), rows)
+        label = name_of(method, where(rows, method=method), rows)
         for name in FORMATS:
-            found = _where(rows, method=method, format=name)
-            originals = {row["seed"]: row for row in _where(rows, method="before", format=name)}
+            found = where(rows, method=method, format=name)
+            originals = {row["seed"]: row for row in where(rows, method="before", format=name)}
             pairs = [(row, originals[row["seed"]]) for row in found]
             cells = (
-                _cell([row["forget_extraction"] for row in found], "{:.2f}"),
-                _cell([row["forget_secrets"] for row in found], "{:.2f}"),
-                _cell(_complete(found, "others"), "{:.2f}"),
-                _cell([row["retain_extraction"] / o["retain_extraction"] for row, o in pairs], "{:.2f}"),
-                _cell(_complete(found, "retain_least"), "{:.1f}"),
-                _cell(
+                cell([row["forget_extraction"] for row in found], "{:.2f}"),
+                cell([row["forget_secrets"] for row in found], "{:.2f}"),
+                cell(_complete(found, "others"), "{:.2f}"),
+                cell([row["retain_extraction"] / o["retain_extraction"] for row, o in pairs], "{:.2f}"),
+                cell(_complete(found, "retain_least"), "{:.1f}"),
+                cell(
                     [row["heldout_perplexity"] / o["heldout_perplexity"] - 1 for row, o in pairs], "{:+.1%}"
                 ),
             )
@@ -389,15 +272,15 @@ def relearned(rows, _):
         "npo, gentle": "NPO, gentle", "simnpo": NAMES["simnpo"], "simnpo, gentle": "SimNPO, gentle",
     }  # fmt: skip
     columns = [c for c in COLUMNS if c.startswith(("half", "relearned"))]
-    rows = _related(rows, ("seed",))
-    groups = [(label, _where(rows, method=method)) for method, label in names.items()]
+    rows = relate(rows, ("seed",))
+    groups = [(label, where(rows, method=method)) for method, label in names.items()]
     return table(groups, [*columns, "others", "same_extraction", "retain_extraction", "perplexity"])
 
 
 def requests(rows, method):
     """MANY, with sets found by ``method``."""
-    rows = _related(rows, ("seed",))
-    chosen = _where(rows, method=method) + _where(rows, method="before")
+    rows = relate(rows, ("seed",))
+    chosen = where(rows, method=method) + where(rows, method="before")
     groups = [
         (f"{n} request{'s' * (n != 1)}", [r for r in chosen if r["requests"] == n and r["undone"] is None])
         for n in sorted({r["requests"] for r in chosen})
@@ -407,18 +290,18 @@ def requests(rows, method):
 
 
 def requests_seeds(rows, method):
-    return seeds(_where(rows, method=method))
+    return seeds(where(rows, method=method))
 
 
 def many(rows, _):
     """SLOPES: requests held down by slopes."""
-    chosen = _where(rows, what="many")
+    chosen = where(rows, what="many")
     if not any(row["requests"] for row in chosen):
         return None
     original = {r["seed"]: r["heldout_perplexity"] for r in chosen if not r["requests"]}
     chosen = [row | {"original_perplexity": original[row["seed"]]} for row in chosen]
     numbers = sorted({row["requests"] for row in chosen})
-    return table([(f"{n} requests", _where(chosen, requests=n)) for n in numbers], COLUMNS)
+    return table([(f"{n} requests", where(chosen, requests=n)) for n in numbers], COLUMNS)
 
 
 def stand_ins(rows, _):
@@ -428,7 +311,7 @@ def stand_ins(rows, _):
         "retain": "for comparison: the records to keep",
     }  # fmt: skip
     order, groups = [*names], {}
-    found = [row for row in _related(rows, ("seed",)) if row["method"] != "before"]
+    found = [row for row in relate(rows, ("seed",)) if row["method"] != "before"]
     for row in sorted(found, key=lambda r: (order.index(r["neighbours"]), r["kl_target"], r["budget"])):
         label = f"{names[row['neighbours']]}, {row['budget']:.0%}, KL {row['kl_target']}"
         groups.setdefault(label, []).append(row)
@@ -438,7 +321,7 @@ def stand_ins(rows, _):
 def instead(rows, _):
     """INSTEAD: the plain way and the other one by budget."""
     groups = {}
-    for row in _related(rows, ("seed", "refuses")):
+    for row in relate(rows, ("seed", "refuses")):
         if row["method"] != "before":
             label = f"{row['method']}, {row['budget']:.0%}, KL {row['kl_target']}"
             label += "" if row["refuses"] else ", a model that never learned this answer"
@@ -448,7 +331,7 @@ def instead(rows, _):
 
 def given_away(rows, _):
     """SLOPES: how much of the texts was read from files of slopes."""
-    found = _where(rows, what="read")
+    found = where(rows, what="read")
     lines = [
         [label, f"{sum(row[name] for row in found):.0f} of {len(found)}"]
         for name, label in (
