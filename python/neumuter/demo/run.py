@@ -42,8 +42,8 @@ from neumuter.unlearning import unlearn
 
 BUDGET = 0.10
 CURVE = {"mute": (0.01, 0.02, 0.05, 0.10, 0.15), "modulate": (0.01, 0.02, 0.05, 0.10)}
-# A few windows of ordinary text among the retain texts protect the perplexity; as they thin out KL per
-# token, η is larger and the KL budget smaller than the recipe's own.
+# A few windows of ordinary text among the retain texts protect the perplexity. As they thin out KL per token,
+# silencing has a larger η than by default, and gains have a smaller KL budget.
 RETAIN_WINDOWS = 8
 RECIPE = FittedConfig(
     GainsConfig(kl_target=0.015),
