@@ -230,20 +230,20 @@ def cases(quick=False):
     for model, kind in [*SETTINGS.items()][: 1 if quick else None]:
         for seed in kind.seeds[: 1 if quick else None]:
             shelf = functools.cache(functools.partial(kind, seed))
-            about = {"model": model, "seed": seed}
+            about, others = {"model": model, "seed": seed}, [*kind.rates][: 1 if quick else None]
             for size in kind.sizes[: 1 if quick else None]:
-                yield from _size_cases(about | {"passages": size}, shelf, kind, size)
+                yield from _size_cases(about | {"passages": size}, shelf, kind, size, others)
             if kind.requests:
-                yield from _request_cases(about, shelf, kind)
+                yield from _request_cases(about, shelf, kind, others)
 
 
-def _size_cases(about, shelf, kind, size):
+def _size_cases(about, shelf, kind, size, others):
     yield about | {"method": "before"}, lambda: _look_at(shelf(), shelf().full, size)
     yield about | {"method": "retrained"}, lambda: _look_at(shelf(), shelf().retrained, size)
     for share in kind.shares:
         found = functools.partial(_mute, shelf, share, size)
         yield about | {"method": "neumuter, modulate", "budget": share}, found
-    for method in kind.rates:
+    for method in others:
         yield (
             about | {"method": method},
             lambda method=method: shelf().measure(shelf().tune(shelf().full, method, 0, size), 0, size),
@@ -262,10 +262,10 @@ def _mute(shelf, share, size):
         return {"share": mutes.share} | shelf.measure(shelf.full, 0, size)
 
 
-def _request_cases(about, shelf, kind):
+def _request_cases(about, shelf, kind, others):
     """One request after another, each of its part of the passages; what is measured are all so far."""
     size = max(kind.sizes) // kind.requests
-    for method in ("neumuter, modulate", *kind.rates):
+    for method in ("neumuter, modulate", *others):
         states = functools.cache(functools.partial(_ask_in_turn, shelf, method, size))
         for asked in range(1, kind.requests + 1):
             yield (
