@@ -279,6 +279,32 @@ def refuse_differing(model, layout, folder):
         refuse("process 1 finds an unfinished run, .*/begun/.*must be", folder=elsewhere, resume=resumed)
 
 
+def rank_again(model, folder):
+    """The whole job, and one that is killed while it ranks the neurons and then goes on."""
+    passes, sample_losses = [], PairedBatches.sample_losses
+
+    def count(self, ids):
+        passes.append(ids)
+        if len(passes) == killed_in:
+            raise Killed
+        return sample_losses(self, ids)
+
+    with (
+        mock.patch.object(recipes.fisher, "SAMPLES_PER_PASS", 1),
+        mock.patch.object(journal, "SAVE_SECONDS", -1),
+        mock.patch.object(PairedBatches, "sample_losses", count),
+    ):
+        killed_in = None
+        whole = unlearn(model, "modulate", MORE_KEPT)
+        killed_in = len(passes) + 4
+        with pytest.raises(Killed):
+            unlearn(model, "modulate", MORE_KEPT, folder=folder)
+        resumed = unlearn(model, "modulate", MORE_KEPT, folder=folder, resume=True)
+    # Each pass once, but for that in which the run was killed.
+    assert passes[killed_in:] == passes[3 : killed_in - 4]
+    return whole, resumed
+
+
 def spare(model):
     """A job in whose second process one sample alone fits into memory."""
     rank, evaluate = dist.get_rank(), PairedBatches.evaluate
@@ -324,6 +350,9 @@ def shared(model, layout, jobs, folder):
         resume(model, Path(folder) / "killed").save(Path(folder) / f"resumed-{rank}")
     if "elsewhere" in jobs:
         resume(model, Path(folder) / "alone").save(Path(folder) / f"elsewhere-{rank}")
+    if "ranking" in jobs:
+        for name, outcome in zip(("whole", "ranked"), rank_again(model, Path(folder) / "again"), strict=True):
+            outcome.mutes.save(Path(folder) / f"{name}-{rank}.safetensors")
     if "refit" in jobs:
         refit(model).save(Path(folder) / f"refit-{rank}.safetensors")
     if "spare" in jobs:

@@ -23,11 +23,11 @@ from tests.neumuter.launching import run
 
 # The families, the layouts, the numbers of processes, and the jobs that run whole.
 SHARED = [
-    ("llama", "ddp", 2, ("modulate", "mute", "paper", "auto", "refit", "differing", "spare")),
+    ("llama", "ddp", 2, ("modulate", "mute", "paper", "auto", "refit", "ranking", "differing", "spare")),
     ("llama", "ddp", 4, ("modulate",)),
     ("mixtral", "ddp", 2, ("modulate",)), ("qwen3_moe", "ddp", 4, ("mute",)),
     ("gpt_neo", "ddp", 2, ("modulate",)), ("phi3", "ddp", 2, ()),
-    ("llama", "fsdp", 2, ("modulate", "elsewhere")), ("llama", "fully_shard", 2, ("mute",)),
+    ("llama", "fsdp", 2, ("modulate", "elsewhere", "ranking")), ("llama", "fully_shard", 2, ("mute",)),
     ("mixtral", "fsdp", 2, ("modulate",)), ("qwen3_moe", "fsdp", 2, ()), ("llama", "fsdp", 4, ()),
     ("gpt_neo", "fully_shard", 2, ()), ("gemma2", "fully_shard", 2, ()),
     ("mixtral", "tp", 2, ("modulate",)), ("qwen3_moe", "tp", 2, ()), ("gpt_oss", "tp", 2, ()),
@@ -35,7 +35,7 @@ SHARED = [
     ("llama", "4bit", 2, ("modulate",)), ("llama", "8bit", 2, ()), ("phi3", "int8", 2, ("modulate",)),
     ("llama", "int4", 2, ()),
     ("llama", "fsdp+tp", 4, ("modulate", "double")), ("mixtral", "fsdp+tp", 4, ("modulate",)),
-    ("llama", "tp", 2, ("modulate", "mute", "double", "differing")), ("phi3", "tp", 2, ()),
+    ("llama", "tp", 2, ("modulate", "mute", "double", "ranking", "differing")), ("phi3", "tp", 2, ()),
     ("gemma2", "tp", 2, ()), ("gpt_neox", "tp", 4, ()),
 ]  # fmt: skip
 
@@ -231,6 +231,17 @@ def test_mutes_and_banks_serve_the_same(case, job, shared):
     for rank in range(processes):
         for found in torch.load(folder / f"logits-{rank}"):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@having("ranking")
+def test_a_ranking_goes_on_where_it_was(case, job, shared):
+    (_, _, processes, _), folder = case, shared(case)
+    files = {
+        (folder / f"{name}-{rank}.safetensors").read_bytes()
+        for name in ("whole", "ranked")
+        for rank in range(processes)
+    }
+    assert len(files) == 1
 
 
 @having("refit")

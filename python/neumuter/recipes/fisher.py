@@ -65,7 +65,7 @@ def rank_by_fisher(
 
     Args:
         existing: a mute set that is in force meanwhile.
-        journal: see ``fit_mutes``. Of a pass that several processes share it has nothing before the end.
+        journal: see ``fit_mutes``.
 
     Returns:
         float32 [neurons]; −∞ for neurons that may not be selected.
@@ -112,23 +112,18 @@ def _mean_square_gradients(
             (gradient,) = torch.autograd.grad(loss, mask)
         return gradient.square().sum(0)
 
-    # Processes that share samples have to run equally many passes: each part is one. Otherwise the journal
-    # counts the parts, so their size must not depend on what fits.
-    size = max(1, SAMPLES_PER_PASS >> (pair.pieces.halvings if pair.processes else 0))
+    processes, pieces = pair.processes, pair.pieces
 
-    def run(start: int) -> Tensor:
-        ids = sample_ids[start : start + size]
-        return functools.reduce(torch.add, pair.pieces.run(sum_squares, ids))
+    def add_up(ids: Sequence[int]) -> Tensor:
+        if processes is None:
+            return functools.reduce(torch.add, pieces.run(sum_squares, ids))
+        # Processes that share samples have to run equally many passes: each part is one.
+        size = max(1, SAMPLES_PER_PASS >> pieces.halvings)
+        parts, own = processes.share([ids[start : start + size] for start in range(0, len(ids), size)])
+        found = [functools.reduce(torch.add, pieces.run(sum_squares, part)) for part in parts]
+        return processes.sum([sum(found[:own], torch.zeros(neurons.count, device=neurons.device))])[0]
 
-    total = torch.zeros(neurons.count, device=neurons.device)
-    starts: Sequence[int] = range(0, len(sample_ids), size)
+    at_once = SAMPLES_PER_PASS * (processes.count if processes else 1)
+    start = torch.zeros(neurons.count, device=neurons.device)
     with without_dropout(pair.masked.model):
-        if pair.processes is None:
-            return journal.sum(name, starts, run, total) / len(sample_ids)
-        starts, own = pair.processes.share(starts)
-        for number, start in enumerate(starts):
-            squares = run(start)
-            if number < own:
-                total += squares
-    (total,) = pair.processes.sum([total])
-    return total / len(sample_ids)
+        return journal.sum(name, sample_ids, at_once, add_up, start) / len(sample_ids)

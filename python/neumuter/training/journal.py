@@ -114,18 +114,30 @@ class Journal:
         """Whether this process or an earlier one has found the value of this name."""
         return self._prefix + name in self._found
 
-    def sum(self, name: str, items: Sequence[Item], work: Callable[[Item], Tensor], start: Tensor) -> Tensor:
+    def sum(
+        self,
+        name: str,
+        items: Sequence[Item],
+        at_once: int,
+        work: Callable[[Sequence[Item]], Tensor],
+        start: Tensor,
+    ) -> Tensor:
         """Add up what ``work`` returns for all items, or for those that are left of them, to ``start``.
 
-        To be called by one process alone.
+        The file says how many items are done, so that a run goes on with another ``at_once``.
+
+        Args:
+            at_once: items that ``work`` is given.
+            work: of several processes it returns the same in all of them.
         """
         name = self._prefix + name
         done, found = self._found.get(name, (0, start))
         total: Tensor = found.to(start.device)
-        for number in range(done, len(items)):
-            total = total + work(items[number])
+        while done < len(items):
+            total = total + work(items[done : done + at_once])
+            done = min(done + at_once, len(items))
             if self._due():
-                self._found[name] = (number + 1, total)
+                self._found[name] = (done, total)
                 self._write()
         return total
 
