@@ -93,9 +93,13 @@ def test_quantised_weights_are_copied(auto, tmp_path):
     """How large they are is not planned, and they are never split."""
     given = (Layout.auto, str(tmp_path), "auto", BATCH, TOKENS, False)
     assert choose_layout(*given, quantize=True) == (Layout.ddp, 0, False)
-    quantised = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
-    config("llama", quantization_config=quantised).save_pretrained(tmp_path)
-    assert choose_layout(*given) == (Layout.ddp, 0, False)
+    for quantised in (
+        {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+        # Formats that become plain weights where nothing computes with them.
+        {"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "mxfp4"},
+    ):  # fmt: skip
+        config("llama", quantization_config=quantised).save_pretrained(tmp_path)
+        assert choose_layout(*given) == (Layout.ddp, 0, False)
 
 
 def test_unlearn_lets_as_few_samples_through_at_a_time(tmp_path, monkeypatch):

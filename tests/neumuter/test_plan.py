@@ -132,6 +132,17 @@ def test_weights_that_load_as_plain_are_planned():
     assert plan(model, samples=1, tokens=16) == plan(config("llama"), samples=1, tokens=16)
 
 
+def test_weights_that_load_as_plain_are_not_split():
+    """So that no command is printed that ``unlearn`` refuses."""
+    text = config("gemma3")
+    for model in (config("llama"), Gemma3Config(text_config=text.to_dict())):
+        model.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        found = plan(model, 4, samples=1, tokens=16)
+        assert [*found.layouts] == ["DDP", "device_map"]
+        for name in ("FSDP2, ZeRO-3", "FSDP2 and tensor parallel", "tensor parallel"):
+            assert "split a model that was saved with plain weights" in found.refused[name]
+
+
 def test_windows_bound_the_cache():
     found = plan(config("gemma3", sliding_window=8), samples=1, tokens=16)
     assert [window for _, window in found.cache] == [8, 8, 8]

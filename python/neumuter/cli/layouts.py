@@ -48,11 +48,11 @@ def choose_layout(
         return asked._replace(layout=Layout.ddp)
     from neumuter.cli.arguments import read_config
     from neumuter.models.pieces import SMALLER
-    from neumuter.models.quantised import find_quantisation
+    from neumuter.models.quantised import is_quantised
     from neumuter.training.processes import agree
 
     config, count = read_config(model), count_processes()
-    if find_quantisation(config):
+    if is_quantised(config):
         return asked._replace(layout=Layout.ddp)
     wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     free = _find_free()

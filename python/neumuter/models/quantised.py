@@ -19,6 +19,11 @@ def find_quantisation(config: Any) -> dict[str, Any]:
     return {} if found.get("dequantize") or found.get("quant_method") in UNPACKED else found
 
 
+def is_quantised(config: Any) -> bool:
+    """Whether a model with this config was saved with quantised weights, which are never split."""
+    return bool(_describe(config))
+
+
 def refuse_quantised(config: Any, split: bool) -> None:
     """Raise ValueError, which names the library, if several processes cannot have a model with this config.
 
@@ -26,9 +31,9 @@ def refuse_quantised(config: Any, split: bool) -> None:
     """
     # Formats that are unpacked are no exception: transformers 5.24 unpacks a part of an FP8 weight with the
     # scales of other blocks, and says nothing.
-    if split and (given := _describe(config)):
+    if split and is_quantised(config):
         raise ValueError(
-            f"the weights are quantised by {given.get('quant_method')}, and are not split over processes: "
+            f"the weights are quantised by {_describe(config).get('quant_method')}, and are not split over processes: "
             "give each process a copy, or split a model that was saved with plain weights"
         )
     found = find_quantisation(config)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from neumuter.files import PathLike
 from neumuter.models.layouts import check_layout, divide
-from neumuter.models.quantised import find_quantisation
+from neumuter.models.quantised import find_quantisation, refuse_quantised
 from neumuter.models.recomputation import decoder_layers
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches
 from neumuter.training.step import Step
@@ -160,7 +160,7 @@ def plan(
             bfloat16, which fake tensors do not multiply; or a model whose forward pass depends on values,
             which they do not have.
     """
-    config = _plain_text_config(config)
+    given, config = config, _plain_text_config(config)
     found = trace(config, _make_step, "ddp", 1, samples, tokens, dtype, recompute)
     masked, model = found.masked, found.masked.model
     cache = _cache(model)
@@ -170,15 +170,19 @@ def plan(
     layouts, refused = {"one device": parts}, {}
     if devices > 1:
         # DDP copies the weights.
-        layouts = {"DDP": parts, "FSDP2, ZeRO-3": _gather(found, parts, devices)}
+        layouts = {"DDP": parts}
         for name, layout in LAYOUTS.items():
-            if "tp" not in layout or dist.is_initialized():
+            if layout == "ddp" or ("tp" in layout and dist.is_initialized()):
                 continue
             try:
+                if layout == "fsdp":
+                    refuse_quantised(given, split=True)
+                    layouts[name] = _gather(found, parts, devices)
+                    continue
                 shares = divide(layout, devices, min(devices, machine)).get("fsdp", 1)
                 each = samples if batch is None else _share(batch, shares)
                 layouts[name] = plan_tensor_parallel(
-                    config, layout, devices, each, tokens, dtype, recompute, machine
+                    given, layout, devices, each, tokens, dtype, recompute, machine
                 )
             except (ImportError, ValueError, RuntimeError) as error:
                 refused[name] = str(error)
@@ -219,12 +223,13 @@ def plan_tensor_parallel(
         ImportError, ValueError: the model cannot be laid out so; see ``plan``, too.
         RuntimeError: called inside a process group.
     """
-    config = _plain_text_config(config)
+    text = _plain_text_config(config)
+    refuse_quantised(config, split=True)
     local = min(devices, machine)
     with torch.device("meta"):
-        check_layout(layout, AutoModelForCausalLM.from_config(config, dtype=dtype), devices, local)
+        check_layout(layout, AutoModelForCausalLM.from_config(text, dtype=dtype), devices, local)
     sizes = divide(layout, devices, local)
-    found = trace(config, _make_step, "tp", sizes["tp"], samples, tokens, dtype, recompute)
+    found = trace(text, _make_step, "tp", sizes["tp"], samples, tokens, dtype, recompute)
     parts = _parts(found, sum(len(score) for score in found.masked.scores.values()))
     return _gather(found, parts, sizes["fsdp"]) if "fsdp" in sizes else parts
 
