@@ -231,6 +231,13 @@ def placed(model, layout, dtype="auto"):
     return loaded
 
 
+def one_by_one(model):
+    """The model, whose experts are multiplied one by one: all at once they cannot be in float64."""
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    return model
+
+
 # Of arguments, what each of two processes is given.
 DIFFERING = {
     "seed": (0, 1), "budget": (30, 31), "samples": (1, 0), "keep_slopes": (True, False), "made_up": (0, 2),
@@ -331,7 +338,7 @@ def shared(model, layout, jobs, folder):
         split.gradient_checkpointing_enable()
     torch.save(gradients(split, at_once=at_once), Path(folder) / f"gradients-{rank}")
     if "double" in jobs:
-        double = placed(model, layout, torch.float64)
+        double = one_by_one(placed(model, layout, torch.float64))
         torch.save(gradients(double), Path(folder) / f"double-{rank}")
     model = placed(model, layout)
     torch.save((describe_model(model), digest_weights(model)), Path(folder) / f"content-{rank}")
