@@ -214,6 +214,10 @@ MODELS = {
         lambda model: model.set_attn_implementation("eager") or model,
         "the model's attention was 'sdpa' and is 'eager'",
     ),
+    "config": (
+        lambda model: setattr(model.config, "rms_norm_eps", 1e-5) or model,
+        "the model's rms_norm_eps was '1e-06' and is '1e-05'",
+    ),
 } | {
     name: (lambda model, name=name: moved(model, name), f"weights of the model have changed in {name}")
     for name in (

@@ -1,8 +1,8 @@
 """What a model computes with: a few facts in words, and a digest of each of its tensors.
 
 Equal bytes have equal digests, in every layout: a tensor that is split over processes has that of the whole.
-Other bytes have other digests, but for a chance of less than one in a billion. What is in no tensor is not
-seen, such as the number of experts for each token, which the config says.
+Other bytes have other digests, but for a chance of less than one in a billion. What is in no tensor, such as
+the number of experts for each token, is in the config.
 """
 
 import functools
@@ -23,6 +23,11 @@ from neumuter.models.quantised import find_quantisation
 PIECE = 1 << 20
 # Hexadecimal digits of a digest.
 DIGITS = 16
+# What a config says of where a model is from, of what it is to return, and of what is described beside it.
+BESIDE = (
+    "_name_or_path", "transformers_version", "architectures", "model_type", "dtype", "quantization_config",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id",
+)  # fmt: skip
 # What PEFT says of what a layer adds to its base.
 ADAPTER_FACTS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
@@ -36,6 +41,7 @@ def describe_model(model: nn.Module) -> dict[str, str]:
         for path, module in network.named_modules()
         if all(hasattr(module, name) for name in ADAPTER_FACTS)
     ]
+    settings = config.to_dict() if config else {}
     return {
         "the model's architecture": str(getattr(config, "model_type", "")),
         "the model's dtype": str(getattr(network, "dtype", "")),
@@ -43,6 +49,10 @@ def describe_model(model: nn.Module) -> dict[str, str]:
         "the model's quantisation": json.dumps(find_quantisation(config), sort_keys=True, default=str),
         "the model's device": input_device(network).type,
         "the model's adapters": _shorten(hashlib.sha256(repr(adapters).encode())) if adapters else "",
+    } | {
+        f"the model's {name}": json.dumps(value, sort_keys=True, default=str)
+        for name, value in settings.items()
+        if name not in BESIDE
     }
 
 
