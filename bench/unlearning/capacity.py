@@ -2,8 +2,8 @@
 
 A model of the demo's size has learned the records of 480 customers by heart. 24, 96 or 240 of them are to be
 forgotten; 240 others stay, all of them worded alike. Beside the masks stand the methods that tune weights,
-each with the learning rate that did best on seed 5 and as many visits of each text as the masks may make, and
-the model retrained without all 240.
+each with the learning rate that did best on seed 5 and in as many steps as the masks, and the model retrained
+without all 240.
 """
 
 import copy
@@ -17,7 +17,7 @@ from bench.unlearning.slopes import make_crowd
 from bench.unlearning.synth import Setting
 from neumuter.demo.model import Training
 from neumuter.recipes import fit_mutes
-from neumuter.recipes.schedule import VISITS
+from neumuter.recipes.schedule import count_steps
 from neumuter.serving.live import mute
 from neumuter.training.batches import PairedBatches
 from neumuter.training.weights import tune_weights
@@ -111,7 +111,7 @@ def tune(setting, method, lr=None):
 def tune_model(setting, method, lr=None):
     """A model that a method has tuned, and in how many steps."""
     model = copy.deepcopy(setting.full).requires_grad_(True)
-    steps = VISITS * len(setting.forget) // BATCH_SIZE
+    steps = count_steps(len(setting.forget), None, BATCH_SIZE)
     config = configure(method, steps, BATCH_SIZE, lr or RATES[method])
     forget = setting.encode(setting.forget, "secret")
     tune_weights(model, forget, setting.neighbours("retain"), config, setting.seed)
