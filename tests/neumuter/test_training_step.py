@@ -272,15 +272,6 @@ def test_graphs_of_an_earlier_state_are_not_used_again(llama, captured):
     assert captured.captures == 2
 
 
-def test_a_stop_test_ends_the_steps(llama):
-    with neumuter.attach(llama) as masked:
-        pair = PairedBatches(masked, FORGET, KEEP)
-        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, None)
-        one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 8)
-        one.take(fit_.ids, 8, stop=lambda info: one.done == 3)
-        assert one.done == 3
-
-
 def test_only_our_own_thread_looks_for_no_packed_sequences():
     packed, found = torch.tensor([[0, 1, 0, 1]]), {}
     original = masking_utils.find_packed_sequence_indices

@@ -135,21 +135,14 @@ class Step:
         self._counter = torch.zeros((), dtype=torch.int64, device=pair.device)
         self._readings = torch.zeros(self.read_every, len(READINGS), dtype=torch.float64, device=pair.device)
 
-    def take(
-        self,
-        source: Iterator[Sequence[int]],
-        steps: int,
-        tell: Tell | None = None,
-        stop: Callable[[dict[str, float]], bool] | None = None,
-    ) -> None:
-        """Take ``steps`` steps, or fewer.
+    def take(self, source: Iterator[Sequence[int]], steps: int, tell: Tell | None = None) -> None:
+        """Take ``steps`` steps.
 
         Args:
             source: yields the sample ids of each step, forget samples first. If it has a method ``see``, that
                 is given ``log_odds`` on the CPU after every step, on a GPU after every 16th.
             tell: called as (step, info) for every step, counted from 1: a few steps later on a GPU. info has
                 "loss", "forget_loss" and "kl" in nats, and "muted", the share of neurons.
-            stop: called with the info of every step; true ends the run soon after it.
         """
         last, told = self.done + steps, self.done
         watching = source if isinstance(source, Watching) else None
@@ -164,15 +157,11 @@ class Step:
                 # Not at an end in between, so that where runs end changes nothing.
                 if watching and not between:
                     watching.see(self.log_odds.to("cpu", copy=True))
-                stopped = False
                 while told < self.done:
                     info = dict(zip(READINGS, rows[told % self.read_every], strict=True))
                     told += 1
                     if tell:
                         tell(told, info)
-                    stopped |= bool(stop and stop(info))
-                if stopped:
-                    return
 
     def once(self, sample_ids: Sequence[int]) -> None:
         """Take one step, which nobody is told of, on these samples, forget samples first."""
