@@ -20,6 +20,7 @@ import torch
 import neumuter
 from bench.unlearning import real
 from bench.unlearning.methods import configure
+from bench.unlearning.others import others_rate
 from bench.unlearning.pretrained import SMOLLM2, tokenizer
 from neumuter import evaluation
 from neumuter.demo import task
@@ -143,11 +144,12 @@ class Shelf:
     def measure(self, model, first, last):
         """Of the passages to forget from ``first`` on, before ``last``; those behind them may still stay."""
         forget, waiting = self.book.forget[first:last], self.book.forget[last:]
-        asked = ask_verbatim(forget)
+        asked, known = ask_verbatim(forget), ask_verbatim(torch.cat([waiting, self.book.retain]))
         found = {
             "verbatim": recall(model, self.words, asked),
             "knowledge": recall(model, self.words, ask_sentences(forget, self.words)),
             "forget_extraction": evaluation.extraction_rate(model, asked),
+            "others": others_rate(model, self.words, asked, known),
             "leakage": evaluation.privacy_leakage(
                 self.find_auc(model, forget), self.find_auc(self.retrained, forget)
             ),
