@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import neumuter
 from neumuter.models.families import find_ffns
-from neumuter.recipes import FittedConfig, GainsConfig, SupportConfig, fit_mutes
+from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
 from neumuter.training.batches import PairedBatches
 from tests.models import LAYERS, SMALL, batch, build, build_double, randomise, same
 from tests.neumuter import jobs
@@ -240,13 +240,28 @@ def test_offloaded(name, place, tmp_path):
         neumuter.fold(model, mutes)
 
 
-def test_a_recipe_runs_on_an_offloaded_model():
-    model, ids = build("llama"), batch()
-    accelerate.cpu_offload(model, execution_device="cpu")
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_recipe_finds_the_same_on_an_offloaded_model(name):
+    """As ``device_map`` loads it: each layer is on the device while it runs."""
+    ids, found, logits = batch(), [], []
     one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    config = FittedConfig(GainsConfig(steps=2), SupportConfig(steps=2))
-    with neumuter.attach(model) as masked:
-        assert fit_mutes(PairedBatches(masked, one, one), 4, config=config).count == 4
+    for offloaded in (False, True):
+        model = build(name)
+        if offloaded:
+            accelerate.cpu_offload(model, execution_device="cpu")
+        with neumuter.attach(model) as masked:
+            config = FittedConfig(GainsConfig(steps=3))
+            found.append(fit_mutes(PairedBatches(masked, one, one), 4, config=config))
+        with neumuter.mute(model, found[0]):
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+    assert found[0].fingerprint.keys() == found[1].fingerprint.keys()
+    for path, layer in found[0].layers.items():
+        assert torch.equal(layer.indices, found[1].layers[path].indices)
+        assert torch.equal(layer.gains, found[1].layers[path].gains)
+    assert found[0].count == 4
+    with pytest.raises(ValueError, match="offloaded"):
+        neumuter.fold(model, found[1])
 
 
 def test_experts_offloaded(tmp_path):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from neumuter.models.devices import is_offloaded, load_offloaded
 from neumuter.models.families import input_device, unwrapped
 from neumuter.models.quantised import find_quantisation
 
@@ -82,9 +83,8 @@ def _find_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if tensor.is_meta:
             path, _, own = name.rpartition(".")
-            hook = getattr(network.get_submodule(path), "_hf_hook", None)
-            offloaded = getattr(hook, "weights_map", None)
-            tensor = tensor if offloaded is None else offloaded[own]
+            module = network.get_submodule(path)
+            tensor = load_offloaded(module, own) if is_offloaded(module) else tensor
         # torch.compile adds this to paths.
         yield name.replace("_orig_mod.", ""), tensor.detach()
 

@@ -1,4 +1,6 @@
-"""Where tensors are: copies that the processor does not wait for, and parameters in parts."""
+"""Where tensors are: copies that the processor does not wait for, and parameters in parts or elsewhere."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,18 @@ def overwrite(place: Tensor, tensor: Tensor) -> None:
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP, tensor parallelism or DeepSpeed's ZeRO-3 has split a parameter of ``module``."""
     return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether Accelerate keeps the parameters of ``module`` elsewhere while it does not run."""
+    return getattr(getattr(module, "_hf_hook", None), "weights_map", None) is not None
+
+
+def load_offloaded(module: nn.Module, name: str) -> Tensor:
+    """Load a parameter of a module that is offloaded."""
+    hook: Any = module._hf_hook
+    found: Tensor = hook.weights_map[name]
+    return found
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from neumuter.models.devices import is_sharded
+from neumuter.models.devices import is_offloaded, is_sharded, load_offloaded
 from neumuter.models.families import ADDED_TO_PATHS, unwrapped
-from neumuter.models.ffn import FFN, Layout, features, is_plain
+from neumuter.models.ffn import FFN, Layout, by_neuron, features, is_plain
 from neumuter.models.modes import without_dropout
 from neumuter.mutes.mute_set import SKETCHES, MutedLayer
 from neumuter_kernels.reference import philox_4x32
@@ -149,7 +149,7 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
 
 def refuse_unsketchable(ffn: FFN) -> None:
     """Raise ValueError if an FFN's weights cannot be sketched; looks at none of them."""
-    if not ffn.is_dense and not is_plain(ffn.down_parameter):
+    if not ffn.is_dense and not is_plain(ffn.down_parameter) and not is_offloaded(ffn.module):
         raise ValueError(
             f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
         )
@@ -158,6 +158,8 @@ def refuse_unsketchable(ffn: FFN) -> None:
 def sketch_any(ffn: FFN, columns: Tensor | None = None) -> list[float]:
     """Sketch a down projection by its weight if it has a plain one, else through what it computes."""
     weight = ffn.down_weight
+    if weight is None and not ffn.is_dense:
+        weight = by_neuron(load_offloaded(ffn.module, ffn.down_name), ffn.down_order)
     return sketch_through(ffn, columns) if weight is None else sketch(weight, columns)
 
 
