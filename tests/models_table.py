@@ -41,7 +41,7 @@ LOADING = {
     "test_padding": "padding on the left and on the right",
     "test_packed_sequences": "packed sequences (`row_ids`)",
     "test_compiled_layers_have_the_paths_of_plain_ones": "single layers compiled",
-    "test_a_recipe_runs_on_an_offloaded_model": "a recipe on an offloaded model",
+    "test_a_recipe_finds_the_same_on_an_offloaded_model": "a recipe on an offloaded model, with experts too",
     "test_a_pickled_model_is_whole": "pickling while attached",
     "test_a_deep_copy_is_a_model_of_its_own": "deep copies",
     "test_one_result_for_any_number_of_processes[ddp-2]": "DDP through Accelerate, 1 and 2 processes",
