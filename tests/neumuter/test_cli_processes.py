@@ -153,18 +153,17 @@ def test_a_layout_splits_the_model(folder):
 
 
 @pytest.mark.usefixtures("two")
-@pytest.mark.parametrize("layout", ["tp", "fsdp"])
-def test_a_split_model_is_evaluated(layout, folder):
+@pytest.mark.parametrize(("layout", "processes"), [("tp", 2), ("fsdp", 2), ("fsdp+tp", 4)])
+def test_a_split_model_is_evaluated(layout, processes, folder):
     files = {"--mute": folder / "two" / MUTE_FILE, "--forget": folder / "forget.jsonl"}
     files |= {"--retain": folder / "retain.txt", "--heldout": folder / "retain.txt"}
     given = ["evaluate", str(folder / "model"), *(str(x) for pair in files.items() for x in pair)]
     whole, split = folder / "whole.json", folder / f"{layout}.json"
     if not whole.exists():
         assert end(jobs.command, 1, folder, *given, "--max-length", "32", "--out", str(whole))[0][0] == 0
-    ended = end(
-        jobs.command, 2, folder, *given, "--max-length", "32", "--layout", layout, "--out", str(split)
-    )
-    assert ended[1] == (0, "")
+    options = ("--max-length", "32", "--layout", layout, "--out", str(split))
+    ended = end(jobs.command, processes, folder, *given, *options)
+    assert ended[1:] == [(0, "")] * (processes - 1)
     assert ended[0][0] == 0, ended[0][1]
     expected, found = (json.loads(file.read_text()) for file in (whole, split))
     assert ended[0][1].count(found["verdict_sentence"]) == 1
