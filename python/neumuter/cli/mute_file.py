@@ -64,7 +64,9 @@ def inspect(file: Annotated[Path, typer.Argument(help="A mute file.")]) -> None:
 
 def fold(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL. All of them are folded.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Mute files made for MODEL. All are folded; a GGUF file takes one.")
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -99,7 +101,9 @@ class Form(str, Enum):
 
 def export(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="Mute files made for MODEL. All of them are exported.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Mute files made for MODEL. All are exported; gguf-lora takes one.")
+    ],
     to: Annotated[
         Form,
         typer.Option(
@@ -107,7 +111,12 @@ def export(
             "--out are files. shrink: a folded checkpoint without the silenced neurons."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the export, which must be empty or not exist.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the export, which must be empty or not exist. With --to gguf-lora: a file."
+        ),
+    ],
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Also compare the logits with those of the live muted model."),

@@ -36,8 +36,8 @@ def plan(
 
     The layout that it prints is the first that fits of: a copy on each GPU, FSDP2, FSDP2 with tensor
     parallelism, tensor parallelism, one process. Those that communicate less come first; which is the
-    fastest, nobody has measured. If nothing fits as asked, activations are recomputed in the backward pass,
-    then texts are halved.
+    fastest, nobody has measured. If nothing fits as asked, activations are recomputed in the backward pass.
+    If that is not enough, the number of texts in a step is halved until a layout fits.
     """
     import torch
 

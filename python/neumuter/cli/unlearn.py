@@ -98,8 +98,8 @@ def unlearn(
         typer.Option(
             "--calibrate/--no-calibrate",
             help="Leave wording alone: forget a token only until it is as unlikely as for a model that never "
-            "saw the texts, which is estimated. Default: for texts with prompts, up to 1,024 windows of "
-            "them, unless --mode mute.",
+            "saw the texts, which is estimated. Default: on for texts with prompts, if they take at most "
+            "1,024 windows. Not with --mode mute or --recipe paper.",
         ),
     ] = None,
     existing: Annotated[
@@ -165,8 +165,8 @@ def unlearn(
         typer.Option(
             min=0,
             max=1,
-            help="With --budget auto: the share of secrets that may still come out behind the true words "
-            "before them.",
+            help="With --budget auto: the share of secrets that may still come out when MODEL is given the "
+            "true words that precede them.",
         ),
     ] = None,
     steps: Annotated[
@@ -224,7 +224,8 @@ def unlearn(
 ) -> None:
     """Find the neurons of MODEL that hold the forget texts, and write a mute file for them.
 
-    The last line says whether the texts are forgotten. The exit code is 3 if texts still come out, or if
+    The last line says whether the texts are forgotten. The exit code is 3 if more comes out than the verdict
+    allows, or if there was nothing to forget. With --budget auto, it is 3 if no budget met the goals, or if
     there was nothing to forget.
 
     torchrun --nproc-per-node N -m neumuter unlearn … shares the work among N processes, on N GPUs or with
