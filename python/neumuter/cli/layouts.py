@@ -57,7 +57,7 @@ def choose_layout(
     wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     free = _find_free()
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    given = (config, free, count, batch_size, tokens, wanted, machine, recompute)
+    given = (config, free, count, batch_size, tokens, wanted, machine, recompute, _find_card())
     # The first process plans for all, because this takes as long as all the rest.
     found = agree(_run_apart(_find, *given) if is_first() else None)
     if found is None:
@@ -86,13 +86,30 @@ def _find_free() -> int:
     return int(free)
 
 
+def _find_card() -> str:
+    """The card of the data sheets that the GPUs are; if they are none of these, the one that is usual."""
+    import torch
+
+    from neumuter.training.pace import CARD, CARDS
+
+    return next((card for card in CARDS if card in torch.cuda.get_device_name()), CARD)
+
+
 def _find(
-    config: Any, memory: int, count: int, batch: int, tokens: int, dtype: Any, machine: int, recompute: bool
+    config: Any,
+    memory: int,
+    count: int,
+    batch: int,
+    tokens: int,
+    dtype: Any,
+    machine: int,
+    recompute: bool,
+    card: str,
 ) -> tuple[str, int, bool] | None:
     """The layout, its batch size, and whether to recompute; None if nothing fits."""
     from neumuter.training.plan import LAYOUTS, find_fitting
 
-    found = find_fitting(config, memory, count, batch, tokens, dtype, machine, recompute, processes=True)
+    found = find_fitting(config, memory, count, batch, tokens, dtype, machine, recompute, True, card)
     return None if found.layout is None else (LAYOUTS[found.layout], found.batch, found.recompute)
 
 

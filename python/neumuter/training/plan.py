@@ -21,26 +21,17 @@ from neumuter.models.layouts import check_layout, divide
 from neumuter.models.quantised import find_quantisation, refuse_quantised
 from neumuter.models.recomputation import decoder_layers
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches
+from neumuter.training.pace import ALONE, CARD, CARDS, Group, Work
 from neumuter.training.step import Step
 from neumuter.training.tracing import Nothing, Trace, trace
 
-# Dense 16-bit FLOP/s and bytes/s of the data sheets.
-CARDS = {
-    "A100": (312e12, 2.04e12),
-    "H100": (989e12, 3.35e12),
-    "H200": (989e12, 4.8e12),
-    "B200": (2250e12, 8.0e12),
-    "MI300X": (1307e12, 5.3e12),
-}
 # This share of a device's memory may be in use.
 FILLED = 0.95
 # A score, its gradient and the two moments of Adam, all float32.
 STATE_BYTES = 16
 # GPUs of a machine, unless it is said how many.
 MACHINE = 8
-# What ``neumuter.models.layouts`` calls the layouts over several processes. Their order is that of how much a
-# step communicates, and not measured: nothing but a number per neuron; the weights of each layer, while other
-# layers run; both; and activations of each layer, for which all wait.
+# What ``neumuter.models.layouts`` calls the layouts over several processes.
 LAYOUTS = {
     "DDP": "ddp", "FSDP2, ZeRO-3": "fsdp", "FSDP2 and tensor parallel": "fsdp+tp", "tensor parallel": "tp",
 }  # fmt: skip
@@ -52,9 +43,10 @@ LEAST_SAMPLES = SAMPLES_PER_PASS // 2
 class Plan:
     """Sizes in bytes.
 
-    layouts: {name: {part: bytes per device}} for the number of devices asked, in the order of
-        ``LAYOUTS``, and one process last.
+    layouts: {name: {part: bytes per device}} for the number of devices asked.
     refused: {name: why} of those that there are not for this model.
+    seconds: {name: {card: how long a step takes at least}}, all with the same samples; see
+        ``neumuter.training.pace``.
     """
 
     model: str
@@ -75,15 +67,17 @@ class Plan:
     cache: tuple[tuple[int, int | None], ...]
     layouts: dict[str, dict[str, int]]
     refused: dict[str, str]
+    seconds: dict[str, dict[str, float]]
 
-    def choose(self, memory: float, processes: bool = False) -> str | None:
-        """The first layout that fits ``memory`` bytes a device with 5 % to spare; None if none does.
+    def choose(self, memory: float, card: str = CARD, processes: bool = False) -> str | None:
+        """The fastest layout that fits ``memory`` bytes a device with 5 % to spare; None if none does.
 
-        The order is that of ``layouts``. processes: leave out layouts in one process.
+        card: of ``CARDS``. processes: leave out layouts in one process.
         """
         peaks = {name: sum(parts.values()) for name, parts in self.layouts.items()}
         fitting = [name for name, peak in peaks.items() if peak <= FILLED * memory]
-        return next((name for name in fitting if name in LAYOUTS or not processes), None)
+        allowed = [name for name in fitting if name in LAYOUTS or not processes]
+        return min(allowed, key=lambda name: self.seconds[name][card], default=None)
 
     @property
     def training(self) -> int:
@@ -94,13 +88,6 @@ class Plan:
         """Bytes of serving ``sequences`` of ``tokens`` tokens each with one mute set, on one device."""
         kept = sum(size * min(tokens, window or tokens) for size, window in self.cache)
         return self.weights + 4 * self.neurons + sequences * kept
-
-    def step_seconds(self, card: str) -> tuple[float, str]:
-        """The time of a training step at the roofline of a card: (seconds, what binds)."""
-        compute, bandwidth = CARDS[card]
-        times = {"arithmetic": self.flops / compute, "memory": self.moved / bandwidth}
-        binds = max(times, key=times.__getitem__)
-        return times[binds], binds
 
 
 class Fitting(NamedTuple):
@@ -167,10 +154,12 @@ def plan(
     neurons = sum(len(score) for score in masked.scores.values())
     masked.detach()
     parts = _parts(found, neurons)
-    layouts, refused = {"one device": parts}, {}
+    work, local = Work.of(found, samples, recompute), min(devices, machine)
+    whole = batch or samples * devices
+    layouts, refused, seconds = {"one device": parts}, {}, {"one device": _time(work, whole)}
     if devices > 1:
         # DDP copies the weights.
-        layouts = {"DDP": parts}
+        layouts, seconds = {"DDP": parts}, {"DDP": _time(work, whole, devices)}
         for name, layout in LAYOUTS.items():
             if layout == "ddp" or ("tp" in layout and dist.is_initialized()):
                 continue
@@ -178,17 +167,22 @@ def plan(
                 if layout == "fsdp":
                     refuse_quantised(given, split=True)
                     layouts[name] = _gather(found, parts, devices)
+                    seconds[name] = _time(work, whole, devices, Group(devices, local))
                     continue
-                shares = divide(layout, devices, min(devices, machine)).get("fsdp", 1)
+                sizes = divide(layout, devices, local)
+                shares = sizes.get("fsdp", 1)
                 each = samples if batch is None else _share(batch, shares)
-                layouts[name] = plan_tensor_parallel(
+                layouts[name], split = _plan_split(
                     given, layout, devices, each, tokens, dtype, recompute, machine
                 )
+                gathered = Group(shares, max(1, local // sizes["tp"]))
+                reduced = Group(sizes["tp"], min(sizes["tp"], local))
+                seconds[name] = _time(split, whole, shares, gathered, reduced)
             except (ImportError, ValueError, RuntimeError) as error:
                 refused[name] = str(error)
-        # One process comes last.
         if devices <= machine:
             layouts["device_map"] = _spread(parts, model, devices)
+            seconds["device_map"] = _time(work, whole)
         else:
             refused["device_map"] = f"one process has the devices of one machine, which are {machine}"
     return Plan(
@@ -200,6 +194,7 @@ def plan(
         cache=cache,
         layouts=layouts,
         refused=refused,
+        seconds=seconds,
         **parts,
     )
 
@@ -223,6 +218,20 @@ def plan_tensor_parallel(
         ImportError, ValueError: the model cannot be laid out so; see ``plan``, too.
         RuntimeError: called inside a process group.
     """
+    return _plan_split(config, layout, devices, samples, tokens, dtype, recompute, machine)[0]
+
+
+def _plan_split(
+    config: PreTrainedConfig,
+    layout: str,
+    devices: int,
+    samples: int,
+    tokens: int,
+    dtype: torch.dtype,
+    recompute: bool,
+    machine: int,
+) -> tuple[dict[str, int], Work]:
+    """What ``plan_tensor_parallel`` returns, and what a device does in a step."""
     text = _plain_text_config(config)
     refuse_quantised(config, split=True)
     local = min(devices, machine)
@@ -231,7 +240,16 @@ def plan_tensor_parallel(
     sizes = divide(layout, devices, local)
     found = trace(text, _make_step, "tp", sizes["tp"], samples, tokens, dtype, recompute)
     parts = _parts(found, sum(len(score) for score in found.masked.scores.values()))
-    return _gather(found, parts, sizes["fsdp"]) if "fsdp" in sizes else parts
+    work = Work.of(found, samples, recompute)
+    return (_gather(found, parts, sizes["fsdp"]) if "fsdp" in sizes else parts), work
+
+
+def _time(
+    work: Work, batch: int, shares: int = 1, gathered: Group = ALONE, reduced: Group = ALONE
+) -> dict[str, float]:
+    """{card: the time of a step} on devices that have one of so many shares of a batch."""
+    each = math.ceil(batch / shares)
+    return {name: work.seconds(card, each, gathered, reduced) for name, card in CARDS.items()}
 
 
 def find_fitting(
@@ -244,9 +262,11 @@ def find_fitting(
     machine: int = MACHINE,
     recompute: bool = False,
     processes: bool = False,
+    card: str = CARD,
 ) -> Fitting:
-    """Find a layout that fits ``memory`` bytes a device: first as asked, then with activations recomputed,
-    then with half the samples, and so on, and in the end with ``LEAST_SAMPLES`` of each kind in a step.
+    """Find the fastest layout that fits ``memory`` bytes a device: first as asked, then with activations
+    recomputed, then with half the samples, and so on, and in the end with ``LEAST_SAMPLES`` of each kind.
+    Activations are recomputed as well if that is faster than one process with all devices.
 
     Args:
         devices, tokens, dtype, machine: as of ``plan``.
@@ -254,20 +274,26 @@ def find_fitting(
             ``LEAST_SAMPLES`` is planned.
         recompute: whether activations are recomputed in any case.
         processes: whether there is a process for each device, so that none can have them all.
+        card: of ``CARDS``, on which layouts are compared.
 
     Raises:
         ValueError: see ``plan``.
     """
     while True:
-        samples = _share(batch, devices)
+        samples, found = _share(batch, devices), []
         for saving in (True,) if recompute else (False, True):
-            found = plan(config, devices, samples, tokens, dtype, saving, machine, batch)
-            layout = found.choose(memory, processes)
-            too_large = all(parts["weights"] > memory for parts in found.layouts.values())
-            if layout or too_large or (saving and batch <= LEAST_SAMPLES):
-                # One process with all devices has the samples of one device.
-                divided = layout is None or layout in LAYOUTS
-                return Fitting(found, layout, batch if divided else min(batch, samples), samples, saving)
+            one = plan(config, devices, samples, tokens, dtype, saving, machine, batch)
+            layout = one.choose(memory, card, processes)
+            # One process with all devices has the samples of one device.
+            divided = layout is None or layout in LAYOUTS
+            found.append(Fitting(one, layout, batch if divided else min(batch, samples), samples, saving))
+            too_large = all(parts["weights"] > memory for parts in one.layouts.values())
+            if too_large or layout not in (None, "device_map"):
+                break
+        if fitting := [one for one in found if one.layout]:
+            return min(fitting, key=lambda one: one.plan.seconds[cast(str, one.layout)][card])
+        if too_large or batch <= LEAST_SAMPLES:
+            return found[-1]
         # Where devices have the fewest already, those alone have less to do that compute layers together.
         batch = max(batch // 2, LEAST_SAMPLES) if samples > LEAST_SAMPLES else LEAST_SAMPLES
 

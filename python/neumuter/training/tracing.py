@@ -47,7 +47,8 @@ class Trace:
     """Of the last step, in bytes: ``weights`` and ``reference`` (the last hidden states of the retain
     samples) are always there, ``activations`` from the forward pass to the backward pass. ``peaks``: the most
     that is there of all while "layers" run forward, in the "head" with the losses, and in the "backward"
-    pass. ``flops``; ``moved``: what its operations read and write."""
+    pass. ``flops``; ``moved``: what its operations read and write; ``reduced``: what is summed over the
+    processes of tensor parallelism."""
 
     masked: Masked
     weights: int
@@ -56,6 +57,7 @@ class Trace:
     peaks: dict[str, int]
     flops: int
     moved: int
+    reduced: int
 
     @property
     def peak(self) -> int:
@@ -63,7 +65,7 @@ class Trace:
 
 
 class Counting(TorchDispatchMode):
-    """Bytes alive, the most that were, the bytes that operations read and write, and FLOPs.
+    """Bytes alive, the most that were, the bytes that operations read and write, and sum up; and FLOPs.
 
     A storage is counted from the operation that makes it, or sees it first, to its end. FSDP2 empties
     storages and fills them again, which is counted, too.
@@ -77,7 +79,7 @@ class Counting(TorchDispatchMode):
 
     def begin(self) -> None:
         """Begin anew with what is alive now."""
-        self.peak, self.moved, self.flops = self.alive, 0, 0
+        self.peak, self.moved, self.flops, self.reduced = self.alive, 0, 0, 0
 
     def take_peak(self) -> int:
         """The peak since this was called, or since ``begin``."""
@@ -113,6 +115,8 @@ class Counting(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function._overloadpacket in _FLOPS:
             self.flops += _FLOPS[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if function._overloadpacket._qualified_op_name.endswith(("::all_reduce", "::allreduce_")):
+            self.reduced += sum(x.numel() * x.element_size() for x in inputs)
         outputs = _tensors(result)
         fresh = sum(map(self._see, outputs))
         # A view moves nothing.
@@ -221,6 +225,7 @@ def trace(
             peaks=peaks,
             flops=counting.flops,
             moved=counting.moved,
+            reduced=counting.reduced,
         )
 
 
