@@ -1,4 +1,4 @@
-"""How long a step takes by data sheets: sums that one can do by hand."""
+"""How long a step takes by data sheets, by hand."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
-"""How long a step takes at least in each layout, by the data sheets of a GPU and of what joins GPUs.
+"""How long a step takes in each layout, by the data sheets of a GPU and of what joins GPUs.
 
-The times are there to compare layouts: nobody has measured them.
+Arithmetic, memory and links run at full speed, and caches do not count. The times are there to compare
+layouts: nobody has measured them.
 """
 
 from dataclasses import dataclass

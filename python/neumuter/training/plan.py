@@ -45,7 +45,7 @@ class Plan:
 
     layouts: {name: {part: bytes per device}} for the number of devices asked.
     refused: {name: why} of those that there are not for this model.
-    seconds: {name: {card: how long a step takes at least}}, all with the same samples; see
+    seconds: {name: {card: the time of a step by its data sheet}}, all with the same samples; see
         ``neumuter.training.pace``.
     """
 
