@@ -126,7 +126,7 @@ def print_plan(
         rest = peak - sizes["weights"] - sizes["activations"]
         numbers = (f"{x / 1e9:.3g}" for x in (sizes["weights"], sizes["activations"], rest, peak))
         fits = "yes" if peak <= FILLED * 1e9 * memory else "no"
-        table.add_row(layout, *numbers, fits, f"{1e3 * found.seconds[layout][card]:.3g}")
+        table.add_row(layout, *numbers, fits, f"{1e3 * found.seconds[layout][card]:,.1f}")
     console.print(table)
     for layout, reason in found.refused.items():
         console.print(f"No {layout}: {escape(reason)}", highlight=False)
