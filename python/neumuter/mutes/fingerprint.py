@@ -149,7 +149,10 @@ def sketches(ffn: FFN, layer: MutedLayer | None = None) -> dict[str, list[float]
 
 def refuse_unsketchable(ffn: FFN) -> None:
     """Raise ValueError if an FFN's weights cannot be sketched; looks at none of them."""
-    if not ffn.is_dense and not is_plain(ffn.down_parameter) and not is_offloaded(ffn.module):
+    if ffn.is_dense:
+        return
+    weight = ffn.down_parameter
+    if not is_plain(weight) and not (is_offloaded(ffn.module) and weight.is_floating_point()):
         raise ValueError(
             f"{ffn.path} has quantised experts, which mute sets cannot be bound to; dequantise it"
         )
