@@ -31,10 +31,9 @@ def refuse_quantised(config: Any, split: bool) -> None:
     """
     # Formats that are unpacked are no exception: transformers 5.24 unpacks a part of an FP8 weight with the
     # scales of other blocks, and says nothing.
-    if split and is_quantised(config):
-        method = _describe(config).get("quant_method")
+    if split and (given := _describe(config)):
         raise ValueError(
-            f"the weights are quantised by {method}, and are not split over processes: "
+            f"the weights are quantised by {given.get('quant_method')}, and are not split over processes: "
             "give each process a copy, or split a model that was saved with plain weights"
         )
     found = find_quantisation(config)
