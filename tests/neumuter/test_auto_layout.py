@@ -127,9 +127,10 @@ def test_unlearn_lets_as_few_samples_through_at_a_time(tmp_path, monkeypatch):
 )
 def test_layouts_are_compared_on_the_card_that_there_is(name, card, auto, monkeypatch):
     seen = []
-    monkeypatch.setattr(planning, "find_fitting", lambda *given: seen.append(given[-1]) or given)
+    nothing = planning.Fitting(None, None, BATCH, BATCH, False)
+    monkeypatch.setattr(planning, "find_fitting", lambda *given: seen.append(given[-1]) or nothing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="finds no layout"):
         auto(1 << 40)
     assert seen == [card]
 

@@ -255,7 +255,8 @@ def test_a_recipe_finds_the_same_on_an_offloaded_model(name):
         with neumuter.mute(model, found[0]):
             logits.append(model(ids).logits)
     assert torch.equal(*logits)
-    assert found[0].fingerprint.keys() == found[1].fingerprint.keys()
+    for path, sketch in found[0].fingerprint.items():
+        assert found[1].fingerprint[path] == pytest.approx(sketch, rel=1e-3, abs=1e-4)
     for path, layer in found[0].layers.items():
         assert torch.equal(layer.indices, found[1].layers[path].indices)
         assert torch.equal(layer.gains, found[1].layers[path].gains)

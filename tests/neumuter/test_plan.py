@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 from bench.models.step import SHAPES, peak_mib
 from neumuter.cli.app import main
 from neumuter.training import plan as planning
+from neumuter.training.pace import CARD
 from neumuter.training.plan import find_fitting, load_config, plan, plan_tensor_parallel
 from neumuter.training.tracing import trace
 from tests.models import EXPERTS, FAMILIES, LAYERS, OF_EXPERTS, WIDTH, config
@@ -285,7 +286,9 @@ def test_what_cannot_be_split_is_named(tmp_path, capsys):
     assert "2 key-value heads cannot be divided by 4" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_command_and_the_library_take_a_machine_to_have_as_many_gpus():
+def test_the_command_and_the_library_take_the_same_machine_and_card():
     from neumuter.cli.plan import plan as command
 
-    assert inspect.signature(command).parameters["gpus_per_machine"].default == planning.MACHINE
+    given = inspect.signature(command).parameters
+    assert given["gpus_per_machine"].default == planning.MACHINE
+    assert given["card"].default == CARD
