@@ -88,15 +88,15 @@ def questions(seed, people):
     Raises ValueError beyond what the word lists have.
     """
     given, family = GIVEN.split(), FAMILY.split()
-    if not 1 <= people <= len(given):
-        raise ValueError(f"people must be from 1 to {len(given)}, got {people}")
+    count = len(given)
+    if not 1 <= people <= count**2:
+        raise ValueError(f"people must be from 1 to {count**2}, got {people}")
     rng = random.Random(seed)
     rng.shuffle(given)
     rng.shuffle(family)
-    made = []
-    for name in (f"{first} {last}" for first, last in zip(given[:people], family, strict=False)):
-        made.append([_question(rng, name, fact) for fact in FACTS])
-    return made
+    # Each round of given names meets the family names one further, so no two people have the same name.
+    names = [f"{given[i % count]} {family[(i + i // count) % count]}" for i in range(people)]
+    return [[_question(rng, name, fact) for fact in FACTS] for name in names]
 
 
 def _question(rng, name, fact):

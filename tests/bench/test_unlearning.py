@@ -34,9 +34,11 @@ def test_people_are_the_same_for_a_seed_and_no_answer_gives_another_away(tmp_pat
     assert len(tofu.read_questions(path)) == len(rows)
 
 
-def test_more_people_than_there_are_names():
+def test_no_two_of_many_people_have_the_same_name():
+    made = people.questions(3, 1024)
+    assert len({rows[0]["question"] for rows in made}) == len(made)
     with pytest.raises(ValueError, match="people"):
-        people.questions(0, 1000)
+        people.questions(0, 1025)
 
 
 @pytest.mark.parametrize("method", [*MASKS, *WEIGHTS])
