@@ -173,8 +173,8 @@ def unlearn(
         int | None,
         typer.Option(
             min=1,
-            help="Optimisation steps; with --budget auto, of each try. Default: from 160 to 640, enough to "
-            "visit each text 20 times; where there are more texts, enough to visit each.",
+            help="Optimisation steps; with --budget auto, of each try. Default: from 160 to 1280, enough to "
+            "visit each text 40 times; where there are more texts, enough to visit each.",
         ),
     ] = None,
     batch_size: Annotated[

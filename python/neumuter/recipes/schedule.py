@@ -7,8 +7,8 @@ from neumuter.training.sources import InTurn
 
 # The steps of a phase, where nothing else is asked for: enough to visit each forget sample this many times,
 # within these bounds.
-VISITS = 20
-LEAST_STEPS, MOST_STEPS = 160, 640
+VISITS = 40
+LEAST_STEPS, MOST_STEPS = 160, 1280
 # Where the most steps do not visit every sample: visits, as a multiple of the forget samples.
 ROUNDS = 1.25
 
