@@ -149,9 +149,9 @@ def capacity(rows, count):
 def tried(rows, _):
     """Other ways to fit gains to many texts, with the loss that they end at."""
     names = {
-        "before": NAMES["before"], "neumuter, modulate": "our default, 240 steps",
-        "fewer": "60 steps, with three times the rate", "faster": "240 steps, with three times the rate",
-        "longer": "480 steps", "by text": "candidates chosen for each text",
+        "before": NAMES["before"], "neumuter, modulate": "our default, 480 steps",
+        "fewer": "60 steps, with three times the rate", "faster": "480 steps, with three times the rate",
+        "shorter": "240 steps", "longer": "960 steps", "by text": "candidates chosen for each text",
         "groups": "four groups, one after the other", "search": "our default, then 20 steps of line search",
         "search, lower": "the same with harm weighing less",
         "programmes": "our default, then 15 quadratic programmes",

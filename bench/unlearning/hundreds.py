@@ -1,0 +1,62 @@
+"""HUNDREDS: REAL at the size that people need, with ten times the people.
+
+A pretrained model has learned 480 answers about 80 people by heart. 24, 96 or 240 of the answers are to be
+forgotten; the 240 about the other half of the people stay.
+"""
+
+import dataclasses
+import functools
+
+from bench.unlearning import real
+from bench.unlearning.methods import run
+from bench.unlearning.pretrained import SMOLLM2
+
+# Nobody has tuned anything on this seed.
+SEEDS = (313,)
+COUNTS = (24, 96, 240)
+SHARES = (0.01, 0.1, 1.0)
+WEIGHTS = ("npo", "simnpo")
+# The steps of the methods that tune weights.
+STEPS = 160
+
+
+class Hundreds(real.People):
+    """The model that knows all answers, of which the first ``count`` are to be forgotten."""
+
+    people = 80
+    recipe = real.RECIPE | {"steps": STEPS}
+
+    def __init__(self, seed, count):
+        super().__init__(seed)
+        parts = self.forget, self.secrets, self.paraphrased
+        self.forget, self.secrets, self.paraphrased = (
+            {name: value[:count] for name, value in batch.items()} for batch in parts
+        )
+
+
+def cases(quick=False):
+    """Yields a case for each number of answers and method, the largest number first."""
+    for seed in SEEDS:
+        for count in COUNTS[:1] if quick else COUNTS[::-1]:
+            setting = functools.cache(functools.partial(Hundreds, seed, count))
+            about = {"model": SMOLLM2, "seed": seed, "forget": count}
+            yield about | {"method": "before"}, functools.partial(_look_at, setting)
+            for share in SHARES[:1] if quick else SHARES:
+                found = functools.partial(_fit, setting, share)
+                yield about | {"method": real.OURS, "budget": share}, found
+            for method in () if quick or count < COUNTS[-1] else (*WEIGHTS, "retrained"):
+                yield about | {"method": method}, functools.partial(_compare, setting, method)
+
+
+def _look_at(setting):
+    return {"share": 0.0} | setting().measure(setting().full)
+
+
+def _fit(setting, share):
+    return run(setting().job(share), real.OURS)
+
+
+def _compare(setting, method):
+    if method == "retrained":
+        return {"share": 0.0} | setting().measure(setting().retrained())
+    return run(dataclasses.replace(setting().job(1.0), unseen=None), method)
