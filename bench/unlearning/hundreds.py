@@ -11,6 +11,7 @@ from bench.unlearning import real
 from bench.unlearning.methods import run
 from bench.unlearning.pretrained import SMOLLM2
 
+PEOPLE = 80  # half of them to forget, six questions each
 # Nobody has tuned anything on this seed.
 SEEDS = (313,)
 COUNTS = (24, 96, 240)
@@ -23,11 +24,10 @@ STEPS = 160
 class Hundreds(real.People):
     """The model that knows all answers, of which the first ``count`` are to be forgotten."""
 
-    people = 80
     recipe = real.RECIPE | {"steps": STEPS}
 
     def __init__(self, seed, count):
-        super().__init__(seed)
+        super().__init__(seed, count=PEOPLE)
         parts = self.forget, self.secrets, self.paraphrased
         self.forget, self.secrets, self.paraphrased = (
             {name: value[:count] for name, value in batch.items()} for batch in parts

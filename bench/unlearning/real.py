@@ -156,9 +156,9 @@ class Setting:
 class People(Setting):
     """Questions about people who do not exist, half of whom are to be forgotten."""
 
-    def __init__(self, seed, name=SMOLLM2):
-        made = people.questions(seed, PEOPLE)
-        forget, retain = made[: PEOPLE // 2], made[PEOPLE // 2 :]
+    def __init__(self, seed, name=SMOLLM2, count=None):
+        made = people.questions(seed, count or PEOPLE)
+        forget, retain = made[: len(made) // 2], made[len(made) // 2 :]
         words = tokenizer(name)
         self.paraphrased = encode_answers(forget, words, "paraphrased_question")
         self.secrets = encode_values(forget, words)

@@ -8,6 +8,7 @@ import neumuter
 from bench.unlearning import (
     calibrated,
     capacity,
+    hundreds,
     instead,
     judged,
     nothing_to_keep,
@@ -146,6 +147,21 @@ def test_the_curve_of_capacity_shows_each_share_alone():
     lines = page.capacity(rows, "24").splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == ["1.00", "0.50", "0.25", "0.75"]
     assert page.capacity(rows, "96") is None
+
+
+def test_hundreds_run(tiny, monkeypatch):
+    monkeypatch.setattr(hundreds, "COUNTS", (2, 8))
+    monkeypatch.setattr(hundreds, "PEOPLE", 4)
+    found = quick_rows(hundreds.cases(quick=True))
+    assert [(row["method"], row["forget"], row["share"] > 0) for row in found] == [
+        ("before", 2, False), ("neumuter, modulate", 2, True)
+    ]  # fmt: skip
+    setting = hundreds.Hundreds(3, 2)
+    counts = [len(batch["labels"]) for batch in (setting.forget, setting.secrets, setting.paraphrased)]
+    assert counts == [2, 2, 2]
+    # The others are neither to be forgotten nor to be kept.
+    assert len(setting.retain["labels"]) == 12
+    assert "**ours, modulate**, 1%" in page.capacity(found, "2")
 
 
 def test_judged_runs(tiny, monkeypatch):

@@ -25,7 +25,7 @@ def small(tiny, monkeypatch):
     monkeypatch.setattr(losses, "LEAST_ODDS", -60.0)
     monkeypatch.setattr(capacity, "ASKING", 6)
     monkeypatch.setattr(capacity, "STAYING", 4)
-    for name in ("fewer", "faster", "longer"):
+    for name in ("fewer", "faster", "shorter", "longer"):
         monkeypatch.setitem(tried.METHODS, name, functools.partial(tried._fit, steps=2))
 
 
