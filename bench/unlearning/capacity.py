@@ -1,13 +1,15 @@
 """CAPACITY: how many texts can a share of the neurons make a model forget, and at what cost?
 
 A model of the demo's size has learned the records of 480 customers by heart. 24, 96 or 240 of them are to be
-forgotten; 240 others stay, all of them worded alike. Beside the masks stand the methods that tune weights,
-each with the learning rate that did best on seed 5 and in as many steps as the masks, and the model retrained
-without all 240.
+forgotten; 240 others stay, all of them worded alike. Another one has learned 1,200, of which 960 are to be
+forgotten. Beside the masks stand the methods that tune weights, each with the learning rate that did best on
+seed 5 and in as many steps as the masks, and the model retrained without all 240.
 """
 
 import copy
+import dataclasses
 import functools
+import time
 
 import torch
 
@@ -28,6 +30,8 @@ SEEDS = (307, 311, 313)
 ASKING, STAYING = 240, 240
 COUNTS = (24, 96, 240)
 SHARES = (0.01, 0.03, 0.1, 1.0)
+# More than that, on the first seed alone.
+MANY, MANY_SHARES = 960, (0.1, 1.0)
 TRAINING = Training(steps=1500, batch_size=40, records_per_batch=32, lr=4e-3)
 BATCH_SIZE, WINDOWS = 8, 32
 # The log-odds that a secret may keep.
@@ -42,9 +46,13 @@ class Crowd(Setting):
     windows = WINDOWS
 
     def __init__(self, seed, count, full=None):
-        records = make_crowd(seed, ASKING, STAYING)
+        asking = max(ASKING, count)
+        records = make_crowd(seed, asking, STAYING)
         self.known = full
-        super().__init__("gated, 0.9 M", seed, ASKING, records, TRAINING)
+        # Each record is seen equally often, however many there are.
+        steps = TRAINING.steps * (asking + STAYING) // (ASKING + STAYING)
+        training = dataclasses.replace(TRAINING, steps=steps)
+        super().__init__("gated, 0.9 M", seed, asking, records, training)
         self.forget = self.forget[:count]
 
     def train(self, records):
@@ -58,13 +66,10 @@ def cases(quick=False):
     for seed in SEEDS[:1] if quick else SEEDS:
         for count in COUNTS[:1] if quick else COUNTS:
             setting = functools.cache(functools.partial(_begin, whole, seed, count))
-            about = {"seed": seed, "forget": count}
-            yield about | {"method": "before"}, functools.partial(_look_at, setting)
-            for share in SHARES[-1:] if quick else SHARES:
-                found = functools.partial(_mute, setting, share)
-                yield about | {"method": "neumuter, modulate", "budget": share}, found
-            for method in () if quick else RATES:
-                yield about | {"method": method}, functools.partial(_tune, setting, method)
+            yield from _cases(setting, seed, count, SHARES[-1:] if quick else SHARES, () if quick else RATES)
+    if not quick:
+        setting = functools.cache(functools.partial(Crowd, SEEDS[0], MANY))
+        yield from _cases(setting, SEEDS[0], MANY, MANY_SHARES, RATES)
     for seed in SEEDS[:1] if quick else SEEDS:
         found = functools.partial(_retrain, whole, seed)
         yield {"seed": seed, "forget": ASKING, "method": "retrained"}, found
@@ -72,6 +77,16 @@ def cases(quick=False):
 
 def _begin(whole, seed, count):
     return Crowd(seed, count, whole(seed).full)
+
+
+def _cases(setting, seed, count, shares, methods):
+    about = {"seed": seed, "forget": count}
+    yield about | {"method": "before"}, functools.partial(_look_at, setting)
+    for share in shares:
+        found = functools.partial(_mute, setting, share)
+        yield about | {"method": "neumuter, modulate", "budget": share}, found
+    for method in methods:
+        yield about | {"method": method}, functools.partial(_tune, setting, method)
 
 
 def _look_at(setting):
@@ -87,11 +102,13 @@ def _tune(setting, method):
 
 
 def _mute(setting, share):
-    setting = setting()
+    setting, start = setting(), time.perf_counter()
     with neumuter.attach(setting.full, start_layer=0) as masked:
         mutes = fit_mutes(make_pair(setting, masked, setting.forget), share, seed=setting.seed)
+    seconds = time.perf_counter() - start
+    row = {"share": mutes.share, "steps": mutes.method["gains"]["steps"], "seconds": seconds}
     with mute(setting.full, mutes):
-        return {"share": mutes.share, "steps": mutes.method["gains"]["steps"]} | setting.measure(setting.full)
+        return row | setting.measure(setting.full)
 
 
 def make_pair(setting, masked, records):
@@ -104,8 +121,10 @@ def make_pair(setting, masked, records):
 
 def tune(setting, method, lr=None):
     """The row of a method that tunes weights; ``lr``: another learning rate than that of ``RATES``."""
+    start = time.perf_counter()
     model, steps = tune_model(setting, method, lr)
-    return {"steps": steps} | setting.measure(model)
+    seconds = time.perf_counter() - start
+    return {"steps": steps, "seconds": seconds} | setting.measure(model)
 
 
 def tune_model(setting, method, lr=None):
