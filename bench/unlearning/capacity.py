@@ -37,7 +37,7 @@ BATCH_SIZE, WINDOWS = 8, 32
 # The log-odds that a secret may keep.
 CEILING = -6.0
 # Learning rates of the methods that tune weights.
-RATES = {"npo": 1e-3, "simnpo": 1e-4, "difference": 1e-5}
+RATES = {"npo": 3e-4, "simnpo": 3e-5, "difference": 3e-6}
 
 
 class Crowd(Setting):
