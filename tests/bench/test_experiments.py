@@ -150,7 +150,7 @@ def test_the_curve_of_capacity_shows_each_share_alone():
 
 
 def test_hundreds_run(tiny, monkeypatch):
-    monkeypatch.setattr(hundreds, "COUNTS", (2, 8))
+    monkeypatch.setattr(hundreds, "SHARES", {8: (1.0,), 2: (0.01,)})
     monkeypatch.setattr(hundreds, "PEOPLE", 4)
     found = quick_rows(hundreds.cases(quick=True))
     assert [(row["method"], row["forget"], row["share"] > 0) for row in found] == [
