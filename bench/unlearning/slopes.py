@@ -27,6 +27,8 @@ SEEDS = (211, 223, 241)
 # Requests, those after which is measured, and customers who stay.
 MANY, EVERY, STAYING = 50, 10, 12
 TRAINING = Training(steps=600)
+# The demo has 576 names. After so many, middle initials make more of them.
+NAMES = 480
 READ, GUESSES = 3, 100
 # How often an attacker goes through the digits of a number.
 ROUNDS = 2
@@ -64,12 +66,22 @@ def make_crowd(seed, count, staying=STAYING):
     found, made = {}, task.make_records(seed)
     for turn in itertools.count(1):
         for record in made.forget + made.retain_same:
+            record = _add_initial(record, len(found) // NAMES)
             found.setdefault(record.prompt, record)
         if len(found) >= count + staying:
             break
         made = task.make_records(seed + 1000 * turn)
     people = list(found.values())[: count + staying]
     return task.Records(people[:count], people[count:], made.retain_other)
+
+
+def _add_initial(record, which):
+    """The record of a customer with a middle initial; ``which`` 0: without one."""
+    if not which:
+        return record
+    customer, last, mail = record.prompt.rsplit(" ", 2)
+    prompt = f"{customer} {string.ascii_uppercase[which - 1]}. {last} {mail}"
+    return dataclasses.replace(record, prompt=prompt)
 
 
 def _read_cases(seed, count):

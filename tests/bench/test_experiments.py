@@ -1,5 +1,7 @@
 """Each experiment in its short form; that of SYNTH, with its bars, is in continuous integration."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -92,6 +94,10 @@ def test_a_crowd_is_of_different_customers():
     people = [record.prompt for record in crowd.forget + crowd.retain_same]
     assert len(set(people)) == 62
     assert crowd == slopes.make_crowd(3, 50) != slopes.make_crowd(4, 50)
+    many = slopes.make_crowd(3, 1200, 10)
+    assert len({record.prompt for record in many.forget + many.retain_same}) == 1210
+    assert many.forget[:50] == crowd.forget
+    assert re.fullmatch(r"Customer \w+ B\. \w+, mail", many.retain_same[-1].prompt)
 
 
 def test_synth_gives_whole_records_to_the_default_alone(tiny, monkeypatch):
