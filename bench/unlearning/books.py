@@ -26,6 +26,7 @@ from neumuter import evaluation
 from neumuter.demo import task
 from neumuter.demo.model import Training, architecture, build, load_or_train
 from neumuter.evaluation.examination import continue_prompts
+from neumuter.preparing import count_samples
 from neumuter.recipes import fit_mutes, measure_slopes
 from neumuter.serving.live import mute
 from neumuter.texts import encode, join_batches
@@ -217,7 +218,7 @@ class Pretrained(Shelf):
     @functools.cached_property
     def others(self):
         """What the model itself says."""
-        options = (real.SAMPLES, real.SAMPLE_TOKENS, self.seed)
+        options = (count_samples(len(self.book.retain)), real.SAMPLE_TOKENS, self.seed)
         made = real.sample_texts(self.full, self.words, *options, barred=whole(self.book.forget))
         return encode(made, self.words, real.SAMPLE_TOKENS)
 

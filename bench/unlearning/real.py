@@ -16,6 +16,7 @@ from neumuter.demo import task
 from neumuter.demo.model import cache_folder
 from neumuter.evaluation import tofu
 from neumuter.files import write_atomically
+from neumuter.preparing import count_samples
 from neumuter.texts import encode, join_batches
 from neumuter.texts.neighbours import sample_texts
 from neumuter.training.losses import token_losses
@@ -31,7 +32,7 @@ TUNING = {"batch_size": 16, "lr": 2e-4, "most_epochs": 40, "extraction": 0.97}
 SEEDS = (313, 317, 331)
 PEOPLE = 8  # half of them to forget, six questions each
 WINDOWS = 32  # of held-out text, 64 tokens each
-SAMPLES, SAMPLE_TOKENS = 16, 48  # texts of the model itself among the neighbours
+SAMPLE_TOKENS = 48  # of a text of the model itself among the neighbours
 RECIPE = {"batch_size": 8, "steps": 40, "lr": 2e-5, "paper_epochs": 3}
 BUDGETS = (0.005, 0.02)  # in addition to 1 %
 OURS = "neumuter, modulate"
@@ -128,7 +129,8 @@ class Setting:
     @functools.cached_property
     def samples(self):
         """What the model itself says."""
-        made = sample_texts(self.full, self.tokenizer, SAMPLES, SAMPLE_TOKENS, self.seed, barred=self.forget)
+        count = count_samples(len(self.retain["labels"]))
+        made = sample_texts(self.full, self.tokenizer, count, SAMPLE_TOKENS, self.seed, barred=self.forget)
         return encode(made, self.tokenizer, SAMPLE_TOKENS)
 
     @functools.cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -59,10 +59,13 @@ logger = logging.getLogger("neumuter")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """On these arguments of ``unlearn`` the outcome depends, besides the model and the texts."""
+    """On these arguments of ``unlearn`` the outcome depends, besides the model and the texts.
+
+    budget: None until the texts are counted.
+    """
 
     recipe: FittedConfig | PaperConfig
-    budget: int | float | str
+    budget: int | float | str | None
     mode: str
     goals: Goals | None
     keep_slopes: bool
@@ -116,10 +119,10 @@ class Job(NamedTuple):
                     count,
                     request.made_up,
                 )
-        have_others = texts.retain is not None or bool(found)
-        if said := journal.once("said", lambda: self._sample(have_others)):
+        others = sum(count_rows(part) for part in (texts.retain and texts.retain.windows, *found) if part)
+        if said := journal.once("said", lambda: self._sample(others)):
             found.append(encode(said, need_tokenizer(self.tokenizer), texts.length))
-        if not have_others and not found:
+        if not others and not found:
             why = "samples is 0" if request.samples == 0 else "the model said nothing when sampled from"
             raise ValueError(f"there is nothing to keep: {why}; give retain")
         return join_windows(texts.retain and texts.retain.windows, found)
@@ -152,12 +155,12 @@ class Job(NamedTuple):
         words, count, seed = need_tokenizer(self.tokenizer), self.request.made_up, self.request.seed
         return ask_about_strangers(self.network, words, forms[0], given, count, length, seed)
 
-    def _sample(self, have_others: bool) -> list[Text]:
+    def _sample(self, others: int) -> list[Text]:
         """What the model says of its own accord, in windows as wide as those of the texts to forget."""
         whole, request = self.texts.forget.windows, self.request
         width = whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
         return sample_neighbours(
-            self.network, self.tokenizer, self.texts.forget.forms[0], width, have_others, request.samples,
+            self.network, self.tokenizer, self.texts.forget.forms[0], width, others, request.samples,
             request.seed, self.watch,
         )  # fmt: skip
 
@@ -239,8 +242,8 @@ class Job(NamedTuple):
                     )  # fmt: skip
                 else:
                     mutes = fit_mutes(
-                        pair, request.budget, request.mode, config, request.seed, advance, self.earlier,
-                        former=known, journal=journal,
+                        pair, cast(float, request.budget), request.mode, config, request.seed, advance,
+                        self.earlier, former=known, journal=journal,
                     )  # fmt: skip
             tell_of_shortage(pair)
             if ceilings is not None:

@@ -26,8 +26,10 @@ from neumuter.texts.neighbours import sample_texts
 from neumuter.training.processes import agree, check_same, describe_layout
 from neumuter.types import Batch, Text, check_kind, check_model
 
-# Neighbour texts that the model says itself where there are no retain texts; half of them where there are.
-SAMPLES = 32
+# Neighbour texts that the model says itself where there are no others. Where there are, half of them, or half
+# of the others if that is more: with fewer beside 240 answers, what else a model knows was lost. At most so
+# many.
+SAMPLES, MOST_SAMPLES = 32, 256
 # Texts whose continuations the report shows, and that an error shows.
 SHOWN_TEXTS = 4
 
@@ -118,12 +120,17 @@ def warn_of_unvisited(config: FittedConfig | PaperConfig, mode: str, corpus: Cor
     )
     if missed:
         logger.warning(
-            "No step visits %d of %d %s: there are too few steps for so many. Ask for more steps, or for a "
+            "No step visits %d of %s: there are too few steps for so many. Ask for more steps, or for a "
             "larger batch_size; the default number of steps visits all.",
             missed,
-            count,
-            "texts to forget" if count == corpus.total else "windows of texts to forget",
+            name_windows(corpus),
         )
+
+
+def name_windows(corpus: Corpus) -> str:
+    """Name the windows of a corpus to forget, as in "240 texts to forget"."""
+    count = count_rows(corpus.windows)
+    return f"{count} {'texts' if count == corpus.total else 'windows of texts'} to forget"
 
 
 def refuse_overlap(
@@ -173,29 +180,37 @@ def refuse_same(controls: Sequence[Text], corpora: Mapping[str, Corpus]) -> None
             )
 
 
+def count_samples(others: int) -> int:
+    """Count the texts that the model itself says, beside so many others that are to be kept."""
+    return min(MOST_SAMPLES, max(SAMPLES // 2, others // 2)) if others else SAMPLES
+
+
 def sample_neighbours(
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     barred: Batch | None,
     length: int,
-    have_others: bool,
+    others: int,
     samples: int | None,
     seed: int,
     watch: Watch,
 ) -> list[Text]:
-    """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force."""
-    count = (SAMPLES // 2 if have_others else SAMPLES) if samples is None else samples
+    """Neighbours of ``length`` tokens that the model itself says, with the mutes that are in force.
+
+    ``others``: how many other texts are to be kept. ``samples``: None follows from them.
+    """
+    count = count_samples(others) if samples is None else samples
     if count < 0:
         raise ValueError(f"samples must be at least 0, got {count}")
     if count == 0:
         return []
     words = need_tokenizer(tokenizer)
-    if have_others and words.bos_token_id is None and words.eos_token_id is None:
+    if others and words.bos_token_id is None and words.eos_token_id is None:
         logger.warning(
             "This tokenizer has no start token, so no texts are sampled from the model to be kept."
         )
         return []
-    if not have_others:
+    if not others:
         logger.warning(
             "There are no retain texts: texts sampled from the model itself stand in for them. They protect "
             "what else the model knows less well."

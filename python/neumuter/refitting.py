@@ -33,7 +33,7 @@ from neumuter.recipes import FittedConfig, GainsConfig, estimate_work, refit_gai
 from neumuter.report.progress import Watch, announce
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts, encode, join_batches
-from neumuter.texts.encoding import count_tokens, sample_rows
+from neumuter.texts.encoding import count_rows, count_tokens, sample_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.batches import PairedBatches
 from neumuter.training.journal import Journal, digest
@@ -134,7 +134,8 @@ def refit(
     # A set for other weights cannot be in force.
     with mute(network, mutes) if texts is None else nullcontext():
         width = next((batch["labels"].shape[1] for batch in (texts, *found) if batch is not None), length)
-        said = sample_neighbours(network, words, texts, width, bool(found), samples, seed, watch)
+        others = sum(map(count_rows, found))
+        said = sample_neighbours(network, words, texts, width, others, samples, seed, watch)
     if said:
         found.append(encode(said, need_tokenizer(words), length))
     if not found:

@@ -34,6 +34,7 @@ from neumuter.outcome import Outcome, write_sets
 from neumuter.preparing import (
     compare_models,
     encode_forms_of,
+    name_windows,
     open_network,
     refuse_overlap,
     refuse_same,
@@ -43,6 +44,7 @@ from neumuter.preparing import (
 )
 from neumuter.recipes import FittedConfig, Goals, PaperConfig
 from neumuter.recipes.search import UNKNOWN_SECRETS
+from neumuter.recipes.share import LEAST, choose_share
 from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts
@@ -83,7 +85,7 @@ def unlearn(
     forget: TextSource,
     retain: TextSource | None = None,
     *,
-    budget: int | float | str = 0.01,
+    budget: int | float | str | None = None,
     mode: str = "modulate",
     recipe: str | FittedConfig | PaperConfig = "fitted",
     existing: MuteSource | None = None,
@@ -122,7 +124,8 @@ def unlearn(
         retain: texts that must stay, likewise. None takes texts that the model itself says, which protects
             less.
         budget: how many neurons to touch: a share (float in (0, 1]) or a number (int); or "auto", the
-            smallest share that reaches the ``goals``.
+            smallest share that reaches the ``goals``. None takes 0.01 for up to 24 windows of texts to
+            forget and in proportion for more, as far as neurons are free; in mode "mute" always 0.01.
         mode: "modulate" gives the selected neurons signed gains, "mute" silences them.
         recipe: "fitted" or "paper", or the constants of one. The paper's recipe finds its own number of
             neurons and silences them: it takes no budget, mode, existing set or goals.
@@ -136,8 +139,8 @@ def unlearn(
         goals: for ``budget="auto"``; by default no text may be extracted any more.
         controls: texts of the same kind that the model never saw, with which the verdict compares the texts
             to forget; likewise. None makes them from the texts to forget, by other names and values.
-        samples: how many texts the model itself adds to the retain texts: by default 32, or 16 where there
-            are retain or made-up texts.
+        samples: how many texts the model itself adds to those to keep: by default 32, or where there are
+            retain, rewritten or made-up texts half as many as these, from 16 to 256.
         made_up: how many prompts to forget, with made-up names, the model answers itself; these answers are
             kept as well. They protect what resembles the forget texts, but take a larger budget to forget.
         calibrate: forget each token no further than to the probability that a model which never saw the
@@ -207,6 +210,9 @@ def unlearn(
         watch = Watch(callback)
         texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
         warn_of_unvisited(config, mode, texts.forget)
+        if budget is None and isinstance(config, FittedConfig):
+            share = _choose_budget(network, request, texts, earlier, known)
+            request = dataclasses.replace(request, budget=share)
         calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
         if goals and goals.secrets is not None and not calibrates:
             raise ValueError(UNKNOWN_SECRETS)
@@ -281,10 +287,23 @@ def _refuse_unfit(
     for ffn in ffns:
         refuse_unsketchable(ffn)
     total = sum(ffn.width for ffn in ffns)
-    count = 1 if isinstance(request.budget, str) else neuron_count(request.budget, total)
+    count = neuron_count(request.budget, total) if isinstance(request.budget, int | float) else 1
     # With slopes the neurons of the earlier set are fitted anew, so none need be free.
     if not known:
         refuse_taken(count, total - (earlier.count if earlier else 0))
+
+
+def _choose_budget(
+    network: nn.Module, request: Request, texts: Texts, earlier: MuteSet | None, known: Sequence[Slopes]
+) -> float:
+    """Choose the share of the neurons by the number of texts, as far as neurons are free."""
+    share = choose_share(count_rows(texts.forget.windows), request.mode)
+    if earlier and not known:
+        total = sum(ffn.width for ffn in split_ffns(network, request.start_layer)[1])
+        share = min(share, (total - earlier.count) / total)
+    if share > LEAST:
+        logger.info("For %s, %s of the neurons may be touched.", name_windows(texts.forget), f"{share:.2%}")
+    return share
 
 
 def _read_texts(
@@ -338,7 +357,7 @@ def _open_journal(
 
 def _check_recipe(
     recipe: str | FittedConfig | PaperConfig,
-    budget: int | float | str,
+    budget: int | float | str | None,
     mode: str,
     existing: MuteSource | None,
     goals: Goals | None,
@@ -354,8 +373,10 @@ def _check_recipe(
         raise ValueError('goals need budget="auto"')
     if mode not in ("mute", "modulate"):
         raise ValueError(f'mode must be "mute" or "modulate", got {mode!r}')
-    if isinstance(config, PaperConfig) and (existing is not None or with_slopes):
-        raise ValueError('recipe "paper" takes no existing, no former and no keep_slopes; use "fitted"')
+    if isinstance(config, PaperConfig) and (budget is not None or existing is not None or with_slopes):
+        raise ValueError(
+            'recipe "paper" takes no budget, no existing, no former and no keep_slopes; use "fitted"'
+        )
     return config
 
 

@@ -111,7 +111,9 @@ SPLIT = ("fsdp", "tp", "fsdp+tp")
 JOBS = {
     "modulate": dict(recipe=FittedConfig(GainsConfig(steps=6, batch_size=3))),
     "mute": dict(recipe=FittedConfig(support=SupportConfig(steps=6, batch_size=2)), mode="mute"),
-    "paper": dict(recipe=PaperConfig(epochs=3, batch_size=2, lr=1.0, sparsity=0.0, threshold=0.3)),
+    "paper": dict(
+        budget=None, recipe=PaperConfig(epochs=3, batch_size=2, lr=1.0, sparsity=0.0, threshold=0.3)
+    ),
     "auto": dict(recipe=FittedConfig(GainsConfig(steps=6)), budget="auto", goals=Goals(1.0)),
 }
 

@@ -57,7 +57,14 @@ def test_advice_follows_what_comes_out(outcome, searches, said):
 
 @pytest.mark.parametrize(
     ("texts", "budget", "said"),
-    [(95, 0.01, False), (96, 0.01, True), (240, 0.1, False), (240, "auto", False), (240, 300, False)],
+    [
+        (95, 0.01, False),
+        (96, 0.01, True),
+        (240, 0.1, False),
+        (240, "auto", False),
+        (240, 300, False),
+        (240, None, False),
+    ],
 )
 def test_many_texts_need_many_neurons(texts, budget, said):
     warning = warn_of_many(texts, budget)

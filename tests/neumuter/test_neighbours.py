@@ -5,7 +5,9 @@ import tokenizers
 import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+import neumuter
 from neumuter import unlearning
+from neumuter.preparing import count_samples
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
 from neumuter.types import IGNORED
@@ -154,3 +156,21 @@ def test_barred_texts_are_never_recited():
     assert all(made.startswith(text) for made in sample_texts(model, tokenizer, 4, 20))
     barred = sample_texts(model, tokenizer, 16, 20, barred=batch)
     assert barred == ["the cod"] * 16  # and no further
+
+
+@pytest.mark.parametrize(("others", "count"), [(0, 32), (1, 16), (33, 16), (240, 120), (10**6, 256)])
+def test_the_model_says_more_where_more_is_to_be_kept(others, count):
+    assert count_samples(others) == count
+
+
+def test_all_other_texts_to_keep_count(monkeypatch):
+    asked = []
+    monkeypatch.setattr("neumuter.preparing.sample_texts", lambda *given, **_: asked.append(given[2]) or [])
+    retain = [f"w1 w{number % 20} w3" for number in range(40)]
+    options = {"recipe": FittedConfig(GainsConfig(steps=1)), "callback": lambda *_: None}
+    model, words = models.build("llama"), models.tokenizer()
+    outcome = unlearning.unlearn(model, words, [("w1", " w2")], retain, keep_slopes=True, **options)
+    neumuter.refit(
+        model, words, outcome.mutes, undone=[outcome.slopes], retain=retain, samples=None, **options
+    )
+    assert asked == [20, 20]

@@ -30,7 +30,7 @@ RUNS = {
     "a trained support": {"recipe": FittedConfig(QUICK.gains, SupportConfig(steps=3, batch_size=1))},
     "silenced": {"recipe": FittedConfig(QUICK.gains, SupportConfig(STEPS, 1)), "mode": "mute"},
     "auto": {"recipe": QUICK, "budget": "auto", "goals": Goals(ma=0.0)},
-    "gates": {"recipe": dataclasses.replace(QUICK_GATES, epochs=3, threshold=0.999)},
+    "gates": {"recipe": dataclasses.replace(QUICK_GATES, epochs=3, threshold=0.999), "budget": None},
 }
 
 
@@ -187,7 +187,7 @@ CHANGES = {
         {"recipe": FittedConfig(dataclasses.replace(QUICK.gains, margin=2.0))},
         r"recipe.gains.margin was 3.0 and is 2.0",
     ),
-    "recipe": ({"recipe": PaperConfig(), "budget": 0.01}, "recipe.epochs was None and is 200"),
+    "recipe": ({"recipe": PaperConfig(), "budget": None}, "recipe.epochs was None and is 200"),
     "mode": ({"mode": "mute"}, "mode was 'modulate' and is 'mute'"),
 }
 

@@ -280,7 +280,7 @@ def test_nothing_to_keep_is_an_error_with_its_reason(model, words):
 
 def test_the_papers_recipe(model, words):
     config = PaperConfig(epochs=10, batch_size=None, lr=1.0, sparsity=0.0, kl_weight=0.0, threshold=0.8)
-    assert unlearn(model, words, recipe=config).mutes.method["recipe"] == "paper"
+    assert unlearn(model, words, budget=None, recipe=config).mutes.method["recipe"] == "paper"
 
 
 def test_long_texts_are_read_in_windows_of_the_models_positions(model, words, caplog):
@@ -334,10 +334,11 @@ BAD = {
         "goal secrets needs",
     ),
     "mode": (dict(mode="erase"), ValueError, "mode must be"),
-    "existing": (dict(recipe="paper", existing="x.safetensors"), ValueError, "existing"),
+    "existing": (dict(recipe="paper", budget=None, existing="x.safetensors"), ValueError, "existing"),
+    "paper's budget": (dict(recipe="paper"), ValueError, 'recipe "paper" takes no budget'),
     "former alone": (dict(former=["x"]), ValueError, "former needs existing"),
     "former, muted": (dict(former=["x"], existing="y", mode="mute"), ValueError, 'mode "modulate"'),
-    "no slopes": (dict(recipe="paper", keep_slopes=True), ValueError, "no keep_slopes"),
+    "no slopes": (dict(recipe="paper", budget=None, keep_slopes=True), ValueError, "no keep_slopes"),
     "forget": (dict(forget=7), TypeError, "forget must be a path"),
     "an item": (dict(forget=["a text", 7]), TypeError, r"forget\[1\] must be"),
     "a row": (dict(forget=[{"question": "?"}]), ValueError, r"forget\[0\]: no column 'text'"),

@@ -302,6 +302,6 @@ def test_what_cannot_be_calibrated_is_said(model, words, caplog):
 def test_calibrate_goes_with_the_fitted_recipe(model, words):
     options = {"samples": 2, "start_layer": 0, "budget": 40, "callback": lambda *_: None, "recipe": QUICK}
     texts = {"forget": PAIRS[:2], "retain": PAIRS[2:]}
-    for wrong in ({"mode": "mute"}, {"recipe": PaperConfig(epochs=1), "budget": 0.01}):
+    for wrong in ({"mode": "mute"}, {"recipe": PaperConfig(epochs=1), "budget": None}):
         with pytest.raises(ValueError, match="calibrate needs"):
             neumuter.unlearn(model, words, **texts, **options | wrong, calibrate=True)

@@ -9,13 +9,17 @@ if TYPE_CHECKING:
     from neumuter.outcome import Outcome
 
 
-# From this number of texts on, a smaller share of the neurons left a third of them and more on the model that
+# From this number of texts on, a smaller share of the neurons left a fifth of them and more on the model that
 # was measured: see CAPACITY in docs/results.md.
 MANY_TEXTS, LARGE_SHARE = 96, 0.1
 
 
-def warn_of_many(texts: int, budget: float | int | str) -> str | None:
-    """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows."""
+def warn_of_many(texts: int, budget: float | int | str | None) -> str | None:
+    """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows.
+
+    Args:
+        budget: as asked for; None follows the texts.
+    """
     if texts < MANY_TEXTS or not isinstance(budget, float) or budget >= LARGE_SHARE:
         return None
     return (

@@ -107,7 +107,7 @@ def read_config(model: str) -> Any:
 def check_size(
     model: str,
     start_layer: int,
-    budget: int | float | str,
+    budget: int | float | str | None,
     layout: str = "ddp",
     processes: int = 1,
     quantize: str | None = None,
@@ -127,7 +127,7 @@ def check_size(
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     _, ffns = split_ffns(network, start_layer)
-    if not isinstance(budget, str):
+    if isinstance(budget, int | float):
         neuron_count(budget, sum(ffn.width for ffn in ffns))
     check_layout(layout, network, processes)
 

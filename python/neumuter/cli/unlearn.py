@@ -42,7 +42,7 @@ from neumuter.cli.layouts import choose_layout
 from neumuter.cli.processes import Layout, check_place, count_processes, is_first
 
 GOAL_MISSED = 3
-DEFAULT_BUDGET, DEFAULT_BATCH_SIZE = "0.01", 8
+DEFAULT_BATCH_SIZE = 8
 
 
 class Mode(str, Enum):
@@ -145,7 +145,8 @@ def unlearn(
         str | None,
         typer.Option(
             help="Share (0.01 or 1%) or number (300) of neurons to touch; auto tries rising shares until one "
-            f"reaches the goals. Hundreds of texts may take 10% or more. Default: {DEFAULT_BUDGET}."
+            "reaches the goals. Default: 1% for up to 24 texts, and in proportion for more, such as 10% for "
+            "240; with --mode mute always 1%."
         ),
     ] = None,
     goal_extraction: Annotated[
@@ -242,7 +243,7 @@ def unlearn(
         raise typer.BadParameter("--former needs --existing, and cannot be combined with --mode mute")
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
-    number = parse_budget(budget or DEFAULT_BUDGET)
+    number = parse_budget(budget) if budget else None
     if number != "auto" and (goal_extraction, goal_ma, goal_secrets) != (None, None, None):
         raise typer.BadParameter("--goal-extraction, --goal-ma and --goal-secrets need --budget auto")
     if goal_secrets is not None and calibrate is False:

@@ -131,7 +131,7 @@ class Muting:
                 ) from None
 
     def _fitted(self, forget_batch: Batch, retain_batch: Batch) -> tuple[MuteSet, TrainOutput]:
-        settings = {"budget": 0.01, "batch_size": GainsConfig.batch_size} | self._settings
+        settings = {"budget": None, "batch_size": GainsConfig.batch_size} | self._settings
         budget, count = settings.pop("budget"), len(forget_batch["labels"])
         if settings.get("steps") is None:
             passes = self.args.num_train_epochs * count / (settings["batch_size"] or count)
