@@ -10,12 +10,15 @@ import functools
 from bench.unlearning import real
 from bench.unlearning.methods import run
 from bench.unlearning.pretrained import SMOLLM2
+from neumuter.texts import join_batches
 
 PEOPLE = 80  # half of them to forget, six questions each
-# Nobody has tuned anything on this seed.
+# On this seed it was seen that 16 texts of the model itself are too few. Nothing else was tuned on it.
 SEEDS = (313,)
 # By the number of answers to forget: 1 % of the neurons, what ``unlearn`` takes by default, and all.
 SHARES = {240: (0.01, 0.1, 1.0), 96: (0.01, 0.04), 24: (0.01,)}
+# Texts of the model itself beside the answers to keep, of which ``unlearn`` takes 120.
+FEW = 16
 WEIGHTS = ("npo", "simnpo")
 # The steps of the methods that tune weights.
 STEPS = 160
@@ -44,7 +47,7 @@ def cases(quick=False):
             for share in SHARES[count]:
                 found = functools.partial(_fit, setting, share)
                 yield about | {"method": real.OURS, "budget": share}, found
-            for method in (*WEIGHTS, "retrained") if count == max(SHARES) else ():
+            for method in ("few samples", *WEIGHTS, "retrained") if count == max(SHARES) else ():
                 yield about | {"method": method}, functools.partial(_compare, setting, method)
 
 
@@ -59,4 +62,7 @@ def _fit(setting, share):
 def _compare(setting, method):
     if method == "retrained":
         return {"share": 0.0} | setting().measure(setting().retrained())
+    if method == "few samples":
+        kept = join_batches(setting().retain, setting().sample(FEW))
+        return run(setting().make_job(0.1, kept), real.OURS) | {"method": method}
     return run(dataclasses.replace(setting().job(1.0), unseen=None), method)

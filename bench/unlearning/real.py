@@ -128,8 +128,11 @@ class Setting:
 
     @functools.cached_property
     def samples(self):
-        """What the model itself says."""
-        count = count_samples(len(self.retain["labels"]))
+        """What the model itself says, in as many texts as ``unlearn`` takes."""
+        return self.sample(count_samples(len(self.retain["labels"])))
+
+    def sample(self, count):
+        """``count`` texts of the model itself."""
         made = sample_texts(self.full, self.tokenizer, count, SAMPLE_TOKENS, self.seed, barred=self.forget)
         return encode(made, self.tokenizer, SAMPLE_TOKENS)
 
@@ -148,11 +151,13 @@ class Setting:
 
     def job(self, share, neighbours="retain"):
         if neighbours == "retain":
-            kept, unseen = self.kept, lambda: self.unseen
-        else:
-            kept, unseen = self.samples, lambda: self._find_unseen(self.samples)
-        recipe = self.recipe | {"share": share}
-        return Job(self.full, self.forget, kept, self.measure, recipe, self.seed, unseen)
+            return self.make_job(share, self.kept, lambda: self.unseen)
+        return self.make_job(share, self.samples)
+
+    def make_job(self, share, kept, unseen=None):
+        """A job with other texts to keep; ``unseen``: the estimate, if it is known."""
+        recipe, find = self.recipe | {"share": share}, unseen or (lambda: self._find_unseen(kept))
+        return Job(self.full, self.forget, kept, self.measure, recipe, self.seed, find)
 
 
 class People(Setting):
