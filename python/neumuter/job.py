@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.calibrating import estimate_ceilings
 from neumuter.estimating import Look, estimate_calibration, estimate_examination, estimate_search, look_at
-from neumuter.evaluation import examine, most_known, only_secrets, secret_extraction
+from neumuter.evaluation import examine, mean_token_loss, most_known, only_secrets, secret_extraction
 from neumuter.evaluation.examination import Examination
 from neumuter.evaluation.made_up import Words
 from neumuter.evaluation.others import Found, GivenText
@@ -23,7 +23,7 @@ from neumuter.models.hub import find_model
 from neumuter.models.loading import load_tokenizer
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
-from neumuter.preparing import need_tokenizer, sample_neighbours
+from neumuter.preparing import can_sample, need_tokenizer, sample_neighbours
 from neumuter.recipes import (
     FittedConfig,
     Goals,
@@ -39,7 +39,7 @@ from neumuter.texts import encode
 from neumuter.texts.chat import plain
 from neumuter.texts.corpus import Corpus
 from neumuter.texts.encoding import count_rows, count_tokens, join_windows, sample_rows
-from neumuter.texts.neighbours import last_part, rewrite_texts
+from neumuter.texts.neighbours import last_part, rewrite_texts, sample_texts
 from neumuter.texts.store import Windows
 from neumuter.training.batches import PairedBatches
 from neumuter.training.history import count_steps
@@ -53,6 +53,9 @@ from neumuter.types import Batch, Text
 KEPT = (Examination, Found, Look)
 # Retain texts whose loss is measured.
 MEASURED_TEXTS = 512
+# Texts of the model itself on which harm to what else it knows is measured, and what draws others than those
+# that are kept.
+CHECKED, OTHER_SEED = 16, 1 << 31
 
 logger = logging.getLogger("neumuter")
 
@@ -157,12 +160,35 @@ class Job(NamedTuple):
 
     def _sample(self, others: int) -> list[Text]:
         """What the model says of its own accord, in windows as wide as those of the texts to forget."""
-        whole, request = self.texts.forget.windows, self.request
-        width = whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
+        request, barred = self.request, self.texts.forget.forms[0]
         return sample_neighbours(
-            self.network, self.tokenizer, self.texts.forget.forms[0], width, others, request.samples,
-            request.seed, self.watch,
+            self.network, self.tokenizer, barred, self._width, others, request.samples, request.seed,
+            self.watch,
         )  # fmt: skip
+
+    @property
+    def _width(self) -> int:
+        whole = self.texts.forget.windows
+        return whole.width if isinstance(whole, Windows) else whole["labels"].shape[1]
+
+    def measure_own(self, state: str) -> float | None:
+        """The loss of texts that the model said before the search, which does not see them.
+
+        None if the model is to say nothing, or cannot.
+        """
+        if self.request.samples == 0 or not can_sample(self.tokenizer):
+            return None
+        words, barred = need_tokenizer(self.tokenizer), self.texts.forget.forms[0]
+        seed = self.request.seed + OTHER_SEED
+
+        def say() -> list[str]:
+            return agree(sample_texts(self.network, words, CHECKED, self._width, seed, barred=barred))
+
+        def measure() -> float:
+            return mean_token_loss(self.network, encode(said, words, self.texts.length))
+
+        said: list[str] = self.journal.once("own", say)
+        return self.journal.once(f"own {state}", measure) if said else None
 
     def look(self, state: str, retain_batch: Windows | Batch) -> Look:
         """A look at the loss of texts to keep, and at what the model says of a few texts to forget."""

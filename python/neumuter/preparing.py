@@ -205,7 +205,7 @@ def sample_neighbours(
     if count == 0:
         return []
     words = need_tokenizer(tokenizer)
-    if others and words.bos_token_id is None and words.eos_token_id is None:
+    if others and not can_sample(words):
         logger.warning(
             "This tokenizer has no start token, so no texts are sampled from the model to be kept."
         )
@@ -217,3 +217,8 @@ def sample_neighbours(
         )
     with watch("Sampling neighbours") as advance:
         return agree([*sample_texts(network, words, count, length, seed, advance, barred=barred)])
+
+
+def can_sample(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether there is a token that texts of the model itself start with."""
+    return tokenizer is not None and (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)

@@ -239,6 +239,7 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
     with mute(network, earlier) if earlier else nullcontext():
         retain_batch = job.gather_retain()
         look_before = job.look("before", retain_batch)
+        own_before = job.measure_own("before")
         job.announce(look_before, retain_batch, calibrates)
         ceilings = job.estimate_ceilings(shows) if calibrates else None
         before, controls_before = job.measure("before", ceilings)
@@ -251,9 +252,10 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
     with mute(network, combine(network, [others, mutes]) if others else mutes):
         after, controls_after = job.measure("after", ceilings)
         look_after = job.look("after", retain_batch)
+        own_after = job.measure_own("after")
     metrics = {
-        "before": before.metrics | {"retain_loss": look_before.loss},
-        "after": after.metrics | {"retain_loss": look_after.loss},
+        "before": before.metrics | _name_losses(look_before.loss, own_before),
+        "after": after.metrics | _name_losses(look_after.loss, own_after),
     }
     verdict, judged = judge_texts(texts.given, after, controls_after, before, controls_before)
     return Outcome(
@@ -276,6 +278,10 @@ def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, show
         max_length=job.request.max_length,
         chat=job.request.chat,
     )
+
+
+def _name_losses(retain: float, own: float | None) -> dict[str, float]:
+    return {"retain_loss": retain} | ({} if own is None else {"own_loss": own})
 
 
 def _refuse_unfit(

@@ -20,7 +20,10 @@ def an_outcome(over, extracted=False, share=0.01, curve=None, **after):
     verdict = Verdict("partly", "", figures, ["partly"])
     texts = [{"extracted_after": extracted}, {"extracted_after": False}]
     mutes = SimpleNamespace(share=share)
-    return SimpleNamespace(verdict=verdict, texts=texts, mutes=mutes, curve=curve, after=after)
+    before = {"own_loss": 2.0}
+    return SimpleNamespace(
+        verdict=verdict, texts=texts, mutes=mutes, curve=curve, before=before, after=before | after
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,15 @@ def test_advice_follows_what_comes_out(outcome, searches, said):
     for sentence, words in zip(found, said, strict=True):
         assert words in sentence
     assert not found or found[0].startswith("out/report.csv says")
+
+
+def test_harm_to_what_else_is_known_is_said():
+    assert advise(an_outcome([], own_loss=2.09), ROWS, True) == []
+    assert advise(an_outcome([], own_loss=1.5), ROWS, True) == []
+    (said,) = advise(an_outcome([], own_loss=2.26), ROWS, True)
+    assert "What else the model knows is harmed: texts that it said itself cost 0.26 nats more" in said
+    (said, *_) = advise(an_outcome(["others"], own_loss=2.26), ROWS, True)
+    assert "is harmed" in said
 
 
 @pytest.mark.parametrize(

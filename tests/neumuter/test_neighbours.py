@@ -7,6 +7,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import neumuter
 from neumuter import unlearning
+from neumuter.evaluation import mean_token_loss
 from neumuter.preparing import count_samples
 from neumuter.recipes import FittedConfig, GainsConfig
 from neumuter.texts.neighbours import rewrite_texts, sample_texts
@@ -174,3 +175,31 @@ def test_all_other_texts_to_keep_count(monkeypatch):
         model, words, outcome.mutes, undone=[outcome.slopes], retain=retain, samples=None, **options
     )
     assert asked == [20, 20]
+
+
+def test_harm_is_measured_on_texts_that_no_search_sees(monkeypatch):
+    """They are said once, before the search, and are others than those that are kept."""
+    said, seen = [], []
+
+    def sample(*given, **options):
+        said.append(sample_texts(*given, **options))
+        return said[-1]
+
+    def read(model, batch):
+        seen.append(batch["input_ids"].tolist())
+        return mean_token_loss(model, batch)
+
+    monkeypatch.setattr("neumuter.preparing.sample_texts", sample)
+    monkeypatch.setattr("neumuter.job.sample_texts", sample)
+    monkeypatch.setattr("neumuter.job.mean_token_loss", read)
+    options = {"recipe": FittedConfig(GainsConfig(steps=4)), "callback": lambda *_: None, "budget": 0.5}
+    given = models.build("llama"), models.tokenizer(), [("w1", " w2")], ["w1 w5 w3"]
+    outcome = unlearning.unlearn(*given, **options)
+    kept, checked = said
+    assert len(checked) == 16
+    assert not set(kept) & set(checked)
+    assert seen[0] == seen[1]
+    assert outcome.before["own_loss"] != outcome.after["own_loss"]
+    assert outcome.mutes.metrics["after"]["own_loss"] == outcome.after["own_loss"]
+    assert "own_loss" not in unlearning.unlearn(*given, samples=0, **options).after
+    assert "texts of its own" in str(outcome)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # From this number of texts on, a smaller share of the neurons left a fifth of them and more on the model that
 # was measured: see CAPACITY in docs/results.md.
 MANY_TEXTS, LARGE_SHARE = 96, 0.1
+# By so many nats the loss of texts that a model said itself may rise before that is said.
+HARM = 0.1
 
 
 def warn_of_many(texts: int, budget: float | int | str | None) -> str | None:
@@ -34,6 +36,20 @@ def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:
     Args:
         rows: the file with a row for each text. searches: whether a larger budget can be searched for.
     """
+    return [*_advise_on_harm(outcome), *_advise_on_leaks(outcome, rows, searches)]
+
+
+def _advise_on_harm(outcome: Outcome) -> list[str]:
+    before, after = (state.get("own_loss", 0.0) for state in (outcome.before, outcome.after))
+    if after - before <= HARM:
+        return []
+    return [
+        f"What else the model knows is harmed: texts that it said itself cost {after - before:.2f} nats more "
+        "per token. More texts to keep, of many kinds, protect it, and so does a smaller --budget."
+    ]
+
+
+def _advise_on_leaks(outcome: Outcome, rows: Path, searches: bool) -> list[str]:
     if not outcome.verdict.leaks:
         return []
     if any(row["extracted_after"] for row in outcome.texts):

@@ -75,6 +75,12 @@ METRICS = {
     ),
     "forget_loss": Metric("forget loss", "mean token loss in nats on the texts to forget", "higher", ""),
     "retain_loss": Metric("retain loss", "mean token loss in nats on the texts to keep", "lower", ""),
+    "own_loss": Metric(
+        "own loss",
+        "mean token loss in nats on texts that the model said itself, and that no search has seen",
+        "as before",
+        "",
+    ),
     "heldout_perplexity": Metric(
         "perplexity", "exp of the mean token loss on held-out text", "as before", ""
     ),

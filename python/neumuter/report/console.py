@@ -20,6 +20,7 @@ ROWS = {
     "forget_ma": "forget: MA (share of tokens)",
     "forget_loss": "forget: mean token loss (nats)",
     "retain_loss": "retain: mean token loss (nats)",
+    "own_loss": "texts of its own: mean token loss (nats)",
 }
 CURVE = {"forget_extraction": "texts still extracted", "forget_secrets": "secrets", "forget_ma": "MA"}
 

@@ -31,7 +31,7 @@ States = Mapping[str, Mapping[str, Any]]
 
 KEY_METRICS = (
     "forget_extraction", "forget_secrets", "forget_others", "forget_ma", "forget_loss", "retain_loss",
-    "heldout_perplexity",
+    "own_loss", "heldout_perplexity",
 )  # fmt: skip
 CURVE_METRICS = ("forget_extraction", "forget_secrets", "forget_ma")
 MISSING_PACKAGE = "This report has no pictures: they need matplotlib, pip install matplotlib."
