@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from neumuter.outcome import Outcome
 
 
-# From this number of texts on, a smaller share of the neurons left a fifth of them and more on the model that
-# was measured: see CAPACITY in docs/results.md.
-MANY_TEXTS, LARGE_SHARE = 96, 0.1
+# From this number of texts on, a tenth of the neurons left a fifth of them and more on the models that were
+# measured: see CAPACITY and HUNDREDS in docs/results.md.
+MANY_TEXTS = 96
 # By so many nats the loss of texts that a model said itself may rise before that is said.
 HARM = 0.1
 
@@ -20,13 +20,14 @@ def warn_of_many(texts: int, budget: float | int | str | None) -> str | None:
     """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows.
 
     Args:
-        budget: as asked for; None follows the texts.
+        budget: as asked for; None is the default.
     """
-    if texts < MANY_TEXTS or not isinstance(budget, float) or budget >= LARGE_SHARE:
+    if texts < MANY_TEXTS or isinstance(budget, int | str) or budget == 1.0:
         return None
+    taken = "than the default takes" if budget is None else f"than {budget:.2%} of them"
     return (
-        f"{texts} texts may need far more than {budget:.2%} of the neurons: docs/choose-a-budget.md has what "
-        "was measured, and --budget auto searches."
+        f"{texts} texts may need far more neurons {taken}: docs/choose-a-budget.md has what was measured, "
+        "and --budget auto searches."
     )
 
 

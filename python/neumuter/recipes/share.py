@@ -1,7 +1,7 @@
 """The share of the neurons that a search may touch, where nothing else is asked for."""
 
-# One per cent of SmolLM2-135M's neurons is enough for so many answers, and ten times as many need ten times
-# the neurons.
+# One per cent of SmolLM2-135M's neurons is nearly enough for so many answers. More texts need more neurons;
+# hundreds of them need more than in proportion: see HUNDREDS and CAPACITY in docs/results.md.
 LEAST, TEXTS = 0.01, 24
 
 
