@@ -118,10 +118,10 @@ def _tofu(folder, model, tokenizer, options):
 def _row(setting, recipe):
     if recipe == "before":
         return {"share": 0.0} | setting.measure()
-    constants = recipes.FittedConfig(GAINS) if recipe == "ours" else GATES
+    constants, budget = (recipes.FittedConfig(GAINS), SHARE) if recipe == "ours" else (GATES, None)
     try:
         outcome = neumuter.unlearn(
-            setting.model, None, setting.forget, setting.retain, budget=SHARE, recipe=constants, samples=0
+            setting.model, None, setting.forget, setting.retain, budget=budget, recipe=constants, samples=0
         )
     except NothingSelectedError:
         return {"share": 0.0} | setting.measure()

@@ -17,6 +17,7 @@ def test_what_a_text_costs(op, capsys, monkeypatch):
     for module in (continuations, examination):
         monkeypatch.setattr(module, "MAX_TOKENS", 2)
     monkeypatch.setattr(schedule, "LEAST_STEPS", 9)
+    monkeypatch.setattr(schedule, "VISITS", 1)
     model = "15M" if op == "unlearn" else "demo"
     scale.main(op, model, "3", "cpu", "1")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -82,7 +83,7 @@ def test_a_text_costs_the_same_however_many_there_are():
 def test_a_table_that_is_not_flat_is_named():
     flat = [
         {"texts": count, "visits_per_text": visits, "seconds": seconds, "peak_mib": 900}
-        for count, visits, seconds in ((10, 128, 60), (100, 20, 90), (1000, 5.12, 300))
+        for count, visits, seconds in ((10, 128, 60), (100, 40, 90), (1000, 10.24, 300))
     ]
     assert find_misses(flat) == []
     assert has_todays_visits(flat)
