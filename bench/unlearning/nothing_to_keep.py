@@ -21,6 +21,8 @@ RUNS = (
     *(("made up", budget, 0.02) for budget in (0.05, 0.15, 0.5)),
     ("made up", 0.3, 0.04), ("made up", 0.5, 0.04), ("retain", 0.05, 0.02),
 )  # fmt: skip
+# Texts of the model itself.
+SAMPLES = {"own samples": 32, "made up": 16, "retain": 0}
 
 
 def cases(quick=False):
@@ -52,7 +54,7 @@ def _find(setting, neighbours, budget, kl_target):
         made.neighbours("retain") if neighbours == "retain" else None,
         budget=budget,
         recipe=FittedConfig(GainsConfig(**STEPS, kl_target=kl_target)),
-        samples=0 if neighbours == "retain" else None,
+        samples=SAMPLES[neighbours],
         made_up=MADE_UP if neighbours == "made up" else 0,
         start_layer=0,
         seed=made.seed,
