@@ -77,9 +77,14 @@ def test_harm_to_what_else_is_known_is_said():
         (240, "auto", None),
         (240, 300, None),
         (95, None, None),
+        (2_400, None, None),
         (240, None, "240 texts may need far more neurons than the default takes:"),
     ],
 )
 def test_many_texts_need_many_neurons(texts, budget, said):
     warning = warn_of_many(texts, budget)
     assert warning == said or warning.startswith(said)
+
+
+def test_the_default_of_mode_mute_is_little_for_any_number_of_texts():
+    assert "far more neurons than the default takes" in warn_of_many(2_400, None, "mute")

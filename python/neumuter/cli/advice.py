@@ -16,13 +16,16 @@ MANY_TEXTS = 96
 HARM = 0.1
 
 
-def warn_of_many(texts: int, budget: float | int | str | None) -> str | None:
+def warn_of_many(texts: int, budget: float | int | str | None, mode: str = "modulate") -> str | None:
     """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows.
 
     Args:
         budget: as asked for; None is the default.
     """
-    if texts < MANY_TEXTS or isinstance(budget, int | str) or budget == 1.0:
+    from neumuter.recipes.share import choose_share
+
+    share = choose_share(texts, mode) if budget is None else budget
+    if texts < MANY_TEXTS or isinstance(share, int | str) or share == 1.0:
         return None
     taken = "than the default takes" if budget is None else f"than {budget:.2%} of them"
     return (

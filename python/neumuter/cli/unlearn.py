@@ -273,7 +273,7 @@ def unlearn(
     retain_texts = TextFile(retain, columns, limit) if retain else None
     # A bad line is said before the model is loaded.
     count, _ = (sum(1 for _ in texts) for texts in (forget_texts, retain_texts or ()))
-    if warning := warn_of_many(count, number):
+    if warning := warn_of_many(count, number, (mode or Mode.modulate).value):
         console.print(warning, soft_wrap=True)
     unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
