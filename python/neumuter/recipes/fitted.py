@@ -56,8 +56,11 @@ class GainsConfig:
     kl_weight: float = 30.0
     kl_weight_range: tuple[float, float] = (1.0, 100.0)
     kl_weight_rate: float = 0.15
-    # Of Adam, with a cosine decay to zero; both start again after the choice.
+    # Of Adam, with a cosine decay to zero; both start again after the choice. A step moves each gain by about
+    # lr, and what all of them change together grows with their number. So n gains, if they are more than
+    # lr_gains, have lr·lr_gains/n.
     lr: float = 0.1
+    lr_gains: int = 2048
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
@@ -316,7 +319,8 @@ class _Update:
         self, gains: Tensor, weight: Tensor, config: GainsConfig, steps: int, kl_target: float
     ) -> None:
         self.gains, self.weight, self.config, self.kl_target = gains, weight, config, kl_target
-        self.adam = Adam([gains], cosine(config.lr, steps), config.betas)
+        lr = config.lr * min(1.0, config.lr_gains / max(1, len(gains)))
+        self.adam = Adam([gains], cosine(lr, steps), config.betas)
 
     def apply(self, measured: Measured, counter: Tensor) -> None:
         config = self.config
