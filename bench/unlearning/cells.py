@@ -1,5 +1,6 @@
 """What a table of docs/results.md is made of: its columns, the names of its lines, and its cells."""
 
+import math
 import statistics
 
 from bench import text
@@ -88,8 +89,17 @@ def _value(row, column):
 
 
 def relate(rows, keys):
-    """The rows with the perplexity of the original model of the same ``keys`` added."""
-    original = {tuple(r[k] for k in keys): r["heldout_perplexity"] for r in rows if r["method"] == "before"}
+    """The rows with the perplexity of the original model of the same ``keys`` added.
+
+    Raises:
+        ValueError: two originals of the same keys differ, so a row's own is not known.
+    """
+    original = {}
+    for row in rows:
+        if row["method"] == "before":
+            about, found = tuple(row[k] for k in keys), row["heldout_perplexity"]
+            if not math.isclose(original.setdefault(about, found), found, rel_tol=1e-3):
+                raise ValueError(f"two originals of {keys} = {about} differ: tell them apart by another key")
     return [row | {"original_perplexity": original[tuple(row[k] for k in keys)]} for row in rows]
 
 

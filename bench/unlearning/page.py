@@ -142,7 +142,7 @@ def model_seeds(rows, model):
 
 def capacity(rows, count):
     """What each share of the neurons can hold, beside the methods that tune weights."""
-    chosen = where(relate(rows, ("seed",)), forget=int(count))
+    chosen = relate(where(rows, forget=int(count)), ("seed",))
     return table(by_share(chosen), COLUMNS) if chosen else None
 
 

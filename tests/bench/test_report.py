@@ -8,7 +8,7 @@ import torch
 from bench import ROOT, picture, report, rows, stub_gpu, tables
 from bench import __main__ as command
 from bench.models import scale, step
-from bench.unlearning import page, synth
+from bench.unlearning import cells, page, synth
 
 MACHINE = {"gpu": None, "cpu": "some CPU", "threads": 2, "date": "2026-01-01"}
 
@@ -123,6 +123,18 @@ def test_results_show_means_and_extremes(run, pages, tmp_path):
     assert run("report", "--check") == 0
     rows.write(file, found[:4])
     assert run("report", "--check") == 1
+
+
+def test_a_row_is_compared_with_its_own_original():
+    found = [
+        {"seed": 0, "forget": count, "method": method, "heldout_perplexity": original * times}
+        for count, original in ((24, 50.0), (960, 40.0))
+        for method, times in (("before", 1.0), ("npo", 1.1))
+    ]
+    related = cells.relate(found, ("seed", "forget"))
+    assert [row["original_perplexity"] for row in related] == [50.0, 50.0, 40.0, 40.0]
+    with pytest.raises(ValueError, match=r"two originals of \('seed',\) = \(0,\) differ"):
+        cells.relate(found, ("seed",))
 
 
 def test_the_picture_is_that_of_the_results(run, pages, tmp_path):
