@@ -173,6 +173,17 @@ def test_modulated_neurons_are_chosen_from_three_times_as_many(llama, monkeypatc
     assert mutes.method["gains"]["margin"] == QUICK_GAINS.margin
 
 
+@pytest.mark.parametrize(("lr_gains", "moved"), [(2048, 0.1), (60, 0.1), (15, 0.025)])
+def test_the_more_gains_there_are_the_less_each_moves_in_a_step(llama, lr_gains, moved):
+    config = recipes.GainsConfig(steps=1, lr_gains=lr_gains)
+    with neumuter.attach(llama) as masked:
+        drawn = recipes.mute_random(masked, 60, seed=0)
+        mutes = recipes.fit_gains(PairedBatches(masked, FORGET, KEEP), drawn, config, keep=60)
+    gains = torch.cat([layer.gains for layer in mutes.layers.values()])
+    # Adam's first step moves each by the whole rate.
+    assert (gains - 1).abs().median().item() == pytest.approx(moved, rel=1e-3)
+
+
 @pytest.mark.parametrize(("share", "raised"), [(0.02, 1.0002), (0.1, 1.005), (1.0, 1.5)])
 def test_with_all_neurons_more_harm_is_allowed(llama, share, raised, monkeypatch):
     """By the neurons that stay, not by the candidates."""
