@@ -173,7 +173,7 @@ def test_modulated_neurons_are_chosen_from_three_times_as_many(llama, monkeypatc
     assert mutes.method["gains"]["margin"] == QUICK_GAINS.margin
 
 
-@pytest.mark.parametrize(("lr_gains", "moved"), [(4096, 0.1), (60, 0.1), (15, 0.025)])
+@pytest.mark.parametrize(("lr_gains", "moved"), [(2048, 0.1), (60, 0.1), (15, 0.025)])
 def test_the_more_gains_there_are_the_less_each_moves_in_a_step(llama, lr_gains, moved):
     config = recipes.GainsConfig(steps=1, lr_gains=lr_gains)
     with neumuter.attach(llama) as masked:

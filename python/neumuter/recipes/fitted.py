@@ -60,7 +60,7 @@ class GainsConfig:
     # lr, and what all of them change together grows with their number. So n gains, if they are more than
     # lr_gains, have lr·lr_gains/n.
     lr: float = 0.1
-    lr_gains: int = 4096
+    lr_gains: int = 2048
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
