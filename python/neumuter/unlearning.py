@@ -28,8 +28,8 @@ from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.fingerprint import refuse_unsketchable
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
-from neumuter.mutes.slopes import Slopes, SlopesSource, load_slopes
+from neumuter.mutes.mute_set import MuteSource, load_mutes
+from neumuter.mutes.slopes import SlopesSource, load_slopes
 from neumuter.outcome import Outcome, write_sets
 from neumuter.preparing import (
     compare_models,
@@ -44,12 +44,12 @@ from neumuter.preparing import (
 )
 from neumuter.recipes import FittedConfig, Goals, PaperConfig
 from neumuter.recipes.search import UNKNOWN_SECRETS
-from neumuter.recipes.share import LEAST, choose_share
+from neumuter.recipes.share import LEAST, NEURONS_PER_TEXT, are_few, choose_share
 from neumuter.report.progress import Watch
 from neumuter.serving.live import mute
 from neumuter.texts import collect_texts
 from neumuter.texts.chat import TEMPLATE_USED
-from neumuter.texts.corpus import read_corpus
+from neumuter.texts.corpus import Corpus, read_corpus
 from neumuter.texts.duplicates import find_same
 from neumuter.texts.encoding import count_rows
 from neumuter.texts.sources import TextSource
@@ -124,8 +124,8 @@ def unlearn(
         retain: texts that must stay, likewise. None takes texts that the model itself says, which protects
             less.
         budget: how many neurons to touch: a share (float in (0, 1]) or a number (int); or "auto", the
-            smallest share that reaches the ``goals``. None takes 0.01 for up to 24 windows of texts to
-            forget and in proportion for more, as far as neurons are free; in mode "mute" always 0.01.
+            smallest share that reaches the ``goals``. None takes 0.01, but at least 20 neurons for each
+            window of texts to forget, as far as neurons are free; in mode "mute" always 0.01.
         mode: "modulate" gives the selected neurons signed gains, "mute" silences them.
         recipe: "fitted" or "paper", or the constants of one. The paper's recipe finds its own number of
             neurons and silences them: it takes no budget, mode, existing set or goals.
@@ -206,13 +206,18 @@ def unlearn(
         if earlier and known:
             warn_of_missing(earlier, len(known))
         network, words = open_network(model, tokenizer)
-        _refuse_unfit(network, request, earlier, known)
+        neurons = _count_neurons(network, start_layer)
+        # With slopes the neurons of the earlier set are fitted anew, so none need be free.
+        free = neurons - (earlier.count if earlier and not known else 0)
+        if not known:
+            refuse_taken(neuron_count(budget, neurons) if isinstance(budget, int | float) else 1, free)
         watch = Watch(callback)
         texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
         warn_of_unvisited(config, mode, texts.forget)
-        if budget is None and isinstance(config, FittedConfig):
-            share = _choose_budget(network, request, texts, earlier, known)
-            request = dataclasses.replace(request, budget=share)
+        if isinstance(config, FittedConfig):
+            request = dataclasses.replace(
+                request, budget=_choose_budget(budget, mode, texts.forget, neurons, free)
+            )
         calibrates = choose_calibration(calibrate, config, mode, words, texts.forget)
         if goals and goals.secrets is not None and not calibrates:
             raise ValueError(UNKNOWN_SECRETS)
@@ -284,32 +289,38 @@ def _name_losses(retain: float, own: float | None) -> dict[str, float]:
     return {"retain_loss": retain} | ({} if own is None else {"own_loss": own})
 
 
-def _refuse_unfit(
-    network: nn.Module, request: Request, earlier: MuteSet | None, known: Sequence[Slopes]
-) -> None:
-    """Raise now what the search would raise after the texts were measured."""
+def _count_neurons(network: nn.Module, start_layer: int) -> int:
+    """Count the neurons that a search may touch, or raise what it would raise once texts were measured."""
     find_processes(network)
-    _, ffns = split_ffns(network, request.start_layer)
+    _, ffns = split_ffns(network, start_layer)
     for ffn in ffns:
         refuse_unsketchable(ffn)
-    total = sum(ffn.width for ffn in ffns)
-    count = neuron_count(request.budget, total) if isinstance(request.budget, int | float) else 1
-    # With slopes the neurons of the earlier set are fitted anew, so none need be free.
-    if not known:
-        refuse_taken(count, total - (earlier.count if earlier else 0))
+    return sum(ffn.width for ffn in ffns)
 
 
 def _choose_budget(
-    network: nn.Module, request: Request, texts: Texts, earlier: MuteSet | None, known: Sequence[Slopes]
-) -> float:
-    """Choose the share of the neurons by the number of texts, as far as neurons are free."""
-    share = choose_share(count_rows(texts.forget.windows), request.mode)
-    if earlier and not known:
-        total = sum(ffn.width for ffn in split_ffns(network, request.start_layer)[1])
-        share = min(share, (total - earlier.count) / total)
-    if share > LEAST:
-        logger.info("For %s, %s of the neurons may be touched.", name_windows(texts.forget), f"{share:.2%}")
-    return share
+    budget: float | int | str | None, mode: str, corpus: Corpus, neurons: int, free: int
+) -> float | int | str:
+    """Choose the budget by the number of texts where none is asked for; warn if it is small for them.
+
+    Args:
+        neurons: those that may be touched, of which ``free`` belong to no earlier request.
+    """
+    count = count_rows(corpus.windows)
+    if budget is None:
+        budget = min(choose_share(count, neurons, mode), free / neurons)
+        if budget > LEAST:
+            logger.info("For %s, %s of the neurons may be touched.", name_windows(corpus), f"{budget:.2%}")
+    if isinstance(budget, str):
+        return budget
+    taken = neuron_count(budget, neurons)
+    if are_few(count, taken):
+        logger.warning(
+            "%d neurons may be too few for %s: where each had fewer than %d, some still came out of what was "
+            "measured. docs/choose-a-budget.md says more.",
+            taken, name_windows(corpus), NEURONS_PER_TEXT,
+        )  # fmt: skip
+    return budget
 
 
 def _read_texts(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from neumuter.cli.advice import advise, warn_of_many
+from neumuter.cli.advice import advise
 from neumuter.evaluation.verdict import MARGINS, Comparison, Verdict
 
 ROWS = Path("out/report.csv")
@@ -65,26 +65,3 @@ def test_harm_to_what_else_is_known_is_said():
     assert "What else the model knows is harmed: texts that it said itself cost 0.26 nats more" in said
     (said, *_) = advise(an_outcome(["others"], own_loss=2.26), ROWS, True)
     assert "is harmed" in said
-
-
-@pytest.mark.parametrize(
-    ("texts", "budget", "said"),
-    [
-        (95, 0.01, None),
-        (96, 0.01, "96 texts may need far more neurons than 1.00% of them:"),
-        (240, 0.1, "240 texts may need far more neurons than 10.00% of them:"),
-        (240, 1.0, None),
-        (240, "auto", None),
-        (240, 300, None),
-        (95, None, None),
-        (2_400, None, None),
-        (240, None, "240 texts may need far more neurons than the default takes:"),
-    ],
-)
-def test_many_texts_need_many_neurons(texts, budget, said):
-    warning = warn_of_many(texts, budget)
-    assert warning == said or warning.startswith(said)
-
-
-def test_the_default_of_mode_mute_is_little_for_any_number_of_texts():
-    assert "far more neurons than the default takes" in warn_of_many(2_400, None, "mute")

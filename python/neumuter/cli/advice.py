@@ -9,29 +9,8 @@ if TYPE_CHECKING:
     from neumuter.outcome import Outcome
 
 
-# From this number of texts on, a tenth of the neurons left a fifth of them and more on the models that were
-# measured: see CAPACITY and HUNDREDS in docs/results.md.
-MANY_TEXTS = 96
 # By so many nats the loss of texts that a model said itself may rise before that is said.
 HARM = 0.1
-
-
-def warn_of_many(texts: int, budget: float | int | str | None, mode: str = "modulate") -> str | None:
-    """Say that so many texts may need more neurons than ``budget``; None if they may not, or nobody knows.
-
-    Args:
-        budget: as asked for; None is the default.
-    """
-    from neumuter.recipes.share import choose_share
-
-    share = choose_share(texts, mode) if budget is None else budget
-    if texts < MANY_TEXTS or isinstance(share, int | str) or share == 1.0:
-        return None
-    taken = "than the default takes" if budget is None else f"than {budget:.2%} of them"
-    return (
-        f"{texts} texts may need far more neurons {taken}: docs/choose-a-budget.md has what was measured, "
-        "and --budget auto searches."
-    )
 
 
 def advise(outcome: Outcome, rows: Path, searches: bool) -> list[str]:

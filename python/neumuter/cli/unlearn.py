@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from neumuter.cli.advice import advise, warn_of_many
+from neumuter.cli.advice import advise
 from neumuter.cli.arguments import (
     Attention,
     Device,
@@ -145,8 +145,7 @@ def unlearn(
         str | None,
         typer.Option(
             help="Share (0.01 or 1%) or number (300) of neurons to touch; auto tries rising shares until one "
-            "reaches the goals. Default: 1% for up to 24 texts, and in proportion for more, such as 10% for "
-            "240; with --mode mute always 1%."
+            "reaches the goals. Default: 1%, but at least 20 neurons for each text; with --mode mute 1%."
         ),
     ] = None,
     goal_extraction: Annotated[
@@ -272,9 +271,8 @@ def unlearn(
     forget_texts = TextFile(forget, columns, limit)
     retain_texts = TextFile(retain, columns, limit) if retain else None
     # A bad line is said before the model is loaded.
-    count, _ = (sum(1 for _ in texts) for texts in (forget_texts, retain_texts or ()))
-    if warning := warn_of_many(count, number, (mode or Mode.modulate).value):
-        console.print(warning, soft_wrap=True)
+    for texts in (forget_texts, retain_texts or ()):
+        sum(1 for _ in texts)
     unseen = read_texts(controls, columns, limit) if controls else None
     earlier = neumuter.MuteSet.load(existing) if existing else None
     known = [neumuter.Slopes.load(file) for file in former or []]

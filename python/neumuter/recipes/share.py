@@ -1,13 +1,20 @@
-"""The share of the neurons that a search may touch, where nothing else is asked for."""
+"""How many neurons a search may touch where nothing else is asked for: some for each text."""
 
-# One per cent of SmolLM2-135M's neurons is nearly enough for so many answers. More texts need more neurons;
-# hundreds of them need more than in proportion: see HUNDREDS and CAPACITY in docs/results.md.
-LEAST, TEXTS = 0.01, 24
+# The least share: one per cent, of which the paper found that it holds the memory.
+LEAST = 0.01
+# With so many for each text hardly any comes out, and with half of them some do, be it 24 texts or 240, of a
+# model of 4,096 neurons or of 46,080: see CAPACITY and HUNDREDS in docs/results.md.
+NEURONS_PER_TEXT = 20
 
 
-def choose_share(texts: int, mode: str) -> float:
-    """Choose a share in (0, 1] for so many windows of texts to forget.
+def choose_share(texts: int, neurons: int, mode: str) -> float:
+    """Choose a share in (0, 1] of so many neurons for so many windows of texts to forget.
 
     In mode "mute" it is always the least one: the harm of a silenced neuron cannot be fitted away.
     """
-    return LEAST if mode == "mute" else min(1.0, LEAST * max(1.0, texts / TEXTS))
+    return LEAST if mode == "mute" else min(1.0, max(LEAST, NEURONS_PER_TEXT * texts / neurons))
+
+
+def are_few(texts: int, neurons: int) -> bool:
+    """Whether so many neurons are fewer than half of what so many windows of texts took."""
+    return 2 * neurons < NEURONS_PER_TEXT * texts
