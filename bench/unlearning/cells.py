@@ -55,7 +55,7 @@ NAMES = {
     "fitted": "ours, found on the rounded model",
     "estimate": "the estimate", "base": "the model before fine-tuning", "both": "the lower of both",
     "fewer": "in 20 steps, with three times the rate", "distribution": "towards a whole distribution",
-    "few samples": "ours, 10%, with 16 texts of its own", "longer": "in twice the steps",
+    "few samples": "ours, 10%, with 16 texts of its own, at a rate of 0.1", "longer": "in twice the steps",
     "clamped": "ours, gains from 0 to 1",
     "random, fitted": "random neurons, fitted", "candidates, fitted": "random candidates, fitted",
 }  # fmt: skip
