@@ -316,8 +316,8 @@ def _choose_budget(
     taken = neuron_count(budget, neurons)
     if are_few(count, taken):
         logger.warning(
-            "%d neurons may be too few for %s: in measurements with fewer than %d neurons for each text, some "
-            "texts still came out. docs/choose-a-budget.md says more.",
+            "%d neurons may be too few for %s: in measurements with fewer than %d neurons for each text, "
+            "some texts still came out. docs/choose-a-budget.md says more.",
             taken, name_windows(corpus), NEURONS_PER_TEXT,
         )  # fmt: skip
     return budget
