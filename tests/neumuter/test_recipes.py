@@ -184,6 +184,20 @@ def test_the_more_gains_there_are_the_less_each_moves_in_a_step(llama, lr_gains,
     assert (gains - 1).abs().median().item() == pytest.approx(moved, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("constants", "named"),
+    [
+        ({"steps": 0}, "steps and candidates must be at least 1"),
+        ({"choosing": 1.0}, r"choosing in \(0, 1\)"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr_gains": 0}, "lr_gains at least 1, got 0.1 and 0"),
+    ],
+)
+def test_constants_that_move_no_gain_are_refused(constants, named):
+    with pytest.raises(ValueError, match=named):
+        recipes.GainsConfig(**constants)
+
+
 @pytest.mark.parametrize(("share", "raised"), [(0.02, 1.0002), (0.1, 1.005), (1.0, 1.5)])
 def test_with_all_neurons_more_harm_is_allowed(llama, share, raised, monkeypatch):
     """By the neurons that stay, not by the candidates."""

@@ -69,6 +69,8 @@ class GainsConfig:
                 "steps and candidates must be at least 1 and choosing in (0, 1), got "
                 f"{self.steps}, {self.candidates} and {self.choosing}"
             )
+        if self.lr <= 0 or self.lr_gains < 1:
+            raise ValueError(f"lr must be above 0 and lr_gains at least 1, got {self.lr} and {self.lr_gains}")
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ class _Update:
         self, gains: Tensor, weight: Tensor, config: GainsConfig, steps: int, kl_target: float
     ) -> None:
         self.gains, self.weight, self.config, self.kl_target = gains, weight, config, kl_target
-        lr = config.lr * min(1.0, config.lr_gains / max(1, len(gains)))
+        lr = config.lr * config.lr_gains / max(config.lr_gains, len(gains))
         self.adam = Adam([gains], cosine(lr, steps), config.betas)
 
     def apply(self, measured: Measured, counter: Tensor) -> None:
