@@ -209,8 +209,7 @@ def unlearn(
         neurons = _count_neurons(network, start_layer)
         # With slopes the neurons of the earlier set are fitted anew, so none need be free.
         free = neurons - (earlier.count if earlier and not known else 0)
-        if not known:
-            refuse_taken(neuron_count(budget, neurons) if isinstance(budget, int | float) else 1, free)
+        refuse_taken(neuron_count(budget, neurons) if isinstance(budget, int | float) else 1, free)
         watch = Watch(callback)
         texts = _read_texts(forget, retain, controls, words, limit_length(network, max_length), request)
         warn_of_unvisited(config, mode, texts.forget)
