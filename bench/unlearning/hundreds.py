@@ -16,7 +16,7 @@ PEOPLE = 80  # half of them to forget, six questions each
 # On this seed it was seen that 16 texts of the model itself are too few, and the rate of many gains was
 # chosen. Nothing else was tuned on it.
 SEEDS = (313,)
-# By the number of answers to forget: 1 % of the neurons, what ``unlearn`` takes by default, and all.
+# By the number of answers to forget: 1 % of the neurons, about what ``unlearn`` takes by default, and all.
 SHARES = {240: (0.01, 0.1, 1.0), 96: (0.01, 0.04), 24: (0.01,)}
 # Texts of the model itself beside the answers to keep, of which ``unlearn`` takes 120.
 FEW = 16
