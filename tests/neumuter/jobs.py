@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import neumuter
+from neumuter import job as whole_job
 from neumuter import preparing, recipes
 from neumuter.cli import processes
 from neumuter.cli.app import main
@@ -121,7 +122,9 @@ JOBS = {
 @contextlib.contextmanager
 def shorter():
     """Context: what is measured takes less time."""
-    limits = {controls: "MADE_UP", examination: "MAX_TOKENS", continuations: "MAX_TOKENS"}
+    limits = {
+        whole_job: "CHECKED", controls: "MADE_UP", examination: "MAX_TOKENS", continuations: "MAX_TOKENS",
+    }  # fmt: skip
     with contextlib.ExitStack() as patched:
         for module, name in limits.items():
             patched.enter_context(mock.patch.object(module, name, 2))
