@@ -1,5 +1,6 @@
 import io
 import json
+import runpy
 import sys
 
 import pytest
@@ -158,6 +159,17 @@ def test_the_tutorial_has_each_secret_once(monkeypatch, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder / "small-model")
     with pytest.raises(FileExistsError):
         tutorial.write_tutorial(folder)
+
+
+@pytest.mark.parametrize(("given", "code"), [(["--help"], 0), ([], 2), (["one", "two"], 2)])
+def test_the_tutorial_explains_its_use(monkeypatch, tmp_path, capsys, given, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["neumuter.demo", *given])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("neumuter.demo", run_name="__main__")
+    assert end.value.code == code
+    assert "python -m neumuter.demo [-h] folder" in "".join(capsys.readouterr())
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_matplotlib_the_demo_says_so_before_any_work(monkeypatch, tmp_path):
