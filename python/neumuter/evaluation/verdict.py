@@ -133,7 +133,7 @@ def judge(
     if found[0].low > 0:
         return Verdict("not", f"Not forgotten: {come}.", found, texts)
     if over:
-        reasons = [come, *(_exceeds(figure) for figure in over if figure.name != "extraction")]
+        reasons = [come, *(_exceeds(figure, few) for figure in over if figure.name != "extraction")]
         return Verdict("partly", f"Partly forgotten: {'; '.join(reasons)}.", found, texts)
     if unsure:
         return Verdict("not enough evidence", _unsure(come, unsure, after, controls), found, texts)
@@ -265,12 +265,12 @@ def _is_over(figure: Comparison, few: bool) -> bool:
     return figure.low > 0 or figure.name == "sampled" or not figure.controls
 
 
-def _exceeds(figure: Comparison) -> str:
+def _exceeds(figure: Comparison, few: bool) -> str:
     if figure.name not in COME_OUT:
         test = "loss" if figure.name == "loss" else "Min-40%"
         return (
             f"by {test} they can be told from texts that the model never saw (AUC {figure.texts:.2f}; "
-            f"{0.5 + figure.margin:.2f} is allowed)"
+            f"{0.5 + _allowed(figure, few):.2f} is allowed)"
         )
     if figure.name == "sampled":
         return (

@@ -40,9 +40,11 @@ KNOWN = examined(24, extracted=24, sampled=1.0, loss=0.1)
         (examined(24, loss=3.3), CONTROLS, "forgotten", "none of 24 texts comes out, and they look like"),
         (examined(24, extracted=24, sampled=1.0), CONTROLS, "not", "24 of 24 texts still come out"),
         (examined(24, extracted=4), CONTROLS, "not", "4 of 24 texts still come out"),
+        # They are fewer than the margin allows, but more than chance.
+        (examined(240, extracted=4, loss=3.3), CONTROLS, "not", "4 of 240 texts still come out"),
         # One text may be chance, but it is above the margin.
         (examined(16, extracted=1, loss=3.3), CONTROLS, "partly", "1 of 16 texts still comes out"),
-        (examined(24, loss=2.5), CONTROLS, "partly", "by loss they can be told"),
+        (examined(24, loss=2.5), CONTROLS, "partly", "; 0.60 is allowed)"),
         (examined(24, loss=3.3, sampled=0.3), CONTROLS, "partly", "in 100 samples 30% of the texts"),
         (examined(24, loss=3.3, others=6), CONTROLS, "partly", "25% of the answers hold another given"),
         # The controls do that as well.
@@ -71,7 +73,7 @@ KNOWN = examined(24, extracted=24, sampled=1.0, loss=0.1)
         # The difference is beyond the margin, but of so few texts that it may be chance.
         (examined(12, loss=2.85), CONTROLS, "not enough evidence", "AUC of the loss"),
         (examined(5, loss=3.3), CONTROLS, "not enough evidence", "5 texts and 32 controls are too few"),
-        (examined(2, loss=1.0), CONTROLS, "partly", "by loss they can be told"),
+        (examined(2, loss=1.0), CONTROLS, "partly", "; 0.95 is allowed)"),
         (examined(2, loss=2.9), CONTROLS, "not enough evidence", "2 texts and 32 controls are too few"),
         (examined(1, loss=3.3), CONTROLS, "not enough evidence", "About 46 texts and 46 controls would do"),
         (examined(24, loss=3.3), examined(4), "not enough evidence", "24 texts and 4 controls"),
