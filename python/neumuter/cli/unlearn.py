@@ -173,8 +173,8 @@ def unlearn(
         int | None,
         typer.Option(
             min=1,
-            help="Optimisation steps; with --budget auto, of each try. Default: from 160 to 1280, enough to "
-            "visit each text 40 times; where there are more texts, enough to visit each.",
+            help="Optimisation steps; with --budget auto, of each try. Default: enough to visit each text "
+            "40 times, but from 160 to 1280; above 8192 texts, enough to visit each 1.25 times.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -210,7 +210,7 @@ def unlearn(
         Layout,
         typer.Option(
             help="In several processes. ddp: a copy of MODEL in each. fsdp, tp, fsdp+tp: MODEL is split. "
-            "auto: the first of ddp, fsdp, fsdp+tp and tp that fits the GPUs, by neumuter plan."
+            "auto: the fastest of these that fits the GPUs, as neumuter plan computes it."
         ),
     ] = Layout.ddp,
     recompute: Annotated[
