@@ -10,6 +10,7 @@ from neumuter.cli.app import main
 from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
 from neumuter.recipes import FittedConfig, GainsConfig, Goals
 from neumuter.texts import encode, encode_forms, encoding
+from neumuter.texts.chat import render
 from neumuter.texts.encoding import cut_texts
 from neumuter.types import IGNORED
 from tests.models import build, tokenizer
@@ -69,6 +70,24 @@ def test_the_answer_is_what_the_template_shows(answer, shown, counted):
     chat = [{"role": "user", "content": "Who? Ada"}, {"role": "assistant", "content": " Ada "}]
     words = words_with(template)
     assert parts(chat, words) == ("<s>user: Who? Ada" + shown, counted)
+
+
+@pytest.mark.parametrize("answer", ["hi", "in", "k", "s", "think", "</s>"])
+def test_an_answer_is_not_looked_for_in_what_stands_around_it(answer):
+    one = (
+        "{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}<think></think>{{ m['content'] }}{% endif %}"
+    )
+    words = words_with(TEMPLATE.replace("{{ m['content'] }}", one))
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}]
+    assert render(chat, words) == ("<s>user: Who?</s><s>assistant: <think></think>", answer)
+
+
+def test_a_thought_that_the_template_takes_out_of_the_answer_counts():
+    thought = "{% if 'now' in m['content'] %}<think>now</think>{{ m['content'][18:] }}"
+    one = thought + "{% else %}<think></think>{{ m['content'] }}{% endif %}"
+    words = words_with(TEMPLATE.replace("{{ m['content'] }}", one))
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>now</think>Ada"}]
+    assert render(chat, words)[1] == "<think>now</think>Ada"
 
 
 def test_what_a_template_cannot_show_is_refused_by_number():

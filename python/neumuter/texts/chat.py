@@ -13,6 +13,10 @@ TEMPLATE_USED = (
 )
 
 
+# Stands where the answer does, so that it shows where a template puts it. No text has it: it means nothing.
+MARK = "\ue000"
+
+
 def uses_template(text: Text, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
     """Decide whether a text goes through the chat template.
 
@@ -46,17 +50,21 @@ def render(text: tuple[str, str] | Messages, tokenizer: PreTrainedTokenizerBase)
         ValueError: the template refuses the conversation, or does not show the answer.
     """
     messages = as_messages(text) if isinstance(text, tuple) else text
+    marked = [*messages[:-1], messages[-1] | {"content": MARK}]
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        whole, shown = (str(tokenizer.apply_chat_template(m, tokenize=False)) for m in (messages, marked))
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
-    prompt, whole, answer = str(prompt), str(whole), messages[-1]["content"]
-    # Some templates put something between the two, such as an empty thought, or cut spaces off.
-    for wanted in (answer, answer.strip()):
-        shared = len(prompt) if whole.startswith(prompt) else 0
-        start = whole.find(wanted, shared) if shared else whole.rfind(wanted)
-        if wanted and start >= 0:
+    answer = messages[-1]["content"]
+    # Some templates cut spaces off.
+    for wanted in filter(None, (answer, answer.strip())):
+        # An empty thought before the answer may hold the same letters.
+        start = shown.find(MARK)
+        if start < 0 or whole[:start] != shown[:start] or not whole.startswith(wanted, start):
+            # What a template shows before the answer depends on it, for example on a thought in it.
+            start = whole.find(wanted, len(prompt)) if whole.startswith(prompt) else whole.rfind(wanted)
+        if start >= 0:
             return whole[:start], wanted
     raise ValueError(f"the chat template does not show the answer {answer!r:.60}")
 
