@@ -131,6 +131,21 @@ def test_goals_end_the_training(tmp_path):
         make(tmp_path, goal_forget_ma=0.5)
 
 
+def test_what_is_evaluated_is_the_budget_and_has_any_name(tmp_path):
+    trainer = make(tmp_path, budget=0.25, eval_strategy="epoch", goal_forget_loss=0.0)
+    models.randomise(trainer.masked)
+    assert trainer.evaluate()["eval_muted"] == pytest.approx(trainer.mute_set().share) == 0.25
+    assert "test_forget_loss" in trainer.evaluate(metric_key_prefix="test")
+
+
+def test_a_trainer_that_cannot_be_made_leaves_the_model_alone(tmp_path):
+    model = models.build("llama")
+    options = (NeuMuterConfig(str(tmp_path), report_to=[]), text_batch(1, 3), text_batch(2, 3))
+    with pytest.raises(TypeError, match="no_such_option"):
+        NeuMuterTrainer(model, *options, no_such_option=1)
+    NeuMuterTrainer(model, *options).masked.detach()
+
+
 def test_other_kernels_in_the_place_of_gates_are_refused(tmp_path):
     with pytest.raises(ValueError, match="use_liger_kernel must be False"):
         make(tmp_path, use_liger_kernel=True)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +154,9 @@ class _Goals(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         goals, metrics = cast(NeuMuterConfig, args), given["metrics"]
+        # The metrics of another evaluation may have other names.
+        if "eval_forget_loss" not in metrics:
+            return
         wanted: tuple[tuple[float | None, Callable[[float], bool]], ...] = (
             (goals.goal_forget_loss, lambda goal: metrics["eval_forget_loss"] >= goal),
             (goals.goal_forget_ma, lambda goal: metrics["eval_forget_ma"] <= goal),
@@ -193,23 +196,23 @@ class NeuMuterTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.masked = attach(model, args.start_layer)
+        self.batches = {"forget": forget_batch, "retain": retain_batch}
+        self._sums: dict[str, Tensor | float] = {}
+        self._steps = 0
+        args.remove_unused_columns = False
         try:
             self.pair = PairedBatches(self.masked, forget_batch, retain_batch)
+            # Before the Trainer wraps the model.
+            if not args.refined:
+                self.masked.open_before()
+            data = _ForgetSamples(self.pair.forget_count)
+            super().__init__(
+                model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=_collate,
+                callbacks=[_Goals(), *callbacks], **options,
+            )  # fmt: skip
         except BaseException:
             self.masked.detach()
             raise
-        self.batches = {"forget": forget_batch, "retain": retain_batch}
-        # Before the Trainer wraps the model.
-        if not args.refined:
-            self.masked.open_before()
-        self._sums: dict[str, Tensor | float] = {}
-        self._steps = 0
-        data = _ForgetSamples(self.pair.forget_count)
-        args.remove_unused_columns = False
-        super().__init__(
-            model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=_collate,
-            callbacks=[_Goals(), *callbacks], **options,
-        )  # fmt: skip
         # In evaluation mode transformers does nothing of it.
         if args.gradient_checkpointing:
             self.masked.recomputation.begin()
@@ -301,21 +304,27 @@ class NeuMuterTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The forget loss and MA and the retain loss with the neurons muted that would be muted now."""
-        with without_dropout(self.model), self.masked.applying(self._masks()):
+        """The forget loss and MA and the retain loss with the neurons muted that would be muted now.
+
+        "muted" is the share of these neurons.
+        """
+        layers = self._selected()
+        with without_dropout(self.model), self.masked.applying(self._masks(layers)):
             metrics = summary_metrics(self.model, **self.batches)
-        scores = list(self.masked.scores.values())
-        metrics["muted"] = float(measure_closed_share(scores, self.args.threshold))
+        muted = sum(len(indices) for indices, _ in layers.values())
+        metrics["muted"] = muted / sum(score.numel() for score in self.masked.scores.values())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _masks(self) -> dict[str, Tensor]:
+    def _selected(self) -> dict[str, tuple[Tensor, Tensor]]:
         try:
-            layers = self.masked.selected(**self._selection())
+            return self.masked.selected(**self._selection())
         except NothingSelectedError:
             return {}
+
+    def _masks(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         scores, masks = self.masked.scores, {}
         for path, (indices, gains) in layers.items():
             place = scores[path].device
