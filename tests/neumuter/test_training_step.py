@@ -1,5 +1,6 @@
 """The training step: it waits for nothing, keeps its sizes, can be captured, and goes on where it was."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -70,7 +71,6 @@ def captured(monkeypatch):
     monkeypatch.setattr(step, "find_obstacle", lambda masked, shared: None)
     monkeypatch.setattr(graphs, "capture", found.capture)
     monkeypatch.setattr(graphs, "run_aside", lambda body: body())
-    monkeypatch.setattr(graphs.Graphs, "device", torch.device("cpu"))
     apply = recipes.fitted.Adam.apply
 
     def outside(self, measured, counter):
@@ -124,6 +124,31 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(llama, captured, caplo
     # Two runs of the fit, each with steps of its own.
     assert caplog.text.count("a step cannot be captured as a CUDA graph: a graph cannot hold this") == 2
     assert same(mutes, expected)
+
+
+def test_graphs_are_of_the_models_device(captured, monkeypatch):
+    class Some:
+        """Inputs without tensors, which tell where they are wanted."""
+
+        tensors, split = (), 0
+
+        def to(self, device):
+            places.append(device)
+            return self
+
+    class Current(contextlib.nullcontext):
+        def __init__(self, index):
+            super().__init__()
+            current.append(index)
+
+    places, current = [], []
+    monkeypatch.setattr(torch.accelerator, "device_index", Current)
+    one = graphs.Graphs(lambda inputs: None, torch.device("cuda:1"))
+    for _ in range(graphs.WARM_UP + 1):
+        one.run(Some())
+    assert captured.replays == 1
+    assert places == [torch.device("cuda:1")]
+    assert current == [1] * (graphs.WARM_UP + 1)
 
 
 def test_obstacles_are_named(llama):

@@ -22,19 +22,22 @@ logger = logging.getLogger("neumuter")
 class Graphs:
     """Runs ``body`` as a CUDA graph for each size of its inputs.
 
-    ``body``: works on tensors that stay where they are, waits for nothing, and returns nothing.
+    ``body``: works on tensors of ``device`` that stay where they are, waits for nothing, and returns nothing.
     """
 
-    device = torch.device("cuda")
-
-    def __init__(self, body: Callable[[Inputs], None]) -> None:
-        self.body = body
+    def __init__(self, body: Callable[[Inputs], None], device: torch.device) -> None:
+        self.body, self.device = body, device
         self._sizes: dict[object, _Size] = {}
         self._pool: Any = None
         self._failed = False
 
     def run(self, inputs: Inputs) -> None:
         """Run ``body`` on inputs of the CPU: by a graph, or eagerly the first times."""
+        # Streams and graphs are of the device that is the current one.
+        with torch.accelerator.device_index(self.device.index):
+            self._run(inputs)
+
+    def _run(self, inputs: Inputs) -> None:
         key = (*(part.shape for part in inputs.tensors), inputs.split)
         if key not in self._sizes:
             self._sizes[key] = _Size(inputs.to(self.device))

@@ -128,7 +128,7 @@ class Step:
         self.pair, self.parameters, self.masks, self.terms = pair, parameters, masks, terms
         self.update, self.muted, self.everywhere = update, muted, everywhere
         obstacle = find_obstacle(pair.masked, shared=pair.processes is not None)
-        self._graphs = Graphs(self._run) if obstacle is None else None
+        self._graphs = Graphs(self._run, pair.device) if obstacle is None else None
         self.read_every = READ_EVERY.get(pair.device.type, 1)
         self.done = 0
         self.log_odds = torch.full([pair.forget_count], torch.nan, device=pair.device)
@@ -232,7 +232,7 @@ class Step:
         self.update.load(state["update"])
         # They read the tensors of the update that was.
         if self._graphs:
-            self._graphs = Graphs(self._run)
+            self._graphs = Graphs(self._run, self.pair.device)
 
     def _run(self, *parts: Inputs, whole: "_Whole | None" = None) -> None:
         """The step itself. It must wait for nothing, and touch no tensor but those that stay in place."""
