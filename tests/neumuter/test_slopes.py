@@ -73,6 +73,17 @@ def test_a_file_has_a_size_and_the_steepest_neurons(attached, monkeypatch, tmp_p
     assert max(about["data_offsets"][1] for about in tensors) <= 3 * 400 + 4 * 4 * 9
 
 
+def test_a_file_is_no_larger_than_can_be_read(attached, monkeypatch, tmp_path):
+    pair, mutes = PairedBatches(attached, FORGET, KEEP), recipes.mute_random(attached, 0.2, seed=3)
+    monkeypatch.setattr("neumuter.recipes.slopes.MAX_FILE_BYTES", 600)
+    few = recipes.measure_slopes(pair, mutes)
+    assert few.at.count == 600 // 2 // (9 + 8)
+    monkeypatch.setattr("neumuter.mutes.container.MAX_FILE_BYTES", 600)
+    with pytest.raises(ValueError, match="could not be read again: 600 are the most"):
+        few.save(tmp_path / "few")
+    assert not list(tmp_path.iterdir())
+
+
 def test_held_tokens_cost_their_linear_hinge(attached):
     pair, mutes = PairedBatches(attached, FORGET, KEEP), recipes.mute_random(attached, 0.2, seed=3)
     other = recipes.mute_random(attached, 0.3, seed=4)

@@ -32,9 +32,11 @@ def write_file(
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the metadata is too large for a file's header.
+        ValueError: the file would be larger than ``read_file`` takes, or its header.
     """
     data = to_safetensors(tensors, metadata={entry: to_json(metadata)})
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"its {len(data)} bytes could not be read again: {MAX_FILE_BYTES} are the most")
     _check_header(data)
     write_atomically(path, data, private)
 

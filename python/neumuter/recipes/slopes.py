@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neumuter.models.devices import move
 from neumuter.models.modes import without_dropout
+from neumuter.mutes.container import MAX_FILE_BYTES
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.mutes.slopes import Slopes
 from neumuter.training.batches import PairedBatches, check_pair
@@ -47,7 +48,8 @@ def measure_slopes(
 
     That is runs of tokens whose ceilings are below 0, and tokens of which nothing is known; what may stay
     likely, such as wording, is left out. Those neurons enter whose squared slopes have the largest sum, so
-    many that a text takes ``BYTES_PER_TEXT``. Slopes are rounded to 127 steps of each sign.
+    many that a text takes ``BYTES_PER_TEXT`` and the file can be read again. Slopes are rounded to 127 steps
+    of each sign.
 
     Args:
         callback: called as (done, total): each text is gone through twice, with a copy of it for each run.
@@ -76,7 +78,9 @@ def measure_slopes(
     for _, slopes in passes(0):
         total += slopes.square().sum(0)
     count = sum(map(len, items))
-    most = BYTES_PER_TEXT * pair.forget_count // (count + BYTES_PER_NEURON)
+    # Half of what may be read is left to what is known of each run and to the header.
+    room = min(BYTES_PER_TEXT * pair.forget_count, MAX_FILE_BYTES // 2)
+    most = room // (count + BYTES_PER_NEURON)
     ids = total.topk(max(1, min(most, neurons.count))).indices.sort().values
     odds, found = zip(*((odds, slopes[:, ids]) for odds, slopes in passes(len(items))), strict=True)
     slopes = torch.cat(found)
