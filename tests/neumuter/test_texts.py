@@ -221,6 +221,13 @@ def test_what_is_no_list_of_texts_is_refused():
     assert encode([{"text": "ab"}], tokenizer(), 8)["input_ids"].shape == (1, 3)
 
 
+@pytest.mark.parametrize("value", ["5", "NaN", "[1]"])
+def test_an_input_that_is_no_text_is_refused_by_line(tmp_path, value):
+    path = write(tmp_path, "t.jsonl", f'{{"instruction": "a", "input": {value}, "output": "b"}}')
+    with pytest.raises(ValueError, match="line 1: column 'input' must hold a text, got"):
+        read_texts(path)
+
+
 def test_missing_file_and_bad_limit(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_texts(tmp_path / "absent.txt")

@@ -60,8 +60,10 @@ def _text_of_row(row: Mapping[str, Any], column: Column) -> Text:
     if len(names) == 1:
         return str(values[0])
     prompt, completion = values
-    if names == ("instruction", "output") and row.get("input"):
-        prompt = f"{prompt}\n\n{_checked(row['input'])}"
+    if names == ("instruction", "output") and (more := row.get("input")):
+        if not isinstance(more, str):
+            raise ValueError(f"column 'input' must hold a text, got {more!r:.80}")
+        prompt = f"{prompt}\n\n{_checked(more)}"
     if names != AS_GIVEN and not prompt[-1].isspace() and not completion[0].isspace():
         prompt += "\n"
     return (prompt, completion)
