@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from neumuter.recipes import fitted
 from neumuter.training.batches import PairedBatches
 from neumuter.training.losses import hinge_runs, token_losses
 from neumuter.training.neurons import Neurons
+from neumuter.training.weights import WeightsConfig
 from neumuter.types import IGNORED
 from tests import models
 from tests.models import same
@@ -184,18 +186,53 @@ def test_the_more_gains_there_are_the_less_each_moves_in_a_step(llama, lr_gains,
     assert (gains - 1).abs().median().item() == pytest.approx(moved, rel=1e-3)
 
 
+def test_gains_that_stay_keep_the_rate_of_the_candidates(llama):
+    config = recipes.GainsConfig(steps=2, lr_gains=15)
+    with neumuter.attach(llama) as masked:
+        drawn = recipes.mute_random(masked, 60, seed=0)
+        mutes = recipes.fit_gains(PairedBatches(masked, FORGET, KEEP), drawn, config, keep=15)
+    moved = torch.cat([layer.gains for layer in mutes.layers.values()]) - 1
+    # A step before the choice of 15 out of 60 and one after it, with a quarter of the rate each.
+    assert moved.abs().max().item() == pytest.approx(2 * 0.025, rel=1e-3)
+
+
+def test_a_search_needs_texts_to_forget(llama):
+    with neumuter.attach(llama) as masked:
+        pair = PairedBatches(masked, None, KEEP)
+        for search in (
+            lambda: recipes.fit_mutes(pair, 0.1),
+            lambda: recipes.find_support(pair, 0.1),
+            lambda: recipes.train_gates(pair),
+            lambda: recipes.measure_slopes(pair, recipes.mute_random(masked, 5, seed=0)),
+        ):
+            with pytest.raises(ValueError, match="pair has no text to forget: only refit_gains"):
+                search()
+
+
 @pytest.mark.parametrize(
-    ("constants", "named"),
+    ("kind", "constants", "named"),
     [
-        ({"steps": 0}, "steps and candidates must be at least 1"),
-        ({"choosing": 1.0}, r"choosing in \(0, 1\)"),
-        ({"lr": 0.0}, "lr must be above 0"),
-        ({"lr_gains": 0}, "lr_gains at least 1, got 0.1 and 0"),
+        (recipes.GainsConfig, {"steps": 0}, "steps must be an int of at least 1 or None, got 0"),
+        (recipes.GainsConfig, {"batch_size": 0}, "batch_size must be an int of at least 1 or None, got 0"),
+        (recipes.GainsConfig, {"steps": 2.5}, "steps must be an int"),
+        (recipes.GainsConfig, {"choosing": 1.0}, r"choosing in \(0, 1\)"),
+        (recipes.GainsConfig, {"lr": 0.0}, "lr must be above 0, got 0.0"),
+        (recipes.GainsConfig, {"lr": np.float32(0.1)}, "lr must be a finite float of Python, got"),
+        (recipes.GainsConfig, {"lr_gains": 0}, "lr_gains must be an int of at least 1, got 0"),
+        (recipes.GainsConfig, {"margin": float("nan")}, "margin must be a finite float"),
+        (recipes.GainsConfig, {"margin": None}, "margin must be a finite float"),
+        (recipes.GainsConfig, {"gain_range": (2.0, -2.0)}, "gain_range must be a lower and a higher number"),
+        (recipes.GainsConfig, {"kl_weight_range": (0.0, 1.0)}, "kl_weight_range must be above 0"),
+        (recipes.SupportConfig, {"steps": 0}, "steps must be an int of at least 1 or None, got 0"),
+        (recipes.SupportConfig, {"lr": 0.0}, "lr must be above 0"),
+        (recipes.PaperConfig, {"epochs": 0}, "epochs must be an int of at least 1, got 0"),
+        (recipes.PaperConfig, {"batch_size": True}, "batch_size must be an int of at least 1 or None"),
+        (WeightsConfig, {"steps": 0}, "steps must be an int of at least 1, got 0"),
     ],
 )
-def test_constants_that_move_no_gain_are_refused(constants, named):
+def test_constants_that_would_do_nothing_or_fail_late_are_refused(kind, constants, named):
     with pytest.raises(ValueError, match=named):
-        recipes.GainsConfig(**constants)
+        kind(**constants)
 
 
 @pytest.mark.parametrize(("share", "raised"), [(0.02, 1.0002), (0.1, 1.005), (1.0, 1.5)])

@@ -20,6 +20,7 @@ from neumuter.recipes.slopes import Held
 from neumuter.recipes.support import SupportConfig, find_support
 from neumuter.training.adam import Adam, cosine
 from neumuter.training.batches import PairedBatches, check_pair
+from neumuter.training.constants import check_constants, check_range
 from neumuter.training.journal import Journal
 from neumuter.training.losses import hinge_runs
 from neumuter.training.neurons import Neurons
@@ -64,13 +65,14 @@ class GainsConfig:
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
-        if (self.steps is not None and self.steps < 1) or self.candidates < 1 or not 0 < self.choosing < 1:
+        check_constants(self, ("lr", "kl_target", "kl_weight", "kl_weight_range"))
+        check_range("gain_range", self.gain_range)
+        check_range("kl_weight_range", self.kl_weight_range)
+        if self.candidates < 1 or not 0 < self.choosing < 1:
             raise ValueError(
-                "steps and candidates must be at least 1 and choosing in (0, 1), got "
-                f"{self.steps}, {self.candidates} and {self.choosing}"
+                "candidates must be at least 1 and choosing in (0, 1), got "
+                f"{self.candidates} and {self.choosing}"
             )
-        if self.lr <= 0 or self.lr_gains < 1:
-            raise ValueError(f"lr must be above 0 and lr_gains at least 1, got {self.lr} and {self.lr_gains}")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def refit_gains(
     Returns:
         A MuteSet with the neurons of ``existing``.
     """
-    check_pair(pair, existing=existing, config=config, seed=seed)
+    check_pair(pair, may_keep_only=True, existing=existing, config=config, seed=seed)
     neurons = Neurons(pair.masked, existing)
     support = neurons.ids(existing)
     fit = _Fit(neurons, pair, config, seed, len(support), len(support), callback, former, undone)

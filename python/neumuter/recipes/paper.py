@@ -12,6 +12,7 @@ from torch import Tensor
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.training.adam import Adam
 from neumuter.training.batches import PairedBatches, check_pair
+from neumuter.training.constants import check_constants
 from neumuter.training.gates import STRETCH, TEMPERATURE
 from neumuter.training.journal import Journal
 from neumuter.training.processes import agree
@@ -46,6 +47,9 @@ class PaperConfig:
     # token of the retain samples. True gives each sample a mask of its own, leaves those FFNs alone, and
     # takes KL where a counted token is predicted.
     refined: bool = False
+
+    def __post_init__(self) -> None:
+        check_constants(self, ("lr", "threshold"))
 
 
 def train_gates(

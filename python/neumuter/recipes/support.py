@@ -10,6 +10,7 @@ from torch import Tensor
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.recipes.schedule import choose_samples, count_steps
 from neumuter.training.batches import PairedBatches, check_pair
+from neumuter.training.constants import check_constants
 from neumuter.training.gates import INITIAL_SCORE
 from neumuter.training.journal import Journal
 from neumuter.training.losses import hinge
@@ -36,6 +37,9 @@ class SupportConfig:
     momentum: float = 0.9
     # Of the one running mean square that scales all gradients.
     decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_constants(self, ("lr",))
 
 
 def find_support(

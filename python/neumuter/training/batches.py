@@ -411,12 +411,17 @@ def _in_turn(first: int, count: int, start: int, seed: int) -> Iterator[int]:
         start = 0
 
 
-def check_pair(pair: object, **given: object) -> None:
-    """Raise TypeError unless ``pair`` is what recipes take.
+def check_pair(pair: object, may_keep_only: bool = False, **given: object) -> None:
+    """Raise TypeError or ValueError unless ``pair`` is what recipes take.
 
     In a process group, raise ValueError unless all processes were given the same texts, neurons and other
     arguments, which are ``given``. All of them must call it.
+
+    Args:
+        may_keep_only: whether there may be no text to forget.
     """
     check_kind("pair", pair, PairedBatches, "PairedBatches(masked, forget_batch, retain_batch)")
     assert isinstance(pair, PairedBatches)
+    if not (pair.forget_count or may_keep_only):
+        raise ValueError("pair has no text to forget: only refit_gains can do without")
     check_same(lambda: pair.describe() | given)

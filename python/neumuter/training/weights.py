@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neumuter.training.constants import check_constants
 from neumuter.training.losses import predicting, token_losses
 from neumuter.training.sources import Shuffled
 from neumuter.types import IGNORED, Batch, Callback, check_batch, check_model
@@ -43,6 +44,7 @@ class WeightsConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_constants(self, ("lr",))
 
 
 def tune_weights(
