@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from neumuter.models.modes import without_dropout
+
 
 @torch.no_grad()
 def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
     """Generate by ``options`` alone: greedily without any, and as if the model had no generation_config.
 
     transformers takes what a caller leaves open from the checkpoint's generation_config: a repetition
-    penalty, suppressed tokens, stop strings. Its end tokens alone are facts of the model, and stay.
+    penalty, suppressed tokens, stop strings. Its end tokens alone are facts of the model, and stay. The model
+    runs without dropout.
 
     Args:
         input_ids, attention_mask: int64 [B, T] each, padded on the left.
@@ -24,7 +27,7 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **opti
         int64 [B, T + new tokens].
     """
     device = cast(torch.device, model.device)
-    with _own_settings(model):
+    with _own_settings(model), without_dropout(model):
         ids: Tensor = cast(Any, model).generate(
             input_ids.to(device), attention_mask=attention_mask.to(device), **options
         )

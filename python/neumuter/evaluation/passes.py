@@ -6,6 +6,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from neumuter.models.modes import without_dropout
 from neumuter.models.pieces import Pieces
 from neumuter.types import IGNORED, Batch, check_batch, check_model
 
@@ -60,8 +61,9 @@ def in_parts(
 
 @torch.no_grad()
 def predict(model: nn.Module, part: Batch) -> Tensor:
-    """Run the model on a part of a batch; returns the logits [B, T, V]."""
-    output = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False)
+    """Run the model, without dropout, on a part of a batch; returns the logits [B, T, V]."""
+    with without_dropout(model):
+        output = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False)
     logits: Tensor = output.logits
     return logits
 
