@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -66,14 +65,14 @@ def estimate_ceilings(
     batch: Batch,
     given: Sequence[GivenText],
     seed: int,
-    watch: Watch | None,
+    watch: Watch,
 ) -> Tensor | None:
     """The log-odds that each token may keep, [B, T]; None where nothing is known of any text.
 
-    batch: all texts to forget. watch: shows progress, if it is given.
+    batch: all texts to forget.
     """
     options = (batch, given, need_tokenizer(tokenizer), seed)
-    with watch("Estimating what identifies the texts") if watch else nullcontext() as advance:
+    with watch("Estimating what identifies the texts") as advance:
         chances = journal.once("unseen", lambda: agree(estimate_unseen(model, *options, advance)))
     known, ceilings = (chances > 0).any(1), find_ceilings(chances)
     texts = group_rows(batch)

@@ -216,12 +216,11 @@ class Job(NamedTuple):
 
         return self.journal.once(state, find)
 
-    def estimate_ceilings(self, shows: bool) -> Tensor | None:
-        """How far each token is to be forgotten, [B, T]; ``shows`` progress."""
-        words, texts = self.tokenizer, self.texts
-        shown = self.watch if shows else None
+    def estimate_ceilings(self) -> Tensor | None:
+        """How far each token is to be forgotten, [B, T]."""
+        words, texts, seed = self.tokenizer, self.texts, self.request.seed
         return estimate_ceilings(
-            self.journal, self.network, words, texts.forget.forms[0], texts.given, self.request.seed, shown
+            self.journal, self.network, words, texts.forget.forms[0], texts.given, seed, self.watch
         )
 
     def announce(self, look: Look, retain_batch: Windows | Batch, calibrates: bool) -> None:
@@ -257,7 +256,7 @@ class Job(NamedTuple):
             raise ValueError("goal secrets cannot be measured: no word of the texts to forget is a secret")
         with attach(self.network, request.start_layer) as masked:
             pair = PairedBatches(masked, self.texts.forget.windows, retain_batch, ceilings)
-            with self.watch("Finding neurons", journal.history) as advance:
+            with self.watch("Finding neurons", of_steps=True, history=journal.history) as advance:
                 if isinstance(config, PaperConfig):
                     mutes = train_gates(pair, config, request.seed, advance, journal)
                 elif isinstance(request.budget, str):

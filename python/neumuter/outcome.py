@@ -55,8 +55,8 @@ class Outcome:
     history: {"step", "loss", "forget_loss", "kl", "muted"} of each step of the search; of more than 4,096
     steps, of some at even distances and of the last.
     samples: {"prompt", "truth", "before", "after"} of the first forget texts: what the model says.
-    seconds: of the whole job. peak_memory: bytes, of the GPU where there is one, else of the process; of
-    several processes that of the one which took most.
+    seconds: of the whole job. peak_memory: bytes, of the GPU that took most where there is one, else of
+    the process; of several processes that of the one which took most.
     max_length, chat: how the texts were read, as ``unlearn`` was told.
     slopes: for ``former`` of later requests, if they were asked for. They are made of the texts.
     """

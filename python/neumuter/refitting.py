@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -127,10 +128,8 @@ def refit(
         for fitted in (mutes, *(slopes.at for slopes in known)):
             matching_ffns(network, fitted)
     ceilings = None
-    if texts is not None and mutes.method.get("calibrated"):
-        # A callback is told of steps.
-        shown = watch if callback is None else None
-        ceilings = estimate_ceilings(Journal(), network, words, texts, given, seed, shown)
+    if texts is not None and _is_calibrated(mutes.method):
+        ceilings = estimate_ceilings(Journal(), network, words, texts, given, seed, watch)
     # A set for other weights cannot be in force.
     with mute(network, mutes) if texts is None else nullcontext():
         width = next((batch["labels"].shape[1] for batch in (texts, *found) if batch is not None), length)
@@ -142,13 +141,19 @@ def refit(
         raise ValueError("there is nothing to keep: the model said nothing when sampled from; give retain")
     kept = join_batches(*found)
     _announce_time(network, texts, kept, config.gains, seed)
-    with attach(network, start_layer) as masked, watch("Fitting gains") as advance:
+    with attach(network, start_layer) as masked, watch("Fitting gains", of_steps=True) as advance:
         pair = PairedBatches(masked, texts, kept, ceilings)
         fitted = refit_gains(pair, mutes, staying, leaving, config.gains, seed, advance)
         tell_of_shortage(pair)
     if ceilings is None:
         return fitted
     return dataclasses.replace(fitted, method=fitted.method | {"calibrated": True})
+
+
+def _is_calibrated(method: Mapping[str, Any]) -> bool:
+    """Whether a mute set, or one of those that it was combined of or taken from, is calibrated."""
+    parts = [*method.get("combined", []), *([method["from"]] if "from" in method else [])]
+    return bool(method.get("calibrated")) or any(map(_is_calibrated, parts))
 
 
 def _announce_time(

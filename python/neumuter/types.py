@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # The label of a token that does not count: padding, a prompt.
@@ -60,8 +61,15 @@ def check_rows(name: str, batch: Batch) -> None:
     shape = batch["labels"].shape if isinstance(batch.get("labels"), Tensor) else None
     for key in KEYS:
         value = batch.get(key)
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape != shape:
-            given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if (
+            not isinstance(value, Tensor)
+            or value.dim() != 2
+            or value.shape != shape
+            or value.dtype != torch.int64
+        ):
+            given = type(value).__name__
+            if isinstance(value, Tensor):
+                given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             raise ValueError(
                 f"{name}[{key!r}] must be an int64 tensor [B, T], one shape for all of {', '.join(KEYS)}; "
                 f"got {given}"

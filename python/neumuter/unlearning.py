@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,9 @@ from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
 from neumuter.mutes.fingerprint import refuse_unsketchable
 from neumuter.mutes.matching import matching_ffns
-from neumuter.mutes.mute_set import MuteSource, load_mutes
+from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
 from neumuter.mutes.slopes import SlopesSource, load_slopes
-from neumuter.outcome import Outcome, write_sets
+from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome, write_sets
 from neumuter.preparing import (
     compare_models,
     encode_forms_of,
@@ -55,7 +57,7 @@ from neumuter.texts.encoding import count_rows
 from neumuter.texts.sources import TextSource
 from neumuter.training.journal import Journal, check_shared, digest, refuse_unfinished
 from neumuter.training.masked import split_ffns
-from neumuter.training.neurons import refuse_taken
+from neumuter.training.neurons import refuse_taken, refuse_unmasked
 from neumuter.training.processes import (
     agree,
     are_many,
@@ -165,7 +167,8 @@ def unlearn(
             result on the same kind of machine, but for rounding if the number of processes or the layout is
             another one. Where nothing was left, the run starts anew. If several processes share the model and
             one of them ran out of memory, fewer samples go through the model at a time.
-        callback: called as (step, total, info) after every step, instead of a progress bar.
+        callback: called as (step, total, info) after every step of the search, instead of a progress bar;
+            info has "phase", "loss", "forget_loss" and "kl" in nats, and "muted", the share of neurons.
 
     Returns:
         An ``Outcome``; ``outcome.save(folder)`` writes the mute file and the report.
@@ -173,7 +176,8 @@ def unlearn(
     Raises:
         ValueError, TypeError: an argument is not as above; or texts are to be forgotten and to be kept (equal
             texts are found among all, parts of others among those that are looked at one by one); or
-            ``resume``, and something that matters has changed.
+            ``resume``, and something that matters has changed; or the run would replace ``existing`` or
+            ``former`` in ``folder``.
         FileExistsError: an unfinished run is in ``folder``, and ``resume`` is false.
         NothingSelectedError: the recipe found no neuron; a ValueError.
         RuntimeError: the model is attached or muted already, the loss diverged, or the model predicts NaN.
@@ -198,6 +202,7 @@ def unlearn(
     if folder is not None:
         check_shared(folder)
         with failing_together():
+            _refuse_replaced(folder, existing=[existing], former=former)
             if not resume and is_first():
                 refuse_unfinished(folder)
     with failing_together():
@@ -206,7 +211,8 @@ def unlearn(
         if earlier and known:
             warn_of_missing(earlier, len(known))
         network, words = open_network(model, tokenizer)
-        neurons = _count_neurons(network, start_layer)
+        fitted = [*([earlier] if earlier else []), *(slopes.at for slopes in known)]
+        neurons = _count_neurons(network, start_layer, fitted)
         # With slopes the neurons of the earlier set are fitted anew, so none need be free.
         free = neurons - (earlier.count if earlier and not known else 0)
         refuse_taken(neuron_count(budget, neurons) if isinstance(budget, int | float) else 1, free)
@@ -230,22 +236,18 @@ def unlearn(
         matching_ffns(network, slopes.at)
     job = Job(network, words, request, texts, earlier, known, journal, watch)
     with nullcontext() if folder is None else remember_shortage(folder, resume):
-        # A callback is told of steps.
-        return agree(_run(job, folder, start, calibrates, shows=callback is None))
+        return agree(_run(job, folder, start, calibrates))
 
 
-def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool, shows: bool) -> Outcome:
-    """Measure, search, and measure again.
-
-    start: when the job began, in seconds. shows: whether the progress of the estimate is shown.
-    """
+def _run(job: Job, folder: PathLike | None, start: float, calibrates: bool) -> Outcome:
+    """Measure, search, and measure again; ``start`` is when the job began, in seconds."""
     network, texts, earlier, journal = job.network, job.texts, job.earlier, job.journal
     with mute(network, earlier) if earlier else nullcontext():
         retain_batch = job.gather_retain()
         look_before = job.look("before", retain_batch)
         own_before = job.measure_own("before")
         job.announce(look_before, retain_batch, calibrates)
-        ceilings = job.estimate_ceilings(shows) if calibrates else None
+        ceilings = job.estimate_ceilings() if calibrates else None
         before, controls_before = job.measure("before", ceilings)
     mutes, slopes, curve = job.search(retain_batch, ceilings)
     if folder is not None and is_first():
@@ -288,13 +290,19 @@ def _name_losses(retain: float, own: float | None) -> dict[str, float]:
     return {"retain_loss": retain} | ({} if own is None else {"own_loss": own})
 
 
-def _count_neurons(network: nn.Module, start_layer: int) -> int:
-    """Count the neurons that a search may touch, or raise what it would raise once texts were measured."""
+def _count_neurons(network: nn.Module, start_layer: int, fitted: Iterable[MuteSet]) -> int:
+    """Count the neurons that a search may touch, or raise what it would raise once texts were measured.
+
+    fitted: the sets of earlier requests.
+    """
     find_processes(network)
     _, ffns = split_ffns(network, start_layer)
     for ffn in ffns:
         refuse_unsketchable(ffn)
-    return sum(ffn.width for ffn in ffns)
+    widths = {ffn.path: ffn.width for ffn in ffns}
+    for mutes in fitted:
+        refuse_unmasked(mutes, widths)
+    return sum(widths.values())
 
 
 def _choose_budget(
@@ -320,6 +328,15 @@ def _choose_budget(
             taken, name_windows(corpus), NEURONS_PER_TEXT,
         )  # fmt: skip
     return budget
+
+
+def _refuse_replaced(folder: PathLike, **sources: Sequence[object]) -> None:
+    """Raise ValueError if a file that an argument names is one that the run writes into ``folder``."""
+    written = [(Path(folder) / name).resolve() for name in (MUTE_FILE, SLOPES_FILE)]
+    for argument, files in sources.items():
+        for file in files:
+            if isinstance(file, str | os.PathLike) and Path(file).resolve() in written:
+                raise ValueError(f"{argument} {file} would be replaced: name another folder")
 
 
 def _read_texts(
@@ -397,8 +414,8 @@ def _check_recipe(
 
 
 def measure_peak_memory() -> int:
-    """Measure the largest memory that was in use so far, in bytes: of the GPU, or else of the process."""
+    """Measure the largest memory that was in use so far, in bytes: of the fullest GPU, or of the process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

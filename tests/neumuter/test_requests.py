@@ -8,6 +8,7 @@ import torch
 import neumuter
 from neumuter.evaluation import mean_token_loss
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
+from neumuter.refitting import _is_calibrated
 from neumuter.texts import encode
 from tests.models import build, same
 from tests.neumuter.test_unlearning import KEPT, PAIRS, QUICK, model, outcome, unlearn, words
@@ -74,6 +75,35 @@ def test_slopes_make_one_set_of_all_requests(model, words, tmp_path, caplog):
     first.save(tmp_path / "second")
     bare.save(tmp_path / "second")
     assert not files[1].exists()
+
+
+def test_what_a_request_reads_it_does_not_replace(model, words, outcome, tmp_path):
+    outcome.save(tmp_path)
+    file = tmp_path / "mutes.safetensors"
+    content = file.read_bytes()
+    for given in (file, str(file), tmp_path / "." / file.name):
+        with pytest.raises(ValueError, match=r"existing .* would be replaced: name another folder"):
+            unlearn(model, words, existing=given, folder=tmp_path)
+    slopes = tmp_path / "slopes.safetensors"
+    with pytest.raises(ValueError, match=r"former .* would be replaced: name another folder"):
+        unlearn(model, words, existing=outcome.mutes, former=[slopes], folder=str(tmp_path))
+    assert file.read_bytes() == content
+    with pytest.raises(TypeError, match="former must be a list of slopes or of their files, got"):
+        unlearn(model, words, existing=outcome.mutes, former=slopes)
+
+
+def test_an_existing_set_of_other_layers_is_refused_before_anything_is_measured(model, words, monkeypatch):
+    first = unlearn(model, words, start_layer=0, budget=1.0)
+    monkeypatch.setattr("neumuter.unlearning.Job", None)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp, which is not masked here"):
+        unlearn(model, words, start_layer=1, existing=first.mutes)
+
+
+@pytest.mark.parametrize("parts", [2, 1])
+def test_a_combined_set_is_calibrated_if_a_part_is(parts):
+    calibrated, plain = {"recipe": "fisher", "calibrated": True}, {"recipe": "fisher"}
+    combined = {"combined": [plain, {"combined": [calibrated]}][:parts]}
+    assert _is_calibrated({"from": combined, "subtracted": calibrated}) == (parts == 2)
 
 
 def test_a_set_moves_to_a_new_version_of_the_model(model, words):

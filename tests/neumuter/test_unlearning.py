@@ -71,6 +71,30 @@ def test_the_same_call_gives_the_same_mutes(model, words, outcome):
     assert same(outcome.mutes, unlearn(model, words).mutes)
 
 
+def test_a_model_in_training_gives_what_it_gives_in_evaluation(words):
+    """Its dropout is off, also where it is measured and sampled from; and on again afterwards."""
+    known = encode([*PAIRS, *KEPT], words, 64)
+    model = learn(build("gpt2", attn_pdrop=0.2, embd_pdrop=0.2, resid_pdrop=0.2), known, 60)
+    expected = unlearn(model, words, samples=2, start_layer=1)
+    model.train()
+    model.transformer.h[0].eval()
+    found = unlearn(model, words, samples=2, start_layer=1)
+    assert (found.before, found.after, found.texts) == (expected.before, expected.after, expected.texts)
+    assert found.samples == expected.samples
+    assert same(found.mutes, expected.mutes)
+    assert model.transformer.h[1].attn.attn_dropout.training
+    assert not model.transformer.h[0].attn.attn_dropout.training
+
+
+def test_a_callback_is_told_of_steps_alone(model, words):
+    seen = []
+    unlearn(model, words, samples=2, keep_slopes=True, callback=lambda *told: seen.append(told))
+    assert [step for step, *_ in seen] == list(range(1, 7))
+    for _, total, info in seen:
+        assert total == 6
+        assert info.keys() == {"phase", "loss", "forget_loss", "kl", "muted"}
+
+
 def test_every_kind_of_texts_gives_the_same(model, words, outcome, tmp_path):
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
     path = tmp_path / "forget.jsonl"
@@ -370,6 +394,11 @@ def test_a_batch_that_is_padded_on_the_left_is_refused_by_name(model, words, nam
     }
     with pytest.raises(ValueError, match=f"^every sample of {name} must count a token"):
         unlearn(model, words, **{name: ignored})
+    flags = batch | {"attention_mask": batch["attention_mask"].bool()}
+    with pytest.raises(
+        ValueError, match=rf"^{name}\['attention_mask'\] must be an int64 .* got bool \[2, 29\]"
+    ):
+        unlearn(model, words, **{name: flags})
 
 
 def test_texts_without_a_tokenizer_are_refused(model):

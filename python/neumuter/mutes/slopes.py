@@ -8,6 +8,7 @@ l + Σ s·(m − g).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -120,8 +121,11 @@ def load_slopes(former: Sequence[SlopesSource]) -> list[Slopes]:
     """Return each of ``former`` as ``Slopes``, given that or the path of a file.
 
     Raises:
+        TypeError: ``former`` is a single one, not in a list.
         ValueError: two are of the same request.
     """
+    if isinstance(former, Slopes | str | os.PathLike):
+        raise TypeError(f"former must be a list of slopes or of their files, got {former!r:.80}")
     found = [slopes if isinstance(slopes, Slopes) else Slopes.load(slopes) for slopes in former]
     for (first, one), (second, other) in combinations(enumerate(found, 1), 2):
         if torch.equal(one.log_odds, other.log_odds) and torch.equal(one.steps, other.steps):

@@ -71,18 +71,22 @@ def announce(what: str, seconds: float) -> None:
 
 
 class Watch:
-    """Progress of each part of the job: the caller's callback, or a bar in the first process."""
+    """Progress of each part of the job, as a bar in the first process; or of steps alone, to a callback."""
 
     def __init__(self, callback: Callback | None) -> None:
         self.callback = callback
 
     @contextmanager
     def __call__(
-        self, description: str, history: list[dict[str, Any]] | None = None
+        self, description: str, of_steps: bool = False, history: list[dict[str, Any]] | None = None
     ) -> Iterator[Callable[..., None]]:
-        """Yields ``advance(step, total, info)``, which also adds each step to ``history``."""
-        silent = None if is_first() else lambda *_: None
-        told = self.callback or silent
+        """Yields ``advance(step, total, info)``, which also adds each step to ``history``.
+
+        of_steps: whether these are steps of training, with losses in ``info``.
+        """
+        told: Callable[..., object] | None = self.callback if of_steps else None
+        if not told and (self.callback or not is_first()):
+            told = lambda *_: None  # noqa: E731
         with nullcontext(told) if told else show_progress(description) as tell:
             first, since, last, clear = 0, 0.0, 0.0, False
 

@@ -1,5 +1,6 @@
 """All neurons under masks as one line of ids: layer after layer, each layer's neurons in order."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,17 +33,9 @@ class Neurons:
         self.excluded = torch.cat(excluded)
         self.start = torch.ones(self.count, device=self.device)
         if existing is not None:
-            self._check(existing)
+            refuse_unmasked(existing, self.widths)
             self.start = torch.cat(list(self.masks(existing).values()))
             self.excluded[self.ids(existing)] = True
-
-    def _check(self, mutes: MuteSet) -> None:
-        other = [path for path in mutes.layers if self.widths.get(path) != mutes.widths[path]]
-        if other:
-            raise ValueError(
-                f"an earlier request has neurons in {', '.join(other)}, which is not masked here or has "
-                "another width: attach from the same start_layer on, to the same model"
-            )
 
     def by_layer(self, values: Tensor) -> dict[str, Tensor]:
         """One value per neuron, [count], as views per layer: {path: [F]}."""
@@ -54,7 +47,7 @@ class Neurons:
 
     def places(self, mutes: MuteSet) -> Tensor:
         """The ids of a MuteSet's neurons in the order of its layers, int64 [k]."""
-        self._check(mutes)
+        refuse_unmasked(mutes, self.widths)
         by_layer = self.by_layer(torch.arange(self.count, device=self.device))
         found = [by_layer[path][layer.indices.long().to(self.device)] for path, layer in mutes.layers.items()]
         return torch.cat(found)
@@ -99,6 +92,15 @@ class Neurons:
             indices = (chosen == 0).nonzero().flatten()
             layers[path] = (indices, masks[path][indices])
         return self.masked.mute_set(layers, mode=mode, gain_range=gain_range, method=method, seed=seed)
+
+
+def refuse_unmasked(mutes: MuteSet, widths: Mapping[str, int]) -> None:
+    """Raise ValueError unless all neurons of an earlier request are in masked FFNs, {path: width}."""
+    if other := [path for path in mutes.layers if widths.get(path) != mutes.widths[path]]:
+        raise ValueError(
+            f"an earlier request has neurons in {', '.join(other)}, which is not masked here or has another "
+            "width: attach from the same start_layer on, to the same model"
+        )
 
 
 def refuse_taken(count: int, free: int) -> int:
