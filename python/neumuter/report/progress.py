@@ -70,6 +70,10 @@ def announce(what: str, seconds: float) -> None:
         logger.info("%s about %s%d min.", what, hours, minutes % 60)
 
 
+def _say_nothing(*_: object) -> None:
+    """What a part of the job reports to where nobody is told of it."""
+
+
 class Watch:
     """Progress of each part of the job, as a bar in the first process; or of steps alone, to a callback."""
 
@@ -84,10 +88,9 @@ class Watch:
 
         of_steps: whether these are steps of training, with losses in ``info``.
         """
-        told: Callable[..., object] | None = self.callback if of_steps else None
-        if not told and (self.callback or not is_first()):
-            told = lambda *_: None  # noqa: E731
-        with nullcontext(told) if told else show_progress(description) as tell:
+        silent = self.callback is not None or not is_first()
+        told = self.callback if self.callback and of_steps else _say_nothing
+        with nullcontext(told) if silent else show_progress(description) as tell:
             first, since, last, clear = 0, 0.0, 0.0, False
 
             def advance(step: int, total: int, info: dict[str, Any] | None = None) -> None:
