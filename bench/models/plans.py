@@ -123,6 +123,6 @@ def fit(pair):
     neurons = Neurons(pair.masked)
     candidates = int(GainsConfig().candidates * neurons.count / 100)
     gains = torch.ones(candidates).requires_grad_()
-    return _Fit(neurons, pair, GainsConfig(), 0, candidates, candidates, None).make_step(
+    return _Fit(neurons, pair, GainsConfig(), 0, candidates, None).make_step(
         torch.arange(candidates), gains, 80
     )

@@ -68,7 +68,7 @@ def steps(pair):
     slopes = recipes.measure_slopes(
         pair, neurons.mute_set(support, gains.detach(), "mute", (0.0, 1.0), {}, 0)
     )
-    fit = recipes.fitted._Fit(neurons, pair, GainsConfig(lr=1e-3), 0, 1, 1, None, [slopes])
+    fit = recipes.fitted._Fit(neurons, pair, GainsConfig(lr=1e-3), 0, 1, None, [slopes])
     with torch.no_grad():
         for number, score in enumerate(pair.masked.scores.values()):
             noise = torch.randn(score.shape, generator=torch.Generator().manual_seed(number))

@@ -91,7 +91,7 @@ def test_the_size_of_parts_goes_on_with_the_step(llama, small_memory):
 
         def begin():
             pair = PairedBatches(masked, FORGET, KEEP)
-            fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, 1, None)
+            fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, None)
             return fit_.ids, fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 12)
 
         ids, first = begin()

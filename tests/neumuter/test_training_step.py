@@ -198,7 +198,7 @@ def test_a_step_goes_on_where_another_ended_with_the_same_bits(llama, after, sou
         neurons = fitted_neurons(pair)
 
         def begin():
-            fit_ = recipes.fitted._Fit(neurons, pair, GAINS, 3, 1, 1, None)
+            fit_ = recipes.fitted._Fit(neurons, pair, GAINS, 3, 1, None)
             gains = torch.ones(9).requires_grad_()
             return getattr(pair, source)(2, 3), gains, fit_.make_step(torch.arange(9), gains, 12)
 
@@ -275,7 +275,7 @@ def test_a_source_sees_what_the_step_last_read(llama, monkeypatch):
 
     with neumuter.attach(llama) as masked:
         pair, ids = PairedBatches(masked, FORGET, KEEP), Source()
-        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, 1, None)
+        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, None)
         one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 10)
         one.take(ids, 10)
     assert [drawn for drawn, _ in ids.seen] == [4, 8]
@@ -288,7 +288,7 @@ def test_a_source_sees_what_the_step_last_read(llama, monkeypatch):
 def test_graphs_of_an_earlier_state_are_not_used_again(llama, captured):
     with neumuter.attach(llama) as masked:
         pair = PairedBatches(masked, FORGET, KEEP)
-        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, 1, None)
+        fit_ = recipes.fitted._Fit(fitted_neurons(pair), pair, GAINS, 3, 1, None)
         one = fit_.make_step(torch.arange(9), torch.ones(9).requires_grad_(), 8)
         one.take(fit_.ids, 4)
         one.load(one.state())

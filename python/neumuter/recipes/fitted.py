@@ -59,7 +59,7 @@ class GainsConfig:
     kl_weight_rate: float = 0.15
     # Of Adam, with a cosine decay to zero; both start again after the choice. A step moves each gain by about
     # lr, and what all of them change together grows with their number. So n gains, if they are more than
-    # lr_gains, have lr·lr_gains/n. n counts the candidates; those that stay keep this rate.
+    # lr_gains, have lr·lr_gains/n.
     lr: float = 0.1
     lr_gains: int = 2048
     betas: tuple[float, float] = (0.9, 0.99)
@@ -195,7 +195,7 @@ def fit_gains(
     started = torch.full([len(new)], 0.0 if keep is None else 1.0, device=neurons.device)
     gains = torch.cat([neurons.start[old], started]).clamp(*config.gain_range)
     count = len(support) if keep is None else len(old) + keep
-    fit = _Fit(neurons, pair, config, seed, len(support), count, callback, former, journal=journal)
+    fit = _Fit(neurons, pair, config, seed, count, callback, former, journal=journal)
     # Before any step all are alike.
     choosing = 0 if keep is None else max(1, round(config.choosing * fit.steps))
     if keep is not None:
@@ -240,7 +240,7 @@ def refit_gains(
     check_pair(pair, may_keep_only=True, existing=existing, config=config, seed=seed)
     neurons = Neurons(pair.masked, existing)
     support = neurons.ids(existing)
-    fit = _Fit(neurons, pair, config, seed, len(support), len(support), callback, former, undone)
+    fit = _Fit(neurons, pair, config, seed, len(support), callback, former, undone)
     gains = fit.train(support, neurons.start[support].clamp(*config.gain_range), fit.steps)
     constants = asdict(replace(config, steps=fit.steps))
     method = {"recipe": "refit", "gains": constants, "former": len(former), "undone": len(undone)}
@@ -250,7 +250,7 @@ def refit_gains(
 class _Fit:
     """The fit of gains in one or two runs: steps, the order of samples and η go on through both.
 
-    ``first`` and ``last``: the number of neurons that are fitted at first, and in the end.
+    ``count``: of the neurons that are fitted in the end.
     """
 
     def __init__(
@@ -259,8 +259,7 @@ class _Fit:
         pair: PairedBatches,
         config: GainsConfig,
         seed: int,
-        first: int,
-        last: int,
+        count: int,
         callback: Callback | None,
         former: Sequence[Slopes] = (),
         undone: Sequence[Slopes] = (),
@@ -268,10 +267,9 @@ class _Fit:
     ) -> None:
         self.neurons, self.pair, self.config, self.callback = neurons, pair, config, callback
         self.former, self.undone, self.journal = former, undone, journal or Journal()
-        breadth = config.kl_breadth * (last / neurons.count) ** 2
+        breadth = config.kl_breadth * (count / neurons.count) ** 2
         self.kl_target = config.kl_target * (1 + config.kl_growth * len(former)) * (1 + breadth)
         self.weight = torch.tensor(config.kl_weight, device=neurons.device)
-        self.lr = config.lr * config.lr_gains / max(config.lr_gains, first)
         self.steps = count_steps(pair.forget_count, config.steps, config.batch_size)
         self.ids = choose_samples(pair, config.batch_size, seed)
         self.taken = 0
@@ -313,7 +311,7 @@ class _Fit:
             [gains],
             lambda *_: masked.applying(neurons.by_layer(neurons.start.index_put((support,), gains))),
             terms,
-            _Update(gains, self.weight, config, cosine(self.lr, steps), self.kl_target),
+            _Update(gains, self.weight, config, steps, self.kl_target),
             lambda: share,
         )
 
@@ -322,10 +320,11 @@ class _Update:
     """Adam; gains stay in their range; and η follows KL."""
 
     def __init__(
-        self, gains: Tensor, weight: Tensor, config: GainsConfig, lrs: list[float], kl_target: float
+        self, gains: Tensor, weight: Tensor, config: GainsConfig, steps: int, kl_target: float
     ) -> None:
         self.gains, self.weight, self.config, self.kl_target = gains, weight, config, kl_target
-        self.adam = Adam([gains], lrs, config.betas)
+        lr = config.lr * config.lr_gains / max(config.lr_gains, len(gains))
+        self.adam = Adam([gains], cosine(lr, steps), config.betas)
 
     def apply(self, measured: Measured, counter: Tensor) -> None:
         config = self.config
