@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import neumuter
 from neumuter.models.families import find_ffns
-from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes
+from neumuter.recipes import FittedConfig, GainsConfig, fit_mutes, mute_random
 from neumuter.training.batches import PairedBatches
 from tests.models import LAYERS, SMALL, batch, build, build_double, randomise, same
 from tests.neumuter import jobs
@@ -238,6 +238,53 @@ def test_offloaded(name, place, tmp_path):
         assert torch.equal(layer.indices, mutes.layers[path].indices)
     with pytest.raises(ValueError, match="offloaded"):
         neumuter.fold(model, mutes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_offloading_after_muting_is_taken_off_before_the_mute(name):
+    """Else the module would run on weights that are not there, or the mute would come back."""
+    model, ids = build(name), batch()
+    plain = model(ids).logits
+    with neumuter.attach(model) as masked:
+        mutes = mute_random(masked, 0.1, seed=0)
+    handle = neumuter.mute(model, mutes)
+    muted = model(ids).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model(ids).logits, muted)
+    with pytest.raises(RuntimeError, match=r"cannot be put back: Accelerate's .*Hook was put on it since"):
+        handle.undo()
+    assert torch.equal(model(ids).logits, muted)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(ids).logits, muted)
+    handle.undo()
+    assert torch.equal(model(ids).logits, plain)
+    # The other way round, the mute is gone with the hook that was there before it.
+    accelerate.cpu_offload(model, execution_device="cpu")
+    handle = neumuter.mute(model, mutes)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    handle.undo()
+    assert torch.equal(model(ids).logits, plain)
+    neumuter.mute(model, mutes).undo()
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_a_forward_that_was_replaced_is_not_lost():
+    model, ids = build("llama"), batch()
+    with neumuter.attach(model) as masked:
+        mutes = mute_random(masked, 0.1, seed=0)
+    handle = neumuter.mute(model, mutes)
+    muted = model(ids).logits
+    down = model.model.layers[2].mlp.down_proj
+    inner = down.forward
+    down.forward = lambda hidden: inner(hidden)
+    with pytest.raises(
+        RuntimeError, match=r"layers\.2\.mlp cannot be put back: another forward was put on it"
+    ):
+        handle.undo()
+    assert torch.equal(model(ids).logits, muted)
+    down.forward = inner
+    handle.undo()
+    assert "forward" not in vars(down)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

@@ -93,7 +93,8 @@ class Gates(nn.Module):
         super().__init__()
         self.path, self.layer, self.width = ffn.path, ffn.layer, ffn.width
         self.layout, self.activation, self.mesh, self.seam = ffn.layout, ffn.activation, ffn.mesh, seam
-        self.former = None
+        self.former: Callable[..., Any] | None = None
+        self.ours: Callable[..., Any] | None = None
         # For Installed: the token that is NaN, the number of eager calls, whether compiled code or any calls.
         self.probe: int | None = None
         # The last dimension of what the seam was given while probing.
@@ -125,13 +126,28 @@ class Gates(nn.Module):
         self.former = vars(module).get("forward")
         module.add_module(CHILD, self)
         # A partial copies and pickles with the module.
-        module.forward = functools.partial(forward_with_gates, module)
+        module.forward = self.ours = self.make_forward(module)
+
+    def make_forward(self, module: nn.Module) -> Callable[..., Any]:
+        """What takes the place of the forward of ``module``."""
+        return functools.partial(forward_with_gates, module)
+
+    def find_cover(self, module: nn.Module) -> str | None:
+        """Find what hides our forward of ``module``, so that it cannot be taken off; None if nothing does."""
+        current, hook = vars(module).get("forward"), getattr(module, "_hf_hook", None)
+        if hook is not None and current is not self.ours:
+            return f"Accelerate's {type(hook).__name__}"
+        # Where a hook of Accelerate was there before us, its removal put the module's own forward back.
+        if current is None or current is self.ours or getattr(current, "__self__", None) is module:
+            return None
+        return "another forward"
 
     def remove(self, module: nn.Module) -> None:
-        if self.former is None:
-            del module.forward
-        else:
-            module.forward = self.former
+        if vars(module).get("forward") is self.ours:
+            if self.former is None:
+                del module.forward
+            else:
+                module.forward = self.former
         delattr(module, CHILD)
 
     def unmasked(self, module: nn.Module, *arguments: Any, **options: Any) -> Any:

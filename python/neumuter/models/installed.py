@@ -123,12 +123,25 @@ class Installed(Generic[Kind]):
         return found is not None
 
     def remove(self) -> None:
-        """Put everything back as it was. Harmless when called again."""
+        """Put everything back as it was. Harmless when called again.
+
+        Raises:
+            RuntimeError: something was put around a seam since; nothing is changed.
+        """
+        pairs = zip(self.gates, self._modules, strict=True)
+        installed = [(gates, module) for gates, module in pairs if getattr(module, CHILD, None) is gates]
+        for gates, module in installed:
+            if cover := gates.find_cover(module):
+                raise RuntimeError(
+                    f"the {gates.seam} of {gates.path} cannot be put back: {cover} was put on it since this "
+                    "model was attached or muted. Take that off first (Accelerate's hooks by "
+                    "accelerate.hooks.remove_hook_from_module(model, recurse=True)), then call undo() or "
+                    "detach() again"
+                )
         for hook in self._hooks:
             hook.remove()
-        for gates, module in zip(self.gates, self._modules, strict=True):
-            if getattr(module, CHILD, None) is gates:
-                gates.remove(module)
+        for gates, module in installed:
+            gates.remove(module)
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -187,7 +187,11 @@ class MuteBank:
         return [-1 if name is None else self._pool.sets[name][0] for name in names]
 
     def undo(self) -> None:
-        """Put the very original modules and ``generate`` back. Harmless when called again."""
+        """Put the very original modules and ``generate`` back. Harmless when called again.
+
+        Raises:
+            RuntimeError: something was put around an FFN since; nothing is changed.
+        """
         self._installed.remove()
         self._hook.remove()
         for name, former in self._former.items():
@@ -348,9 +352,8 @@ class _BankGates(Gates):
         super().__init__(ffn, "down")
         self.number, self.current = number, current
 
-    def install(self, module: nn.Module) -> None:
-        super().install(module)
-        module.forward = functools.partial(_muted, module, self)
+    def make_forward(self, module: nn.Module) -> Callable[..., Any]:
+        return functools.partial(_muted, module, self)
 
 
 def _muted(down: nn.Module, gates: _BankGates, hidden: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """A mute set on a live model, until it is undone."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,10 +33,10 @@ class ConstantGates(Gates):
         self.register_buffer("gains", gains.to(ffn.device), persistent=False)
         self.on = True
 
-    def install(self, module: nn.Module) -> None:
-        super().install(module)
+    def make_forward(self, module: nn.Module) -> Callable[..., Any]:
         if self.seam == "down" and self.mesh is None:
-            module.forward = functools.partial(_muted, module, self)
+            return functools.partial(_muted, module, self)
+        return super().make_forward(module)
 
     def mask(self, hidden_states: Tensor) -> Mask | None:
         return Mask(self.gains[None]) if self.on else None
@@ -115,8 +115,9 @@ class Muted:
         """Put the very original modules, or columns of weights, back. Harmless when called again.
 
         Raises:
-            RuntimeError: the mutes were folded in, and their columns were changed since then by training or
-                by merging an adapter, or their weights were replaced. The model stays as it is.
+            RuntimeError: something was put around a muted FFN since, such as Accelerate's hooks; or the mutes
+                were folded in, and their columns were changed since then by training or by merging an
+                adapter, or their weights were replaced. The model stays as it is.
         """
         self._way.remove()
 

@@ -288,10 +288,14 @@ class Masked:
         )
 
     def detach(self) -> None:
-        """Put the very original modules and requires_grad flags back. Harmless when called again."""
+        """Put the very original modules and requires_grad flags back. Harmless when called again.
+
+        Raises:
+            RuntimeError: something was put around an FFN since; nothing is changed.
+        """
         if self._attached:
-            self.recomputation.end()
             self._installed.remove()
+            self.recomputation.end()
             if self._open:
                 self._open.remove()
             for name, parameter in self.model.named_parameters():
