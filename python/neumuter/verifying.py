@@ -233,7 +233,14 @@ def verify_server(
             checks.append(_unmeasured(request))
             continue
         answers = ask_server(url, name, present, mute_set, request.entry["report"]["chat"] is not False)
-        said = [answer.comes_out for answer in answers]
+        # Of a text that the server refuses nobody can tell: it is missing.
+        refused = [answer.refused for answer in answers if answer.refused]
+        if refused:
+            logger.warning(
+                "%d of %d texts of request %d could not be asked for: %s",
+                len(refused), len(answers), request.number, refused[0],
+            )  # fmt: skip
+        said = [answer.comes_out for answer in answers if not answer.refused]
         how = BY_SERVER.format(", also through its chat" if any(a.forms > 1 for a in answers) else "")
         sentence = f"{sum(said)} of {len(said)} texts come out. {how}{_lacking(request, len(said))}"
         rows = [{"number": number, "extracted_after": out} for number, out in enumerate(said, 1)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,9 +107,69 @@ def test_the_worse_of_two_forms_counts(caplog):
     with serving(refuse) as (url, asked):
         found = ask_server(url, "muted", [text, text])
     assert [(said.comes_out, said.forms) for said in found] == [(False, 1)] * 2
-    assert "asked without a chat: " in caplog.text
+    assert "2 of 2 prompts are asked without a chat: " in caplog.text
     assert "no chat template" in caplog.text
-    assert len(asked) == 3
+
+
+def test_one_text_that_a_server_refuses_does_not_hide_the_others(caplog, tmp_path, capsys):
+    """As a server refuses what is longer than its context."""
+
+    def respond(path, body, key):
+        if len(str(body.get("prompt"))) > 500 or len(str(body.get("messages"))) > 500:
+            return 400, {"error": "too long"}
+        if body.get("max_tokens", 0) > 500:
+            return 400, {"error": "max_tokens is too large"}
+        return answer(path, body, key)
+
+    texts = [("q1", "long " * 200), ("What is it?", " The kettle is on the shelf."), ("q " * 400, " a")]
+    with serving(respond) as (url, asked):
+        long, told, refused = ask_server(url, "muted", texts)
+    assert (long.comes_out, long.forms, long.refused) == (False, 2, None)
+    assert (told.comes_out, told.forms) == (True, 2)
+    assert "refuses to answer (400)" in refused.refused
+    assert "1 of 3 prompts are asked without a chat" in caplog.text
+    forget, out = tmp_path / "forget.jsonl", tmp_path / "report.json"
+    forget.write_text(
+        "\n".join(json.dumps({"prompt": prompt, "completion": end}) for prompt, end in texts[::2])
+    )
+    with serving(respond) as (url, _):
+        code = run("--server", url, "--model", "muted", "--forget", forget, "--out", out)
+    assert code == 3
+    assert "1 of 2 texts could not be asked for: " in " ".join(capsys.readouterr().out.split())
+    assert [row["comes_out"] for row in json.loads(out.read_text())["texts"]] == [False, None]
+
+
+def test_a_server_that_goes_on_without_saying_more_is_asked_no_further():
+    def respond(path, body, key):
+        start = body["prompt"] == "The kettle"
+        return 200, {"choices": [{"text": " is" if start else "\n" * 64, "finish_reason": "length"}]}
+
+    with serving(respond) as (url, asked):
+        (said,) = ask_server(url, "muted", [("The kettle", " is on the shelf.")], chat=False)
+    assert not said.comes_out
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:80a0", "http://127.0.0.1:1/a b", "127.0.0.1", "ftp://a"])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ValueError, match="the address of a server must be like"):
+        ask_server(url, "muted", KNOWN)
+
+
+def test_what_speaks_no_http_gives_no_answer():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def speak():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"220 ready\r\n")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        with pytest.raises(ConnectionError, match=r"no answer from .*220 ready"):
+            ask_server(f"http://127.0.0.1:{listening.getsockname()[1]}", "muted", KNOWN)
+        thread.join()
 
 
 def test_a_text_that_stops_early_does_not_come_out():

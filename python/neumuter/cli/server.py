@@ -4,12 +4,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from neumuter.cli.common import console, print_log
 from neumuter.files import write_json
 
-# The exit code if a text comes out.
+# The exit code if a text comes out, or could not be asked for.
 COMES_OUT = 3
 # The parameters of ``neumuter evaluate`` that go with --server.
 OPTIONS = {
@@ -55,10 +56,14 @@ def evaluate_server(
         found: Sequence[Said] = ask_server(url, model, texts, mute_set)
     table = Table("text", "comes out", "said before the first difference")
     for number, said in enumerate(found, 1):
-        table.add_row(str(number), "yes" if said.comes_out else "no", f"{said.share:.0%}")
+        cells = ("refused", "") if said.refused else ("yes" if said.comes_out else "no", f"{said.share:.0%}")
+        table.add_row(str(number), *cells)
     console.print(table)
     rows = [
-        {"number": n, "comes_out": said.comes_out, "share": said.share} for n, said in enumerate(found, 1)
+        {"number": number, "comes_out": None, "share": None, "refused": said.refused}
+        if said.refused
+        else {"number": number, "comes_out": said.comes_out, "share": said.share}
+        for number, said in enumerate(found, 1)
     ]
     if out:
         write_json(out, {"server": url, "model": model, "texts": rows})
@@ -66,5 +71,7 @@ def evaluate_server(
     console.print(
         f"{len(numbers)} of {len(rows)} texts come out{': ' if numbers else '.'}{', '.join(numbers)}"
     )
-    if numbers:
+    if refused := [said.refused for said in found if said.refused]:
+        console.print(f"{len(refused)} of {len(rows)} texts could not be asked for: {escape(refused[0])}")
+    if numbers or refused:
         raise typer.Exit(COMES_OUT)

@@ -1,5 +1,6 @@
 """Which texts a running server says: asked as any client would ask it, greedily."""
 
+import http.client
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from neumuter.types import Messages, Text
 KEY = "OPENAI_API_KEY"
 # Tokens that are asked for at a time, and seconds that they may take.
 TOKENS, SECONDS = 64, 300.0
+# What a server answers to a request that it cannot take, such as a prompt longer than its context.
+OF_ONE_TEXT = (400, 413, 422)
 # A whole text is asked for from its first third on.
 PROMPT_SHARE = 1 / 3
 
@@ -31,11 +34,13 @@ class Said:
         expected: what follows the prompt in the text.
         said: what the server made of the prompt.
         forms: in how many forms it was asked; this is the answer that has more of the text.
+        refused: why the server gave no answer, for example to a prompt longer than it takes; else None.
     """
 
     expected: str
     said: str
     forms: int = 1
+    refused: str | None = None
 
     @property
     def comes_out(self) -> bool:
@@ -68,17 +73,17 @@ def ask_server(
         model: the name that the server gives to the model or the adapter.
         texts: the texts.
         mute_set: the name of a mute set to ask for, of a vLLM server with NeuMuter's plug-in.
-        chat: whether prompts with completions are asked through the chat as well. A server that refuses the
-            first of them is asked without, and this is logged.
+        chat: whether prompts with completions are asked through the chat as well. What the server refuses
+            there is asked without, and this is logged.
 
     Raises:
-        ConnectionError: nobody answers at ``url``, or not in time.
+        ConnectionError: nobody answers at ``url``, or not in time, or not in HTTP.
         PermissionError: the server wants a key, or another one.
         ValueError: ``url`` is no address; the server has no such model or no such API, or it answers in
             another form; or nothing but spaces follows the prompt of a text.
     """
     address = url.rstrip("/").removesuffix("/v1")
-    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+    if not _is_address(address):
         raise ValueError(f"the address of a server must be like http://127.0.0.1:8000, got {url!r:.80}")
     options: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": TOKENS}
     if mute_set is not None:
@@ -87,41 +92,65 @@ def ask_server(
     for number, text in enumerate(parts, 1):
         if isinstance(text, tuple) and not text[1].strip():
             raise ValueError(f"text {number} has nothing behind its prompt to ask for: {text!r:.60}")
-    said = [_ask(f"{address}/v1", options, text) for text in parts]
+    said = [_ask_if_it_answers(f"{address}/v1", options, text) for text in parts]
     pairs = {number: text for number, text in enumerate(texts) if isinstance(text, tuple)} if chat else {}
-    for place, (number, pair) in enumerate(pairs.items()):
-        try:
-            answer = _ask(f"{address}/v1", options, as_messages(pair))
-        except ValueError as error:
-            if place:
-                raise
-            logger.warning("Prompts are asked without a chat: %s", error)
-            break
+    chats = {n: _ask_if_it_answers(f"{address}/v1", options, as_messages(pair)) for n, pair in pairs.items()}
+    if refused := [one.refused for one in chats.values() if one.refused]:
+        logger.warning("%d of %d prompts are asked without a chat: %s", len(refused), len(chats), refused[0])
+    for number, answer in chats.items():
         said[number] = _worse(said[number], answer)
     return said
 
 
+def _is_address(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not set(address) & set(" \t\r\n")
+
+
 def _worse(first: Said, second: Said) -> Said:
     """Of the answers in two forms the one that has more of the text."""
-    found = max(first, second, key=lambda said: (said.comes_out, said.share))
+    answers = [said for said in (first, second) if not said.refused]
+    if len(answers) < 2:
+        return answers[0] if answers else first
+    found = max(answers, key=lambda said: (said.comes_out, said.share))
     return replace(found, forms=2)
 
 
-def _ask(address: str, options: dict[str, Any], text: tuple[str, str] | Messages) -> Said:
-    if isinstance(text, list):
-        expected = text[-1]["content"]
-        # A conversation cannot go on in steps, and no token is shorter than a character.
-        chat = {"messages": text[:-1], "max_tokens": max(TOKENS, len(expected))}
-        message = _post(f"{address}/chat/completions", options | chat).get("message") or {}
-        return Said(expected, str(message.get("content") or ""))
-    prompt, expected = text
-    said = ""
+def _ask_if_it_answers(address: str, options: dict[str, Any], text: tuple[str, str] | Messages) -> Said:
+    try:
+        return _chat(address, options, text) if isinstance(text, list) else _ask(address, options, *text)
+    except _Refused as error:
+        # A server may have no chat, but a prompt shows that it has the model.
+        if error.absent and isinstance(text, tuple):
+            raise
+        return Said(text[-1]["content"] if isinstance(text, list) else text[1], "", refused=str(error))
+
+
+def _chat(address: str, options: dict[str, Any], messages: Messages) -> Said:
+    """What a server answers to a conversation, which cannot go on in steps."""
+    expected, asked = messages[-1]["content"], options | {"messages": messages[:-1]}
+    try:
+        # No token is shorter than a character.
+        choice = _post(f"{address}/chat/completions", asked | {"max_tokens": max(TOKENS, len(expected))})
+    except _Refused:
+        # That may be more than its context has; without a limit it takes what it has.
+        del asked["max_tokens"]
+        choice = _post(f"{address}/chat/completions", asked)
+    return Said(expected, str((choice.get("message") or {}).get("content") or ""))
+
+
+def _ask(address: str, options: dict[str, Any], prompt: str, expected: str) -> Said:
+    said, left = "", _words(expected)
     while True:
         choice = _post(f"{address}/completions", options | {"prompt": prompt + said})
-        piece = str(choice.get("text") or "")
-        said += piece
-        left = _words(expected).removeprefix(_words(said))
-        if not piece or choice.get("finish_reason") != "length" or left in ("", _words(expected)):
+        said += str(choice.get("text") or "")
+        before, left = left, _words(expected).removeprefix(_words(said))
+        # It goes on only as long as it says more of the text.
+        if choice.get("finish_reason") != "length" or left in ("", before):
             return Said(expected, said)
 
 
@@ -135,6 +164,14 @@ def _cut(text: str) -> tuple[str, str]:
 
 def _words(text: str) -> str:
     return " ".join(text.split())
+
+
+class _Refused(ValueError):
+    """A server that is there does not answer this; ``absent``: it has no such model, or no such API."""
+
+    def __init__(self, message: str, absent: bool = False) -> None:
+        super().__init__(message)
+        self.absent = absent
 
 
 def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -152,12 +189,13 @@ def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
         if error.code in (401, 403):
             raise PermissionError(f"{address} wants another key ({error.code}): set {KEY}") from None
         if error.code == 404:
-            raise ValueError(
-                f"{address} has no model {body['model']!r}, or no such API (404): {reason}"
-            ) from None
-        raise ValueError(f"{address} refuses to answer ({error.code}): {reason}") from None
-    except (URLError, TimeoutError, ConnectionError) as error:
-        raise ConnectionError(f"no answer from {address}: {getattr(error, 'reason', error)}") from None
+            message = f"{address} has no model {body['model']!r}, or no such API (404): {reason}"
+            raise _Refused(message, absent=True) from None
+        kind = _Refused if error.code in OF_ONE_TEXT else ValueError
+        raise kind(f"{address} refuses to answer ({error.code}): {reason}") from None
+    except (URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or repr(error)
+        raise ConnectionError(f"no answer from {address}: {reason}") from None
     try:
         choice = json.loads(data)["choices"][0]
         if isinstance(choice, dict):
