@@ -178,7 +178,13 @@ def refuse_existing(path: Path) -> None:
 
 
 def refuse_taken(path: Path) -> None:
-    """Raise FileExistsError unless ``path`` does not exist or is an empty folder."""
+    """Raise FileExistsError unless ``path`` does not exist or is an empty folder; both can be renamed to.
+
+    Raises:
+        ValueError: nothing can be renamed to ``path``: it is a link, a mount, or the current folder.
+    """
+    if path.is_symlink() or os.path.ismount(path) or path.resolve() == Path.cwd():
+        raise ValueError(f"{path} must be a new folder, or an empty one that can be replaced: it is neither")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder; name another one or remove it")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,11 @@ def load_model(
             cannot be merged, one that does not fit its base, or one whose base would be a GGUF file; or a
             layout that does not fit the model.
     """
+    if Path(model).is_file():
+        raise ValueError(
+            f"{model} is a file: give the folder of a model, or its name on the Hub; a GGUF file there is named "
+            "by gguf_file"
+        )
     source = find_source(model)
     if gguf_file and source.adapter:
         raise ValueError(f"gguf_file cannot be combined with an adapter, which {model} is")
@@ -58,7 +64,7 @@ def load_model(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(place)
     transformers.utils.logging.disable_progress_bar()
-    with _raise_one_line(model):
+    with raising_one_line(model):
         tokenizer = _load_tokenizer(source, {"gguf_file": gguf_file} if gguf_file else {})
         if gguf_file:
             where["gguf_file"] = gguf_file
@@ -121,8 +127,8 @@ def limit_length(model: Any, max_length: int) -> int:
 
 
 @contextmanager
-def _raise_one_line(model: str) -> Iterator[None]:
-    """What a damaged checkpoint makes safetensors or unpickling raise, as a ValueError of one line."""
+def raising_one_line(model: str) -> Iterator[None]:
+    """Context: what a damaged checkpoint makes other libraries raise is a ValueError of one line."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError):

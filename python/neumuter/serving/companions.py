@@ -28,19 +28,35 @@ def find_companions(source: Source) -> Path:
     return Path(found)
 
 
-def copy_companions(folder: Path, target: Path, index: Path | None = None) -> None:
-    """Copy all files but weights, as they are, and no links to elsewhere; of indices of weights ``index``."""
-    others = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
+def list_companions(folder: Path, index: Path | None = None) -> list[Path]:
+    """List all files but weights that are to be copied; of indices of weights ``index`` alone.
+
+    Raises:
+        ValueError: one is a link to elsewhere, where it may be anything.
+    """
     # In the Hub's cache, files are links to blobs.
     homes = folder.resolve(), folder.resolve().parent.parent / "blobs"
-    for file in others:
+    found = []
+    for file in [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]:
         known = file.suffix in COPIED_SUFFIXES or file.name.split(".")[0] in COPIED_NAMES
         if file.name.endswith(".index.json") and file != index:
             known = False
-        if known and file.is_file() and any(file.resolve().is_relative_to(home) for home in homes):
-            copy = target / file.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        if known and file.is_file():
+            if not any(file.resolve().is_relative_to(home) for home in homes):
+                raise ValueError(
+                    f"{file} would be copied, but is a link out of its folder: put the file itself there, or "
+                    "copy the folder with cp -rL"
+                )
+            found.append(file)
+    return found
+
+
+def copy_companions(folder: Path, target: Path, index: Path | None = None) -> None:
+    """Copy what ``list_companions`` lists, as it is."""
+    for file in list_companions(folder, index):
+        copy = target / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def write_card(mutes: MuteSet, target: Path) -> None:

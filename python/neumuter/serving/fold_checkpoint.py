@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from neumuter.files import PathLike, new_folder, refuse_taken
 from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN
+from neumuter.models.loading import raising_one_line
 from neumuter.mutes.fingerprint import sketch_any
 from neumuter.mutes.matching import (
     adapted_projections,
@@ -30,7 +31,7 @@ from neumuter.mutes.matching import (
     weights_differ,
 )
 from neumuter.mutes.mute_set import MutedLayer, MuteSet, MuteSource, load_mutes
-from neumuter.serving.companions import copy_companions, write_card
+from neumuter.serving.companions import copy_companions, list_companions, write_card
 from neumuter.serving.edits import Edit, copy_edited, count_bytes
 from neumuter.serving.fold import fold_columns, folded_once
 from neumuter.serving.fold_quantised import quantised_edits
@@ -121,23 +122,23 @@ def fold_checkpoint(
         MuteFileError: the mute file is bad.
         NotOnDiskError: the checkpoint stores a down projection under another name than the model does.
         ValueError: the checkpoint is damaged; it is quantised in a form that is not known, or in one that
-            cannot hold the gains; FFNs that share weights are not muted alike; or ``out`` cannot be renamed
-            to.
+            cannot hold the gains; FFNs that share weights are not muted alike; a file is a link out of
+            ``folder``; or ``out`` cannot be renamed to.
         OSError: a shard that was read back is not what was written, or ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(os.path.abspath(out))
     mutes = load_mutes(mutes)
-    if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
-        raise ValueError(f"out must be a new folder, or an empty one that can be replaced, got {out}")
     refuse_taken(out)
     shards = find_shards(folder)
+    index = None if shards == [folder / SAFE_WEIGHTS_NAME] else folder / SAFE_WEIGHTS_INDEX_NAME
+    # Before the work.
+    list_companions(folder, index)
     edits = _find_edits(folder, shards, mutes)
     advance = count_bytes(sum(shard.stat().st_size for shard in shards), callback)
     with new_folder(out) as temporary:
         for shard in shards:
             copy_edited(shard, temporary / shard.name, edits.get(shard, []), advance)
-        whole = shards == [folder / SAFE_WEIGHTS_NAME]
-        copy_companions(folder, temporary, None if whole else folder / SAFE_WEIGHTS_INDEX_NAME)
+        copy_companions(folder, temporary, index)
         write_card(mutes, temporary)
 
 
@@ -156,8 +157,8 @@ def _find_edits(folder: Path, shards: Sequence[Path], mutes: MuteSet) -> dict[Pa
             f"{folder} has {ADAPTER_CONFIG_NAME}: it is loaded as an adapter on another model, whatever "
             "weights lie beside it. Use `neumuter fold`, which merges the adapter first"
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
+    with raising_one_line(str(folder)), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     ffns = {ffn.path: ffn for ffn in find_ffns(model)}
     refuse_other(structure_differs(model, ffns, mutes))

@@ -43,10 +43,12 @@ def find_shards(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {index.name}")
-    names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
-    if not names or any(Path(name).name != name for name in names):
+    content = json.loads(index.read_text())
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(where.values()) if isinstance(where, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(f"{index} must name shards in its own folder, it names {names[:4]}")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names))]
 
 
 def find_places(shards: Sequence[Path]) -> dict[str, Place]:

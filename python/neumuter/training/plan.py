@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from neumuter.files import PathLike
 from neumuter.models.layouts import check_layout, divide
+from neumuter.models.loading import raising_one_line
 from neumuter.models.quantised import find_quantisation, refuse_quantised
 from neumuter.models.recomputation import decoder_layers
 from neumuter.training.batches import SAMPLES_PER_PASS, PairedBatches
@@ -109,12 +110,15 @@ def load_config(path: PathLike) -> PreTrainedConfig:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is damaged, or of no model that transformers knows.
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{path} is neither a config.json nor a folder that has one")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(file, trust_remote_code=False)
+    with raising_one_line(str(path)), torch.device("meta"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(file, trust_remote_code=False)
+        AutoModelForCausalLM.from_config(_plain_text_config(config))
     return config
 
 
