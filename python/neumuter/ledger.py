@@ -22,7 +22,7 @@ from neumuter.files import PathLike, changing_folder, hash_file, made_folder, ne
 from neumuter.mutes.mute_set import MuteSet
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE
 from neumuter.texts.rows import text_of
-from neumuter.types import Text, check_texts
+from neumuter.types import Text, check_kind, check_texts
 from neumuter_kernels.info import version
 
 ENTRIES, KEY, REQUESTS = "ledger.jsonl", "key", "requests"
@@ -157,14 +157,17 @@ class Ledger:
 
         Raises:
             FileNotFoundError: ``folder`` lacks the mute file or the report.
-            ValueError: the report is of another mute file, or there is no text.
-            TypeError: ``texts`` is one text, or the name of a file.
+            ValueError: the report is of another mute file; there is no text; or ``name`` holds half a
+                surrogate pair.
+            TypeError: ``texts`` is one text, or the name of a file; or ``name`` is no text.
         """
         check_texts("texts", texts)
+        check_kind("name", name, str, "a text")
+        text_of(name)
         hashes = [self.hash_text(text) for text in texts]
         if not hashes:
             raise ValueError("texts holds no text")
-        result = _read_result(Path(folder))
+        result = read_result(Path(folder))
         with self._changing():
             self._append(kind="request", name=name, texts=hashes, **self._copy(Path(folder), *result))
             return self.request(len(self.entries))
@@ -181,7 +184,7 @@ class Ledger:
             FileNotFoundError: ``folder`` lacks the mute file or the report.
             ValueError: there is no such request, or it is undone; the report is of another mute file.
         """
-        result = _read_result(Path(folder))
+        result = read_result(Path(folder))
         with self._changing():
             if self.request(number).undone:
                 raise ValueError(f"request {number} is undone: it takes no mute set")
@@ -281,7 +284,7 @@ class Ledger:
             try:
                 entry = json.loads(line)
                 told = entry.pop("hash")
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise LedgerError(f"{where} is damaged: it is not an entry of a ledger") from None
             if told != _hash_json(entry):
                 raise LedgerError(f"{where} was changed: its hash does not match its content")
@@ -311,14 +314,17 @@ class Ledger:
                     raise LedgerError(f"{path} was changed or removed since entry {number} was written")
 
 
-def _read_result(folder: Path) -> tuple[MuteSet, dict[str, Any]]:
-    """Read the mute set and the report in a folder.
+def read_result(folder: Path) -> tuple[MuteSet, dict[str, Any]]:
+    """Read the mute set and the report that ``unlearn`` wrote into a folder.
 
     Raises:
-        ValueError: the report is of another mute set, or an earlier version wrote it.
+        FileNotFoundError: the folder lacks one of them.
+        ValueError: the report is damaged, of another mute set, or an earlier version wrote it.
     """
     # Mute files have None for what is no number.
     report = json.loads((folder / REPORT).read_text(), parse_constant=lambda name: None)
+    if not isinstance(report, dict):
+        raise ValueError(f"{folder / REPORT} is damaged: it is not a report of unlearn")
     mutes = MuteSet.load(folder / MUTE_FILE)
     # Many runs have the same number of neurons and the same seed.
     told = [report.get(name) for name in ("muted_neurons", "seed", "before", "after")]

@@ -93,10 +93,12 @@ def add(
 ) -> None:
     """Add a request: its mute file, its verdict, and hashes of its texts. A new folder becomes a ledger."""
     columns = choose_columns(column, prompt_column, completion_column)
-    from neumuter.ledger import Ledger
+    from neumuter.ledger import Ledger, read_result
     from neumuter.texts import read_texts
 
     texts = read_texts(forget, columns)
+    # Before a new folder becomes a ledger.
+    read_result(outcome)
     kept = Ledger(folder, create=True)
     request = kept.add(outcome, texts, name)
     console.print(f"Request {request.number} is in {escape(str(folder))}.", highlight=False)
@@ -256,7 +258,8 @@ def verify(
     """Check each request of a ledger on TARGET, the model that is served.
 
     TARGET may be folded, quantised or tuned further, or a running server. Texts are found by their hashes.
-    The exit code is 3 if a request that is not undone no longer holds, never held or could not be checked.
+    The exit code is 3 if a request that is not undone no longer holds, never held or could not be checked, or
+    if the ledger has no request.
     """
     columns = choose_columns(column, prompt_column, completion_column)
     place = choose_place(device, device_map, quantize, attention, gguf_file)
@@ -297,7 +300,9 @@ def verify(
         server_facts = describe_server(target, served, mute_set) if served else None
         write_pages(out, checks, server_facts or describe_weights(target, apply, controls), kept.head)
     _print_head(kept.head)
-    if any(check.state not in (HOLDS, UNDONE) for check in checks):
+    if not checks:
+        console.print("The ledger has no request, so nothing was verified.")
+    if not checks or any(check.state not in (HOLDS, UNDONE) for check in checks):
         raise typer.Exit(BROKEN)
 
 

@@ -55,6 +55,7 @@ def change(line):
         (lambda lines: [lines[0], lines[0]], "entry 2 does not follow"),
         (lambda lines: [lines[0][:-9], lines[1]], "entry 1 is damaged"),
         (lambda lines: [lines[0], "7"], "entry 2 is damaged"),
+        (lambda lines: [lines[0], "[]"], "entry 2 is damaged"),
     ],
 )
 def test_a_bitten_ledger_is_refused(ledger, bite, said):
@@ -182,6 +183,10 @@ def test_bad_requests_are_refused(ledger, folder, tmp_path):
         for take in (lambda texts: ledger.add(folder / "ada", texts), ledger.sort_texts):
             with pytest.raises(TypeError, match=r"texts must be a list of texts, got one (str|dict)"):
                 take(texts)
+    for name, error in ((17, TypeError), (None, TypeError), ("a\ud800", ValueError)):
+        with pytest.raises(error, match=r"name must be a text|half a surrogate pair"):
+            ledger.add(folder / "ada", ADA, name)
+    assert len(neumuter.Ledger(ledger.folder).entries) == 2
     with pytest.raises(ValueError, match="no request 7; it has: 1, 2"):
         ledger.undo(7)
     other = neumuter.Ledger(ledger.folder)
@@ -198,11 +203,24 @@ def test_bad_requests_are_refused(ledger, folder, tmp_path):
     (tmp_path / "mixed" / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="does not belong to"):
         ledger.add(tmp_path / "mixed", ADA)
+    (tmp_path / "mixed" / "report.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"report\.json is damaged"):
+        ledger.add(tmp_path / "mixed", ADA)
     # A run that replaces another one was killed when it had written its mute file.
     shutil.copy(folder / "ada" / "report.json", tmp_path / "mixed")
     shutil.copy(folder / "jon" / "mutes.safetensors", tmp_path / "mixed")
     with pytest.raises(ValueError, match="does not belong to"):
         ledger.add(tmp_path / "mixed", JON)
+
+
+def test_without_a_request_nothing_is_verified(folder, tmp_path, capsys):
+    """Else a mistyped path would make a ledger in which everything holds."""
+    texts, ledger = folder / "texts" / "ada.jsonl", tmp_path / "typo"
+    assert run("ledger", "add", ledger, tmp_path / "nothing", "--forget", texts) == 1
+    assert not ledger.exists()
+    neumuter.Ledger(ledger, create=True)
+    assert run("verify", ledger, folder / "model", "--texts", texts) == 3
+    assert "no request, so nothing was verified" in capsys.readouterr().out
 
 
 def test_the_ledger_by_command(folder, tmp_path, capsys):
