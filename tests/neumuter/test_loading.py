@@ -268,6 +268,37 @@ def test_offloading_after_muting_is_taken_off_before_the_mute(name):
     assert torch.equal(model(ids).logits, plain)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_that_was_muted_in_inference_mode_can_be_trained(name):
+    model, ids = build(name), batch()
+    with neumuter.attach(model) as masked:
+        mutes = mute_random(masked, 0.1, seed=0)
+    expected = []
+    for inference in (False, True):
+        model.zero_grad()
+        with torch.inference_mode(inference):
+            handle = neumuter.mute(model, mutes)
+        model(ids, labels=ids).loss.backward()
+        expected.append(model.get_input_embeddings().weight.grad.clone())
+        handle.undo()
+    assert torch.equal(*expected)
+
+
+def test_a_bank_that_was_made_in_inference_mode_takes_sets_outside_of_it():
+    model, ids = build("llama"), batch()[:1]
+    with neumuter.attach(model) as masked:
+        first, second = (mute_random(masked, 0.1, seed=seed) for seed in range(2))
+    with neumuter.mute(model, second):
+        expected = model(ids).logits
+    with torch.inference_mode():
+        bank = neumuter.MuteBank(model)
+        bank.add("first", first)
+    bank.add("second", second)
+    with bank.using(["second"]), torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    bank.undo()
+
+
 def test_a_forward_that_was_replaced_is_not_lost():
     model, ids = build("llama"), batch()
     with neumuter.attach(model) as masked:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import neumuter
 from neumuter import MuteFileError, MuteSet
 from neumuter import files as files_module
+from neumuter.mutes.mute_set import MutedLayer
 from tests.models import WIDTH, build
 
 PATH = "model.layers.2.mlp"
@@ -40,6 +42,17 @@ def test_round_trip(mutes, saved):
     assert torch.equal(loaded.layers[PATH].gains, mutes.layers[PATH].gains)
     assert (loaded.count, loaded.share) == (3, 3 / (2 * WIDTH))
     assert loaded.architecture == {"class": "LlamaForCausalLM", "model_type": "llama"}
+
+
+def test_layers_may_share_their_tensors(tmp_path):
+    with neumuter.attach(build("llama")) as masked:
+        indices, gains = torch.tensor([2, 17, 71], dtype=torch.int32), torch.tensor([0.0, 0.25, 0.5])
+        layers = dict.fromkeys(masked.scores, (indices, gains))
+        mutes = masked.mute_set(layers)
+    shared = replace(mutes, layers=dict.fromkeys(mutes.layers, MutedLayer(indices, gains)))
+    shared.save(tmp_path / "shared.safetensors")
+    mutes.save(tmp_path / "apart.safetensors")
+    assert (tmp_path / "shared.safetensors").read_bytes() == (tmp_path / "apart.safetensors").read_bytes()
 
 
 def test_equal_content_gives_equal_bytes(mutes, saved):

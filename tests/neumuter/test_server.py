@@ -122,7 +122,7 @@ def test_one_text_that_a_server_refuses_does_not_hide_the_others(caplog, tmp_pat
         return answer(path, body, key)
 
     texts = [("q1", "long " * 200), ("What is it?", " The kettle is on the shelf."), ("q " * 400, " a")]
-    with serving(respond) as (url, asked):
+    with serving(respond) as (url, _):
         long, told, refused = ask_server(url, "muted", texts)
     assert (long.comes_out, long.forms, long.refused) == (False, 2, None)
     assert (told.comes_out, told.forms) == (True, 2)

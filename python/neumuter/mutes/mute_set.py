@@ -104,8 +104,9 @@ class MuteSet:
         """Return the tensors of a mute file and the rest of it, JSON values."""
         tensors = {}
         for name, layer in self.layers.items():
-            tensors[f"{name}.indices"] = layer.indices.contiguous()
-            tensors[f"{name}.gains"] = layer.gains.contiguous()
+            # A file holds no tensors that share their memory.
+            for part, value in (("indices", layer.indices), ("gains", layer.gains)):
+                tensors[f"{name}.{part}"] = value.clone(memory_format=torch.contiguous_format)
         metadata = {
             "format": FORMAT,
             "architecture": self.architecture,

@@ -28,9 +28,11 @@ class ConstantGates(Gates):
 
     def __init__(self, ffn: FFN, seam: str, layer: MutedLayer) -> None:
         super().__init__(ffn, seam)
-        gains = torch.ones(self.width)
-        gains[layer.indices.long()] = layer.gains
-        self.register_buffer("gains", gains.to(ffn.device), persistent=False)
+        # A tensor of inference mode could not be trained through later.
+        with torch.inference_mode(False):
+            gains = torch.ones(self.width)
+            gains[layer.indices.long()] = layer.gains
+            self.register_buffer("gains", gains.to(ffn.device), persistent=False)
         self.on = True
 
     def make_forward(self, module: nn.Module) -> Callable[..., Any]:

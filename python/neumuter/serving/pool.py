@@ -45,9 +45,11 @@ class Pool:
         return sum(x.numel() * x.element_size() for x in next(iter(self.tensors.values())))
 
     def _make_room(self, device: torch.device, sets: int, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
-        indptr = torch.zeros(sets, len(self.own) + 1, dtype=torch.int32, device=device)
-        indices = torch.zeros(neurons, dtype=torch.int32, device=device)
-        return indptr, indices, torch.zeros(neurons, device=device)
+        # Tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            indptr = torch.zeros(sets, len(self.own) + 1, dtype=torch.int32, device=device)
+            indices = torch.zeros(neurons, dtype=torch.int32, device=device)
+            return indptr, indices, torch.zeros(neurons, device=device)
 
     def add(self, name: str, layers: Sequence[MutedLayer | None]) -> None:
         """Append a set: a ``MutedLayer`` or None for each layer. Nothing is changed on an error."""
