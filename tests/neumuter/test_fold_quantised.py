@@ -14,6 +14,7 @@ from neumuter.models.families import find_ffns
 from neumuter.serving.fold_checkpoint import fold_checkpoint
 from neumuter.serving.formats import find_stored
 from neumuter.serving.shards import find_places
+from tests import models
 from tests.models import batch, build
 
 SIZES = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
@@ -168,6 +169,15 @@ def some_mutes(model, gains):
         (first, _), *_, (last, scores) = masked.scores.items()
         neurons = {first: ([5, 7], gains[:2]), last: ([0, 2, 17, len(scores) - 1], gains)}
         return masked.mute_set(neurons, mode="modulate", gain_range=(-1e9, 1e9))
+
+
+def test_an_ffn_with_a_norm_before_its_down_projection_is_refused(tmp_path, monkeypatch):
+    """The norm takes the scale of a neuron out again."""
+    monkeypatch.setitem(models.FAMILIES, "bitnet", ("bitnet", models.LLAMA_LIKE))
+    checkpoint = Checkpoint(tmp_path / "model", *FORMATS["int8"], name="bitnet")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp has ffn_sub_norm beside its projections"):
+        fold_checkpoint(tmp_path / "model", checkpoint.mutes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neumuter.models.ffn import FFN, Layout
 from neumuter.mutes.fingerprint import SKETCHED, sketch
@@ -135,6 +135,17 @@ def _check(ffn: FFN, up: _Up, down: Stored) -> None:
     """Raise ValueError unless scaling the outputs of ``up`` is muting their neurons."""
     assert isinstance(ffn.layout, Layout)
     name, gains = up.stored.name, up.gains
+    # As the norm of BitNet does, one between the two projections would take the scale of a neuron out again.
+    others = [
+        child
+        for child, module in ffn.module.named_children()
+        if child not in ffn.layout.names and not isinstance(module, nn.Dropout | nn.Identity)
+    ]
+    if others:
+        raise ValueError(
+            f"{ffn.path} has {', '.join(others)} beside its projections, so to scale the outputs of {name} "
+            "may not be muting: fold into the checkpoint that this one was made from"
+        )
     count = len(up.of_outputs(up.place.read()))
     if count != ffn.width * (2 if ffn.layout.gate_up else 1):
         raise ValueError(f"{name} has {count} outputs, which does not fit {ffn.width} neurons")
