@@ -62,6 +62,33 @@ def put_on(how, model, mutes):
 every_handle = pytest.mark.parametrize("how", ["mute", "attach", "bank"])
 
 
+def test_a_pass_that_failed_in_another_thread_hides_nothing():
+    """It would count as going on, and code that was compiled since would be trusted for ever."""
+    model, ids = build("mixtral"), batch()
+    with neumuter.attach(model) as masked:
+        mutes = masked.mute_set({path: (torch.arange(20), torch.zeros(20)) for path in masked.scores})
+    handle = neumuter.mute(model, mutes)
+
+    def fail(*_):
+        raise ArithmeticError("on purpose")
+
+    def run():
+        hook = model.model.layers[0].register_forward_hook(fail)
+        with pytest.raises(ArithmeticError, match="on purpose"):
+            model(ids)
+        hook.remove()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.compile(model, backend="eager")(ids)
+    torch._dynamo.reset()
+    del model.model.layers[1].mlp.experts.forward
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp.* was replaced, wrapped or passed by"):
+        model(ids)
+    handle.undo()
+
+
 # --- When it is put on -----------------------------------------------------------------------
 
 

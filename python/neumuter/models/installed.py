@@ -57,7 +57,8 @@ class Installed(Generic[Kind]):
             raise
         decoder = decoder_of(model)
         self._hooks.append(decoder.register_forward_pre_hook(self._begin))
-        self._hooks.append(decoder.register_forward_hook(self._check))
+        # Also after an error, or a pass that failed would count as going on for ever.
+        self._hooks.append(decoder.register_forward_hook(self._check, always_call=True))
 
     def _prove(self, model: nn.Module) -> None:
         """Run one row per FFN, whose mask is NaN there: only a mask that reaches the output makes it NaN."""
@@ -100,6 +101,9 @@ class Installed(Generic[Kind]):
             return
         compiling = torch.compiler.is_compiling()
         before = None if compiling else self._calls_before.pop(threading.get_ident(), None)
+        # The pass failed: torch gives no output, and raises the error itself.
+        if output is None:
+            return
         # A replica of DataParallel has gates of its own.
         if getattr(module, "_is_replica", False):
             return

@@ -52,8 +52,8 @@ def load_model(
     """
     if Path(model).is_file():
         raise ValueError(
-            f"{model} is a file: give the folder of a model, or its name on the Hub; a GGUF file there is named "
-            "by gguf_file"
+            f"{model} is a file: give the folder of a model, or its name on the Hub; gguf_file names a file "
+            "in a folder"
         )
     source = find_source(model)
     if gguf_file and source.adapter:
