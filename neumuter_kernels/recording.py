@@ -100,6 +100,10 @@ def _learn(name: str, key: Sequence[int], recording: "_Recording", result: Any) 
             _refused.clear()
         _refused.add(tuple(key))
         say_once(f"some calls of {name} are launched from Python: {error}")
+        # Its frames hold the recording, and so the tensors of this call and of its callers, which would live
+        # until Python looks for circles.
+        recording.refusal = None
+        error.__traceback__ = None
 
 
 @functools.cache

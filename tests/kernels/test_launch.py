@@ -4,15 +4,18 @@ Without such GPUs, this file has one test, which runs the others in a process th
 """
 
 import ctypes
+import gc
 import importlib.metadata
 import logging
 import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import neumuter_kernels as nk
 from bench import ROOT, stub_gpu
@@ -295,6 +298,29 @@ def test_a_child_process_leaves_it_to_python(driver):
             os._exit(0 if "re-initialize CUDA in forked subprocess" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@on_stubs
+def test_a_call_without_a_plan_keeps_nothing_alive(driver):
+    """Not even until Python looks for circles, which no shortage of the GPU's memory makes it do."""
+
+    class Mark:
+        pass
+
+    def call():
+        mark = Mark()
+        _, gate, up, mask = inputs(_SEPARATE)
+        backward(empty(1, 1).expand(T, F), gate, up, mask, None, 0, _SEPARATE, True, True)
+        return weakref.ref(mark), *(StorageWeakRef(x.untyped_storage()) for x in (gate, up, mask))
+
+    gc.disable()
+    try:
+        mark, *storages = call()
+        assert recording._refused
+        assert mark() is None
+        assert all(storage.expired() for storage in storages)
+    finally:
+        gc.enable()
 
 
 @on_stubs
