@@ -51,6 +51,8 @@ def mute_(
 
     Raises:
         TypeError, ValueError: an argument is not as above, or hidden or gains are part of an autograd graph.
+        RuntimeError: the rows of hidden have no single stride, overlap, or share memory with another
+            argument.
     """
     check_activations("hidden", hidden)
     check_constant("hidden", hidden, "and mute_ has no gradient: use masked_act with 'identity'")
@@ -95,16 +97,24 @@ def mute_in_pytorch(
     hidden: Tensor, indptr: Tensor, indices: Tensor, gains: Tensor, row_ids: Tensor | None, layer: int
 ) -> None:
     """The op set by set, in plain PyTorch. It waits for the device, which the CUDA code does not."""
-    flat, sets = hidden.view(-1, hidden.shape[-1]), indptr.shape[0]
+    sets, width = indptr.shape[0], hidden.shape[-1]
+    if not hidden.numel():
+        return
+    flat = hidden.view(-1, width)
+    if len(flat) > 1 and flat.stride(0) < width:
+        raise RuntimeError("hidden must have rows of one stride that do not overlap")
     if row_ids is None:
         row_ids = torch.arange(sets, device=hidden.device).repeat_interleave(len(flat) // max(sets, 1))
-    row_ids = row_ids.view(-1)
+    row_ids = row_ids.reshape(-1)
     ends = indptr[:, layer : layer + 2].tolist()
     for row in row_ids.unique().tolist():
         if 0 <= row < sets:
             first, last = ends[row]
-            place = (row_ids == row).nonzero(), indices[first:last].long()
-            products = flat[place].to(compute_dtype(flat.dtype)) * gains[first:last]
+            neurons, factors = indices[first:last].long(), gains[first:last]
+            # An index out of range would end the CUDA context, or count from the end.
+            inside = (neurons >= 0) & (neurons < width)
+            place = (row_ids == row).nonzero(), neurons[inside]
+            products = flat[place].to(compute_dtype(flat.dtype)) * factors[inside]
             flat[place] = products.to(flat.dtype)
 
 

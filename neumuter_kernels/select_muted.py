@@ -41,7 +41,8 @@ def select_muted(
         budget: how many neurons: an int, or a float in (0, 1] as a share of all (rounded down). The
             lowest scores are taken; ties go to the lower layer, then the lower neuron.
         threshold: instead of a budget, r in (0, 1): all neurons with σ(s) < r.
-        stretch: (γ, ζ) of the evaluation gate clamp(σ(s)·(ζ − γ) + γ, 0, 1), which becomes the gain.
+        stretch: (γ, ζ) with γ < 0 and ζ > 1, of the evaluation gate clamp(σ(s)·(ζ − γ) + γ, 0, 1), which
+            becomes the gain.
 
     Returns:
         MutedNeurons(indptr, indices, gains) on the device of the scores. The capacity is the
@@ -71,6 +72,8 @@ def select_muted(
         if layer.device != layers[0].device:
             raise ValueError(f"scores must be on one device, got {layers[0].device} and {layer.device}")
     flat = layers[0].detach().reshape(-1) if len(layers) == 1 else torch.cat([x.detach() for x in layers])
+    if not (stretch[0] < 0 and stretch[1] > 1):
+        raise ValueError(f"stretch must be (γ, ζ) with γ < 0 and ζ > 1, got {stretch}")
     if os.environ.get("NEUMUTER_DEBUG") == "1" and flat.isnan().any():
         raise ValueError("scores contain NaN")
     if (budget is None) == (threshold is None):

@@ -112,6 +112,24 @@ def test_what_plain_pytorch_does_where_there_is_no_nvcc():
     assert torch.equal(hidden, expected)
 
 
+def test_plain_pytorch_takes_and_skips_what_the_kernels_do():
+    sets = mute_sets(2, 2, 20)
+    ids = torch.tensor([0, 1, -1])
+    for rows in (ids[:, None].expand(3, 2), ids.expand(2, 3).T):
+        hidden = torch.randn(3, 2, 20)
+        expected = run(hidden, sets, rows, 1)
+        mute_in_pytorch(hidden, *sets, rows, 1)
+        assert torch.equal(hidden, expected)
+    mute_in_pytorch(torch.empty(3, 0), *sets, ids, 1)
+    # As on a GPU, neurons that are not there are skipped: no check may wait for the device.
+    indptr, indices = torch.tensor([[0, 3]], dtype=torch.int32), torch.tensor([-1, 2, 20], dtype=torch.int32)
+    hidden = torch.ones(4, 20)
+    mute_in_pytorch(hidden, indptr, indices, torch.zeros(3), None, 0)
+    assert torch.equal(hidden, torch.ones(4, 20).index_fill(1, torch.tensor([2]), 0))
+    with pytest.raises(RuntimeError, match="do not overlap"):
+        mute_in_pytorch(torch.randn(80).as_strided((4, 20), (3, 1)), *sets, torch.zeros(4).long(), 1)
+
+
 def test_the_schema_and_the_fake_kernel():
     sets = mute_sets(2, 2, 20)
     arguments = (torch.randn(4, 20), *sets, torch.tensor([0, 1, -1, 1]), 1)
