@@ -166,8 +166,17 @@ def final(name: str, gradient: Tensor, inputs: Sequence[Tensor | None]) -> Tenso
     depends on ``inputs``, and a second derivative raises NotImplementedError.
 
     torch's once_differentiable does not: it takes saved tensors for constants, which gives wrong values.
+    Under vmap nothing can remember it: it would be forgotten when the batch becomes one tensor.
     """
-    result: Tensor = _Final.apply(name, gradient, *inputs) if torch.is_grad_enabled() else gradient
+    if not torch.is_grad_enabled():
+        return gradient
+    transforms = torch._C._functorch
+    if transforms.is_batchedtensor(gradient) or transforms.is_legacy_batchedtensor(gradient):
+        raise NotImplementedError(
+            f"{name} has first derivatives only: under vmap (is_grads_batched, vectorize) use "
+            "create_graph=False"
+        )
+    result: Tensor = _Final.apply(name, gradient, *inputs)
     return result
 
 
@@ -175,6 +184,15 @@ def _refuse_forward_mode(name: str, tensors: Sequence[Tensor | None]) -> None:
     # The level is looked at first because that is all that most calls do.
     if forward_ad._current_level >= 0 and any(map(is_dual, tensors)):
         raise NotImplementedError(f"{name} has no forward-mode derivative: use torch.autograd.grad")
+
+
+def _refuse_functions_of_gradients(name: str) -> None:
+    """torch.func.grad and the like want to transform what computes a gradient, which is a kernel."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    if level is not None and level.key() == torch._C._functorch.TransformType.Grad:
+        raise NotImplementedError(
+            f"{name} has no derivative by functorch transforms: use torch.autograd.grad"
+        )
 
 
 def _differentiable(name: str, op: Callable[..., Tensor], gradient: Gradient) -> Callable[..., Tensor]:
@@ -211,6 +229,7 @@ def _differentiable(name: str, op: Callable[..., Tensor], gradient: Gradient) ->
         if torch.is_grad_enabled():
             for x in arguments[:tensors]:
                 if x is not None and x.requires_grad:
+                    _refuse_functions_of_gradients(name)
                     output: Tensor = Differentiable.apply(*arguments)
                     return output
         with _below_autograd():

@@ -43,6 +43,12 @@ def penalty(f, x):
     return grad(total + slope.square().sum(), x)
 
 
+def vectorised_penalty(f, x):
+    x = x.clone().requires_grad_()
+    slopes = functional.jacobian(f, x, create_graph=True, vectorize=True)
+    return grad(f(x).sum() + slopes.square().sum(), x)
+
+
 def forward_over_reverse(f, x):
     """The tangent arrives with the gradient of the op's output."""
     x = x.clone().requires_grad_()
@@ -62,6 +68,7 @@ WAYS = {
     "functional.hessian": lambda f, x: functional.hessian(lambda y: f(y).sum(), x),
     "dual numbers": dual,
     "gradient penalty": penalty,
+    "vectorised penalty": vectorised_penalty,
     "forward over reverse": forward_over_reverse,
 }
 
@@ -84,6 +91,21 @@ def test_a_first_derivative_that_could_be_differentiated_again_has_the_same_valu
     ]
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_first_derivatives_of_many_outputs_at_once(device, op):
+    ours, plain = OPS[op]
+    found = functional.jacobian(ours, X, vectorize=True)
+    torch.testing.assert_close(found, functional.jacobian(plain, X))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("transform", [func.grad, func.jacrev, lambda f: func.vmap(func.grad(f))])
+def test_functions_of_gradients_are_refused_by_name(device, transform, op):
+    x = X[None] if transform not in (func.grad, func.jacrev) else X
+    with pytest.raises(NotImplementedError, match="no derivative by functorch transforms"):
+        transform(lambda y: OPS[op][0](y).sum())(x)
 
 
 IN_PLACE = {
