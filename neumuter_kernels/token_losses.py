@@ -23,7 +23,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: [N, V], contiguous; float32, bfloat16, float16 (or float64). Overwritten by
             softmax(logits) − one-hot(targets), computed in float32 and rounded once.
-        targets: int64 [N] in [0, V). Others raise RuntimeError on the CPU; on a GPU their loss is NaN.
+        targets: int64 [N] in [0, V). Others raise RuntimeError on the CPU; on a GPU their loss and their
+            row of logits become NaN.
 
     Returns:
         losses: [N], float32 (float64 for float64 logits).

@@ -105,7 +105,8 @@ def cross_entropy_kernel(
     wanted = tl.load(row + target, mask=valid, other=float("nan")).to(z.dtype)
     tl.debug_barrier()  # the target's logit is read before anyone overwrites it
     tl.store(losses + token, tl.log(z) - (wanted - largest))
-    part = inverse(z, ARITHMETIC)
+    # Without a target there is no gradient, and what looks like one would be trained on.
+    part = tl.where(valid, inverse(z, ARITHMETIC), float("nan"))
     for start in range(0, V, ACCESSES * THREADS * EACH):
         f = start + first
         p = exponential(load_logits(row, f, V, largest, ARITHMETIC), ARITHMETIC) * part
