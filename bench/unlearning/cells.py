@@ -109,10 +109,10 @@ def by_method(rows, order=("before", "retrained", *(n for n in NAMES if n not in
     return [(name_of(m, some, rows), some) for m, some in found if some]
 
 
-def name_of(method, some, rows):
+def name_of(method, some, rows, share=""):
     """What a method is called, and how many seeds its rows have, if these are fewer than all."""
     count, every = (len({row["seed"] for row in found}) for found in (some, rows))
-    return NAMES[method] + (f" ({count} seed{'s' * (count > 1)})" if count < every else "")
+    return NAMES[method] + share + (f" ({count} seed{'s' * (count > 1)})" if count < every else "")
 
 
 def where(rows, **wanted):
@@ -122,9 +122,9 @@ def where(rows, **wanted):
 def by_share(rows):
     """(name, rows) of each method, ours with each share of the neurons."""
     ours = [row for row in rows if "budget" in row]
+    chosen = [(share, where(ours, budget=share)) for share in sorted({row["budget"] for row in ours})]
     groups = [
-        (f"{NAMES['neumuter, modulate']}, {share:.0%}", where(ours, budget=share))
-        for share in sorted({row["budget"] for row in ours})
+        (name_of("neumuter, modulate", some, rows, f", {share:.0%}"), some) for share, some in chosen
     ]
     others = by_method([row for row in rows if "budget" not in row])
     first = [pair for pair in others if pair[0] in (NAMES["before"], NAMES["retrained"])]
