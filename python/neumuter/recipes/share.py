@@ -2,7 +2,7 @@
 
 # The least share: one per cent, of which the paper found that it holds the memory.
 LEAST = 0.01
-# With so many for each text hardly any comes out, be it 24 texts or 240, of a model of 4,096 neurons or of
+# With so many for each text up to 11 % come out, be it 24 texts or 240, of a model of 4,096 neurons or of
 # 46,080. With 4 or 5, a fifth and more of up to 240 do: see CAPACITY and HUNDREDS in docs/results.md.
 NEURONS_PER_TEXT = 20
 
