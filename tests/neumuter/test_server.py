@@ -139,6 +139,21 @@ def test_one_text_that_a_server_refuses_does_not_hide_the_others(caplog, tmp_pat
     assert [row["comes_out"] for row in json.loads(out.read_text())["texts"]] == [False, None]
 
 
+def test_what_a_server_quotes_of_a_text_is_not_shown(tmp_path, capsys):
+    forget, out = tmp_path / "forget.jsonl", tmp_path / "report.json"
+    forget.write_text(json.dumps({"text": FORGOTTEN}))
+
+    def respond(path, body, key):
+        return 422, {"detail": [{"msg": "too long", "input": body}]}
+
+    with serving(respond) as (url, _):
+        assert run("--server", url, "--model", "muted", "--forget", forget, "--out", out) == 3
+    printed = "".join(capsys.readouterr())
+    assert "(422)" in printed
+    for shown in (printed, out.read_text()):
+        assert "Jonas" not in shown
+
+
 def test_a_server_that_goes_on_without_saying_more_is_asked_no_further():
     def respond(path, body, key):
         start = body["prompt"] == "The kettle"

@@ -60,7 +60,7 @@ def evaluate_server(
         table.add_row(str(number), *cells)
     console.print(table)
     rows = [
-        {"number": number, "comes_out": None, "share": None, "refused": said.refused}
+        {"number": number, "comes_out": None, "share": None}
         if said.refused
         else {"number": number, "comes_out": said.comes_out, "share": said.share}
         for number, said in enumerate(found, 1)
