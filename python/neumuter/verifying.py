@@ -233,17 +233,18 @@ def verify_server(
             checks.append(_unmeasured(request))
             continue
         answers = ask_server(url, name, present, mute_set, request.entry["report"]["chat"] is not False)
-        # Of a text that the server refuses nobody can tell: it is missing.
+        # Of a text that the server refuses nobody can tell: it counts as missing.
         refused = [answer.refused for answer in answers if answer.refused]
-        if refused:
-            logger.warning(
-                "%d of %d texts of request %d could not be asked for: %s",
-                len(refused), len(answers), request.number, refused[0],
-            )  # fmt: skip
-        said = [answer.comes_out for answer in answers if not answer.refused]
+        rows = [
+            {"number": number, "extracted_after": answer.comes_out}
+            for number, answer in enumerate(answers, 1)
+            if not answer.refused
+        ]
+        said = [row["extracted_after"] for row in rows]
         how = BY_SERVER.format(", also through its chat" if any(a.forms > 1 for a in answers) else "")
-        sentence = f"{sum(said)} of {len(said)} texts come out. {how}{_lacking(request, len(said))}"
-        rows = [{"number": number, "extracted_after": out} for number, out in enumerate(said, 1)]
+        sentence = f"{sum(said)} of {len(said)} texts come out. {how}{_lacking(request, len(present))}"
+        if refused:
+            sentence += f" {len(refused)} of {len(answers)} could not be asked for: {refused[0]}"
         checks.append(Check(request, _state(request, any(said), len(said)), sentence, texts=rows))
     return checks
 

@@ -141,10 +141,12 @@ def test_one_text_that_a_server_refuses_does_not_hide_the_others(caplog, tmp_pat
 
 def test_what_a_server_quotes_of_a_text_is_not_shown(tmp_path, capsys):
     forget, out = tmp_path / "forget.jsonl", tmp_path / "report.json"
-    forget.write_text(json.dumps({"text": FORGOTTEN}))
+    forget.write_text("\n".join(json.dumps({"text": text}) for text in (FORGOTTEN, *KNOWN)))
 
     def respond(path, body, key):
-        return 422, {"detail": [{"msg": "too long", "input": body}]}
+        if body["prompt"].startswith("Jonas"):
+            return 422, {"detail": [{"msg": "too long", "input": body}]}
+        return answer(path, body, key)
 
     with serving(respond) as (url, _):
         assert run("--server", url, "--model", "muted", "--forget", forget, "--out", out) == 3
@@ -154,6 +156,27 @@ def test_what_a_server_quotes_of_a_text_is_not_shown(tmp_path, capsys):
         assert "Jonas" not in shown
 
 
+def test_what_is_refused_for_all_texts_is_no_matter_of_a_text():
+    """As NeuMuter's plug-in refuses a mute set that is not there."""
+    with (
+        serving(lambda *_: (400, {"error": "requires a mute set"})) as (url, _),
+        pytest.raises(ValueError, match="requires a mute set"),
+    ):
+        ask_server(url, "muted", [*KNOWN, ("Ada", " ada")])
+
+
+@pytest.mark.parametrize("status", [404, 405, 500])
+def test_a_server_need_not_have_a_chat(caplog, status):
+    def respond(path, body, key):
+        return (status, {"error": "no chat here"}) if "chat" in path else answer(path, body, key)
+
+    with serving(respond) as (url, asked):
+        (said,) = ask_server(url, "muted", [("The kettle", " is on the shelf.")])
+    assert (said.comes_out, said.forms) == (True, 1)
+    assert len(asked) == 2
+    assert "1 of 1 prompts are asked without a chat" in caplog.text
+
+
 def test_a_server_that_goes_on_without_saying_more_is_asked_no_further():
     def respond(path, body, key):
         start = body["prompt"] == "The kettle"
@@ -161,8 +184,12 @@ def test_a_server_that_goes_on_without_saying_more_is_asked_no_further():
 
     with serving(respond) as (url, asked):
         (said,) = ask_server(url, "muted", [("The kettle", " is on the shelf.")], chat=False)
-    assert not said.comes_out
-    assert len(asked) == 2
+        assert not said.comes_out
+        assert len(asked) == 2
+        # Nor where it says something else.
+        other = ask_server(url, "muted", [("The kettle", " is of brass, and the lamp, too.")], chat=False)
+    assert not other[0].comes_out
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:80a0", "http://127.0.0.1:1/a b", "127.0.0.1", "ftp://a"])

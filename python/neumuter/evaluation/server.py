@@ -79,8 +79,8 @@ def ask_server(
     Raises:
         ConnectionError: nobody answers at ``url``, or not in time, or not in HTTP.
         PermissionError: the server wants a key, or another one.
-        ValueError: ``url`` is no address; the server has no such model or no such API, or it answers in
-            another form; or nothing but spaces follows the prompt of a text.
+        ValueError: ``url`` is no address; the server has no such model or no such API, it refuses all texts,
+            or it answers in another form; or nothing but spaces follows the prompt of a text.
     """
     address = url.rstrip("/").removesuffix("/v1")
     if not _is_address(address):
@@ -93,8 +93,11 @@ def ask_server(
         if isinstance(text, tuple) and not text[1].strip():
             raise ValueError(f"text {number} has nothing behind its prompt to ask for: {text!r:.60}")
     said = [_ask_if_it_answers(f"{address}/v1", options, text) for text in parts]
+    # What is wrong with all of them is no matter of a text, such as a mute set that is not there.
+    if said and all(one.refused for one in said):
+        raise ValueError(said[0].refused)
     pairs = {number: text for number, text in enumerate(texts) if isinstance(text, tuple)} if chat else {}
-    chats = {n: _ask_if_it_answers(f"{address}/v1", options, as_messages(pair)) for n, pair in pairs.items()}
+    chats = {number: _ask_in_chat(f"{address}/v1", options, pair) for number, pair in pairs.items()}
     if refused := [one.refused for one in chats.values() if one.refused]:
         logger.warning("%d of %d prompts are asked without a chat: %s", len(refused), len(chats), refused[0])
     for number, answer in chats.items():
@@ -130,13 +133,23 @@ def _ask_if_it_answers(address: str, options: dict[str, Any], text: tuple[str, s
         return Said(text[-1]["content"] if isinstance(text, list) else text[1], "", refused=str(error))
 
 
+def _ask_in_chat(address: str, options: dict[str, Any], pair: tuple[str, str]) -> Said:
+    try:
+        return _chat(address, options, as_messages(pair))
+    # A server need not have a chat, and says so in many ways.
+    except ValueError as error:
+        return Said(pair[1], "", refused=str(error))
+
+
 def _chat(address: str, options: dict[str, Any], messages: Messages) -> Said:
     """What a server answers to a conversation, which cannot go on in steps."""
     expected, asked = messages[-1]["content"], options | {"messages": messages[:-1]}
     try:
         # No token is shorter than a character.
         choice = _post(f"{address}/chat/completions", asked | {"max_tokens": max(TOKENS, len(expected))})
-    except _Refused:
+    except _Refused as error:
+        if error.absent:
+            raise
         # That may be more than its context has; without a limit it takes what it has.
         del asked["max_tokens"]
         choice = _post(f"{address}/chat/completions", asked)
@@ -149,8 +162,8 @@ def _ask(address: str, options: dict[str, Any], prompt: str, expected: str) -> S
         choice = _post(f"{address}/completions", options | {"prompt": prompt + said})
         said += str(choice.get("text") or "")
         before, left = left, _words(expected).removeprefix(_words(said))
-        # It goes on only as long as it says more of the text.
-        if choice.get("finish_reason") != "length" or left in ("", before):
+        # It goes on only as long as it says more of the text, and nothing else.
+        if choice.get("finish_reason") != "length" or left in ("", before, _words(expected)):
             return Said(expected, said)
 
 
