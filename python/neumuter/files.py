@@ -118,6 +118,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``path`` exists and is not an empty folder, at the start or by the end.
+        ValueError: ``path`` is a link, a mount, or the current folder.
         BlockingIOError: another process is filling ``path``.
         OSError: the folder cannot be written.
     """
@@ -184,7 +185,10 @@ def refuse_taken(path: Path) -> None:
         ValueError: nothing can be renamed to ``path``: it is a link, a mount, or the current folder.
     """
     if path.is_symlink() or os.path.ismount(path) or path.resolve() == Path.cwd():
-        raise ValueError(f"{path} must be a new folder, or an empty one that can be replaced: it is neither")
+        raise ValueError(
+            f"{path} must be a new folder, or an empty one that can be replaced: a link, a mount and the "
+            "current folder cannot be"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder; name another one or remove it")
 

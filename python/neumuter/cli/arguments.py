@@ -176,7 +176,7 @@ def check_report(out: Path | None) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Raise OSError if ``out`` is taken, or cannot be made."""
+    """Raise OSError or ValueError if ``out`` is taken, or cannot be made."""
     from neumuter.files import check_writable, refuse_taken
 
     refuse_taken(out)

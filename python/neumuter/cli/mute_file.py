@@ -141,6 +141,7 @@ def export(
     from neumuter.serving.shrink import shrink
 
     sets = load_sets(files)
+    origin = find_origin(model, gguf_file) if to is Form.shrink else None
     # With an adapter, only shrink comes here.
     network, tokenizer = open_model(model, gguf_file=gguf_file, merge=True)
     mutes = unite(network, sets)
@@ -151,7 +152,7 @@ def export(
     elif to is Form.shrink:
         with new_folder(out) as temporary:
             found = shrink(network, mutes)
-            save_verified(network, tokenizer, temporary, find_origin(model, gguf_file))
+            save_verified(network, tokenizer, temporary, origin)
         widths = ", ".join(sorted({f"{old} to {new}" for old, new in found.widths.values()}))
         sizes = f"{found.bytes_before / 1e6:.4g} to {found.bytes_after / 1e6:.4g} MB"
         note = f"Neurons per FFN: {widths}; parameters: {sizes}."
@@ -228,11 +229,12 @@ def _fold_files(model: str, files: Sequence[Path], out: Path, gguf_file: str | N
         with suppress(NotOnDiskError), show_progress("Folding, bytes") as advance:
             fold_checkpoint(model, mutes, out, callback=advance)
             return mutes
+    origin = find_origin(model, gguf_file)
     with new_folder(out) as temporary:
         network, tokenizer = open_model(model, gguf_file=gguf_file, merge=True)
         mutes = unite(network, sets)
         fold_live(network, mutes)
         with console.status("Saving the checkpoint"):
-            save_verified(network, tokenizer, temporary, find_origin(model, gguf_file))
+            save_verified(network, tokenizer, temporary, origin)
             write_card(mutes, temporary)
     return mutes

@@ -14,6 +14,6 @@ folder = parser.parse_args().folder
 with show_progress("Training a small model") as advance:
     try:
         names = write_tutorial(folder, advance)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 print(f"{folder} has {', '.join(names)}")

@@ -27,7 +27,8 @@ def write_tutorial(folder: str | os.PathLike[str], callback: Callable[..., None]
     text before it; ``others.jsonl``: the other 46 records, alike. ``heldout.jsonl``: ordinary texts that the
     model never saw, under "text". Returns the names of these.
 
-    Raises FileExistsError if something is in the folder, and OSError if it cannot be written.
+    Raises FileExistsError if something is in the folder, ValueError if it is a link or the current folder,
+    and OSError if it cannot be written.
     """
     with new_folder(folder) as made:
         records, (texts, heldout) = task.make_records(SEED), task.read_corpus()

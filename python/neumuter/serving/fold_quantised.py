@@ -136,12 +136,13 @@ def _check(ffn: FFN, up: _Up, down: Stored) -> None:
     assert isinstance(ffn.layout, Layout)
     name, gains = up.stored.name, up.gains
     # As the norm of BitNet does, one between the two projections would take the scale of a neuron out again.
+    # A layer that has its projections itself, as OPT's, has more around them.
     others = [
         child
         for child, module in ffn.module.named_children()
         if child not in ffn.layout.names and not isinstance(module, nn.Dropout | nn.Identity)
     ]
-    if others:
+    if others and not hasattr(ffn.module, "self_attn"):
         raise ValueError(
             f"{ffn.path} has {', '.join(others)} beside its projections, so to scale the outputs of {name} "
             "may not be muting: fold into the checkpoint that this one was made from"

@@ -18,7 +18,7 @@ from neumuter.files import PathLike
 from neumuter.models.adapted import find_source
 from neumuter.models.modes import without_dropout
 from neumuter.serving.adapters import random_tokens
-from neumuter.serving.companions import copy_companions, find_companions
+from neumuter.serving.companions import copy_companions, find_companions, list_companions
 
 # The largest difference of logits, as a share of the largest logit. The same weights give the same bits, but
 # for some kernels of GPUs.
@@ -35,11 +35,17 @@ class Origin(NamedTuple):
 
 
 def find_origin(model: str, gguf_file: str | None = None) -> Origin | None:
-    """Find the files of a model, a folder or a name; a GGUF file has none."""
+    """Find the files of a model, a folder or a name; a GGUF file has none.
+
+    Raises:
+        ValueError: a file that is to be copied is a link out of the folder.
+    """
     if gguf_file:
         return None
     source = find_source(model)
-    return Origin(find_companions(source), tokenizer=source.adapter is None)
+    folder = find_companions(source)
+    list_companions(folder)
+    return Origin(folder, tokenizer=source.adapter is None)
 
 
 @torch.no_grad()
