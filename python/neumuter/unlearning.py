@@ -31,7 +31,7 @@ from neumuter.mutes.algebra import combine
 from neumuter.mutes.fingerprint import refuse_unsketchable
 from neumuter.mutes.matching import matching_ffns
 from neumuter.mutes.mute_set import MuteSet, MuteSource, load_mutes
-from neumuter.mutes.slopes import SlopesSource, load_slopes
+from neumuter.mutes.slopes import SlopesSource, check_listed, load_slopes
 from neumuter.outcome import MUTE_FILE, SLOPES_FILE, Outcome, write_sets
 from neumuter.preparing import (
     compare_models,
@@ -186,6 +186,7 @@ def unlearn(
     """
     start = time.perf_counter()
     with failing_together():
+        check_listed(former)
         config = _check_recipe(recipe, budget, mode, existing, goals, bool(former) or keep_slopes)
         if former and (existing is None or mode == "mute"):
             raise ValueError('former needs existing, the mute set that is in force, and mode "modulate"')

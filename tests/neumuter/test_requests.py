@@ -89,7 +89,7 @@ def test_what_a_request_reads_it_does_not_replace(model, words, outcome, tmp_pat
         unlearn(model, words, existing=outcome.mutes, former=[slopes], folder=str(tmp_path))
     assert file.read_bytes() == content
     with pytest.raises(TypeError, match="former must be a list of slopes or of their files, got"):
-        unlearn(model, words, existing=outcome.mutes, former=slopes)
+        unlearn(model, words, existing=outcome.mutes, former=slopes, folder=tmp_path)
 
 
 def test_an_existing_set_of_other_layers_is_refused_before_anything_is_measured(model, words, monkeypatch):

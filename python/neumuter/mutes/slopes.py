@@ -117,6 +117,12 @@ class Slopes:
 SlopesSource = Slopes | PathLike
 
 
+def check_listed(former: object) -> None:
+    """Raise TypeError if ``former`` is a single one, not in a list."""
+    if isinstance(former, Slopes | str | os.PathLike):
+        raise TypeError(f"former must be a list of slopes or of their files, got {former!r:.80}")
+
+
 def load_slopes(former: Sequence[SlopesSource]) -> list[Slopes]:
     """Return each of ``former`` as ``Slopes``, given that or the path of a file.
 
@@ -124,8 +130,7 @@ def load_slopes(former: Sequence[SlopesSource]) -> list[Slopes]:
         TypeError: ``former`` is a single one, not in a list.
         ValueError: two are of the same request.
     """
-    if isinstance(former, Slopes | str | os.PathLike):
-        raise TypeError(f"former must be a list of slopes or of their files, got {former!r:.80}")
+    check_listed(former)
     found = [slopes if isinstance(slopes, Slopes) else Slopes.load(slopes) for slopes in former]
     for (first, one), (second, other) in combinations(enumerate(found, 1), 2):
         if torch.equal(one.log_odds, other.log_odds) and torch.equal(one.steps, other.steps):

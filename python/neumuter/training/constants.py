@@ -19,7 +19,7 @@ def check_constants(config: Any, positive: Collection[str]) -> None:
         value, kind = getattr(config, field.name), str(field.type)
         if isinstance(field.default, str) or (value is None and "None" in kind):
             continue
-        parts = value if isinstance(value, tuple) else (value,)
+        parts = value if isinstance(value, tuple | list) else (value,)
         if "int" in kind and not (type(value) is int and value >= 1):
             wanted = "an int of at least 1"
         elif not all(isinstance(part, int | float) and math.isfinite(part) for part in parts):
@@ -33,6 +33,6 @@ def check_constants(config: Any, positive: Collection[str]) -> None:
 
 
 def check_range(name: str, limits: tuple[float, float]) -> None:
-    """Raise ValueError unless ``limits``, the constant ``name``, are a lower and a higher number."""
-    if len(limits) != 2 or not limits[0] < limits[1]:
-        raise ValueError(f"{name} must be a lower and a higher number, got {limits!r}")
+    """Raise ValueError unless ``limits``, the constant ``name``, are two numbers, the lower one first."""
+    if len(limits) != 2 or not limits[0] <= limits[1]:
+        raise ValueError(f"{name} must be two numbers, the lower one first, got {limits!r}")

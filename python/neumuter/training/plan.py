@@ -118,7 +118,7 @@ def load_config(path: PathLike) -> PreTrainedConfig:
         raise FileNotFoundError(f"{path} is neither a config.json nor a folder that has one")
     with raising_one_line(str(path)), torch.device("meta"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(file, trust_remote_code=False)
-        AutoModelForCausalLM.from_config(_plain_text_config(config))
+        AutoModelForCausalLM.from_config(_plain_text_config(config), trust_remote_code=False)
     return config
 
 
@@ -240,7 +240,12 @@ def _plan_split(
     refuse_quantised(config, split=True)
     local = min(devices, machine)
     with torch.device("meta"):
-        check_layout(layout, AutoModelForCausalLM.from_config(text, dtype=dtype), devices, local)
+        check_layout(
+            layout,
+            AutoModelForCausalLM.from_config(text, dtype=dtype, trust_remote_code=False),
+            devices,
+            local,
+        )
     sizes = divide(layout, devices, local)
     found = trace(text, _make_step, "tp", sizes["tp"], samples, tokens, dtype, recompute)
     parts = _parts(found, sum(len(score) for score in found.masked.scores.values()))
