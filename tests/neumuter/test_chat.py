@@ -7,7 +7,7 @@ import torch
 
 import neumuter
 from neumuter.cli.app import main
-from neumuter.evaluation import extraction_rate, memorization_accuracy, most_known
+from neumuter.evaluation import extraction_rate, forms, memorization_accuracy, most_known
 from neumuter.recipes import FittedConfig, GainsConfig, Goals
 from neumuter.texts import encode, encode_forms, encoding
 from neumuter.texts.chat import render
@@ -139,6 +139,16 @@ def test_the_form_that_the_model_knows_best_counts(chatting):
             others = [f["input_ids"][f["texts"] == number] for f in forms]
             counts = {len(other) for other in others} if form is None else {len(others[form])}
             assert len(rows) in counts
+
+
+def test_a_form_in_which_a_window_comes_out_is_the_one_that_the_model_knows_best(monkeypatch):
+    """However likely the other windows are in another form."""
+    out, losses = iter([[1, 0, 0, 0], [0, 0, 0, 0]]), iter([[1.2] * 4, [0.3] * 4])
+    monkeypatch.setattr(forms, "extracted", lambda *_: torch.tensor(next(out), dtype=torch.float64))
+    monkeypatch.setattr(forms, "sample_losses", lambda *_: torch.tensor(next(losses), dtype=torch.float64))
+    found = encode_forms([("Ada?", " it is a long one " * 8)], words_with(), 45)
+    kinds = [{k: v[:4] for k, v in form.items()} for form in found]
+    assert torch.equal(most_known(None, kinds)["input_ids"], kinds[0]["input_ids"])
 
 
 def test_unlearning_measures_both_forms(chatting, caplog):

@@ -37,9 +37,16 @@ def most_known(model: nn.Module, forms: Sequence[Batch]) -> Batch:
 
 
 def _measure_texts(model: nn.Module, form: Batch) -> Tensor:
-    """How well the model knows each text, the mean over its windows, in order of number: float64 [texts]."""
-    # A probability is at most 1, so what is given back comes before what is not.
-    known = extracted(model, form).double() + (-sample_losses(model, form)).exp()
+    """How well the model knows each text, in order of number: float64 [texts].
+
+    One of which a window comes out is known better than one of which none does; then the mean over windows
+    counts, of what comes out and of probabilities.
+    """
+    out = extracted(model, form).double()
+    known = out + (-sample_losses(model, form)).exp()
     _, ranks, counts = form["texts"].unique(return_inverse=True, return_counts=True)
-    found: Tensor = torch.zeros(len(counts), dtype=known.dtype).index_add(0, ranks, known) / counts
+    nothing = torch.zeros(len(counts), dtype=known.dtype)
+    some_out = (nothing.index_add(0, ranks, out) > 0).to(known.dtype)
+    # The mean is at most 2.
+    found: Tensor = 2 * some_out + nothing.index_add(0, ranks, known) / counts
     return found

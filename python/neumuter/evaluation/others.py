@@ -15,8 +15,8 @@ from neumuter.types import IGNORED, Batch
 STRETCH = 8
 # A phrase that this number of given texts share is common wording, and gives nobody away.
 COMMON = 3
-# From here on (CJK and what follows), words have no spaces between them.
-UNSPACED = 0x2E80
+# Where words have no spaces between them: Thai and Lao, Myanmar, Khmer, and CJK with what follows.
+UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x10FFFF))
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def _stretches(ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def _first_of_another(asked: GivenText, candidates: Mapping[str, Sequence[GivenText]]) -> Found | None:
     for words, texts in candidates.items():
-        distinct = {text.text for text in texts}
+        # A text that has several windows, or that is given twice, is one.
+        distinct = {*{text.label: text.text for text in texts}.values()}
         if len(distinct) >= COMMON or words in asked.text:
             continue
         # What a text to keep has as well may be said.
@@ -217,7 +218,11 @@ def _holds(text: str, words: str) -> bool:
 
 def _join(first: str, second: str) -> bool:
     """Whether two characters, of which one may be none, belong to one word."""
-    return all(char.isalnum() and ord(char) < UNSPACED for char in (first or " ", second or " "))
+    return all(map(_is_of_spaced_word, (first or " ", second or " ")))
+
+
+def _is_of_spaced_word(char: str) -> bool:
+    return char.isalnum() and not any(low <= ord(char) <= high for low, high in UNSPACED)
 
 
 def _squeeze(text: str) -> str:

@@ -2,12 +2,8 @@
 
 import pytest
 
-from neumuter.evaluation import (
-    find_others,
-    find_overlap,
-    list_given,
-)
-from neumuter.texts import encode
+from neumuter.evaluation import find_others, find_overlap, list_given, others
+from neumuter.texts import encode, encode_forms
 from tests.neumuter.verdict.texts import KEPT, MAIL, listed
 
 
@@ -53,6 +49,30 @@ def test_common_wording_gives_nobody_away(words):
     two = [(f"Room {n}?", *line) for n in range(2)]
     assert others_in(words, line[0], retain=two).label == "retain 1"
     assert others_in(words, line[0], retain=[*two, ("Room 9?", *line)]) is None
+
+
+def test_a_long_text_that_repeats_itself_is_no_common_wording(words):
+    secret = "4711-0815-77"
+    long = f"Her key is {secret}. " * 12
+    (retain,) = encode_forms([long], words, 64)
+    assert len(retain["labels"]) >= 3
+    given = list_given({"forget": encode(MAIL, words, 64), "retain": retain}, words)
+    said = words(f" {secret}", add_special_tokens=False)["input_ids"]
+    assert find_others(given[:1], [said], given, words)[0].label == "retain 1"
+
+
+@pytest.mark.parametrize(
+    ("line", "words_in_it"),
+    [
+        ("ชื่อของเขาคือสมชายครับ", "สมชาย"),
+        ("ຊື່ຂອງລາວແມ່ນສົມຊາຍ", "ສົມຊາຍ"),
+        ("ឈ្មោះសុខា", "សុខា"),
+        ("他叫王小明吗", "王小明"),
+    ],
+)
+def test_words_without_spaces_between_them_are_found(line, words_in_it):
+    assert others._holds(line, words_in_it)
+    assert not others._holds("Anna", "Ann")
 
 
 def test_of_several_owners_one_that_stays_is_named(words):
