@@ -68,6 +68,7 @@ def test_plain_text(tmp_path):
         ("t.json", "[]", "holds no text"),
         ("t.json", " \n", "holds no text"),
         ("t.csv", "text\nHello, world\n", "line 2: there are more fields than in the header"),
+        ("t.csv", "text,id,text\na,1,b\n", "line 1: the header names 'text' twice"),
         ("t.txt", "a".encode("utf-16-le"), "lacks a byte order mark"),
         ("t.txt", "abc".encode("utf-16")[:-1], "is not utf-16"),
         ("t.parquet", "PAR1 PAR1", "is not a parquet file"),

@@ -173,6 +173,9 @@ def _table_rows(file: TextIO, delimiter: str) -> Iterator[tuple[str, dict[str, A
     # The limit, 131,072 characters, is a variable of the whole process.
     former = csv.field_size_limit(sys.maxsize)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+            raise _BadLine(reader.line_num, f"the header names {', '.join(map(repr, twice))} twice")
         for row in reader:
             if None in row:
                 raise _BadLine(reader.line_num, "there are more fields than in the header; quote the text")
