@@ -180,6 +180,18 @@ def test_an_ffn_with_a_norm_before_its_down_projection_is_refused(tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_a_layer_that_has_its_projections_itself_is_folded(tmp_path, monkeypatch):
+    """The other children of OPT's layers stand around the projections, and not between them."""
+    kind, options = models.FAMILIES["opt"]
+    monkeypatch.setitem(models.FAMILIES, "opt", (kind, options | {"enable_bias": False}))
+    silent = [0.0] * len(GAINS)
+    checkpoint = Checkpoint(tmp_path / "model", *FORMATS["int8"], gains=silent, name="opt")
+    with torch.no_grad(), neumuter.mute(checkpoint.model, some_mutes(checkpoint.model, silent)):
+        expected = checkpoint.model(batch()).logits
+    fold_checkpoint(tmp_path / "model", checkpoint.mutes, tmp_path / "out")
+    torch.testing.assert_close(checkpoint.dequantise(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_folded_checkpoint_is_the_muted_model(tmp_path, kind, name):
