@@ -65,14 +65,15 @@ def robustness(
             beyond the steps of ``config``, or what ``neumuter.fold`` raises.
     """
     numbers = forget_batch.get("texts", torch.arange(len(forget_batch["labels"])))
-    count = len(numbers.unique())
+    given = numbers.unique()
+    count = len(given)
     if count < 2:
         raise ValueError(f"relearning needs two forget texts or more, to learn and to ask about; got {count}")
     if config.method != "relearn" or not all(0 < step <= config.steps for step in measured):
         raise ValueError(f"config must be of method 'relearn' with {max(measured)} steps, got {config}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     halves = [
-        torch.cat([(numbers == number).nonzero().flatten() for number in half])
+        torch.cat([(numbers == number).nonzero().flatten() for number in given[half]])
         for half in order.tensor_split([(count + 1) // 2])
     ]
     asked, learned = ({k: v[rows] for k, v in forget_batch.items()} for rows in halves)
