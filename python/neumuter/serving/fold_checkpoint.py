@@ -131,9 +131,9 @@ def fold_checkpoint(
     refuse_taken(out)
     shards = find_shards(folder)
     index = None if shards == [folder / SAFE_WEIGHTS_NAME] else folder / SAFE_WEIGHTS_INDEX_NAME
+    edits = _find_edits(folder, shards, mutes)
     # Before the work.
     list_companions(folder, index)
-    edits = _find_edits(folder, shards, mutes)
     advance = count_bytes(sum(shard.stat().st_size for shard in shards), callback)
     with new_folder(out) as temporary:
         for shard in shards:
