@@ -123,9 +123,7 @@ def by_share(rows):
     """(name, rows) of each method, ours with each share of the neurons."""
     ours = [row for row in rows if "budget" in row]
     chosen = [(share, where(ours, budget=share)) for share in sorted({row["budget"] for row in ours})]
-    groups = [
-        (name_of("neumuter, modulate", some, rows, f", {share:.0%}"), some) for share, some in chosen
-    ]
+    groups = [(name_of("neumuter, modulate", some, rows, f", {share:.0%}"), some) for share, some in chosen]
     others = by_method([row for row in rows if "budget" not in row])
     first = [pair for pair in others if pair[0] in (NAMES["before"], NAMES["retrained"])]
     return first + groups + [pair for pair in others if pair not in first]

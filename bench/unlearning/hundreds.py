@@ -40,7 +40,7 @@ class Hundreds(real.People):
 
 def cases(quick=False):
     """Yields a case for each number of answers and method, the largest number first."""
-    for seed in SEEDS:
+    for seed in SEEDS[: 1 if quick else None]:
         for count in [*SHARES][-1:] if quick else SHARES:
             setting = functools.cache(functools.partial(Hundreds, seed, count))
             about = {"model": SMOLLM2, "seed": seed, "forget": count}
