@@ -55,16 +55,15 @@ def evaluate_server(
     with print_log(), console.status(f"Asking {url}"):
         found: Sequence[Said] = ask_server(url, model, texts, mute_set)
     table = Table("text", "comes out", "said before the first difference")
+    rows: list[dict[str, int | float | None]] = []
     for number, said in enumerate(found, 1):
-        cells = ("refused", "") if said.refused else ("yes" if said.comes_out else "no", f"{said.share:.0%}")
-        table.add_row(str(number), *cells)
+        if said.refused:
+            table.add_row(str(number), "refused", "")
+            rows.append({"number": number, "comes_out": None, "share": None})
+        else:
+            table.add_row(str(number), "yes" if said.comes_out else "no", f"{said.share:.0%}")
+            rows.append({"number": number, "comes_out": said.comes_out, "share": said.share})
     console.print(table)
-    rows = [
-        {"number": number, "comes_out": None, "share": None}
-        if said.refused
-        else {"number": number, "comes_out": said.comes_out, "share": said.share}
-        for number, said in enumerate(found, 1)
-    ]
     if out:
         write_json(out, {"server": url, "model": model, "texts": rows})
     numbers = [str(row["number"]) for row in rows if row["comes_out"]]

@@ -18,8 +18,10 @@ from neumuter.types import Messages, Text
 KEY = "OPENAI_API_KEY"
 # Tokens that are asked for at a time, and seconds that they may take.
 TOKENS, SECONDS = 64, 300.0
-# What a server answers to a request that it cannot take, such as a prompt longer than its context.
-OF_ONE_TEXT = (400, 413, QUOTING := 422)
+# What a server answers to a request that it cannot take, such as a prompt longer than its context. With the
+# last one it often tells what is wrong by quoting the request.
+OF_ONE_TEXT = (400, 413, 422)
+QUOTING = 422
 # A whole text is asked for from its first third on.
 PROMPT_SHARE = 1 / 3
 
@@ -204,8 +206,8 @@ def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
         if error.code == 404:
             message = f"{address} has no model {body['model']!r}, or no such API (404): {reason}"
             raise _Refused(message, absent=True) from None
-        # What is wrong with a request is often told with the request itself, which is a text to forget.
-        reason = "its answer is not shown, because it may quote the text" if error.code == QUOTING else reason
+        if error.code == QUOTING:
+            reason = "its answer is not shown, because it may quote the text"
         kind = _Refused if error.code in OF_ONE_TEXT else ValueError
         raise kind(f"{address} refuses to answer ({error.code}): {reason}") from None
     except (URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:

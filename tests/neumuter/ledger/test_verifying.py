@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import neumuter
+from neumuter import verifying
 from neumuter.evaluation import examine, make_controls
 from neumuter.recipes import FittedConfig, GainsConfig, mute_random
 from neumuter.refitting import refit
@@ -234,6 +235,23 @@ def test_what_never_held_is_not_said_to_have_held(folder, model, tmp_path):
     ledger = neumuter.Ledger(tmp_path / "ledger", create=True)
     ledger.add(tmp_path / "ada", ADA)
     assert states(neumuter.verify(ledger, model, tokenizer(), ADA, apply=True)) == ["never held"]
+
+
+def test_a_text_that_a_server_refuses_counts_as_missing_and_is_not_quoted(ledger, folder, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def respond(path, body, key):
+        if "prompt" in body and body["prompt"] == ADA[0][0]:
+            return 400, {"error": f"too long: {body['prompt']}"}
+        content = {"text": " no idea", "message": {"content": "no idea"}, "finish_reason": "stop"}
+        return (404, {}) if "messages" in body else (200, {"choices": [content]})
+
+    with serving(respond) as (url, _):
+        check, other = verifying.verify_server(ledger, url, "muted", [*ADA, *JON])
+    assert (check.state, other.state) == (verifying.MISSING, verifying.HOLDS)
+    assert check.sentence.endswith("1 of 2 could not be asked for.")
+    assert ADA[0][0] not in check.sentence
+    assert [row["number"] for row in check.texts] == [2]
 
 
 def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkeypatch):
