@@ -18,7 +18,7 @@ import neumuter
 from neumuter.files import new_folder
 from neumuter.models.loading import load_model
 from neumuter.serving import fold_checkpoint as folding
-from neumuter.serving.companions import copy_companions
+from neumuter.serving.companions import list_companions
 from neumuter.serving.fold_checkpoint import fold_checkpoint
 from neumuter.training.plan import load_config
 from tests.memory import growth
@@ -222,7 +222,7 @@ def test_only_known_files_are_copied_and_no_links_to_elsewhere(saved, tmp_path):
         file.symlink_to(tmp_path / "secret.txt")
         # Left out, a configuration would be missed only when somebody loads the result.
         with pytest.raises(ValueError, match=rf"{name} would be copied, but is a link out of its folder"):
-            copy_companions(folder, tmp_path)
+            list_companions(folder)
         file.unlink()
         file.write_bytes(kept)
     (folder / "notes.txt").unlink()

@@ -51,9 +51,9 @@ def list_companions(folder: Path, index: Path | None = None) -> list[Path]:
     return found
 
 
-def copy_companions(folder: Path, target: Path, index: Path | None = None) -> None:
-    """Copy what ``list_companions`` lists, as it is."""
-    for file in list_companions(folder, index):
+def copy_companions(files: Iterable[Path], folder: Path, target: Path) -> None:
+    """Copy ``files`` of a folder, as they are, to the same places in ``target``."""
+    for file in files:
         copy = target / file.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)

@@ -132,13 +132,12 @@ def fold_checkpoint(
     shards = find_shards(folder)
     index = None if shards == [folder / SAFE_WEIGHTS_NAME] else folder / SAFE_WEIGHTS_INDEX_NAME
     edits = _find_edits(folder, shards, mutes)
-    # Before the work.
-    list_companions(folder, index)
+    companions = list_companions(folder, index)
     advance = count_bytes(sum(shard.stat().st_size for shard in shards), callback)
     with new_folder(out) as temporary:
         for shard in shards:
             copy_edited(shard, temporary / shard.name, edits.get(shard, []), advance)
-        copy_companions(folder, temporary, index)
+        copy_companions(companions, folder, temporary)
         write_card(mutes, temporary)
 
 

@@ -28,9 +28,13 @@ OF_LOADING = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "
 
 
 class Origin(NamedTuple):
-    """Where a model came from: ``folder`` has its files; ``tokenizer``: whether the tokenizer is there."""
+    """Where a model came from.
+
+    folder: has its files, of which ``files`` are to be copied. tokenizer: whether the tokenizer is there.
+    """
 
     folder: Path
+    files: list[Path]
     tokenizer: bool
 
 
@@ -44,8 +48,7 @@ def find_origin(model: str, gguf_file: str | None = None) -> Origin | None:
         return None
     source = find_source(model)
     folder = find_companions(source)
-    list_companions(folder)
-    return Origin(folder, tokenizer=source.adapter is None)
+    return Origin(folder, list_companions(folder), tokenizer=source.adapter is None)
 
 
 @torch.no_grad()
@@ -63,8 +66,8 @@ def save_verified(
         model: the model, in memory; mutes are folded into it.
         tokenizer: its tokenizer.
         folder: where to; existing files are overwritten.
-        origin: where the model came from: the files there are copied, and its configuration, in which only
-            what has changed since it was loaded is another.
+        origin: where the model came from: its files are copied, and its configuration, in which only what
+            has changed since it was loaded is another.
 
     Raises:
         RuntimeError: what was loaded has other logits on 32 random tokens.
@@ -77,7 +80,7 @@ def save_verified(
         _add_old_names(folder / CONFIG_NAME)
     else:
         (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
-        copy_companions(origin.folder, folder)
+        copy_companions(origin.files, origin.folder, folder)
         _update_config(origin.folder, model, folder)
     if origin is None or not origin.tokenizer:
         tokenizer.save_pretrained(folder)
