@@ -20,7 +20,7 @@ from neumuter.recipes.slopes import Held
 from neumuter.recipes.support import SupportConfig, find_support
 from neumuter.training.adam import Adam, cosine
 from neumuter.training.batches import PairedBatches, check_pair
-from neumuter.training.constants import check_constants, check_range
+from neumuter.training.constants import check_constants
 from neumuter.training.journal import Journal
 from neumuter.training.losses import hinge_runs
 from neumuter.training.neurons import Neurons
@@ -67,8 +67,12 @@ class GainsConfig:
 
     def __post_init__(self) -> None:
         check_constants(self, ("lr", "kl_target", "kl_weight", "kl_weight_range"))
-        check_range("gain_range", self.gain_range)
-        check_range("kl_weight_range", self.kl_weight_range)
+        if len(self.gain_range) != 2 or not self.gain_range[0] < self.gain_range[1]:
+            raise ValueError(f"gain_range must be a lower and a higher number, got {self.gain_range}")
+        if len(self.kl_weight_range) != 2 or not self.kl_weight_range[0] <= self.kl_weight_range[1]:
+            raise ValueError(
+                f"kl_weight_range must be two numbers, the lower one first, got {self.kl_weight_range}"
+            )
         if self.candidates < 1 or not 0 < self.choosing < 1:
             raise ValueError(
                 "candidates must be at least 1 and choosing in (0, 1), got "

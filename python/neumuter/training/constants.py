@@ -9,8 +9,8 @@ from typing import Any
 def check_constants(config: Any, positive: Collection[str]) -> None:
     """Raise ValueError unless the fields of a dataclass hold what a recipe and a file's header can take.
 
-    These are finite numbers of Python, and tuples of them; strings where the default is one; and None where
-    the field's type allows it. An integer field is at least 1.
+    These are finite numbers of Python, and tuples or lists of them; strings where the default is one; and
+    None where the field's type allows it. An integer field is at least 1.
 
     Args:
         positive: names of fields, each of whose numbers is above 0.
@@ -30,9 +30,3 @@ def check_constants(config: Any, positive: Collection[str]) -> None:
             continue
         wanted += " or None" if "None" in kind else ""
         raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
-
-
-def check_range(name: str, limits: tuple[float, float]) -> None:
-    """Raise ValueError unless ``limits``, the constant ``name``, are two numbers, the lower one first."""
-    if len(limits) != 2 or not limits[0] <= limits[1]:
-        raise ValueError(f"{name} must be two numbers, the lower one first, got {limits!r}")
