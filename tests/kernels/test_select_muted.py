@@ -119,6 +119,8 @@ BAD = [
     (TypeError, "scores", {"scores": torch.zeros(2, 2).double(), "budget": 1}),
     (ValueError, "scores", {"scores": torch.zeros(4), "budget": 1}),
     (ValueError, "scores", {"scores": [], "budget": 1}),
+    (ValueError, "stretch", {"budget": 1, "stretch": (1.1, -0.1)}),
+    (ValueError, "stretch", {"budget": 1, "stretch": (float("nan"), 1.1)}),
 ]
 
 
