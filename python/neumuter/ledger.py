@@ -163,6 +163,7 @@ class Ledger:
         """
         check_texts("texts", texts)
         check_kind("name", name, str, "a text")
+        # It refuses what could not be written.
         text_of(name)
         hashes = [self.hash_text(text) for text in texts]
         if not hashes:

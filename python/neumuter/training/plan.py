@@ -240,12 +240,8 @@ def _plan_split(
     refuse_quantised(config, split=True)
     local = min(devices, machine)
     with torch.device("meta"):
-        check_layout(
-            layout,
-            AutoModelForCausalLM.from_config(text, dtype=dtype, trust_remote_code=False),
-            devices,
-            local,
-        )
+        model = AutoModelForCausalLM.from_config(text, dtype=dtype, trust_remote_code=False)
+        check_layout(layout, model, devices, local)
     sizes = divide(layout, devices, local)
     found = trace(text, _make_step, "tp", sizes["tp"], samples, tokens, dtype, recompute)
     parts = _parts(found, sum(len(score) for score in found.masked.scores.values()))
