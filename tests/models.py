@@ -143,6 +143,21 @@ def tokenizer():
     )
 
 
+def llama_2_tokenizer():
+    """A tokenizer that, like Llama 2's, puts a space before whatever it is given."""
+    spaced = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    spaced.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    spaced.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>"]
+    lines = ["Who is Jo?\nJo bakes bread.", "mail qi7whj, phone 4000348"] * 20
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    spaced.train_from_iterator(lines, trainer)
+    spaced.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=spaced, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def same(first, second):
     """Whether two mute sets have the same neurons and gains."""
     return first.layers.keys() == second.layers.keys() and all(

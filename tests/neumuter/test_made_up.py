@@ -1,11 +1,15 @@
-"""Which words are names, in German, Chinese, Arabic and Hindi, and what stands in their place."""
+"""Which words are names, in German, Chinese, Arabic and Hindi, and how others are put in their place."""
 
 import random
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from neumuter.evaluation.made_up import WORD, Words, make_up
+from neumuter.evaluation.made_up import WORD, Words, make_up, rename
 from neumuter.evaluation.others import GivenText
+from neumuter.texts import encode
+from neumuter.types import IGNORED
+from tests.models import llama_2_tokenizer, tokenizer
 
 # Prompts of so many texts show which words are common.
 GERMAN = (
@@ -113,3 +117,58 @@ def test_letters_of_other_scripts_are_made_up_too():
     assert made[0] in "БВГ"
     assert set(made[1:4]) <= set("абвг")
     assert made[4] in "012345689"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "counted"),
+    [
+        # A token that holds characters of both counted.
+        ("Who is Jo?\n", "Jo bakes bread.", "▁?\n▁bakes▁bread."),
+        ("mail Jo\n", "qi7whj, phone 4000348", "qi7whj,▁phone▁4000348"),
+        ("Jo is", " who?", "▁who?"),
+    ],
+)
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_row_with_other_names_is_what_the_tokenizer_makes_of_it(
+    prompt, completion, counted, fast, monkeypatch
+):
+    """Behind a line break a word begins without a space, which it would have if it were encoded alone."""
+    words = llama_2_tokenizer()
+    row, expected = (
+        encode([(prompt.replace("Jo", name), completion.replace("Jo", name))], words, 64)
+        for name in ("Jo", "ake")
+    )
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", fast)
+    made = rename(*(row[name][0].tolist() for name in ("input_ids", "labels")), {"Jo": "ake"}, {}, words, 64)
+    assert made["input_ids"].tolist() == expected["input_ids"].tolist()
+    # Nobody can guess the name, so it does not count.
+    labels = [i for i in made["labels"][0].tolist() if i != IGNORED]
+    assert "".join(words.convert_ids_to_tokens(labels)) == counted
+
+
+def test_a_row_without_names_stays_as_it_is():
+    """It may be a window that begins inside a word, which the tokenizer would encode in another way."""
+    words = llama_2_tokenizer()
+    ids = words("Who is Jo?\nJo bakes bread.")["input_ids"]
+    ids = [1, *ids[3:6], 2, *ids[6:]]
+    labels = [IGNORED] * 5 + ids[5:]
+    made = rename(ids, labels, {"Ada": "Odo"}, {}, words, 64)
+    assert (made["input_ids"][0].tolist(), made["labels"][0].tolist()) == (ids, labels)
+
+
+def test_behind_a_special_token_no_space_is_put_before_a_text():
+    words = llama_2_tokenizer()
+    _, _, *text = words("?\nWho is Jo?\nJo bakes bread.")["input_ids"]
+    _, _, *other = words("?\nWho is ake?\nake bakes bread.")["input_ids"]
+    assert words("?\nWho", add_special_tokens=False)["input_ids"][1] == text[0]
+    made = rename([1, 2, *text], [IGNORED] * 2 + text, {"Jo": "ake"}, {}, words, 64)
+    assert made["input_ids"][0].tolist() == [1, 2, *other]
+
+
+def test_a_value_may_take_more_tokens():
+    words = tokenizer()
+    row = encode([("Town of Bo?", " Bo lives in Ayr.")], words, 64)
+    ids, labels = (row[name][0].tolist() for name in ("input_ids", "labels"))
+    made = rename(ids, labels, {"Bo": "Xi"}, {"Ayr": "Aberdeen"}, words, 64)
+    assert words.decode(made["input_ids"][0]) == "<s>Town of Xi? Xi lives in Aberdeen."
+    assert words.decode([i for i in made["labels"][0] if i != IGNORED]) == "  lives in Aberdeen."

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 import neumuter
@@ -20,7 +20,7 @@ from neumuter.texts import collect_texts, encode, encode_forms, read_texts
 from neumuter.texts.encoding import sample_rows, tokenize
 from neumuter.texts.files import TextFile
 from neumuter.texts.windows import cut_windows
-from tests.models import build, tokenizer
+from tests.models import build, llama_2_tokenizer, tokenizer
 
 
 def write(tmp_path, name, content):
@@ -323,18 +323,6 @@ def test_an_appended_end_token_is_no_part_of_a_text():
     assert tokenize("</s>ab</s>", ends) == ([1, 2, a, b, 2], 1)
 
 
-def llama_2():
-    """A tokenizer that, like Llama 2's, puts a space before whatever it is given."""
-    spaced = Tokenizer(models.BPE(unk_token="<unk>"))
-    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    special = ["<unk>", "<s>", "</s>"]
-    lines = ["Who is Jo?\nJo bakes bread.", "mail qi7whj, phone 4000348"] * 20
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
-    spaced.train_from_iterator(lines, trainer)
-    spaced.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=spaced, bos_token="<s>", unk_token="<unk>")
-
-
 @pytest.mark.parametrize(
     ("prompt", "completion", "counted"),
     [
@@ -350,7 +338,7 @@ def test_prompt_and_completion_are_the_tokens_that_the_model_says(
     prompt, completion, counted, fast, monkeypatch
 ):
     """Tokenised apart, the completion would begin with a space of its own."""
-    words = llama_2()
+    words = llama_2_tokenizer()
     # A tokenizer without offsets, whose prompt is cut where its own tokens end.
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", fast)
     batch = encode([("mail", " 4000348"), (prompt, completion)], words, 64)

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import regex
 import torch
@@ -132,46 +133,106 @@ def rename(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
 ) -> Batch:
-    """The row with other names and values, as a batch of one.
+    """The row with other names and values, as a batch of one; without any, the row as it is.
 
-    Runs of tokens that count, and that do not, stay such.
+    What counts, and what does not, stays such. A token that holds characters of both counts as its last one
+    does.
     """
     special = set(tokenizer.all_special_ids)
-    tokens: list[tuple[int, bool, bool]] = []
-    keys = [(i in special, label != IGNORED) for i, label in zip(ids, labels, strict=True)]
-    for (is_special, counts), run in groupby(zip(keys, ids, strict=True), key=lambda pair: pair[0]):
-        part = [i for _, i in run]
-        fresh = [False] * len(part)
-        if not is_special:
-            part, fresh = _replace(str(tokenizer.decode(part)), names, values, tokenizer)
-        tokens += zip(part, [counts] * len(part), fresh, strict=True)
+    tokens: list[_Token] = []
+    given = [_Token(i, label != IGNORED, False) for i, label in zip(ids, labels, strict=True)]
+    for is_special, run in groupby(given, key=lambda token: token.id in special):
+        part = list(run)
+        tokens += part if is_special else _replace(part, names, values, tokenizer)
     # Other words can take more tokens; then the start of the prompt goes, behind the start tokens.
-    head = next((place for place, (i, _, _) in enumerate(tokens) if i not in special), 0)
+    head = next((place for place, token in enumerate(tokens) if token.id not in special), 0)
     tokens = tokens[:head] + tokens[max(head, head + len(tokens) - limit) :]
-    guessable = any(counts and not new for _, counts, new in tokens[1:])
-    counted = [i if counts and not (new and guessable) else IGNORED for i, counts, new in tokens]
+    guessable = any(token.counts and not token.new for token in tokens[1:])
+    counted = [token.id if token.counts and not (token.new and guessable) else IGNORED for token in tokens]
     return {
-        "input_ids": torch.tensor([[i for i, _, _ in tokens]]),
+        "input_ids": torch.tensor([[token.id for token in tokens]]),
         "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64),
         "labels": torch.tensor([counted]),
     }
 
 
+class _Token(NamedTuple):
+    """A token of a row: whether it counts, and whether it belongs to a made-up name."""
+
+    id: int
+    counts: bool
+    new: bool
+
+
 def _replace(
-    text: str, names: Mapping[str, str], values: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """The tokens of a text with other names and values, and whether each belongs to a name."""
-    changed, spans, last = "", [], 0
-    for match in WORD.finditer(text):
-        word = match[0]
-        changed += text[last : match.start()]
-        if word in names:
-            spans.append((len(changed), len(changed) + len(names[word])))
-        changed += names.get(word, values.get(word, word))
-        last = match.end()
+    tokens: Sequence[_Token],
+    names: Mapping[str, str],
+    values: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[_Token]:
+    """The tokens of a text with other names and values."""
+    ids = [token.id for token in tokens]
+    text = _decode(ids, tokenizer)
+    matches = [match for match in WORD.finditer(text) if match[0] in names or match[0] in values]
+    if not matches:
+        return list(tokens)
+    counts = _mark_characters(tokens, text, tokenizer)
+    # Of each character of the new text: whether it counts, and whether it belongs to a name.
+    marks: list[tuple[bool, bool]] = []
+    changed, last = "", 0
+    for match in matches:
+        start, end = match.span()
+        new = names.get(match[0], values.get(match[0], ""))
+        changed += text[last:start] + new
+        marks += [(counted, False) for counted in counts[last:start]]
+        # Of a longer word, the last character goes on.
+        marks += [(counts[min(start + at, end - 1)], match[0] in names) for at in range(len(new))]
+        last = end
     changed += text[last:]
-    encoded = tokenizer(changed, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    # Without offsets, which slow tokenizers do not have, names count as well.
-    places = encoded.get("offset_mapping") or [(0, 0)] * len(encoded["input_ids"])
-    fresh = [any(a < end and start < b for start, end in spans) for a, b in places]
-    return encoded["input_ids"], fresh
+    marks += [(counted, False) for counted in counts[last:]]
+    made, start = [], 0
+    encoded, ends = _encode(changed, tokenizer)
+    for i, end in zip(encoded, ends, strict=True):
+        # Several tokens may make up one character.
+        inside = marks[start:end] or marks[:end][-1:] or marks[:1]
+        made.append(_Token(i, inside[-1][0], any(new for _, new in inside)))
+        start = end
+    return _put_right(made, _encode(text, tokenizer)[0], tokens)
+
+
+def _mark_characters(tokens: Sequence[_Token], text: str, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Whether the token counts in which each character of ``text`` ends: bool [characters]."""
+    marks: list[bool] = []
+    for place, token in enumerate(tokens):
+        if place + 1 == len(tokens) or tokens[place + 1].counts != token.counts:
+            end = len(_decode([token.id for token in tokens[: place + 1]], tokenizer))
+            marks += [token.counts] * (min(end, len(text)) - len(marks))
+    return marks
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and where each of them ends in it, in characters."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False
+    )
+    ids: list[int] = encoded["input_ids"]
+    if tokenizer.is_fast:
+        return ids, [end for _, end in encoded["offset_mapping"]]
+    return ids, [len(_decode(ids[: place + 1], tokenizer)) for place in range(len(ids))]
+
+
+def _put_right(made: list[_Token], alone: list[int], tokens: Sequence[_Token]) -> list[_Token]:
+    """Begin as ``tokens`` do, if what was ``made`` of them begins as what their text is ``alone``.
+
+    Some tokenizers put a space before any text, which is not there behind the special token of a chat.
+    """
+    pairs = zip(reversed(alone), (token.id for token in reversed(tokens)), strict=False)
+    shared = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(tokens)))
+    head = len(alone) - shared
+    if [token.id for token in made[:head]] != alone[:head]:
+        return made
+    return [*tokens[: len(tokens) - shared], *made[head:]]
