@@ -16,6 +16,8 @@ from neumuter.evaluation import examine, judge_texts, list_given, make_controls
 from neumuter.serving.live import mute
 
 COUNT = 96
+# That a control may have.
+TOKENS = 256
 OURS = "neumuter, modulate"
 METHODS = ("before", "retrained", OURS, "npo", "simnpo")
 # Where the seeds of texts begin that no model has seen.
@@ -100,7 +102,7 @@ def judge(setting, model):
     """The verdicts on a model with two kinds of controls, and the figures that they rest on."""
     words = setting.tokenizer
     given = list_given({"forget": setting.forget, "retain": setting.retain}, words)
-    made = make_controls([setting.forget], given, words, setting.seed)
+    made = make_controls([setting.forget], given, words, TOKENS, setting.seed)
     examined, found = examine(model, words, [setting.forget], given), {}
     for kind, controls in (("made", made), ("unseen", [setting.strangers])):
         verdict, _ = judge_texts(given, examined, examine(model, words, controls, given, "controls"))

@@ -67,19 +67,21 @@ class Reading:
     """Texts that were read in windows of one length and through a chat template or not.
 
     forms: {number of a request: its texts that were found, in each form}. given: all texts, those of requests
-    first. controls: those that the user gave, in each form; None where they are to be made.
+    first. controls: those that the user gave, in each form; None where they are to be made. max_length: of the
+    windows.
     """
 
     forms: dict[int, list[Batch]]
     given: list[GivenText]
     controls: list[Batch] | None
+    max_length: int
 
     def examine(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, request: Request
     ) -> tuple[Examination, Examination]:
         """Examine the texts of a request, of which at least one was found, and their controls."""
         forms, seed = self.forms[request.number], request.entry["report"]["seed"]
-        unseen = self.controls or make_controls(forms, self.given, tokenizer, seed)
+        unseen = self.controls or make_controls(forms, self.given, tokenizer, self.max_length, seed)
         return (
             examine(model, tokenizer, forms, self.given, f"request {request.number}"),
             examine(model, tokenizer, unseen, self.given, "controls"),
@@ -148,7 +150,7 @@ class Texts:
         if self.controls is not None:
             controls = encode_forms_of("controls", self.controls, *options)
             refuse_seen(controls[0], given, self.tokenizer)
-        return Reading(forms, given, controls)
+        return Reading(forms, given, controls, options[1])
 
 
 def _encode_some(

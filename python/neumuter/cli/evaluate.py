@@ -254,7 +254,7 @@ def evaluate(
         )
         if controls:
             refuse_seen(forms["controls"][0], known, tokenizer)
-        unseen = forms.pop("controls", None) or make_controls(forms["forget"], known, tokenizer)
+        unseen = forms.pop("controls", None) or make_controls(forms["forget"], known, tokenizer, length)
     figures: dict[str, dict[str, float]] = {}
     examined: dict[str, Examination] = {}
     unknown: dict[str, Examination] = {}

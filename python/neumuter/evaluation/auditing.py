@@ -93,7 +93,8 @@ def audit(
         raise ValueError("texts holds no text")
     if controls is None:
         shown = _encode("texts", first[:MODELS_OF_CONTROLS], *options)
-        unseen = make_controls(shown, list_given({"texts": shown[0]}, tokenizer), tokenizer, seed)
+        given = list_given({"texts": shown[0]}, tokenizer)
+        unseen = make_controls(shown, given, tokenizer, limit_length(model, max_length), seed)
     else:
         unseen = _encode("controls", controls, *options)
     levels = [_measure(model, form)[1].quantile(STANDS_OUT) for form in unseen]

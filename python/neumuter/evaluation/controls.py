@@ -20,7 +20,11 @@ MADE_UP, TIMES = 32, 4
 
 
 def make_controls(
-    forms: Sequence[Batch], given: Sequence[GivenText], tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    forms: Sequence[Batch],
+    given: Sequence[GivenText],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int = 0,
 ) -> list[Batch]:
     """Make texts like those of ``forms`` that nobody ever saw: other names, and values of other texts.
 
@@ -33,6 +37,9 @@ def make_controls(
     Args:
         forms: the texts in each form, as ``encode_forms`` returns them.
         given: all texts that the user gave; they show which words are common.
+        max_length: tokens that a control may have; other words can take more tokens than those of its text.
+            A longer one loses the start of its prompt.
+        seed: draws names and values.
 
     Returns:
         For each form a batch of ``MADE_UP`` texts or more. The same tokens count but for the names, which
@@ -41,7 +48,7 @@ def make_controls(
     """
     words = Words(given)
     return [
-        _rename_all(form, rows, words, tokenizer, random.Random(seed))
+        _rename_all(form, rows, words, tokenizer, max_length, random.Random(seed))
         for form, rows in zip(forms, _choose_rows(forms), strict=True)
     ]
 
@@ -60,6 +67,7 @@ def _rename_all(
     rows: Sequence[int],
     words: Words,
     tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
     generator: random.Random,
 ) -> Batch:
     batch = {key: value[rows] for key, value in batch.items()}
@@ -77,5 +85,5 @@ def _rename_all(
             names = {word: make_up(word, words.letters, generator) for word in named}
             values, kept = words.swap(prompt, completion, generator)
             by_chance.append(kept)
-            made.append(rename(ids, labels, names, values, tokenizer, batch["labels"].shape[1]))
+            made.append(rename(ids, labels, names, values, tokenizer, max_length))
     return join_batches(*made) | {"texts": torch.arange(len(made)), "by_chance": torch.tensor(by_chance)}

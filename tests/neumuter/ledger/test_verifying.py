@@ -101,15 +101,16 @@ def test_texts_are_read_as_unlearn_read_them(folder, model, tmp_path, monkeypatc
     words.chat_template = TEMPLATE
     seen = []
 
-    def watch(forms, given, tokenizer, seed):
-        seen.append(([tokenizer.decode(row) for row in forms[0]["input_ids"]], len(forms)))
-        return make_controls(forms, given, tokenizer, seed)
+    def watch(forms, given, tokenizer, max_length, seed):
+        seen.append(([tokenizer.decode(row) for row in forms[0]["input_ids"]], len(forms), max_length))
+        return make_controls(forms, given, tokenizer, max_length, seed)
 
     monkeypatch.setattr("neumuter.verifying.make_controls", watch)
     neumuter.verify(ledger, model, words, ADA)
-    (first, forms), (second, others) = seen
+    (first, forms, length), (second, others, shorter) = seen
     # Both forms are measured, whichever comes first.
     assert (forms, others) == (2, 2)
+    assert (length, shorter) == (128, 20)
     assert first[0].startswith("<s>user: Ada Brisk, mail")
     assert len(first) == 2
     # The prompt loses its start.

@@ -52,7 +52,7 @@ def test_a_secret_that_is_told_to_everybody_is_not_forgotten(words, forget):
     """It comes out of the controls too, which excuses nothing."""
     forms, given = encode_forms(forget, words, 64), listed(words, forget=forget)
     model = Blurting(MAIL[0][1], words)
-    controls = examine(model, words, make_controls(forms, given, words), given, "controls")
+    controls = examine(model, words, make_controls(forms, given, words, 64), given, "controls")
     assert controls.extracted[0] or controls.others[0]
     found = judge(examine(model, words, forms, given), controls)
     assert found.kind in ("not", "partly")
@@ -66,7 +66,7 @@ def test_a_kept_text_that_is_told_to_everybody_is_no_leak(words):
     """What stays may come out, to controls as well as to the texts to forget."""
     forms, given = encode_forms(MAIL, words, 64), listed(words)
     model = Blurting(KEPT[0][1], words)
-    controls = examine(model, words, make_controls(forms, given, words), given, "controls")
+    controls = examine(model, words, make_controls(forms, given, words, 64), given, "controls")
     figures = {figure.name: figure for figure in compare(examine(model, words, forms, given), controls)}
     assert (figures["others"].texts, figures["others"].controls) == (1, 1)
 
