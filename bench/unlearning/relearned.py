@@ -86,7 +86,7 @@ def measure(setting, model):
             "ma": evaluation.memorization_accuracy(model, secrets),
         }
 
-    states = robustness(model, None, batch, ask, ATTACK, STEPS, seed=setting.seed)
+    states = robustness(model, None, [batch], ask, ATTACK, STEPS, seed=setting.seed)
     return setting.measure(model) | {
         f"{state} {name}": value
         for state in ("half", *(f"relearned {steps}" for steps in STEPS))

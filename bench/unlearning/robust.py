@@ -31,4 +31,4 @@ def _states(method, setting):
         model, mutes = setting.retrained(), None
     else:
         model, mutes = setting.full, MASKS[method](setting.job(0.01))
-    return robustness(model, mutes, setting.forget, setting.measure, seed=setting.seed)
+    return robustness(model, mutes, [setting.forget], setting.measure, seed=setting.seed)

@@ -357,7 +357,7 @@ def _read_texts(
     refuse_overlap(given, same, corpus.total)
     if controls is None:
         # Nobody can make any without a tokenizer.
-        unseen = make_controls(corpus.forms, given, *options[:2], request.seed) if tokenizer else None
+        unseen = make_controls(corpus.forms, given, tokenizer, length, request.seed) if tokenizer else None
     else:
         found = collect_texts("controls", controls)
         unseen = encode_forms_of("controls", found, tokenizer, length, request.chat)

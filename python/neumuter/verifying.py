@@ -67,8 +67,8 @@ class Reading:
     """Texts that were read in windows of one length and through a chat template or not.
 
     forms: {number of a request: its texts that were found, in each form}. given: all texts, those of requests
-    first. controls: those that the user gave, in each form; None where they are to be made. max_length: of the
-    windows.
+    first. controls: those that the user gave, in each form; None where they are to be made. max_length: of
+    the windows.
     """
 
     forms: dict[int, list[Batch]]

@@ -8,10 +8,12 @@ import torch
 import neumuter
 from neumuter.cli.app import main
 from neumuter.evaluation import extraction_rate, forms, memorization_accuracy, most_known
+from neumuter.evaluation.robustness import robustness
 from neumuter.recipes import FittedConfig, GainsConfig, Goals
 from neumuter.texts import encode, encode_forms, encoding
 from neumuter.texts.chat import render
 from neumuter.texts.encoding import cut_texts
+from neumuter.training.weights import WeightsConfig
 from neumuter.types import IGNORED
 from tests.models import build, tokenizer
 
@@ -151,6 +153,13 @@ def test_a_form_in_which_a_window_comes_out_is_the_one_that_the_model_knows_best
     assert torch.equal(most_known(None, kinds)["input_ids"], kinds[0]["input_ids"])
 
 
+def test_tampered_models_are_asked_in_both_forms(chatting):
+    forms = encode_forms(PAIRS, words_with(), 64)
+    config = WeightsConfig(method="relearn", steps=1, batch_size=1, lr=1e-9)
+    found = robustness(chatting, None, forms, lambda *asked: {"out": extraction_rate(*asked)}, config, (1,))
+    assert [state["out"] for state in found.values()] == [1, 1, 1, 1]
+
+
 def test_unlearning_measures_both_forms(chatting, caplog):
     options = {"samples": 0, "start_layer": 0, "callback": lambda *_: None}
     words = words_with()
@@ -178,13 +187,17 @@ def test_an_all_clear_in_plain_words_is_not_false(tmp_path, capsys):
     rows = [{"ask": prompt, "reply": completion} for prompt, completion in PAIRS]
     (tmp_path / "forget.json").write_text(json.dumps(rows))
     arguments = ["evaluate", tmp_path / "model", "--forget", tmp_path / "forget.json"]
+    arguments += ["--heldout", tmp_path / "forget.json"]
     columns = ["--prompt-column", "ask", "--completion-column", "reply"]
     for more in ([], ["--no-chat"]):
         report = tmp_path / "report.json"
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in (*arguments, *columns, *more, "--out", report)])
         assert stop.value.code == 0
-        assert json.loads(report.read_text())["metrics"]["forget_extraction"] == 1
+        found = json.loads(report.read_text())["metrics"]
+        assert found["forget_extraction"] == 1
+        # Texts are as likely as themselves: membership takes both in the same form.
+        assert (found["min_k_auc"], found["loss_auc"]) == (0.5, 0.5)
         assert ("chat template" in capsys.readouterr().out) == (not more)
 
 

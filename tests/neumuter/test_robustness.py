@@ -35,7 +35,7 @@ def test_states_are_copies_with_the_mutes_folded_in(muted):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = texts(5)
     config = WeightsConfig(method="relearn", steps=6, batch_size=2, lr=1e-2)
-    found = robustness(model, mutes, batch, measure, config, (2, 6))
+    found = robustness(model, mutes, [batch], measure, config, (2, 6))
     assert list(found) == ["int8", "int4", "half", "relearned 2", "relearned 6"]
     assert [state["texts"] for state in found.values()] == [5, 5, 3, 3, 3]
     for name, value in model.state_dict().items():
@@ -65,7 +65,7 @@ def test_relearning_learns_and_never_sees_what_it_is_asked(muted, monkeypatch):
 
     monkeypatch.setattr("neumuter.evaluation.robustness.tune_weights", tuned)
     batch = texts(5)
-    robustness(model, mutes, batch, keep, WeightsConfig(method="relearn", steps=1, batch_size=1), (1,))
+    robustness(model, mutes, [batch], keep, WeightsConfig(method="relearn", steps=1, batch_size=1), (1,))
     assert torch.equal(asked[2], asked[3])
     both = torch.cat([asked[2], learned[0]])
     assert (len(asked[2]), len(learned[0])) == (3, 2)
@@ -75,7 +75,7 @@ def test_relearning_learns_and_never_sees_what_it_is_asked(muted, monkeypatch):
         asked.clear()
         learned.clear()
         config = WeightsConfig(method="relearn", steps=1, batch_size=1)
-        robustness(model, mutes, batch | {"texts": numbers}, keep, config, (1,))
+        robustness(model, mutes, [batch | {"texts": numbers}], keep, config, (1,))
         where = [
             {numbers[(batch["input_ids"] == row).all(1)].item() for row in rows}
             for rows in (asked[2], learned[0])
@@ -106,7 +106,7 @@ def test_bad_arguments_are_named(muted):
     with pytest.raises(ValueError, match="bits must be 8 or 4, got 2"):
         quantise(models.build("llama"), 2)
     with pytest.raises(ValueError, match="two forget texts or more"):
-        robustness(*muted, texts(1), measure)
+        robustness(*muted, [texts(1)], measure)
     with pytest.raises(ValueError, match="retain_batch must be given"):
         tune_weights(models.build("llama"), texts(1), None, WeightsConfig(method="npo"))
 

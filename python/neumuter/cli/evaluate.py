@@ -55,8 +55,9 @@ if TYPE_CHECKING:
 
 # Of a window.
 TOKENS, TDEC_TOKENS = 256, 200
-# What is measured in all forms in which somebody can ask for it.
-TO_FORGET = ("forget", "paraphrased")
+# Of what somebody can ask for in several forms, that counts in which the model knows a text best; and as what
+# it is measured. Membership compares texts to forget with held-out ones, so both are taken so.
+MOST_KNOWN = {"forget": "forget", "paraphrased": "paraphrased", "heldout": "nonmembers"}
 
 
 class Suite(str, Enum):
@@ -270,10 +271,13 @@ def evaluate(
                 else:
                     original = handle.off if handle and state == "muted" else None
                     asked = {
-                        name: most_known(network, forms[name]) if name in TO_FORGET else batch
-                        for name, batch in batches.items()
+                        MOST_KNOWN[name]: most_known(network, found)
+                        for name, found in forms.items()
+                        if name in MOST_KNOWN
                     }
-                    figures[state] = text_metrics(network, **asked, original=original, retrained_auc=auc)
+                    figures[state] = text_metrics(
+                        network, **batches | asked, original=original, retrained_auc=auc
+                    )
                     examined[state] = examine(network, tokenizer, forms["forget"], known)
                     figures[state] |= examined[state].metrics
                     unknown[state] = examine(network, tokenizer, unseen, known, "controls")
@@ -304,10 +308,11 @@ def evaluate(
         }
 
         def tampered_metrics(tampered: nn.Module, asked: Batch) -> dict[str, float]:
-            return text_metrics(tampered, asked, **kept, retrained_auc=auc)
+            nonmembers = most_known(tampered, forms["heldout"]) if "heldout" in forms else None
+            return text_metrics(tampered, asked, **kept, retrained_auc=auc, nonmembers=nonmembers)
 
         with console.status("Quantising and relearning"):
-            report["robustness"] = robustness(network, mutes, batches["forget"], tampered_metrics)
+            report["robustness"] = robustness(network, mutes, forms["forget"], tampered_metrics)
         _write_evaluation(out, report, mutes, redact)
         _print_robustness(report["robustness"])
     if examined:

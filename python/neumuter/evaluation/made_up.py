@@ -210,7 +210,7 @@ def _mark_characters(tokens: Sequence[_Token], text: str, tokenizer: PreTrainedT
     return marks
 
 
-def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from neumuter.evaluation.forms import most_known
 from neumuter.mutes.mute_set import MuteSource
 from neumuter.serving.fold import fold
 from neumuter.training.weights import WeightsConfig, tune_weights
@@ -27,7 +28,7 @@ MEASURED_STEPS = (10, 30, 100)
 def robustness(
     model: nn.Module,
     mutes: MuteSource | None,
-    forget_batch: Batch,
+    forms: Sequence[Batch],
     measure: Callable[[nn.Module, Batch], dict[str, float]],
     config: WeightsConfig = RELEARNING,
     measured: Sequence[int] = MEASURED_STEPS,
@@ -48,10 +49,11 @@ def robustness(
     Args:
         model: a causal language model, neither attached nor muted; it stays as it is.
         mutes: a ``MuteSet``, the path of a mute file, or None for a model that forgot in another way.
-        forget_batch: at least two texts: input_ids, attention_mask and labels, int64 [B, T] each; and
-            "texts", int64 [B], if a text has several rows (see ``neumuter.texts.encode_forms``).
+        forms: at least two texts, in each form in which somebody can ask for them, as
+            ``neumuter.texts.encode_forms`` gives them; the first one is what is learned again. "texts" may be
+            missing where there is one form with a row for each text.
         measure: called as ``measure(model, batch)`` with the model of a state and the texts that it is asked
-            about; returns its metrics.
+            about, each in the form in which that model knows it best; returns its metrics.
         config: how the model relearns, of method "relearn".
         measured: the steps of relearning after which metrics are measured.
         seed: draws the half that is relearned, and the order of training.
@@ -64,30 +66,43 @@ def robustness(
         ValueError: fewer than two texts, a model without linear layers that torchao rounds, ``measured``
             beyond the steps of ``config``, or what ``neumuter.fold`` raises.
     """
-    numbers = forget_batch.get("texts", torch.arange(len(forget_batch["labels"])))
-    given = numbers.unique()
+    given = _number_rows(forms[0]).unique()
     count = len(given)
     if count < 2:
         raise ValueError(f"relearning needs two forget texts or more, to learn and to ask about; got {count}")
     if config.method != "relearn" or not all(0 < step <= config.steps for step in measured):
         raise ValueError(f"config must be of method 'relearn' with {max(measured)} steps, got {config}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    halves = [
-        torch.cat([(numbers == number).nonzero().flatten() for number in given[half]])
-        for half in order.tensor_split([(count + 1) // 2])
-    ]
-    asked, learned = ({k: v[rows] for k, v in forget_batch.items()} for rows in halves)
-    found = {f"int{bits}": measure(quantise(_folded(model, mutes), bits), forget_batch) for bits in BITS}
+    asked, learned = (
+        [_take_texts(form, given[half]) for form in forms] for half in order.tensor_split([(count + 1) // 2])
+    )
+
+    def ask(model: nn.Module, forms: Sequence[Batch]) -> dict[str, float]:
+        return measure(model, most_known(model, forms))
+
+    found = {f"int{bits}": ask(quantise(_folded(model, mutes), bits), forms) for bits in BITS}
     folded = _folded(model, mutes).float()
-    found["half"] = measure(folded, asked)
+    found["half"] = ask(folded, asked)
     folded.requires_grad_(True)
 
     def report(step: int, total: int, info: dict[str, Any]) -> None:
         if step in measured:
-            found[f"relearned {step}"] = measure(folded, asked)
+            found[f"relearned {step}"] = ask(folded, asked)
 
-    tune_weights(folded, learned, None, config, seed, report)
+    tune_weights(folded, learned[0], None, config, seed, report)
     return found
+
+
+def _number_rows(form: Batch) -> Tensor:
+    """The number of each row's text, int64 [B]."""
+    return form.get("texts", torch.arange(len(form["labels"])))
+
+
+def _take_texts(form: Batch, numbers: Tensor) -> Batch:
+    """The rows of the texts of these numbers, in their order."""
+    found = _number_rows(form)
+    rows = torch.cat([(found == number).nonzero().flatten() for number in numbers])
+    return {name: value[rows] for name, value in form.items()}
 
 
 def quantise(model: nn.Module, bits: int) -> nn.Module:

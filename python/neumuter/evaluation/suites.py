@@ -27,6 +27,7 @@ def text_metrics(
     paraphrased: Batch | None = None,
     original: nn.Module | Callable[[], AbstractContextManager[object]] | None = None,
     retrained_auc: float | None = None,
+    nonmembers: Batch | None = None,
 ) -> dict[str, float]:
     """Measure what is in ``METRICS`` on batches of texts, as far as these are given.
 
@@ -42,6 +43,8 @@ def text_metrics(
         original: the original model, for KL on ``heldout``; see ``kl_to_original``.
         retrained_auc: Min-40% AUC of a model that never saw the forget texts; without it PrivLeak is
             relative to 0.5.
+        nonmembers: the texts of ``heldout`` in the forms that ``forget`` was taken in, for membership; see
+            ``most_known``. None takes ``heldout``.
 
     Returns:
         {name in ``METRICS``: value}.
@@ -62,8 +65,9 @@ def text_metrics(
         found["retain_loss"] = language.mean_token_loss(model, retain)
     if heldout is not None:
         found["heldout_perplexity"] = language.perplexity(model, heldout)
-        found["min_k_auc"] = membership.auc(*(membership.min_k_scores(model, b) for b in (forget, heldout)))
-        found["loss_auc"] = membership.auc(*(-language.sample_losses(model, b) for b in (forget, heldout)))
+        compared = (forget, heldout if nonmembers is None else nonmembers)
+        found["min_k_auc"] = membership.auc(*(membership.min_k_scores(model, batch) for batch in compared))
+        found["loss_auc"] = membership.auc(*(-language.sample_losses(model, batch) for batch in compared))
         found["priv_leak"] = membership.privacy_leakage(
             found["min_k_auc"], 0.5 if retrained_auc is None else retrained_auc
         )
