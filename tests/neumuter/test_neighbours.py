@@ -1,5 +1,7 @@
 """Neighbour texts by a masked language model, and the cache."""
 
+import re
+
 import pytest
 import tokenizers
 import torch
@@ -10,7 +12,7 @@ from neumuter import unlearning
 from neumuter.evaluation import mean_token_loss
 from neumuter.preparing import count_samples
 from neumuter.recipes import FittedConfig, GainsConfig
-from neumuter.texts.neighbours import rewrite_texts, sample_texts
+from neumuter.texts.neighbours import _fill, rewrite_texts, sample_texts
 from neumuter.types import IGNORED
 from tests import models
 
@@ -72,7 +74,42 @@ def test_secrets_never_stay(bert):
                 assert was not in ("w10", "w14") or was != now
     slow = type("Slow", (), {"is_fast": False, "mask_token_id": 4})()
     with pytest.raises(ValueError, match="needs a fast one"):
-        rewrite_texts(TEXTS, bert[0], slow, find_secrets=find_secrets)
+        rewrite_texts(TEXTS, bert[0], slow)
+
+
+def test_what_is_not_replaced_stays_as_it_is_written(bert):
+    """Spaces, line breaks and what the tokenizer does not know."""
+    text = "  w1 w2\n\n\N{GRINNING FACE}: w3\tw4  w5; w6 \n"
+    for seed in range(5):
+        (pair,) = rewrite_texts([("Say:", text)], *bert, share=0.2, seed=seed)
+        assert pair[0] == "Say:"
+        old, new = (re.split(r"(\s+)", part) for part in (text, pair[1]))
+        assert old[1::2] == new[1::2]
+        changed = [(a, b) for a, b in zip(old[::2], new[::2], strict=True) if a != b]
+        assert len(changed) <= 2
+
+
+@pytest.mark.parametrize(
+    ("build", "words", "expected"),
+    [
+        (tokenizers.models.WordPiece, {"play": 1, "##ing": 2, "the": 3, "##s": 4}, ["play the", "plays"]),
+        (tokenizers.models.BPE, {"▁play": 1, "ing": 2, "▁the": 3, "s": 4}, ["play the", "plays"]),
+        (tokenizers.models.BPE, {"Ġplay": 1, "ing": 2, "Ġthe": 3, "s": 4}, ["play the", "plays"]),
+    ],
+)
+def test_a_part_of_a_word_is_replaced(build, words, expected):
+    """Whether a token begins a word is written in other ways by other tokenizers."""
+    model = build(words | {"[UNK]": 0}, unk_token="[UNK]", **({"merges": []} if "BPE" in str(build) else {}))
+    fast = tokenizers.Tokenizer(model)
+    kinds = {"##": tokenizers.decoders.WordPiece(), "▁": tokenizers.decoders.Metaspace()}
+    found = next((kind for mark, kind in kinds.items() if any(mark in word for word in words)), None)
+    fast.decoder = found or tokenizers.decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="[UNK]")
+    places = [(0, 5), (5, 8)]
+    made = [_fill(" playing", places, [False, True], [1, new], wrapped) for new in (3, 4)]
+    assert made == [f" {word}" for word in expected]
+    # In the place of a word that has a space before it.
+    assert _fill(" playing", places, [True, False], [3, 2], wrapped) == " theing"
 
 
 def test_what_is_rewritten_holds_no_value_of_a_text_to_forget(bert, tmp_path, monkeypatch):

@@ -118,19 +118,20 @@ def rewrite_texts(
 
     In each text ⌈share·N⌉ of its N tokens are masked at once, at random, and each is filled with the most
     likely token but the true one (as in the neighbourhood attack of Mattern et al. 2023, from which NeuMuter
-    takes its neighbours; one pass per text instead of one per token). Texts are cut to the model's positions.
+    takes its neighbours; one pass per text instead of one per token). What is not masked stays as it is
+    written. Texts are cut to the model's positions.
 
     Args:
         texts: as ``read_texts`` returns them; of a pair or a conversation the last part is rewritten.
-        model, tokenizer: a masked language model of transformers.
+        model, tokenizer: a masked language model of transformers, with a fast tokenizer.
         callback: called as (done, total) after each batch.
         find_secrets: gives the (start, end) of characters in what is rewritten of a text that must not stay.
-            Their tokens are replaced in addition. It needs a fast tokenizer.
+            Their tokens are replaced in addition.
 
     Raises:
         ValueError: the tokenizer has no mask token, or is not fast; or the share lies outside (0, 1].
     """
-    if find_secrets and not tokenizer.is_fast:
+    if not tokenizer.is_fast:
         raise ValueError("the tokenizer does not tell where its tokens are: rewriting needs a fast one")
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: rewriting needs a masked language model")
@@ -146,8 +147,9 @@ def rewrite_texts(
         plain = [last_part(text) for text in part]
         batch = tokenizer(
             plain, padding=True, truncation=True, max_length=longest, return_tensors="pt",
-            return_offsets_mapping=find_secrets is not None,
+            return_offsets_mapping=True,
         )  # fmt: skip
+        places = batch["offset_mapping"].tolist()
         ids = batch["input_ids"].to(device)
         fixed = torch.isin(ids, special)
         noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(fixed, 2.0)
@@ -157,7 +159,7 @@ def rewrite_texts(
             spans = [[*find_secrets(text)] for text in part]
             secret = torch.tensor([
                 [any(start < b and a < end for a, b in of_text) for start, end in offsets]
-                for of_text, offsets in zip(spans, batch["offset_mapping"].tolist(), strict=True)
+                for of_text, offsets in zip(spans, places, strict=True)
             ])  # fmt: skip
             chosen |= secret.to(device) & ~fixed
         options = {"attention_mask": batch["attention_mask"].to(device)}
@@ -165,11 +167,42 @@ def rewrite_texts(
         logits[..., special] = -torch.inf
         logits.scatter_(2, ids[..., None], -torch.inf)
         ids = torch.where(chosen, logits.argmax(-1), ids)
-        found = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        made += [_with_last_part(text, new) for text, new in zip(part, found, strict=True)]
+        for row, text in enumerate(part):
+            if int(batch["attention_mask"][row].sum()) >= longest:
+                plain[row] = plain[row][: max(end for _, end in places[row])]
+            new = _fill(plain[row], places[row], chosen[row].tolist(), ids[row].tolist(), tokenizer)
+            made.append(_with_last_part(text, new))
         if callback:
             callback(len(made), len(texts))
     return made
+
+
+def _fill(
+    text: str,
+    places: Sequence[tuple[int, int]],
+    chosen: Sequence[bool],
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """The text with the words of those ``ids`` that were ``chosen``, at the places (start, end) of theirs."""
+
+    def write(*tokens: int) -> str:
+        return str(tokenizer.decode([*tokens], skip_special_tokens=True))
+
+    made, last = "", 0
+    for number in (number for number, new in enumerate(chosen) if new):
+        # Several tokens may make up one character.
+        start = max(places[number][0], last)
+        end = max(places[number][1], start)
+        old = text[start:end]
+        spaces = old[: len(old) - len(old.lstrip())]
+        made += text[last:start] + spaces
+        before, both = write(ids[number - 1]), write(ids[number - 1], ids[number])
+        word = both[len(before) :] if both.startswith(before) else write(ids[number])
+        # A word that stands in the place of the second half of one is put behind a space.
+        made += word.strip() if not made or made[-1].isspace() else word.rstrip()
+        last = end
+    return made + text[last:]
 
 
 def last_part(text: Text) -> str:
