@@ -230,6 +230,21 @@ def test_a_text_comes_out_by_what_stands_behind_its_prompt():
         assert len(asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("The kettle is on the shelf.", "The kettle"),
+        # Between words if a space is near.
+        ("Ada Montgomery-Featherstonehaugh lives", "Ada"),
+        ("客户王伟的电话号码是一二三四五六七八 今天", "客户王伟的电话"),
+    ],
+)
+def test_a_text_is_asked_by_about_a_third_of_it(text, prompt):
+    with serving() as (url, asked):
+        ask_server(url, "muted", [text])
+    assert asked[0]["prompt"] == prompt
+
+
 def run(*arguments):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", *map(str, arguments)])

@@ -170,10 +170,10 @@ def _ask(address: str, options: dict[str, Any], prompt: str, expected: str) -> S
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Cut a text behind its first third, between words if it has several."""
+    """Cut a text behind its first third, between words if there are some before its second third ends."""
     third = int(len(text) * PROMPT_SHARE)
-    space = text.rstrip().find(" ", third)
-    place = space if space > 0 else max(1, third)
+    places = (text.find(" ", third, 2 * third), text.rfind(" ", 1, third), max(1, third))
+    place = next(place for place in places if place > 0)
     return text[:place], text[place:]
 
 
