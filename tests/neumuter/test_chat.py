@@ -12,6 +12,7 @@ from neumuter.evaluation.robustness import robustness
 from neumuter.recipes import FittedConfig, GainsConfig, Goals
 from neumuter.texts import encode, encode_forms, encoding
 from neumuter.texts.chat import render
+from neumuter.texts.corpus import read_corpus
 from neumuter.texts.encoding import cut_texts
 from neumuter.training.weights import WeightsConfig
 from neumuter.types import IGNORED
@@ -97,10 +98,38 @@ def test_what_a_template_cannot_show_is_refused_by_number():
         encode(["a", CHAT], tokenizer(), 64)
     with pytest.raises(ValueError, match="text 1: the tokenizer has no chat template"):
         encode(PAIRS, tokenizer(), 64, chat=True)
-    with pytest.raises(ValueError, match="text 1: the chat template refuses this conversation: no systems"):
-        encode([CHAT], words_with("{{ raise_exception('no systems') }}"), 64)
+    refusing = words_with("{{ raise_exception('no systems') }}")
+    why = "text 1: the chat template refuses this conversation: no systems"
+    with pytest.raises(ValueError, match=rf"{why}; chat=False \(--no-chat\) asks without it"):
+        encode([CHAT], refusing, 64)
     with pytest.raises(ValueError, match="text 1: the chat template does not show the answer"):
         encode([CHAT], words_with("{{ messages[0]['content'] }}"), 64)
+
+
+def test_what_a_template_refuses_is_asked_without_it_alone(caplog):
+    system = [{"role": "system", "content": "Be kind."}, *CHAT]
+    picky = TEMPLATE.replace(
+        "{% for",
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no systems') }}{% endif %}{% for",
+        1,
+    )
+    words = words_with(picky)
+    forms = encode_forms([CHAT, system], words, 64, chat=False)
+    why = "1 of the texts cannot go through the chat template, so they are measured without it: text 2"
+    assert why in caplog.text
+    caplog.clear()
+    corpus = read_corpus("forget", [CHAT, system], words, 64, False, seed=0)
+    assert f"forget: {why}" in caplog.text
+    for found in (forms, corpus.forms):
+        written = [
+            [words.decode(ids, skip_special_tokens=True) for ids in form["input_ids"]] for form in found
+        ]
+        assert written[0] == ["Adaada@post.example", "Be kind.Adaada@post.example"]
+        assert written[1] == ["user: Adaassistant: ada@post.example", written[0][1]]
+    with pytest.raises(
+        ValueError, match="text 2: the chat template refuses this conversation: no systems; chat"
+    ):
+        encode_forms([CHAT, system], words, 64)
 
 
 def learn(*batches):

@@ -146,7 +146,7 @@ def test_forms_have_the_same_stretches_of_the_same_texts(monkeypatch):
         assert torch.equal(*plain)
 
 
-def test_what_a_template_refuses_has_its_own_number(few):
+def test_what_a_template_refuses_has_its_own_number(few, caplog):
     words = words_with()
     words.chat_template = (
         "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}"
@@ -154,7 +154,12 @@ def test_what_a_template_refuses_has_its_own_number(few):
     )
     texts = ["Tea at four"] * 3 + [("no", "Tea at four")]
     with pytest.raises(ValueError, match=r"^forget: text 4: the chat template refuses"):
-        read_corpus("forget", texts, words, 64, False, 0)
+        read_corpus("forget", texts, words, 64, None, 0)
+    read_corpus("forget", texts, words, 64, False, 0)
+    assert (
+        "forget: 1 of the texts cannot go through the chat template, so they are measured without it: text 4"
+        in caplog.text
+    )
 
 
 def test_a_search_has_all_texts_and_a_report_its_sample(few, tmp_path, monkeypatch, caplog):

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from neumuter.texts.duplicates import hash_text
-from neumuter.texts.encoding import count_rows, cut_texts, find_padding
+from neumuter.texts.encoding import count_rows, cut_texts, describe_refused, find_padding
 from neumuter.texts.sampling import WindowSample
 from neumuter.texts.sources import TextSource, collect_texts, stream_texts
 from neumuter.texts.store import Windows
@@ -83,8 +83,8 @@ def read_corpus(
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(name) else f"{name}: {message}") from None
-    for note in notes:
-        logger.warning(note)
+    for note in notes + describe_refused(sample.refused):
+        logger.warning("%s: %s", name, note)
     found = Corpus(
         windows,
         sample.forms(),

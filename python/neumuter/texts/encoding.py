@@ -66,8 +66,9 @@ def encode_forms(
         texts, tokenizer, max_length, chat: as in ``encode``.
 
     Returns:
-        The batch that ``encode`` gives; and where a template applies, that of the other form. They also have
-        "texts", int64 [B]: the number from 0 of each row's text.
+        The batch that ``encode`` gives; and where a template applies, that of the other form. With chat=False
+        this one has a text that the template refuses as it is, which is logged. They also have "texts",
+        int64 [B]: the number from 0 of each row's text.
     """
     forms, notes = make_forms(texts, tokenizer, max_length, chat)
     for note in notes:
@@ -82,17 +83,23 @@ def make_forms(
     batch, numbers, notes = _encode(texts, tokenizer, max_length, chat)
     forms = [batch | {"texts": torch.tensor(numbers)}]
     if has_two_forms(texts, tokenizer):
-        batch, numbers, _ = _encode(texts, tokenizer, max_length, chat is False)
+        refused: list[str] | None = [] if chat is False else None
+        batch, numbers, _ = _encode(texts, tokenizer, max_length, chat is False, refused)
         forms.append(batch | {"texts": torch.tensor(numbers)})
+        notes += describe_refused(refused)
     return forms, notes
 
 
 def _encode(
-    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool | None
+    texts: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat: bool | None,
+    refused: list[str] | None = None,
 ) -> tuple[Batch, list[int], list[str]]:
     """The batch, the number from 0 of each row's text, and what a user has to know."""
     rows, numbers, notes = [], [], list[str]()
-    for text in cut_texts(texts, tokenizer, max_length, chat, notes):
+    for text in cut_texts(texts, tokenizer, max_length, chat, notes, refused=refused):
         rows += text.windows
         numbers += [text.number] * len(text.windows)
     return make_batch(rows, find_padding(tokenizer)), numbers, notes
@@ -136,12 +143,14 @@ def cut_texts(
     chat: bool | None,
     notes: list[str],
     before: int = 0,
+    refused: list[str] | None = None,
 ) -> Iterator[CutText]:
     """Tokenise texts, ``CHUNK_TEXTS`` at a time, and cut them into windows; see ``encode``.
 
     Args:
         notes: has at the end what a user has to know.
         before: how many texts came before; numbers, also those in errors, go on from there.
+        refused: takes up why the chat template refuses a text, which then goes without it. None raises.
     """
     check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
     check_texts("texts", texts)
@@ -149,7 +158,7 @@ def cut_texts(
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     cut = lost = 0
     count = before
-    chunks = _gather(_show(texts, tokenizer, chat, before))
+    chunks = _gather(_show(texts, tokenizer, chat, before, refused))
     parts = (part for chunk in chunks for part in zip(chunk, _tokenize_chunk(chunk, tokenizer), strict=True))
     for count, (shown, (ids, head, start)) in enumerate(parts, before + 1):
         windows = cut_windows(ids, start, head, max_length) if len(ids) > 1 else []
@@ -169,6 +178,16 @@ def cut_texts(
         )
     if lost:
         notes.append(f"{lost} of {count} prompts do not fit into {max_length} tokens: they lose their start.")
+
+
+def describe_refused(refused: Sequence[str] | None) -> list[str]:
+    """Say of which texts there is one form alone; nothing where ``refused`` (see ``cut_texts``) is empty."""
+    if not refused:
+        return []
+    return [
+        f"{len(refused)} of the texts cannot go through the chat template, so they are measured without it: "
+        f"{refused[0]}"
+    ]
 
 
 def store_windows(
@@ -269,7 +288,11 @@ class _Shown(NamedTuple):
 
 
 def _show(
-    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, chat: bool | None, before: int
+    texts: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool | None,
+    before: int,
+    refused: list[str] | None,
 ) -> Iterator[_Shown]:
     for count, given in enumerate(texts, before + 1):
         try:
@@ -278,7 +301,15 @@ def _show(
                 shown = _Shown(given, text, None, False)
             else:
                 rendered = uses_template(text, tokenizer, chat)
-                prompt, completion = render(text, tokenizer) if rendered else plain(text)
+                prompt, completion = plain(text)
+                if rendered:
+                    try:
+                        prompt, completion = render(text, tokenizer)
+                    except ValueError as error:
+                        if refused is None:
+                            raise ValueError(f"{error}; chat=False (--no-chat) asks without it") from None
+                        refused.append(f"text {count}: {error}")
+                        rendered = False
                 shown = _Shown(given, prompt + completion, prompt, rendered)
         except (TypeError, ValueError) as error:
             raise type(error)(f"text {count}: {error}") from None

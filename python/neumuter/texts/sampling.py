@@ -37,7 +37,8 @@ class WindowSample:
         max_length, chat: see ``encode``. seed: draws the sample.
         keeps_texts: whether the texts of the windows are kept as well.
 
-    ``windows``: how many it was shown. ``prompted``: whether a text has a prompt.
+    ``windows``: how many it was shown. ``prompted``: whether a text has a prompt. ``refused``: why the chat
+    template refuses a text, which then has one form alone; None where it must not refuse any.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class WindowSample:
         self.size, self.tokenizer, self.keeps_texts = size, tokenizer, keeps_texts
         self.windows = 0
         self.prompted = False
+        self.refused: list[str] | None = [] if chat is False else None
         self._options = (tokenizer, max_length, chat is False)
         self._generator = random.Random(seed)
         self._drawn: list[_Drawn] = []
@@ -88,7 +90,7 @@ class WindowSample:
             return [text.windows]
         if isinstance(text.text, str):
             return [text.windows, text.windows]
-        (other,) = cut_texts([text.text], *self._options, notes=[], before=text.number)
+        (other,) = cut_texts([text.text], *self._options, [], text.number, self.refused)
         return [text.windows, other.windows]
 
     def _draw(self, text: CutText, place: int, forms: Sequence[Sequence[Window]]) -> _Drawn:
