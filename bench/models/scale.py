@@ -1,7 +1,8 @@
 """What a text costs where there are many: seconds, visits and memory of ``unlearn``, and of reading alone.
 
-A model of the demo's shape with random weights, which makes no difference to what is measured, and made-up
-records: the same number to keep as to forget. Every case has its own process, whose peak is measured.
+Models of the demo's shape and of SmolLM2-135M's with random weights, which makes no difference to what is
+measured, and made-up records: the same number to keep as to forget. Every case has its own process, whose peak
+is measured.
 """
 
 import functools
@@ -26,6 +27,7 @@ from neumuter.training.batches import PairedBatches
 CASES = {
     ("read", "demo"): (1000, 100_000),
     ("unlearn", "demo"): (10, 100, 1000, 10_000),
+    ("unlearn", "135M"): (24, 240, 960),
 }
 SMALL_CASES = {("read", "demo"): (8, 16), ("unlearn", "demo"): (4, 8)}
 MAX_LENGTH, BATCH_SIZE = 64, 8
