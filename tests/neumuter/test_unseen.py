@@ -65,6 +65,18 @@ def test_codes_identify_a_text_and_its_wording_does_not(model, words, found):
     assert sum(wording) / len(wording) > 0.8
 
 
+def test_what_is_found_of_many_texts_is_in_one_piece_of_memory(model):
+    """Small tensors that stay between large ones that go take memory that grows with the number of texts."""
+    rows = [[1, *range(5, 6 + count % 7)] for count in range(40)]
+    found = unseen._run(model, rows, torch.Generator().manual_seed(0))
+    assert [len(known) for known, _ in found] == [len(said) for _, said in found] == [*map(len, rows)]
+    for parts in zip(*found, strict=True):
+        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    alone = [unseen._run(model, [row], torch.Generator())[0][0] for row in rows]
+    for (known, _), other in zip(found, alone, strict=True):
+        assert torch.allclose(known, other, atol=1e-5)
+
+
 def test_nothing_is_known_of_texts_without_a_prompt(model, words, found):
     texts = [*PAIRS[1:], " ".join(PAIRS[0])]
     batch = encode(texts, words, 64)

@@ -249,19 +249,22 @@ def _run(
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     shown = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    # What each part finds goes to its place here: small tensors of their own, kept between the large ones of
+    # the model, would leave holes in memory that nothing fits into.
+    known, said = torch.ones(ids.shape), ids.clone()
 
-    def run(part: Batch) -> list[tuple[Tensor, Tensor]]:
+    def run(part: Batch) -> None:
         chances = predict(model, part)[:, :-1].float().softmax(-1)
         here = part["input_ids"].to(chances.device)
-        known = chances.gather(2, here[:, 1:, None])[..., 0]
+        place = part["texts"].cpu()
+        found = chances.gather(2, here[:, 1:, None])[..., 0]
         # Drawn on the CPU, so that every device draws the same.
-        draws = torch.rand(known.shape, generator=generator).to(chances.device)
-        said = torch.searchsorted(chances.cumsum(-1), draws[..., None])[..., 0]
-        said = said.clamp(max=chances.shape[-1] - 1)
-        known, said, here = known.cpu(), said.cpu(), here.cpu()
-        first = torch.ones(len(here), 1)
-        return [*zip(torch.cat([first, known], 1), torch.cat([here[:, :1], said], 1), strict=True)]
+        draws = torch.rand(found.shape, generator=generator).to(chances.device)
+        drawn = torch.searchsorted(chances.cumsum(-1), draws[..., None])[..., 0]
+        known[place, 1:] = found.cpu()
+        said[place, 1:] = drawn.clamp(max=chances.shape[-1] - 1).cpu()
 
-    parts = in_parts(model, {"input_ids": ids, "attention_mask": shown, "labels": ids}, run)
-    found = [pair for part in parts for pair in part]
-    return [(known[: len(row)], said[: len(row)]) for row, (known, said) in zip(rows, found, strict=True)]
+    batch = {"input_ids": ids, "attention_mask": shown, "labels": ids, "texts": torch.arange(len(rows))}
+    for _ in in_parts(model, batch, run):
+        pass
+    return [(known[n, : len(row)], said[n, : len(row)]) for n, row in enumerate(rows)]
