@@ -70,11 +70,12 @@ class unlearning_metric:
 
 
 class Collator:
-    """Theirs: pads on the right, and takes every pad token for padding."""
+    """Theirs, with the side that the experiment of WMDP names; it takes every pad token for padding."""
 
     def __call__(self, samples):
-        ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True, padding_value=END)
-        labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=-100)
+        how = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence([s["input_ids"] for s in samples], padding_value=END, **how)
+        labels = pad_sequence([s["labels"] for s in samples], padding_value=-100, **how)
         index = torch.tensor([s["index"] for s in samples])
         return {"input_ids": ids, "attention_mask": ids.ne(END), "labels": labels, "index": index}
 
@@ -160,7 +161,7 @@ class Evaluator:
 
 def counted(data):
     """The samples that count a token, as a batch of ours."""
-    return batch_of([data[i] for i in range(len(data) - 1)], Collator())
+    return batch_of([data[i] for i in range(len(data) - 1)])
 
 
 def make(registries, folder, recipe, method=METHOD):
@@ -205,7 +206,8 @@ def test_it_is_found_by_name_and_only_the_muted_columns_change(recipe, registrie
 
 
 @pytest.mark.parametrize(
-    ("recipe", "size", "steps"), [(None, 4, 10), ("fitted", 3, 14), ("fitted", None, 10), ("paper", 3, 20)]
+    ("recipe", "size", "steps"),
+    [(None, 4, 10), (None, 8, 10), ("fitted", 3, 14), ("fitted", None, 10), ("paper", 3, 20)],
 )
 def test_epochs_are_theirs_unless_the_method_says_otherwise(recipe, size, steps, registries, tmp_path):
     """Ten passes over the four samples that count a token; fitted is the default."""
@@ -218,6 +220,14 @@ def test_epochs_are_theirs_unless_the_method_says_otherwise(recipe, size, steps,
     assert trainer.state.global_step == steps
     found = MuteSet.load(tmp_path / "mutes.safetensors").method["recipe"]
     assert found == {"paper": "paper"}.get(recipe, "fisher")
+
+
+@pytest.mark.parametrize(("every", "entries"), [(0.1, 10), (4, 7), (1, 30)])
+def test_logging_steps_may_be_a_share(every, entries, registries, tmp_path):
+    trainer = make(registries, tmp_path, "fitted")
+    trainer.args.logging_steps = every
+    trainer.train()
+    assert sum("kl" in entry for entry in trainer.state.log_history) == entries
 
 
 def test_a_run_that_closes_no_gate_keeps_its_scores(registries, tmp_path):
@@ -255,6 +265,12 @@ def test_batches_are_of_whole_texts_that_count_a_token(registries, tmp_path):
 def test_bad_arguments_and_datasets_are_refused(registries, tmp_path):
     with pytest.raises(ValueError, match='recipe must be "fitted" or "paper", got \'papre\''):
         make(registries, tmp_path, "papre")
+    with pytest.raises(
+        ValueError, match=r"does not take alpha, gamma, which .*: ~trainer.method_args.alpha ~tr"
+    ):
+        make(registries, tmp_path, "fitted", METHOD | {"gamma": 1.0, "alpha": 2.0})
+    with pytest.raises(ValueError, match=r"method_args.retain_limit must be null or at least 1, got 0"):
+        make(registries, tmp_path, "fitted", METHOD | {"retain_limit": 0})
     trainer = make(registries, tmp_path, "paper")
     trainer.train_dataset.retain = None
     with pytest.raises(ValueError, match="there is no retain data"):
@@ -278,7 +294,7 @@ def test_metrics(batch_size, registries):
     found = registries[1]["extraction_likelihood"](model, n=5, **common)
     scores = [found["value_by_index"][10 + i]["score"] for i in range(5)]
     assert [score is None for score in scores] == [True, False, False, False, True]  # answers of 4 and 0
-    longer = batch_of([data[i] for i in (1, 2, 3)], Collator())
+    longer = batch_of([data[i] for i in (1, 2, 3)])
     assert found["agg_value"] == pytest.approx(extraction_likelihood(model, longer, n=5, answers=True))
     json.dumps(found)
 

@@ -1,7 +1,7 @@
 """open-unlearning's metrics ``extraction_likelihood`` and ``memorization_accuracy``.
 
 Functions of a model and of what that framework makes of a metric's configuration: ``data``, a dataset of
-samples with ``input_ids``, ``labels`` and ``index``; ``collators``, one collator; ``batch_size``. They return
+samples with ``input_ids``, ``labels`` and ``index``; and ``batch_size``. They return
 {"agg_value": the mean, "value_by_index": {index: {"score": value}}}; a value is None where it is not defined,
 and the mean leaves it out.
 """
@@ -20,7 +20,7 @@ from neumuter.types import Batch
 
 
 def extraction_likelihood(
-    model: nn.Module, data: Any, collators: Any, batch_size: int, n: int = 10, **_: Any
+    model: nn.Module, data: Any, batch_size: int, n: int = 10, **_: Any
 ) -> dict[str, Any]:
     """EL_n (Jang et al. 2023) of each sample's answer, its counted tokens; None for fewer than n.
 
@@ -35,29 +35,25 @@ def extraction_likelihood(
             for row, enough in zip(rows, long_enough, strict=True)
         ]
 
-    return _by_index(data, collators, batch_size, scores)
+    return _by_index(data, batch_size, scores)
 
 
-def memorization_accuracy(
-    model: nn.Module, data: Any, collators: Any, batch_size: int, **_: Any
-) -> dict[str, Any]:
+def memorization_accuracy(model: nn.Module, data: Any, batch_size: int, **_: Any) -> dict[str, Any]:
     """MA (Jang et al. 2023) of each sample's counted tokens, see ``neumuter.evaluation``; None if none."""
 
     def scores(batch: Batch) -> list[float | None]:
         counted, right = (found.sum(1).tolist() for found in find_hits(model, batch, batch_size))
         return [hit / count if count else None for hit, count in zip(right, counted, strict=True)]
 
-    return _by_index(data, collators, batch_size, scores)
+    return _by_index(data, batch_size, scores)
 
 
-def _by_index(
-    data: Any, collator: Any, batch_size: int, scores: Callable[[Batch], list[float | None]]
-) -> dict[str, Any]:
+def _by_index(data: Any, batch_size: int, scores: Callable[[Batch], list[float | None]]) -> dict[str, Any]:
     samples = [data[i] for i in range(len(data))]
     found = {}
     for start in range(0, len(samples), batch_size):
         some = samples[start : start + batch_size]
-        for sample, score in zip(some, scores(batch_of(some, collator)), strict=True):
+        for sample, score in zip(some, scores(batch_of(some)), strict=True):
             found[int(sample["index"])] = {"score": score}
     defined = [value["score"] for value in found.values() if value["score"] is not None]
     # NaN if there is none, as in their metrics.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Muting:
     """What makes a trainer of open-unlearning NeuMuter's; ``register`` puts it before FinetuneTrainer.
 
     Training finds neurons and folds them into the weights, so what is then saved and evaluated is the muted
-    model. The samples come from ``train_dataset.forget`` and ``train_dataset.retain``, through the collator.
+    model. The samples come from ``train_dataset.forget`` and ``train_dataset.retain``, without the collator.
 
     The method's arguments (``trainer.method_args``):
 
@@ -44,12 +45,11 @@ class Muting:
     weights. All other arguments go to the base class, whichever of its two names the tokenizer has.
 
     Raises:
-        ValueError: another recipe.
+        ValueError: another recipe, or an argument that neither this class nor the base class takes.
     """
 
     # These attributes are FinetuneTrainer's.
     args: Any
-    data_collator: Any
     log: Callable[[dict[str, float]], None]
     model: nn.Module
     state: Any
@@ -70,6 +70,15 @@ class Muting:
         recipes = {"fitted": (self._fitted, fitted), "paper": (self._paper, paper)}
         if recipe not in recipes:
             raise ValueError(f'method_args.recipe must be "fitted" or "paper", got {recipe!r}')
+        if retain_limit is not None and retain_limit < 1:
+            raise ValueError(f"method_args.retain_limit must be null or at least 1, got {retain_limit!r}")
+        taken = {name for base in type(self).__mro__[:-1] for name in signature(base).parameters}
+        if strange := sorted(options.keys() - taken):
+            away = " ".join(f"~trainer.method_args.{name}" for name in strange)
+            raise ValueError(
+                f"the trainer NeuMuter does not take {', '.join(strange)}, which the experiment sets for "
+                f"another trainer. Add to the command: {away}"
+            )
         self._recipe, settings = recipes[recipe]
         self._settings = {key: _plain(value) for key, value in (settings or {}).items()}
         self._start_layer, self._retain_limit = start_layer, retain_limit
@@ -105,7 +114,7 @@ class Muting:
         if count is not None:
             generator = torch.Generator().manual_seed(self.args.seed)
             order = torch.randperm(len(data), generator=generator)[:count].tolist()
-        batch = batch_of([data[i] for i in order], self.data_collator)
+        batch = batch_of([data[i] for i in order])
         # Their tokenisation may leave an answer without a token.
         counting = predicting(batch["labels"]).any(1)
         return {key: value[counting] for key, value in batch.items()}
@@ -134,15 +143,18 @@ class Muting:
         settings = {"budget": None, "batch_size": GainsConfig.batch_size} | self._settings
         budget, count = settings.pop("budget"), len(forget_batch["labels"])
         if settings.get("steps") is None:
-            passes = self.args.num_train_epochs * count / (settings["batch_size"] or count)
-            settings["steps"] = math.ceil(passes)
-
+            # A step never has more samples than there are.
+            size = min(settings["batch_size"] or count, count)
+            settings["steps"] = math.ceil(self.args.num_train_epochs * count / size)
+        # Below 1 it is a share of the steps.
+        every = self.args.logging_steps
+        every = every if every >= 1 else math.ceil(every * settings["steps"])
         losses = list[float]()
 
         def report(step: int, total: int, info: dict[str, Any]) -> None:
             self.state.global_step = step
             losses.append(info["loss"])
-            if step % self.args.logging_steps == 0:
+            if step % every == 0:
                 self.log({name: info[name] for name in ("loss", "forget_loss", "kl", "muted")})
 
         outcome = unlearn(
