@@ -1,7 +1,10 @@
 """attach, the gates, selection and detach, on each family of FFNs."""
 
+import functools
+
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import neumuter
 from neumuter.training.gates import INITIAL_SCORE
@@ -45,6 +48,18 @@ def test_detach_restores_objects_and_flags(name, dtype):
     assert {key: p.requires_grad for key, p in model.named_parameters()} == flags
     with pytest.raises(RuntimeError, match="detached"), masked.evaluating():
         pass
+
+
+def test_detach_restores_flags_through_wrappers():
+    """They change the names of what they are put around, and only that."""
+    model = build("llama")
+    frozen = model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    with neumuter.attach(model, start_layer=0):
+        for number, layer in enumerate(model.model.layers):
+            wrap = functools.partial(torch.compile, backend="eager") if number else checkpoint_wrapper
+            model.model.layers[number] = wrap(layer)
+    assert not frozen.requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters() if parameter is not frozen)
 
 
 def test_gates_differ_per_sample_and_do_not_depend_on_the_split():

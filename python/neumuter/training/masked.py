@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from neumuter.models.devices import is_fake, move
 from neumuter.models.families import find_ffns
 from neumuter.models.ffn import FFN
-from neumuter.models.installed import Installed, refuse_wrapped
+from neumuter.models.installed import TRANSPARENT, Installed, refuse_wrapped
 from neumuter.models.recomputation import Recomputation
 from neumuter.models.seams import choose_seams
 from neumuter.mutes.fingerprint import adapter_fingerprint, fingerprint
@@ -45,9 +45,9 @@ class Masked:
         # Gates on those before, once ``open_before`` was called.
         self._open: Installed[TrainableGates] | None = None
         # They are known by name, because wrappers such as FSDP put other objects in their place.
-        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable = {name for name, p in _name_parameters(model) if p.requires_grad}
         self._installed = _install(model, self.ffns)
-        for name, parameter in model.named_parameters():
+        for name, parameter in _name_parameters(model):
             if name in self._trainable:
                 parameter.requires_grad_(False)
         self._attached = True
@@ -298,7 +298,7 @@ class Masked:
             self.recomputation.end()
             if self._open:
                 self._open.remove()
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in _name_parameters(self.model):
                 if name in self._trainable:
                     parameter.requires_grad_(True)
             self._attached = False
@@ -308,6 +308,12 @@ class Masked:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+
+def _name_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model by names that wrappers put around its modules do not change."""
+    for name, parameter in model.named_parameters():
+        yield ".".join(part for part in name.split(".") if part not in TRANSPARENT), parameter
 
 
 def _install(model: nn.Module, ffns: Sequence[FFN], trained: bool = True) -> Installed[TrainableGates]:
