@@ -25,6 +25,8 @@ folder = Path(sys.argv[1])
 disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(folder / "small-model").eval()
 tokenizer = AutoTokenizer.from_pretrained(folder / "small-model", padding_side="left")
+if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
 customers = read_texts(folder / "forget.jsonl", limit=2)
 others = read_texts(folder / "retain.jsonl")
 
@@ -40,7 +42,7 @@ for number, tenant in enumerate(("north", "south")):
 
 def serve(records, **options):
     """The greedy answers to the prompts of the records, generated as one batch."""
-    prompts = [tokenizer.bos_token + prompt for prompt, _ in records]
+    prompts = [(tokenizer.bos_token or "") + prompt for prompt, _ in records]
     batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
     ids = model.generate(**batch, max_new_tokens=36, do_sample=False, **options)
