@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
 
 from neumuter import NeuMuterConfig, NeuMuterTrainer
 from neumuter.recipes import PaperConfig, train_gates
@@ -131,6 +131,19 @@ def test_goals_end_the_training(tmp_path):
         make(tmp_path, goal_forget_ma=0.5)
 
 
+def test_a_run_that_ended_at_its_goals_is_not_gone_on_with(tmp_path):
+    """Each further start of a user's script would otherwise forget more than was asked for."""
+    options = dict(num_train_epochs=6, eval_strategy="epoch", save_strategy="epoch")
+    first = make(tmp_path, goal_forget_loss=0.0, **options)
+    first.train()
+    again = make(tmp_path, goal_forget_loss=0.0, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == again.state.global_step == 1
+    assert_same_scores(first, again, 0.0)
+    further = make(tmp_path, goal_forget_loss=1e9, **options)
+    further.train(resume_from_checkpoint=True)
+    assert further.state.global_step == 6
+
+
 def test_what_is_evaluated_is_the_budget_and_has_any_name(tmp_path):
     trainer = make(tmp_path, budget=0.25, eval_strategy="epoch", goal_forget_loss=0.0)
     models.randomise(trainer.masked)
@@ -144,6 +157,44 @@ def test_a_trainer_that_cannot_be_made_leaves_the_model_alone(tmp_path):
     with pytest.raises(TypeError, match="no_such_option"):
         NeuMuterTrainer(model, *options, no_such_option=1)
     NeuMuterTrainer(model, *options).masked.detach()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": -1}, "budget must not be negative"),
+        ({"budget": 0.0}, r"budget as a share must lie in \(0, 1\]"),
+        ({"budget": 1.5}, r"budget as a share must lie in \(0, 1\]"),
+        ({"budget": 10**9}, "budget as a count must be from 1 to"),
+        ({"threshold": 1.5, "budget": None}, r"threshold must be a float in \(0, 1\), got 1.5"),
+        ({"threshold": 1, "budget": None}, r"threshold must be a float in \(0, 1\), got 1"),
+    ],
+)
+def test_bad_constants_are_named_before_anything_is_trained(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **changes)
+
+
+def test_a_number_of_neurons_can_be_given_on_a_command_line(tmp_path):
+    """There it is a float."""
+    arguments = ["--output_dir", str(tmp_path), "--budget", "20", "--use_cpu"]
+    (config,) = HfArgumentParser(NeuMuterConfig).parse_args_into_dataclasses(arguments)
+    assert (config.budget, type(config.budget)) == (20, int)
+
+
+def test_scores_of_another_width_are_refused(tmp_path):
+    trainer = make(tmp_path / "a", save_strategy="epoch", num_train_epochs=1)
+    trainer.train()
+    config, model = trainer.args, models.build("llama", intermediate_size=64)
+    other = NeuMuterTrainer(model, config, text_batch(1), text_batch(2))
+    with pytest.raises(ValueError, match="holds scores of other FFNs than this model has"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_predictions_are_refused_by_name(tmp_path):
+    trainer = make(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"predicts nothing; evaluate\(\) measures"):
+        trainer.predict(trainer.eval_dataset)
 
 
 def test_other_kernels_in_the_place_of_gates_are_refused(tmp_path):

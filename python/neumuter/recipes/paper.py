@@ -50,6 +50,8 @@ class PaperConfig:
 
     def __post_init__(self) -> None:
         check_constants(self, ("lr", "threshold"))
+        if not (isinstance(self.threshold, float) and self.threshold < 1):
+            raise ValueError(f"threshold must be a float in (0, 1), got {self.threshold!r}")
 
 
 def train_gates(

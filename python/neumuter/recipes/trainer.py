@@ -31,7 +31,7 @@ from neumuter.recipes.paper import (
 )
 from neumuter.training.batches import PairedBatches
 from neumuter.training.masked import attach
-from neumuter.training.selection import NothingSelectedError
+from neumuter.training.selection import NothingSelectedError, neuron_count
 from neumuter.types import Batch
 
 # The file of the scores in a checkpoint.
@@ -80,6 +80,10 @@ class NeuMuterConfig(TrainingArguments):
             self.goal_forget_loss is not None or self.goal_forget_ma is not None
         ) and self.eval_strategy == "no":
             raise ValueError("goals are looked at in evaluations: set eval_strategy to 'epoch' or 'steps'")
+        # A command line gives a number of neurons as a float, too.
+        if isinstance(self.budget, float) and self.budget > 1 and self.budget.is_integer():
+            self.budget = int(self.budget)
+        _ = self.objective  # raises where a constant is bad
 
     @property
     def objective(self) -> PaperConfig:
@@ -153,17 +157,21 @@ class _Goals(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        goals, metrics = cast(NeuMuterConfig, args), given["metrics"]
-        # The metrics of another evaluation may have other names.
-        if "eval_forget_loss" not in metrics:
-            return
-        wanted: tuple[tuple[float | None, Callable[[float], bool]], ...] = (
-            (goals.goal_forget_loss, lambda goal: metrics["eval_forget_loss"] >= goal),
-            (goals.goal_forget_ma, lambda goal: metrics["eval_forget_ma"] <= goal),
-        )
-        reached = [met(goal) for goal, met in wanted if goal is not None]
-        if reached and all(reached):
+        if _are_met(cast(NeuMuterConfig, args), given["metrics"]):
             control.should_training_stop = True
+
+
+def _are_met(goals: NeuMuterConfig, metrics: Mapping[str, float]) -> bool:
+    """Whether there are goals, and all of them are met."""
+    # The metrics of another evaluation may have other names.
+    if "eval_forget_loss" not in metrics:
+        return False
+    wanted: tuple[tuple[float | None, Callable[[float], bool]], ...] = (
+        (goals.goal_forget_loss, lambda goal: metrics["eval_forget_loss"] >= goal),
+        (goals.goal_forget_ma, lambda goal: metrics["eval_forget_ma"] <= goal),
+    )
+    reached = [met(goal) for goal, met in wanted if goal is not None]
+    return bool(reached) and all(reached)
 
 
 class NeuMuterTrainer(Trainer):
@@ -196,6 +204,13 @@ class NeuMuterTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.masked = attach(model, args.start_layer)
+        # A bad budget must not show after training.
+        if args.budget is not None:
+            try:
+                neuron_count(args.budget, sum(len(score) for score in self.masked.scores.values()))
+            except (TypeError, ValueError):
+                self.masked.detach()
+                raise
         self.batches = {"forget": forget_batch, "retain": retain_batch}
         self._sums: dict[str, Tensor | float] = {}
         self._steps = 0
@@ -222,9 +237,19 @@ class NeuMuterTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any
     ) -> TrainOutput:
-        """``resume_from_checkpoint``: a folder, or True for the last whole checkpoint, if there is one."""
+        """``resume_from_checkpoint``: a folder, or True for the last whole checkpoint, if there is one.
+
+        A checkpoint of which the goals were met is loaded, and no step is taken.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(cast(str, self.args.output_dir))
+        if isinstance(resume_from_checkpoint, str) and Path(resume_from_checkpoint, SCORES).is_file():
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            last = [entry for entry in state.log_history if entry["step"] == state.global_step]
+            if any(_are_met(self.args, entry) for entry in last):
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *arguments, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> _Epochs:
@@ -318,6 +343,9 @@ class NeuMuterTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def predict(self, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError("NeuMuterTrainer predicts nothing; evaluate() measures what is forgotten")
+
     def _selected(self) -> dict[str, tuple[Tensor, Tensor]]:
         try:
             return self.masked.selected(**self._selection())
@@ -353,7 +381,8 @@ class NeuMuterTrainer(Trainer):
         path = Path(resume_from_checkpoint) / SCORES
         with safe_open(path, framework="pt") as file, torch.no_grad():
             scores = self.masked.scores
-            if set(file.keys()) != set(scores):
+            shapes = {name: file.get_slice(name).get_shape() for name in set(file.keys())}
+            if shapes != {name: [*score.shape] for name, score in scores.items()}:
                 raise ValueError(f"{path} holds scores of other FFNs than this model has")
             for name, score in scores.items():
                 score.copy_(file.get_tensor(name))
