@@ -258,3 +258,26 @@ def test_pip_builds_with_the_torch_that_it_installs():
     (torch,) = re.findall(r'"(torch[^"]*)"', requires)
     assert f'dependencies = [\n  "{torch}",' in text
     assert '"setuptools>=77"' in requires
+
+
+@pytest.mark.parametrize(
+    ("variable", "version", "message"),
+    [
+        ("OFF", "2.14.1+cpu", "NEUMUTER_WITH_CUDA must be 0 or 1, got 'OFF'"),
+        ("0", "2.6.0+cpu", r"torch must be 2\.10 or newer, found 2\.6\.0\+cpu"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_it_is_compiled(variable, version, message, tmp_path):
+    """A stub of torch stands in for an older one."""
+    (tmp_path / "torch.py").write_text(
+        f"from types import SimpleNamespace\n__path__ = ['']\n__version__ = {version!r}\n"
+        "version = SimpleNamespace(cuda=None)\n"
+    )
+    path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
+    done = subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "NEUMUTER_WITH_CUDA": variable, "PATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(message, done.stdout), done.stdout
