@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neumuter.evaluation import (
     Examination,
+    Said,
     Verdict,
     ask_server,
     examine,
@@ -228,29 +229,46 @@ def verify_server(
         A check for each request, in order.
     """
     found, _ = ledger.sort_texts(texts)
-    checks = []
-    for request in ledger.requests():
-        present = [found[digest] for digest in request.texts if digest in found]
-        if request.undone or not present:
-            checks.append(_unmeasured(request))
-            continue
-        answers = ask_server(url, name, present, mute_set, request.entry["report"]["chat"] is not False)
-        # Of a text that the server refuses nobody can tell: it counts as missing.
-        refused = [answer.refused for answer in answers if answer.refused]
-        rows = [
-            {"number": number, "extracted_after": answer.comes_out}
-            for number, answer in enumerate(answers, 1)
-            if not answer.refused
+    requests = ledger.requests()
+    present = {
+        request.number: [found[digest] for digest in request.texts if digest in found]
+        for request in requests
+        if not request.undone
+    }
+    said = dict[int, list[Said]]()
+    for chat in (True, False):
+        # In one call, so that one request of which the server refuses all texts does not end the others.
+        asked = [
+            (request.number, text)
+            for request in requests
+            if (request.entry["report"]["chat"] is not False) == chat
+            for text in present.get(request.number, ())
         ]
-        said = [row["extracted_after"] for row in rows]
-        how = BY_SERVER.format(", also through its chat" if any(a.forms > 1 for a in answers) else "")
-        sentence = f"{sum(said)} of {len(said)} texts come out. {how}{_lacking(request, len(present))}"
-        if refused:
-            # The page of a request quotes no text, which a server's own words may do.
-            sentence += f" {len(refused)} of {len(answers)} could not be asked for."
-            logger.warning("Request %d: %s", request.number, refused[0])
-        checks.append(Check(request, _state(request, any(said), len(said)), sentence, texts=rows))
-    return checks
+        answers = ask_server(url, name, [text for _, text in asked], mute_set, chat) if asked else []
+        for (number, _), answer in zip(asked, answers, strict=True):
+            said.setdefault(number, []).append(answer)
+    return [_check_answers(request, said.get(request.number, ())) for request in requests]
+
+
+def _check_answers(request: Request, answers: Sequence[Said]) -> Check:
+    """A check of a request by what a server said to each of its texts that was found."""
+    if request.undone or not answers:
+        return _unmeasured(request)
+    # Of a text that the server refuses nobody can tell: it counts as missing.
+    refused = [answer.refused for answer in answers if answer.refused]
+    rows = [
+        {"number": number, "extracted_after": answer.comes_out}
+        for number, answer in enumerate(answers, 1)
+        if not answer.refused
+    ]
+    out = [row["extracted_after"] for row in rows]
+    how = BY_SERVER.format(", also through its chat" if any(a.forms > 1 for a in answers) else "")
+    sentence = f"{sum(out)} of {len(out)} texts come out. {how}{_lacking(request, len(answers))}"
+    if refused:
+        # The page of a request quotes no text, which a server's own words may do.
+        sentence += f" {len(refused)} of {len(answers)} could not be asked for."
+        logger.warning("Request %d: %s", request.number, refused[0])
+    return Check(request, _state(request, any(out), len(out)), sentence, texts=rows)
 
 
 def choose_sets(model: nn.Module, requests: Iterable[Request]) -> tuple[list[MuteSet], dict[int, str]]:

@@ -255,6 +255,23 @@ def test_a_text_that_a_server_refuses_counts_as_missing_and_is_not_quoted(ledger
     assert [row["number"] for row in check.texts] == [2]
 
 
+def test_a_request_that_a_server_refuses_wholly_does_not_end_the_others(ledger, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def respond(path, body, key):
+        if body.get("prompt", JON[0][0]) == JON[0][0]:
+            return 400, {"error": "too long"}
+        return 200, {"choices": [{"text": " no idea", "finish_reason": "stop"}]}
+
+    with serving(respond) as (url, _):
+        check, other = verifying.verify_server(ledger, url, "muted", [*ADA, *JON])
+        assert (check.state, other.state) == (verifying.HOLDS, verifying.MISSING)
+        assert other.sentence.endswith("1 of 1 could not be asked for.")
+        # What is wrong with all is no matter of a text.
+        with pytest.raises(ValueError, match="too long"):
+            verifying.verify_server(ledger, url, "muted", JON)
+
+
 def test_requests_are_checked_on_a_running_server(ledger, folder, capsys, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     spoken = dict([*ADA[1:], *KEPT])
