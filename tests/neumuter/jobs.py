@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import neumuter
 from neumuter import job as whole_job
@@ -226,7 +226,9 @@ def placed(model, layout, dtype="auto"):
     if layout in QUANTISED:
         return quantised(model, layout)
     if layout in SPLIT:
-        config = make_distributed_config(layout, dist.get_world_size())
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        config = make_distributed_config(layout, dist.get_world_size(), empty)
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=config).eval()
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     if layout == "fully_shard":

@@ -209,6 +209,8 @@ def test_places_that_several_processes_cannot_share(monkeypatch):
     ("llama", "fsdp+tp", 2, r"takes 4 processes or more"), ("llama", "fsdp+tp", 4, None),
     ("llama", "tp", 2, None), ("mixtral", "tp", 2, None), ("mixtral", "fsdp", 3, None),
         ("jetmoe", "ddp", 3, None),
+        ("gemma3n", "tp", 2, r"which of them are active depends on all \(activation_sparsity_pattern\)"),
+        ("gemma3n", "fsdp", 2, None),
     ],
 )  # fmt: skip
 def test_layouts_are_refused_before_a_model_is_loaded(name, layout, count, message):
@@ -216,6 +218,16 @@ def test_layouts_are_refused_before_a_model_is_loaded(name, layout, count, messa
         network = AutoModelForCausalLM.from_config(config(name))
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         check_layout(layout, network, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [("gpt2", "transformer.h.*"), ("gpt_neo", "transformer.h.*"), ("opt", None), ("llama", None)],
+)
+def test_layers_that_transformers_plan_does_not_name_are_added(name, plan):
+    """Otherwise each process would gather the whole model."""
+    found = make_distributed_config("fsdp", 2, build(name)).fsdp_plan
+    assert found == ({plan: "free_full_weight"} if plan else None)
 
 
 def test_tensor_parallelism_stays_in_a_machine(monkeypatch):
@@ -276,7 +288,7 @@ def test_what_is_quantised_while_it_loads_is_refused_before(quantize, message, f
 def test_an_older_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.distributed.configuration_utils", None)
     with pytest.raises(ImportError, match=r"needs transformers.distributed.DistributedConfig\(fsdp_size"):
-        make_distributed_config("fsdp", 2)
+        make_distributed_config("fsdp", 2, build("llama"))
 
 
 def test_what_a_launcher_did_not_set_is_named(monkeypatch, capsys):

@@ -111,6 +111,22 @@ def test_both_ways_to_split_take_what_was_planned(name, devices, machine, recomp
     assert parts["weights"] == pytest.approx(whole["weights"] * 4 / devices, rel=0.01)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}), ("llama", {"tie_word_embeddings": False}),
+        ("gemma2", {"tie_word_embeddings": True}), ("gpt_neox", {}), ("gpt2", {}),
+    ],
+)  # fmt: skip
+def test_large_embeddings_are_gathered_as_planned(name, changes, recompute):
+    """Tied ones twice, and those that transformers does not wrap on their own for good."""
+    large = config(name, vocab_size=60_000, **changes)
+    planned = plan(large, 4, 4, 16, torch.float32, recompute).layouts["FSDP2, ZeRO-3"]
+    traced = trace(large, planning._make_step, "fsdp", 4, 4, 16, torch.float32, recompute)
+    assert sum(planned.values()) == pytest.approx(traced.peak, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("quantisation", "library"),
     [

@@ -30,7 +30,7 @@ SHARED = [
     ("llama", "fsdp", 2, ("modulate", "elsewhere", "ranking")), ("llama", "fully_shard", 2, ("mute",)),
     ("mixtral", "fsdp", 2, ("modulate",)), ("qwen3_moe", "fsdp", 2, ()),
     ("llama", "fsdp", 4, ("modulate",)), ("gpt_oss", "fsdp", 2, ("modulate",)),
-    ("gpt_neo", "fully_shard", 2, ()), ("gemma2", "fully_shard", 2, ()),
+    ("gpt_neo", "fsdp", 2, ()), ("opt", "fsdp", 2, ()), ("gemma2", "fully_shard", 2, ()),
     ("mixtral", "tp", 2, ("modulate", "double")), ("qwen3_moe", "tp", 2, ()), ("gpt_oss", "tp", 2, ()),
     ("deepseek_v3", "tp", 2, ("modulate",)), ("deepseek_v3", "fsdp", 2, ()),
     ("llama", "4bit", 2, ("modulate",)), ("llama", "8bit", 2, ()), ("phi3", "int8", 2, ("modulate",)),

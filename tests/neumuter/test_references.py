@@ -5,6 +5,7 @@ import torch
 
 import neumuter
 from neumuter.training.batches import PairedBatches
+from neumuter.training.references import References
 from tests.neumuter.small_fits import FORGET, KEEP, RECIPES, run
 from tests.neumuter.test_recipes import KEPT, keep_references, memorised, same
 
@@ -84,6 +85,22 @@ def test_mute_sets_are_the_same_wherever_references_are_kept(llama, recipe, monk
     for path, layer in found["device"].layers.items():
         assert torch.equal(found["nowhere"].layers[path].indices, layer.indices)
         torch.testing.assert_close(found["nowhere"].layers[path].gains, layer.gains, rtol=1e-3, atol=1e-4)
+
+
+def test_where_there_is_no_room_on_the_device_the_host_keeps_them(monkeypatch, caplog):
+    pieces, empty = [torch.randn(3, 5), torch.randn(4, 5)], torch.empty
+
+    def refuse(*size, **options):
+        if "device" in options:
+            raise torch.OutOfMemoryError("no room")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    found = References([3, 4], 20, iter(pieces))
+    assert not found.on_device
+    assert "The references do not fit on the device: they are kept in the host's memory." in caplog.text
+    rows = torch.cat([found.rows(1), found.rows(0)])
+    assert torch.equal(found.read(found.lay_out(rows)), torch.cat(pieces[::-1]))
 
 
 def test_the_limits_count_the_bytes_of_all_retain_tokens(llama, monkeypatch, caplog):

@@ -54,9 +54,17 @@ class Head:
             self.is_projection, self.vocabulary = True, self.projection.out_features
             self.state_bytes = self.projection.in_features * self.model.dtype.itemsize
             return
+        called = list[nn.Module]()
+        handle = self.base.register_forward_hook(lambda module, *_: called.append(module))
+        try:
+            expected = self.model(input_ids=input_ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        # OPT's forward pass goes around its base, to the decoder in it.
+        if not called:
+            self.base = decoder_of(self.model)
         output = self._run(input_ids)
         hidden = getattr(output, "last_hidden_state", None)
-        expected = self.model(input_ids=input_ids, use_cache=False).logits
         self.output_type, self.vocabulary = type(output), expected.shape[-1]
         # Of one token's last hidden state.
         self.state_bytes = 0 if hidden is None else hidden[0, 0].nbytes

@@ -1,6 +1,7 @@
 """How a model is laid out over the processes of a group: a copy in each, or split by transformers."""
 
 import os
+import re
 from typing import Any
 
 import transformers
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from neumuter.models.families import find_ffns
 from neumuter.models.quantised import refuse_quantised
+from neumuter.models.recomputation import decoder_layers
 
 
 def check_layout(layout: str, network: nn.Module, processes: int, local: int | None = None) -> None:
@@ -29,7 +31,7 @@ def check_layout(layout: str, network: nn.Module, processes: int, local: int | N
         refuse_quantised(model.config, split=layout != "ddp")
     if layout == "ddp":
         return
-    make_distributed_config(layout, processes, local)
+    make_distributed_config(layout, processes, model, local)
     sizes_of = divide(layout, processes, local)
     for part in sizes_of:
         if not getattr(model, f"{part}_plan"):
@@ -38,6 +40,11 @@ def check_layout(layout: str, network: nn.Module, processes: int, local: int | N
         return
     together = sizes_of["tp"]
     config = model.config.get_text_config()
+    if any(getattr(config, "activation_sparsity_pattern", None) or ()):
+        raise ValueError(
+            f"the layout {layout!r} would split the neurons of {type(model).__name__}, but which of them are "
+            "active depends on all (activation_sparsity_pattern): use 'fsdp'"
+        )
     sizes = {"heads": config.num_attention_heads}
     sizes["key-value heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for ffn in find_ffns(model):
@@ -79,18 +86,37 @@ def divide(layout: str, processes: int, local: int | None = None) -> dict[str, i
     return {"fsdp": processes // together, "tp": together}
 
 
-def make_distributed_config(layout: str, processes: int, local: int | None = None) -> Any:
-    """Make what transformers' from_pretrained takes to split a model over processes; see ``divide``."""
+def make_distributed_config(layout: str, processes: int, network: nn.Module, local: int | None = None) -> Any:
+    """Make what transformers' from_pretrained takes to split a model over processes; see ``divide``.
+
+    Args:
+        network: the model, which may be on the meta device. transformers' plan for FSDP2 may name layers that
+            it does not have, and would gather the whole model at once; then its own are added.
+    """
     sizes: Any = {f"{part}_size": number for part, number in divide(layout, processes, local).items()}
+    options = sizes
+    if "fsdp_size" in sizes and (plan := _find_unplanned_layers(network)):
+        options = sizes | {"fsdp_plan": plan}
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        return DistributedConfig(**sizes)
+        return DistributedConfig(**options)
     except (ImportError, TypeError):
         raise ImportError(
             f"the layout {layout!r} needs transformers.distributed.DistributedConfig({'=..., '.join(sizes)}"
             f"=...), which transformers {transformers.__version__} does not have; install a newer one"
         ) from None
+
+
+def _find_unplanned_layers(network: Any) -> dict[str, str]:
+    """A plan for FSDP2 of the decoder's layers, if transformers' own one names none of them."""
+    layers = {*decoder_layers(network)} - {network}
+    names = {
+        re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        for name, module in network.named_modules()
+        if module in layers
+    }
+    return {} if names & network.fsdp_plan.keys() else dict.fromkeys(sorted(names), "free_full_weight")
 
 
 def split(model: Any, config: Any) -> None:

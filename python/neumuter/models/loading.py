@@ -76,7 +76,12 @@ def load_model(
         if quantize or device_map:
             where["device_map"] = device_map or place
         if layout != "ddp":
-            where["distributed_config"] = make_distributed_config(layout, dist.get_world_size())
+            with torch.device("meta"):
+                config = transformers.AutoConfig.from_pretrained(
+                    source.base, trust_remote_code=False, **_places(source)
+                )
+                imagined = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            where["distributed_config"] = make_distributed_config(layout, dist.get_world_size(), imagined)
         if attention:
             where["attn_implementation"] = attention
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(

@@ -367,18 +367,27 @@ def _cache(model: nn.Module) -> tuple[tuple[int, int | None], ...]:
 def _gather(found: Trace, parts: dict[str, int], devices: int) -> dict[str, int]:
     """The bytes of a device if FSDP2 or ZeRO-3 splits a traced model with these ``parts`` over ``devices``.
 
-    The weights are gathered where they are needed. The head stays gathered. Before a layer runs, three layers
-    are there for a moment: what was received of it and of the one before, and its own weights. While it runs,
-    forward or backward, these are two.
+    The weights are gathered where they are needed. The head stays gathered. Embeddings that are apart from it
+    go again, if transformers wraps them on their own; tied ones are gathered twice, as embeddings and as
+    head, and stay. Before a layer runs, three layers are there for a moment: what was received of it and of
+    the one before, and its own weights. While it runs, forward or backward, these are two. So are embeddings
+    that go.
     """
     model: Any = found.masked.model
     layers = [_bytes(layer) for layer in decoder_layers(model)]
     outside = parts["weights"] - sum(layers)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    last = outside if head is None or head.weight is embeddings.weight else outside - _bytes(embeddings)
+    size = _bytes(embeddings)
+    tied = head is not None and head.weight is embeddings.weight
+    wrapped = {
+        name for name, module in model.named_modules() if module is embeddings
+    } & model.fsdp_plan.keys()
+    freed = size if wrapped and not tied else 0
+    last = outside + (size if tied else -freed)
     beside = {name: peak - found.peak + parts["temporary"] for name, peak in found.peaks.items()}
     moments = (
         3 * max(layers) - parts["activations"] // len(layers),
+        2 * freed - parts["activations"],
         2 * max(layers) + max(beside["layers"], beside["backward"]),
         beside["head"],
     )

@@ -19,10 +19,10 @@ logger = logging.getLogger("neumuter")
 class References:
     """The last hidden states of all retain tokens, one sample after the other, of the model without masks.
 
-    Up to ``DEVICE_BYTES`` of them are kept on the model's device. Up to ``HOST_BYTES`` are kept in the host's
-    memory instead: the processor gathers those of the next step while the device runs the last one, and
-    copies them with its other inputs. If there are more, none are kept, and each step computes its own. On
-    the CPU both places are one memory, so there the larger limit counts.
+    Up to ``DEVICE_BYTES`` of them are kept on the model's device, if there is room. Up to ``HOST_BYTES`` are
+    kept in the host's memory instead: the processor gathers those of the next step while the device runs the
+    last one, and copies them with its other inputs. If there are more, none are kept, and each step computes
+    its own. On the CPU both places are one memory, so there the larger limit counts.
 
     Args:
         lengths: the number of tokens of each retain sample.
@@ -41,11 +41,20 @@ class References:
         done = 0
         for piece in states:
             if self._states is None:
-                place = piece.device if self.on_device else torch.device("cpu")
-                self._states = torch.empty(self.starts[-1], piece.shape[1], dtype=piece.dtype, device=place)
                 self._pinned = piece.is_cuda
+                self._states = self._make_room(piece)
             self._states[done : done + len(piece)] = piece
             done += len(piece)
+
+    def _make_room(self, piece: Tensor) -> Tensor:
+        """A tensor [tokens, d] for all states, of which ``piece`` is the first, where they are kept."""
+        if self.on_device:
+            try:
+                return torch.empty(self.starts[-1], piece.shape[1], dtype=piece.dtype, device=piece.device)
+            except torch.OutOfMemoryError:
+                self.on_device = False
+                logger.warning("The references do not fit on the device: they are kept in the host's memory.")
+        return torch.empty(self.starts[-1], piece.shape[1], dtype=piece.dtype)
 
     def rows(self, number: int) -> Tensor:
         """The rows of a retain sample, which are counted from 0: int64 [N] on the CPU."""

@@ -183,7 +183,7 @@ def trace(
         model.eval().requires_grad_(False)
         if layout != "ddp":
             check_layout(layout, model, processes, local)
-            split(model, make_distributed_config(layout, processes, local))
+            split(model, make_distributed_config(layout, processes, model, local))
         with FakeTensorMode(allow_non_fake_inputs=True), Counting() as counting:
             model.to_empty(device="cpu")
             model.tie_weights()
