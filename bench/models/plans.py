@@ -32,6 +32,15 @@ MODELS = {
     "Llama 3 405B": ("llama", LLAMA | dict(
         hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
     )),
+    "Llama 3.2 3B": ("llama", LLAMA | dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        tie_word_embeddings=True,
+    )),
+    "Gemma 2 9B": ("gemma2", dict(
+        hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, vocab_size=256000,
+    )),
+    "GPT-J 6B": ("gptj", {}),
     "OLMoE 7B": ("olmoe", dict(
         hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
         num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, vocab_size=50304,
@@ -57,14 +66,16 @@ SAMPLES, TOKENS = 8, 256
 # Models, layouts, devices, whether activations are recomputed.
 CASES = [
     ("Llama 3 8B", "ddp", 1, (False, True)), ("Llama 3 8B", "fsdp", 8, (False, True)),
-    ("Llama 3 8B", "tp", 8, (False, True)), ("OLMoE 7B", "ddp", 1, (False, True)),
+    ("Llama 3 8B", "tp", 8, (False, True)), ("Llama 3.2 3B", "fsdp", 8, (False, True)),
+    ("Gemma 2 9B", "fsdp", 8, (False, True)), ("GPT-J 6B", "fsdp", 8, (False, True)),
+    ("OLMoE 7B", "ddp", 1, (False, True)),
     ("OLMoE 7B", "fsdp", 8, (False, True)), ("OLMoE 7B", "tp", 8, (False, True)),
     ("Mixtral 8x7B", "fsdp", 8, (False, True)), ("Mixtral 8x7B", "tp", 8, (False, True)),
     ("Mixtral 8x7B", "fsdp+tp", 16, (False, True)), ("Qwen3 30B-A3B", "fsdp", 8, (False, True)),
     ("Qwen3 30B-A3B", "tp", 4, (False, True)), ("Qwen3 30B-A3B", "fsdp+tp", 8, (False, True)),
     ("Llama 3 70B", "fsdp", 8, (False, True)), ("Llama 3 70B", "tp", 8, (False,)),
-    ("Llama 3 70B", "fsdp+tp", 16, (False,)), ("Llama 3 405B", "fsdp", 64, (False,)),
-    ("Llama 3 405B", "fsdp+tp", 64, (False,)), ("DeepSeek-V3 671B", "fsdp", 64, (False,)),
+    ("Llama 3 70B", "fsdp+tp", 16, (False,)), ("Llama 3 405B", "fsdp", 64, (False, True)),
+    ("Llama 3 405B", "fsdp+tp", 64, (False,)), ("DeepSeek-V3 671B", "fsdp", 64, (False, True)),
 ]  # fmt: skip
 
 

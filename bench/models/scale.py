@@ -25,7 +25,7 @@ from neumuter.training.batches import PairedBatches
 
 # Of each op and model, how many texts.
 CASES = {
-    ("read", "demo"): (1000, 100_000),
+    ("read", "demo"): (1000, 100_000, 1_000_000),
     ("unlearn", "demo"): (10, 100, 1000, 10_000),
     ("unlearn", "135M"): (24, 240, 960),
 }
