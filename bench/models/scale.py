@@ -1,8 +1,8 @@
 """What a text costs where there are many: seconds, visits and memory of ``unlearn``, and of reading alone.
 
 Models of the demo's shape and of SmolLM2-135M's with random weights, which makes no difference to what is
-measured, and made-up records: the same number to keep as to forget. Every case has its own process, whose peak
-is measured.
+measured, and made-up records: the same number to keep as to forget. Every case has its own process, whose
+peak is measured.
 """
 
 import functools
