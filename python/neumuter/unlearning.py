@@ -352,9 +352,12 @@ def _read_texts(
     options = (tokenizer, length, request.chat, request.seed)
     corpus = read_corpus("forget", forget, *options, keeps_texts=bool(request.rewrite_with))
     kept = None if retain is None else read_corpus("retain", retain, *options)
-    given = list_given({"forget": corpus.forms[0]} | ({"retain": kept.forms[0]} if kept else {}), tokenizer)
+    read = {"forget": corpus.forms} | ({"retain": kept.forms} if kept else {})
+    given = list_given({name: forms[0] for name, forms in read.items()}, tokenizer)
     same = [] if kept is None else find_same(corpus.hashes, kept.hashes)
-    refuse_overlap(given, same, corpus.total)
+    # A template's words would hide that a whole text holds a prompt and its completion.
+    plain = {name: forms[0 if request.chat is False else -1] for name, forms in read.items()}
+    refuse_overlap(list_given(plain, tokenizer), same, corpus.total)
     if controls is None:
         # Nobody can make any without a tokenizer.
         unseen = make_controls(corpus.forms, given, tokenizer, length, request.seed) if tokenizer else None

@@ -208,6 +208,14 @@ def test_unlearning_measures_both_forms(chatting, caplog):
         assert {point["forget_extraction"] for point in outcome.curve} == {1.0}
 
 
+@pytest.mark.parametrize("chat", [None, False])
+def test_a_text_to_keep_that_holds_a_pair_to_forget_is_refused(chat):
+    """The template's words stand between the two in the form in which the model is asked."""
+    kept = [*KEPT, f"Our list. {''.join(PAIRS[0])}. The end."]
+    with pytest.raises(ValueError, match=r"1 of 2 texts to forget are among the texts to keep.* retain 3"):
+        neumuter.unlearn(build("llama"), words_with(), PAIRS, kept, chat=chat, samples=0, budget=5)
+
+
 def test_an_all_clear_in_plain_words_is_not_false(tmp_path, capsys):
     """A model that learned addresses in chat gives them away there, not behind the plain question."""
     words = words_with()
