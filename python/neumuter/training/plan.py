@@ -384,9 +384,11 @@ def _gather(found: Trace, parts: dict[str, int], devices: int) -> dict[str, int]
     } & model.fsdp_plan.keys()
     freed = size if wrapped and not tied else 0
     last = outside + (size if tied else -freed)
+    # What transformers keeps in float32 is gathered behind its layer, and the layer before goes by that.
+    apart = getattr(model, "_keep_in_fp32_modules_strict", None) and model.dtype != torch.float32
     beside = {name: peak - found.peak + parts["temporary"] for name, peak in found.peaks.items()}
     moments = (
-        3 * max(layers) - parts["activations"] // len(layers),
+        (2 if apart else 3) * max(layers) - parts["activations"] // len(layers),
         2 * freed - parts["activations"],
         2 * max(layers) + max(beside["layers"], beside["backward"]),
         beside["head"],
