@@ -127,7 +127,8 @@ def unlearn(
             less.
         budget: how many neurons to touch: a share (float in (0, 1]) or a number (int); or "auto", the
             smallest share that reaches the ``goals``. None takes 0.01, but at least 20 neurons for each
-            window of texts to forget, as far as neurons are free; in mode "mute" always 0.01.
+            window of texts to forget, of 100 windows or more 60, as far as neurons are free; in mode "mute"
+            always 0.01.
         mode: "modulate" gives the selected neurons signed gains, "mute" silences them.
         recipe: "fitted" or "paper", or the constants of one. The paper's recipe finds its own number of
             neurons and silences them: it takes no budget, mode, existing set or goals.
@@ -355,9 +356,10 @@ def _read_texts(
     read = {"forget": corpus.forms} | ({"retain": kept.forms} if kept else {})
     given = list_given({name: forms[0] for name, forms in read.items()}, tokenizer)
     same = [] if kept is None else find_same(corpus.hashes, kept.hashes)
-    # A template's words would hide that a whole text holds a prompt and its completion.
+    # A template's words hide that a whole text holds a prompt and its completion, and it can make those alike
+    # that are not without it.
     plain = {name: forms[0 if request.chat is False else -1] for name, forms in read.items()}
-    refuse_overlap(list_given(plain, tokenizer), same, corpus.total)
+    refuse_overlap([*given, *list_given(plain, tokenizer)], same, corpus.total)
     if controls is None:
         # Nobody can make any without a tokenizer.
         unseen = make_controls(corpus.forms, given, tokenizer, length, request.seed) if tokenizer else None

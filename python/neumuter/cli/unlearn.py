@@ -145,7 +145,8 @@ def unlearn(
         str | None,
         typer.Option(
             help="Share (0.01 or 1%) or number (300) of neurons to touch; auto tries rising shares until one "
-            "reaches the goals. Default: 1%, but at least 20 neurons for each text; with --mode mute 1%."
+            "reaches the goals. Default: 1%, but at least 20 neurons for each text, "
+            "of 100 texts or more 60; with --mode mute 1%."
         ),
     ] = None,
     goal_extraction: Annotated[
