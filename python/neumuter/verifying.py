@@ -22,6 +22,7 @@ from neumuter.evaluation import (
     make_controls,
 )
 from neumuter.evaluation.others import GivenText
+from neumuter.evaluation.server import AllRefusedError
 from neumuter.ledger import Ledger, Request
 from neumuter.models.loading import limit_length
 from neumuter.mutes.algebra import combine
@@ -237,16 +238,22 @@ def verify_server(
     }
     said = dict[int, list[Said]]()
     for chat in (True, False):
-        # In one call, so that one request of which the server refuses all texts does not end the others.
+        # In one call, so that what is wrong with all texts is no matter of a request.
         asked = [
             (request.number, text)
             for request in requests
             if (request.entry["report"]["chat"] is not False) == chat
             for text in present.get(request.number, ())
         ]
-        answers = ask_server(url, name, [text for _, text in asked], mute_set, chat) if asked else []
+        try:
+            answers = ask_server(url, name, [text for _, text in asked], mute_set, chat) if asked else []
+        except AllRefusedError as error:
+            answers = error.said
         for (number, _), answer in zip(asked, answers, strict=True):
             said.setdefault(number, []).append(answer)
+    every = [answer for answers in said.values() for answer in answers]
+    if every and all(answer.refused for answer in every):
+        raise AllRefusedError(every)
     return [_check_answers(request, said.get(request.number, ())) for request in requests]
 
 

@@ -216,6 +216,13 @@ def test_a_text_to_keep_that_holds_a_pair_to_forget_is_refused(chat):
         neumuter.unlearn(build("llama"), words_with(), PAIRS, kept, chat=chat, samples=0, budget=5)
 
 
+def test_what_only_a_template_makes_alike_is_refused():
+    """It cuts spaces off, which a plain text keeps."""
+    pair, other = ("Who is Ada Brisk", "a baker of bread"), ("Who is Ada Brisk", " a baker of bread")
+    with pytest.raises(ValueError, match="1 of 2 texts to forget are among the texts to keep"):
+        neumuter.unlearn(build("llama"), words_with(), [pair, PAIRS[1]], [other], samples=0, budget=5)
+
+
 def test_an_all_clear_in_plain_words_is_not_false(tmp_path, capsys):
     """A model that learned addresses in chat gives them away there, not behind the plain question."""
     words = words_with()

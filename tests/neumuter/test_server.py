@@ -235,7 +235,9 @@ def test_a_text_comes_out_by_what_stands_behind_its_prompt():
     [
         ("The kettle is on the shelf.", "The kettle"),
         # Between words if a space is near.
-        ("Ada Montgomery-Featherstonehaugh lives", "Ada"),
+        ("Mrs Ada Montgomery-Featherstonehaugh lives", "Mrs Ada Montgo"),
+        ("A fine old Montgomery-Featherstone lives", "A fine old"),
+        ("1. 客户王伟的电话号码是一二三四五六七八", "1. 客户王伟"),
         ("客户王伟的电话号码是一二三四五六七八 今天", "客户王伟的电话"),
     ],
 )

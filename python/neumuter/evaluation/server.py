@@ -59,6 +59,14 @@ class Said:
         return same / max(1, len(expected))
 
 
+class AllRefusedError(ValueError):
+    """A server refuses all texts, for the first one's reason; ``said``: the answers."""
+
+    def __init__(self, said: list[Said]) -> None:
+        super().__init__(said[0].refused)
+        self.said = said
+
+
 def ask_server(
     url: str, model: str, texts: Sequence[Text], mute_set: str | None = None, chat: bool = True
 ) -> list[Said]:
@@ -97,7 +105,7 @@ def ask_server(
     said = [_ask_if_it_answers(f"{address}/v1", options, text) for text in parts]
     # What is wrong with all of them is no matter of a text, such as a mute set that is not there.
     if said and all(one.refused for one in said):
-        raise ValueError(said[0].refused)
+        raise AllRefusedError(said)
     pairs = {number: text for number, text in enumerate(texts) if isinstance(text, tuple)} if chat else {}
     chats = {number: _ask_in_chat(f"{address}/v1", options, pair) for number, pair in pairs.items()}
     if refused := [one.refused for one in chats.values() if one.refused]:
@@ -170,9 +178,10 @@ def _ask(address: str, options: dict[str, Any], prompt: str, expected: str) -> S
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Cut a text behind its first third, between words if there are some before its second third ends."""
+    """Cut a text behind its first third, between words if there are some near."""
     third = int(len(text) * PROMPT_SHARE)
-    places = (text.find(" ", third, 2 * third), text.rfind(" ", 1, third), max(1, third))
+    nearly = max(1, 2 * third // 3)
+    places = (text.find(" ", third, 2 * third), text.rfind(" ", nearly, third), max(1, third))
     place = next(place for place in places if place > 0)
     return text[:place], text[place:]
 

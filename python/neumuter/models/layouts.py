@@ -94,13 +94,11 @@ def make_distributed_config(layout: str, processes: int, network: nn.Module, loc
             it does not have, and would gather the whole model at once; then its own are added.
     """
     sizes: Any = {f"{part}_size": number for part, number in divide(layout, processes, local).items()}
-    options = sizes
-    if "fsdp_size" in sizes and (plan := _find_unplanned_layers(network)):
-        options = sizes | {"fsdp_plan": plan}
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        return DistributedConfig(**options)
+        plan = _find_unplanned_layers(network) if "fsdp_size" in sizes else {}
+        return DistributedConfig(**sizes | ({"fsdp_plan": plan} if plan else {}))
     except (ImportError, TypeError):
         raise ImportError(
             f"the layout {layout!r} needs transformers.distributed.DistributedConfig({'=..., '.join(sizes)}"
@@ -116,7 +114,8 @@ def _find_unplanned_layers(network: Any) -> dict[str, str]:
         for name, module in network.named_modules()
         if module in layers
     }
-    return {} if names & network.fsdp_plan.keys() else dict.fromkeys(sorted(names), "free_full_weight")
+    known = getattr(network, "fsdp_plan", None) or {}
+    return {} if names & known.keys() else dict.fromkeys(sorted(names), "free_full_weight")
 
 
 def split(model: Any, config: Any) -> None:

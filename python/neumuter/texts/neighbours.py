@@ -1,6 +1,7 @@
 """Neighbour texts: they keep the rest of the model in place where the user has no retain texts."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -141,6 +142,8 @@ def rewrite_texts(
     generator = torch.Generator().manual_seed(seed)
     device = cast(torch.device, model.device)
     special = torch.tensor(tokenizer.all_special_ids, device=device)
+    # What the tokenizer does not know can be a secret, too.
+    unknown = -1 if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
     made: list[Text] = []
     for start in range(0, len(texts), TEXTS_PER_PASS):
         part = texts[start : start + TEXTS_PER_PASS]
@@ -151,7 +154,7 @@ def rewrite_texts(
         )  # fmt: skip
         places = batch["offset_mapping"].tolist()
         ids = batch["input_ids"].to(device)
-        fixed = torch.isin(ids, special)
+        fixed = torch.isin(ids, special) & (ids != unknown)
         noise = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(fixed, 2.0)
         wanted = ((~fixed).sum(1, keepdim=True) * share).ceil()
         chosen = (noise.argsort(1).argsort(1) < wanted) & ~fixed
@@ -190,15 +193,19 @@ def _fill(
         return str(tokenizer.decode([*tokens], skip_special_tokens=True))
 
     made, last = "", 0
-    for number in (number for number, new in enumerate(chosen) if new):
-        # Several tokens may make up one character.
-        start = max(places[number][0], last)
-        end = max(places[number][1], start)
+    # Several tokens may make up one character: they are written together.
+    groups = groupby(enumerate(places), key=lambda one: one[1])
+    for (start, end), numbers in ((place, [number for number, _ in group]) for place, group in groups):
+        if not any(chosen[number] for number in numbers):
+            continue
         old = text[start:end]
         spaces = old[: len(old) - len(old.lstrip())]
         made += text[last:start] + spaces
-        before, both = write(ids[number - 1]), write(ids[number - 1], ids[number])
-        word = both[len(before) :] if both.startswith(before) else write(ids[number])
+        tokens, one_before = [ids[number] for number in numbers], ids[numbers[0] - 1]
+        before, both = write(one_before), write(one_before, *tokens)
+        word = both[len(before) :] if both.startswith(before) else write(*tokens)
+        # The bytes of no character.
+        word = word.replace("\ufffd", "")
         # A word that stands in the place of the second half of one is put behind a space.
         made += word.strip() if not made or made[-1].isspace() else word.rstrip()
         last = end

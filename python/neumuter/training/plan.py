@@ -379,9 +379,8 @@ def _gather(found: Trace, parts: dict[str, int], devices: int) -> dict[str, int]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     size = _bytes(embeddings)
     tied = head is not None and head.weight is embeddings.weight
-    wrapped = {
-        name for name, module in model.named_modules() if module is embeddings
-    } & model.fsdp_plan.keys()
+    names = {name for name, module in model.named_modules() if module is embeddings}
+    wrapped = names & (getattr(model, "fsdp_plan", None) or {}).keys()
     freed = size if wrapped and not tied else 0
     last = outside + (size if tied else -freed)
     # What transformers keeps in float32 is gathered behind its layer, and the layer before goes by that.
