@@ -289,6 +289,8 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
         load_model(str(adapter), gguf_file="model.gguf")
     with pytest.raises(ValueError, match=r"the layout 'fsdp' cannot split an adapter, which .* is: merge it"):
         load_model(str(adapter), layout="fsdp")
+    with pytest.raises(ValueError, match=r"the layout 'fsdp' cannot split a GGUF file, model\.gguf: save"):
+        load_model(str(tmp_path / "long"), gguf_file="model.gguf", layout="fsdp")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match="is not the configuration of an adapter"):

@@ -58,6 +58,8 @@ def load_model(
     source = find_source(model)
     if gguf_file and source.adapter:
         raise ValueError(f"gguf_file cannot be combined with an adapter, which {model} is")
+    if layout != "ddp" and gguf_file:
+        raise ValueError(f"the layout {layout!r} cannot split a GGUF file, {gguf_file}: save the model first")
     if layout != "ddp" and source.adapter:
         raise ValueError(f"the layout {layout!r} cannot split an adapter, which {model} is: merge it first")
     where = _places(source)
@@ -76,12 +78,8 @@ def load_model(
         if quantize or device_map:
             where["device_map"] = device_map or place
         if layout != "ddp":
-            with torch.device("meta"):
-                config = transformers.AutoConfig.from_pretrained(
-                    source.base, trust_remote_code=False, **_places(source)
-                )
-                imagined = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            where["distributed_config"] = make_distributed_config(layout, dist.get_world_size(), imagined)
+            empty = _make_empty(source)
+            where["distributed_config"] = make_distributed_config(layout, dist.get_world_size(), empty)
         if attention:
             where["attn_implementation"] = attention
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -106,6 +104,13 @@ def _places(source: Source) -> dict[str, Any]:
     """What from_pretrained takes to load the base."""
     revision = {"revision": source.revision} if source.revision else {}
     return {"local_files_only": source.cached, **revision}
+
+
+def _make_empty(source: Source) -> Any:
+    """The base on the meta device."""
+    config = transformers.AutoConfig.from_pretrained(source.base, trust_remote_code=False, **_places(source))
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _load_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
