@@ -358,7 +358,8 @@ def _read_texts(
     same = [] if kept is None else find_same(corpus.hashes, kept.hashes)
     # A template's words hide that a whole text holds a prompt and its completion, and it can make those alike
     # that are not without it.
-    plain = {name: forms[0 if request.chat is False else -1] for name, forms in read.items()}
+    both = any(len(forms) > 1 for forms in read.values())
+    plain = {name: forms[0 if request.chat is False else -1] for name, forms in read.items()} if both else {}
     refuse_overlap([*given, *list_given(plain, tokenizer)], same, corpus.total)
     if controls is None:
         # Nobody can make any without a tokenizer.

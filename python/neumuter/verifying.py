@@ -238,7 +238,7 @@ def verify_server(
     }
     said = dict[int, list[Said]]()
     for chat in (True, False):
-        # In one call, so that what is wrong with all texts is no matter of a request.
+        # In one call: what a server refuses of all texts, such as a mute set, is no matter of a request.
         asked = [
             (request.number, text)
             for request in requests

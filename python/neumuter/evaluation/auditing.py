@@ -86,7 +86,8 @@ def audit(
     check_texts("texts", texts)
     if controls is not None:
         check_texts("controls", controls)
-    options = (tokenizer, limit_length(model, max_length), chat)
+    length = limit_length(model, max_length)
+    options = (tokenizer, length, chat)
     rest = iter(texts)
     first = list(islice(rest, TEXTS_AT_A_TIME))
     if not first:
@@ -94,7 +95,7 @@ def audit(
     if controls is None:
         shown = _encode("texts", first[:MODELS_OF_CONTROLS], *options)
         given = list_given({"texts": shown[0]}, tokenizer)
-        unseen = make_controls(shown, given, tokenizer, limit_length(model, max_length), seed)
+        unseen = make_controls(shown, given, tokenizer, length, seed)
     else:
         unseen = _encode("controls", controls, *options)
     levels = [_measure(model, form)[1].quantile(STANDS_OUT) for form in unseen]

@@ -204,18 +204,14 @@ class NeuMuterTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.masked = attach(model, args.start_layer)
-        # A bad budget must not show after training.
-        if args.budget is not None:
-            try:
-                neuron_count(args.budget, sum(len(score) for score in self.masked.scores.values()))
-            except (TypeError, ValueError):
-                self.masked.detach()
-                raise
         self.batches = {"forget": forget_batch, "retain": retain_batch}
         self._sums: dict[str, Tensor | float] = {}
         self._steps = 0
         args.remove_unused_columns = False
         try:
+            # A bad budget must not show after training.
+            if args.budget is not None:
+                neuron_count(args.budget, sum(len(score) for score in self.masked.scores.values()))
             self.pair = PairedBatches(self.masked, forget_batch, retain_batch)
             # Before the Trainer wraps the model.
             if not args.refined:

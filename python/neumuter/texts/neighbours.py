@@ -194,8 +194,8 @@ def _fill(
 
     made, last = "", 0
     # Several tokens may make up one character: they are written together.
-    groups = groupby(enumerate(places), key=lambda one: one[1])
-    for (start, end), numbers in ((place, [number for number, _ in group]) for place, group in groups):
+    for (start, end), group in groupby(range(len(places)), key=places.__getitem__):
+        numbers = list(group)
         if not any(chosen[number] for number in numbers):
             continue
         old = text[start:end]
